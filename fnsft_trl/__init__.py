@@ -1,0 +1,45 @@
+"""fnsft_trl: functional networks of language models, for TRL.
+
+Public names are loaded on first use, so that `import fnsft_trl` (and every command that needs no model) stays free of
+torch.
+"""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "FNSFTError": "errors",
+    "FunctionalNetworkConfig": "config",
+    "NeuronSite": "neurons",
+    "NeuronLayout": "neurons",
+    "find_neuron_sites": "neurons",
+    "discover_networks": "discovery",
+    "FunctionalNetworkTemplate": "template",
+    "NeuronMask": "selection",
+    "select_neurons": "selection",
+    "lesion": "masking",
+    "preserve": "masking",
+    "NeuronTunerConfig": "tuner",
+    "NeuronTunerModel": "tuner",
+    "constrain_lora": "constraints",
+    "constrain_full": "constraints",
+    "FrozenNeuronGuard": "callbacks",
+    "RetentionCallback": "callbacks",
+    "FNSFTTrainer": "trainer",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
