@@ -1,0 +1,185 @@
+"""Texts -> activations: one forward pass, read at the sites, without padding, special tokens and attention sinks."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .errors import FNSFTError
+from .neurons import NeuronSite
+
+
+_SORT_WINDOW = 16  # batches whose sequences are sorted by length together, so that little padding is computed
+
+
+@dataclass
+class TokenSequence:
+    """One sequence to read.
+
+    Attributes:
+        ids (`list[int]`): token ids.
+        text_index (`int`): position of its text among all texts; long texts give several sequences.
+    """
+
+    ids: list[int]
+    text_index: int
+
+
+def text_token_ids(text, tokenizer) -> list[int]:
+    """Token ids of one text.
+
+    Args:
+        text: a string; a conversation (list of messages with `role` and `content`, put through the chat template); or
+            a row of a dataset with `input_ids`, `messages`, `text`, or `prompt` and `completion`.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        FNSFTError: the text has none of these forms.
+    """
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]
+    if isinstance(text, Sequence) and text and all(isinstance(message, dict) for message in text):
+        return tokenizer.apply_chat_template(list(text), return_dict=True)["input_ids"]
+    if isinstance(text, dict):
+        if "input_ids" in text:
+            return list(text["input_ids"])
+        if "messages" in text:
+            return text_token_ids(text["messages"], tokenizer)
+        if "prompt" in text and "completion" in text:
+            return text_token_ids(text["prompt"] + text["completion"], tokenizer)
+        if "text" in text:
+            return text_token_ids(text["text"], tokenizer)
+        raise FNSFTError(
+            f"no text in a row with the columns {', '.join(map(repr, text))}; expected text, messages, prompt and "
+            "completion, or input_ids"
+        )
+    raise FNSFTError(f"a text of type {type(text).__name__} is not understood; expected a string or a list of messages")
+
+
+def token_sequences(texts: Iterable, tokenizer, *, max_length: int) -> Iterator[TokenSequence]:
+    """Tokenise texts, cutting long ones into sequences of at most `max_length` tokens."""
+    for index, text in enumerate(texts):
+        ids = text_token_ids(text, tokenizer)
+        for start in range(0, len(ids), max_length):
+            yield TokenSequence(ids[start : start + max_length], index)
+
+
+class ActivationReader:
+    """Streams the activations of all sites, side by side, over any number of texts.
+
+    Memory is one forward pass and one block of `batch_size * max_length` rows, whatever the number of texts.
+
+    Args:
+        model: the transformer. Only its backbone runs; the language-model head is left out.
+        sites: the sites to read, in the order of the columns.
+        batch_size: sequences per forward pass.
+        max_length: longest sequence, in tokens.
+        skip_tokens: first tokens of every sequence to leave out.
+        special_ids: token ids to leave out.
+        dtype: dtype of the rows.
+
+    Attributes:
+        columns (`dict[int, slice]`): the columns of each layer.
+        digest (`hashlib`-object): SHA-256 over the ids of the tokens read so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[NeuronSite],
+        *,
+        batch_size: int,
+        max_length: int,
+        skip_tokens: int,
+        special_ids: Iterable[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.sites = list(sites)
+        self.batch_size = batch_size
+        self.skip_tokens = skip_tokens
+        self.device = next(model.parameters()).device
+        self.digest = hashlib.sha256()
+        self.columns: dict[int, slice] = {}
+        start = 0
+        for site in self.sites:
+            self.columns[site.layer] = slice(start, start + site.width)
+            start += site.width
+        self.width = start
+        self._special_ids = torch.tensor(sorted(special_ids), dtype=torch.long)
+        self._block = torch.empty(batch_size * max_length, start, dtype=dtype, device=self.device)
+        self._kept = torch.empty(0, dtype=torch.long)
+
+    def read(
+        self, sequences: Iterable[TokenSequence], *, max_tokens: int, description: str = "activations"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield blocks of activations until the sequences or `max_tokens` are exhausted.
+
+        Yields:
+            Rows, shape (tokens, neurons), valid until the next block is asked for; and the text index of each row,
+            shape (tokens,).
+        """
+        backbone = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        backbone = backbone.base_model
+        was_training = backbone.training
+        handles = [self._capture(site) for site in self.sites]
+        done = 0
+        try:
+            backbone.eval()
+            with tqdm(total=max_tokens, unit=" tokens", desc=description) as bar:
+                for batch in self._batches(sequences):
+                    length = max(len(sequence.ids) for sequence in batch)
+                    ids = torch.zeros(len(batch), length, dtype=torch.long)  # (sequences, positions)
+                    present = torch.zeros(len(batch), length, dtype=torch.long)
+                    for row, sequence in enumerate(batch):
+                        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+                        present[row, : len(sequence.ids)] = 1
+                    keep = present.bool() & ~torch.isin(ids, self._special_ids)
+                    keep[:, : self.skip_tokens] = False
+                    kept = keep.flatten().nonzero().flatten()[: max_tokens - done]  # (tokens,)
+                    if len(kept) == 0:
+                        continue
+                    self._kept = kept.to(self.device)
+                    self.digest.update(ids.flatten()[kept].numpy().tobytes())
+                    with torch.no_grad():
+                        backbone(
+                            input_ids=ids.to(self.device), attention_mask=present.to(self.device), use_cache=False
+                        )
+                    text_index = torch.tensor([sequence.text_index for sequence in batch])
+                    yield self._block[: len(kept)], text_index[kept // length]
+                    done += len(kept)
+                    bar.update(len(kept))
+                    if done == max_tokens:
+                        return
+        finally:
+            for handle in handles:
+                handle.remove()
+            backbone.train(was_training)
+
+    def _batches(self, sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
+        window: list[TokenSequence] = []
+        for sequence in sequences:
+            window.append(sequence)
+            if len(window) == _SORT_WINDOW * self.batch_size:
+                yield from self._sorted_batches(window)
+                window = []
+        yield from self._sorted_batches(window)
+
+    def _sorted_batches(self, window: list[TokenSequence]) -> Iterator[list[TokenSequence]]:
+        ordered = sorted(window, key=lambda sequence: len(sequence.ids))
+        for start in range(0, len(ordered), self.batch_size):
+            yield ordered[start : start + self.batch_size]
+
+    def _capture(self, site: NeuronSite):
+        columns = self.columns[site.layer]
+
+        def write(values: torch.Tensor) -> None:
+            rows = values.reshape(-1, site.width)  # (sequences * positions, neurons of the layer)
+            self._block[: len(self._kept), columns] = rows[self._kept].to(self._block.dtype)
+
+        if site.kind == "mlp_output":
+            return site.down.register_forward_hook(lambda module, args, output: write(output))
+        return site.down.register_forward_pre_hook(lambda module, args: write(args[0]))

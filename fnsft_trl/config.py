@@ -1,0 +1,312 @@
+"""FunctionalNetworkConfig: what to discover, what to select, what to mask and what to train. Free of torch."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import FNSFTError
+
+
+_CHOICES = {
+    "ica_site": ("mlp_intermediate", "mlp_output"),
+    "ica_variant": ("temporal", "spatial"),
+    "ica_standardize": ("center", "zscore"),
+    "ica_contrast": ("logcosh", "cube", "exp"),
+    "ica_dtype": ("auto", "float32", "float64"),
+    "ica_select": ("networks", "random", "activation"),
+    "ica_rank_by": ("highest", "lowest"),
+    "mask_mode": (None, "lesion", "preserve"),
+    "train_neurons": ("auto", "all", "selected", "unselected"),
+    "train_method": ("auto", "neuron_delta", "lora", "full"),
+    "anti_drift_apply_to": ("auto", "lora", "base", "both"),
+}
+
+
+def parse_ranges(spec: str | int | Sequence[int], size: int, *, what: str = "layer") -> list[int]:
+    """Expand an index specification into a sorted list without repeats.
+
+    Args:
+        spec: `"all"`, or comma-separated items, each an index `9`, an inclusive range `0-5`, or a Python slice `0:4`
+            (its end is left out); brackets around them are ignored. A list of indices is taken as it is.
+        size: number of valid indices; all results are in `0 .. size - 1`.
+        what: the noun of the error message.
+
+    Raises:
+        FNSFTError: an item is not understood, is out of range, or nothing is left.
+    """
+    items = [spec] if isinstance(spec, int) else spec
+    if isinstance(items, str):
+        text = items.strip().strip("[]").strip()
+        items = ["0:"] if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
+    chosen: set[int] = set()
+    for item in items:
+        if match := re.fullmatch(r"(\d+)", str(item)):
+            first, last = int(match[1]), int(match[1])
+        elif match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", str(item)):
+            first, last = int(match[1]), int(match[2])
+        elif match := re.fullmatch(r"(\d*)\s*:\s*(\d*)", str(item)):
+            first, last = int(match[1] or 0), int(match[2] or size) - 1
+        else:
+            raise FNSFTError(
+                f"{what} specification {spec!r}: {item!r} is not understood; write all, 3, 0-5 (inclusive), 0:4 (end "
+                "left out), or several with commas"
+            )
+        if not (0 <= first <= last < size):
+            raise FNSFTError(f"{what} specification {spec!r}: {item!r} is outside 0-{size - 1} or empty")
+        chosen.update(range(first, last + 1))
+    if not chosen:
+        raise FNSFTError(f"{what} specification {spec!r} names no {what}; there are {what}s 0-{size - 1}")
+    return sorted(chosen)
+
+
+def format_ranges(indices: Iterable[int]) -> str:
+    """Write sorted indices in the shortest form that [`parse_ranges`] reads: `"0-5,9"`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What one combination of switches comes to.
+
+    Attributes:
+        method (`str`): `"neuron_delta"`, `"lora"` or `"full"`.
+        train (`str`): `"all"`, `"selected"` or `"unselected"`: which neurons' weights may change.
+        mask_mode (`str` or `None`): the forward intervention during training.
+    """
+
+    method: str
+    train: str
+    mask_mode: str | None
+
+
+# (mask_mode, train_neurons) -> (what trains, or None with the reason why the combination is an error).
+# `by anti-drift`: held exactly when `anti_drift_row_param` is on; by the forward mask alone when it is off.
+COMBINATIONS: dict[tuple[str | None, str], tuple[str | None, str]] = {
+    (None, "auto"): ("selected", "the selected neurons"),
+    (None, "all"): (None, "no mask and every neuron trainable: the networks would change nothing; drop network_config"),
+    (None, "selected"): ("selected", "the selected neurons"),
+    (None, "unselected"): ("unselected", "all but the selected neurons"),
+    ("lesion", "auto"): ("unselected", "by anti-drift"),
+    ("lesion", "all"): ("all", "everything; the lesioned neurons get no gradient, but weight decay can move them"),
+    ("lesion", "selected"): (None, "lesioned neurons get no gradient, so nothing selected could learn"),
+    ("lesion", "unselected"): ("unselected", "all but the lesioned neurons"),
+    ("preserve", "auto"): ("selected", "by anti-drift"),
+    ("preserve", "all"): ("all", "everything; the silenced neurons get no gradient, but weight decay can move them"),
+    ("preserve", "selected"): ("selected", "the preserved neurons"),
+    ("preserve", "unselected"): (None, "preserve silences all unselected neurons, so none of them could learn"),
+}
+
+# (train_method, anti_drift_apply_to) -> the reason why the combination is an error. Cells not listed are fine.
+ANTI_DRIFT_ERRORS: dict[tuple[str, str], str] = {
+    ("lora", "base"): "under LoRA the base weights never train, so only the adapter can drift: use lora, both or auto",
+    ("full", "lora"): "full fine-tuning has no LoRA weights to hold: use base, both or auto",
+    ("neuron_delta", "lora"): "neuron deltas have no LoRA weights to hold: use base, both or auto",
+}
+
+
+def _help(text: str, default: Any) -> Any:
+    metadata = {"help": text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class FunctionalNetworkConfig:
+    """Configuration of functional networks in fine-tuning: discovery, selection, masking, trainable neurons.
+
+    A neuron is unit j of an MLP's intermediate layer (or, at `mlp_output`, channel j of the MLP's output). A network
+    is the set of neurons whose absolute loading on one independent component exceeds the template's threshold.
+
+    Args:
+        ica_template_path (`str`, *optional*):
+            Directory of a saved template. `None`: the networks are discovered before training.
+        ica_components (`int`, *optional*, defaults to `10`):
+            Number of independent components k to discover.
+        ica_percentile (`float`, *optional*, defaults to `98.0`):
+            A network holds the neurons whose |loading| exceeds this percentile, pooled over layers. In (0, 100).
+        ica_component_ids (`list[int]`, *optional*):
+            The networks that make up the selection. `None`: all networks of the template.
+        ica_layers (`str`, *optional*, defaults to `"all"`):
+            Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list.
+        ica_site (`str`, *optional*, defaults to `"mlp_intermediate"`):
+            Where activations are read and masked: `mlp_intermediate` (input of the down projection) or `mlp_output`.
+        ica_variant (`str`, *optional*, defaults to `"temporal"`):
+            `temporal`: sources independent over tokens. `spatial`: maps independent over neurons.
+        ica_standardize (`str`, *optional*, defaults to `"center"`):
+            `center`: subtract each neuron's mean. `zscore`: also divide by its standard deviation.
+        ica_contrast (`str`, *optional*, defaults to `"logcosh"`):
+            FastICA's contrast function: `logcosh`, `cube` or `exp`.
+        ica_dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision in which activations are accumulated: `float32` (also `auto`) or `float64`.
+        ica_rank (`int`, *optional*, defaults to `128`):
+            Rank of the streaming sketch; at least `ica_components`. Memory is `ica_rank` x neurons for each half.
+        ica_max_tokens (`int`, *optional*, defaults to `50000`):
+            Number of tokens to read, both halves together.
+        ica_reservoir (`int`, *optional*, defaults to `16384`):
+            Largest number of token scores kept for each half; more tokens are sampled uniformly.
+        ica_skip_tokens (`int`, *optional*, defaults to `1`):
+            First tokens of every sequence to leave out (attention sinks).
+        ica_batch_size (`int`, *optional*, defaults to `4`):
+            Sequences per forward pass of the discovery.
+        ica_max_length (`int`, *optional*, defaults to `512`):
+            Longest sequence of the discovery, in tokens.
+        ica_seed (`int`, *optional*, defaults to `0`):
+            Seed of the reservoir, of FastICA's start and of random selections.
+        ica_datasets (`list[str]`, *optional*):
+            Files or Hub ids of the text to discover on. `None`: the training data.
+        ica_select (`str`, *optional*, defaults to `"networks"`):
+            `networks`; or a control: `random`, `activation` (by RMS on the calibration text).
+        ica_fraction (`float`, *optional*):
+            Select this fraction of the neurons of every layer instead of those over the threshold. In (0, 1).
+        ica_rank_by (`str`, *optional*, defaults to `"highest"`):
+            With `ica_fraction`: the neurons that rank `highest` in the chosen networks (or activation), or `lowest`
+            (the neurons most outside them).
+        mask_mode (`str`, *optional*):
+            Forward intervention during training: `lesion` zeroes the selected neurons, `preserve` all others.
+        mask_eval (`bool`, *optional*, defaults to `True`):
+            Whether evaluation during training runs with the mask on.
+        train_neurons (`str`, *optional*, defaults to `"auto"`):
+            Whose weights may change: `selected`, `unselected`, `all`, or `auto` (`lesion` trains the unselected,
+            `preserve` the selected, no mask the selected).
+        train_method (`str`, *optional*, defaults to `"auto"`):
+            `neuron_delta`, `lora` or `full`. `auto`: `lora` when a LoraConfig is given, otherwise `neuron_delta`.
+        train_other (`bool`, *optional*, defaults to `True`):
+            With `full` and `unselected`: whether the weights outside the MLP neurons train too.
+        anti_drift_row_param (`bool`, *optional*, defaults to `True`):
+            With `train_neurons="auto"` and a mask: hold the other neurons' weights exactly (`True`), or leave it to
+            the forward mask, under which they get no gradient (`False`).
+        anti_drift_apply_to (`str`, *optional*, defaults to `"auto"`):
+            Which weights are held: `lora`, `base`, `both`; `auto` follows the training method.
+        frozen_guard (`bool`, *optional*, defaults to `True`):
+            Check at every save and at the end of training that no frozen neuron moved, and stop if one did.
+
+    Raises:
+        FNSFTError: a value or a combination of values that has no meaning, with what to do instead.
+    """
+
+    ica_template_path: str | None = _help("Directory of a saved template; without one, networks are discovered.", None)
+    ica_components: int = _help("Number of independent components (networks) to discover.", 10)
+    ica_percentile: float = _help("A network holds the neurons whose |loading| exceeds this percentile.", 98.0)
+    ica_component_ids: list[int] | None = _help("Networks that make up the selection; all of them by default.", None)
+    ica_layers: str = _help("Layers to discover in: all, 0-5 (inclusive), 0:4 (end left out), 0:4,9.", "all")
+    ica_site: str = _help("Where activations are read and masked: mlp_intermediate or mlp_output.", "mlp_intermediate")
+    ica_variant: str = _help("temporal (independent over tokens) or spatial (over neurons).", "temporal")
+    ica_standardize: str = _help("center, or zscore: also divide by each neuron's standard deviation.", "center")
+    ica_contrast: str = _help("Contrast function of FastICA: logcosh, cube or exp.", "logcosh")
+    ica_dtype: str = _help("Precision of the accumulation: auto (float32), float32 or float64.", "auto")
+    ica_rank: int = _help("Rank of the streaming sketch; at least ica_components.", 128)
+    ica_max_tokens: int = _help("Number of tokens to read, both halves together.", 50_000)
+    ica_reservoir: int = _help("Largest number of token scores kept for each half.", 16_384)
+    ica_skip_tokens: int = _help("First tokens of every sequence to leave out (attention sinks).", 1)
+    ica_batch_size: int = _help("Sequences per forward pass of the discovery.", 4)
+    ica_max_length: int = _help("Longest sequence of the discovery, in tokens.", 512)
+    ica_seed: int = _help("Seed of the reservoir, of FastICA's start and of random selections.", 0)
+    ica_datasets: list[str] | None = _help("Files or Hub ids to discover on; the training data by default.", None)
+    ica_select: str = _help("networks, or a control: random, activation.", "networks")
+    ica_fraction: float | None = _help("Select this fraction of every layer's neurons, not those over threshold.", None)
+    ica_rank_by: str = _help("With ica_fraction: the highest in the networks, or the lowest (outside them).", "highest")
+    mask_mode: str | None = _help("Zero the selected neurons (lesion) or all others (preserve) in training.", None)
+    mask_eval: bool = _help("Whether evaluation during training runs with the mask on.", True)
+    train_neurons: str = _help("Whose weights may change: auto, selected, unselected or all.", "auto")
+    train_method: str = _help("auto, neuron_delta, lora or full.", "auto")
+    train_other: bool = _help("With full and unselected: whether weights outside the neurons train too.", True)
+    anti_drift_row_param: bool = _help("With a mask and train_neurons=auto: hold the other neurons exactly.", True)
+    anti_drift_apply_to: str = _help("Which weights are held: auto, lora, base or both.", "auto")
+    frozen_guard: bool = _help("Check that no frozen neuron moved at every save and at the end.", True)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                listed = ", ".join("null" if choice is None else choice for choice in choices)
+                raise FNSFTError(f"{name} is {value!r}; it must be one of: {listed}")
+        if isinstance(self.ica_layers, (list, tuple, int)):
+            self.ica_layers = ",".join(map(str, self.ica_layers)) if not isinstance(self.ica_layers, int) else str(
+                self.ica_layers
+            )
+        if isinstance(self.ica_component_ids, int):
+            self.ica_component_ids = [self.ica_component_ids]
+        if isinstance(self.ica_datasets, str):
+            self.ica_datasets = [self.ica_datasets]
+        for name in ("ica_components", "ica_rank", "ica_max_tokens", "ica_reservoir", "ica_batch_size"):
+            self._check(name, int, lambda value: value >= 1, "a whole number of at least 1")
+        self._check("ica_max_length", int, lambda value: value >= 2, "a whole number of at least 2")
+        for name in ("ica_skip_tokens", "ica_seed"):
+            self._check(name, int, lambda value: value >= 0, "a whole number of at least 0")
+        self._check("ica_percentile", (int, float), lambda value: 0 < value < 100, "between 0 and 100")
+        if self.ica_fraction is not None:
+            self._check("ica_fraction", (int, float), lambda value: 0 < value < 1, "between 0 and 1")
+        if self.ica_component_ids is not None and not (
+            isinstance(self.ica_component_ids, (list, tuple))
+            and self.ica_component_ids
+            and all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in self.ica_component_ids)
+        ):
+            raise FNSFTError(
+                f"ica_component_ids is {self.ica_component_ids!r}; it must be a list of network numbers such as "
+                "[0, 3], or null for all networks"
+            )
+        if self.ica_rank < self.ica_components:
+            raise FNSFTError(
+                f"ica_rank is {self.ica_rank}, below ica_components ({self.ica_components}): the sketch must hold at "
+                "least as many directions as there are components"
+            )
+        if self.ica_select != "networks" and self.ica_fraction is None:
+            raise FNSFTError(f"ica_select={self.ica_select} needs ica_fraction: the share of every layer to select")
+        if self.ica_select != "networks" and self.ica_component_ids is not None:
+            raise FNSFTError(f"ica_select={self.ica_select} takes no networks; drop ica_component_ids or ica_select")
+        if self.ica_rank_by == "lowest" and self.ica_fraction is None:
+            raise FNSFTError("ica_rank_by=lowest needs ica_fraction: the share of every layer to select")
+        outcome, reason = COMBINATIONS[self.mask_mode, self.train_neurons]
+        if outcome is None:
+            raise FNSFTError(f"mask_mode={self.mask_mode or 'null'} with train_neurons={self.train_neurons}: {reason}")
+
+    def _check(self, name, kind, valid, expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
+            raise FNSFTError(f"{name} is {value!r}; it must be {expected}")
+
+    def plan(self, *, lora_config: bool) -> TrainingPlan:
+        """Resolve the switches into what is trained and masked.
+
+        Args:
+            lora_config: whether the caller gave a LoraConfig.
+
+        Raises:
+            FNSFTError: the training method contradicts the rest.
+        """
+        method = self.train_method
+        if method == "auto":
+            method = "lora" if lora_config else "neuron_delta"
+        if method != "lora" and lora_config:
+            raise FNSFTError(f"train_method={method} with a LoraConfig: drop peft_config, or use train_method=lora")
+        if method == "lora" and not lora_config:
+            raise FNSFTError("train_method=lora needs a LoraConfig (peft_config, or use_peft on the command line)")
+        if reason := ANTI_DRIFT_ERRORS.get((method, self.anti_drift_apply_to)):
+            raise FNSFTError(f"train_method={method} with anti_drift_apply_to={self.anti_drift_apply_to}: {reason}")
+        train, outcome = COMBINATIONS[self.mask_mode, self.train_neurons]
+        if outcome == "by anti-drift" and not self.anti_drift_row_param:
+            train = "all"
+        return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode)
+
+    def discovery_settings(self) -> dict[str, Any]:
+        """The settings that a template depends on, as they stand in its `config.json`."""
+        kept = ("components", "percentile", "layers", "variant", "standardize", "contrast", "dtype", "rank")
+        kept += ("max_tokens", "reservoir", "skip_tokens", "batch_size", "max_length", "seed")
+        return {f"ica_{name}": getattr(self, f"ica_{name}") for name in kept}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The names of all fields, in order."""
+        return [f.name for f in fields(cls)]

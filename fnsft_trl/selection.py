@@ -1,0 +1,211 @@
+"""NeuronMask and the selectors that make one: networks, and the controls they must be compared with."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import format_ranges, parse_ranges
+from .errors import FNSFTError
+from .template import FunctionalNetworkTemplate
+
+
+SELECTORS = ("networks", "random", "activation")
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronMask:
+    """A set of neurons.
+
+    Masks over the same layers combine with `|`, `&` and `~`; the complement is taken within those layers.
+
+    Attributes:
+        layers (`dict[int, torch.Tensor]`): layer -> bool tensor, shape (neurons of the layer,), `True` for members.
+        site (`str`): the site whose neurons these are.
+    """
+
+    layers: dict[int, torch.Tensor]
+    site: str = "mlp_intermediate"
+
+    def __post_init__(self) -> None:
+        for layer, members in self.layers.items():
+            if members.dtype != torch.bool or members.dim() != 1:
+                raise FNSFTError(
+                    f"layer {layer} of a NeuronMask is {members.dtype} of shape {tuple(members.shape)}; expected a "
+                    "bool tensor of shape (neurons,)"
+                )
+
+    @property
+    def count(self) -> int:
+        """Number of neurons in the set."""
+        return sum(int(members.sum()) for members in self.layers.values())
+
+    @property
+    def fraction(self) -> float:
+        """Share of the neurons of its layers that are in the set, in [0, 1]."""
+        return self.count / sum(len(members) for members in self.layers.values())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over site, layers and members: equal masks have equal hashes."""
+        digest = hashlib.sha256(self.site.encode())
+        for layer, members in sorted(self.layers.items()):
+            digest.update(f"{layer}:{len(members)}:".encode())
+            digest.update(members.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def indices(self, layer: int) -> torch.Tensor:
+        """Numbers of the members in one layer, ascending, shape (members,)."""
+        return self.layers[layer].nonzero().flatten()
+
+    def to_ranges(self) -> dict[str, str]:
+        """The members as text: layer -> `"0-5,9"`; layers without a member are left out."""
+        return {str(i): format_ranges(self.indices(i).tolist()) for i, m in self.layers.items() if m.any()}
+
+    @classmethod
+    def from_ranges(cls, ranges: dict[str, str], widths: dict[int, int], site: str) -> "NeuronMask":
+        """The inverse of `to_ranges`, given the width of every layer.
+
+        Raises:
+            FNSFTError: a layer or a neuron is out of range.
+        """
+        layers = {layer: torch.zeros(width, dtype=torch.bool) for layer, width in widths.items()}
+        for layer, spec in ranges.items():
+            if int(layer) not in layers:
+                raise FNSFTError(f"neurons of layer {layer} are selected, but the layers are {format_ranges(layers)}")
+            layers[int(layer)][parse_ranges(spec, widths[int(layer)], what="neuron")] = True
+        return cls(layers, site)
+
+    def _aligned(self, other: "NeuronMask") -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        shapes, others = ({i: len(m) for i, m in mask.layers.items()} for mask in (self, other))
+        if shapes != others or self.site != other.site:
+            raise FNSFTError(
+                f"masks of different layers, widths or sites do not combine: {self.site} {shapes} and {other.site} "
+                f"{others}"
+            )
+        for layer in self.layers:
+            yield layer, self.layers[layer], other.layers[layer]
+
+    def __or__(self, other: "NeuronMask") -> "NeuronMask":
+        return NeuronMask({layer: a | b for layer, a, b in self._aligned(other)}, self.site)
+
+    def __and__(self, other: "NeuronMask") -> "NeuronMask":
+        return NeuronMask({layer: a & b for layer, a, b in self._aligned(other)}, self.site)
+
+    def __invert__(self) -> "NeuronMask":
+        return NeuronMask({layer: ~members for layer, members in self.layers.items()}, self.site)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NeuronMask) and self.sha256 == other.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __repr__(self) -> str:
+        return f"NeuronMask({self.count} neurons, {self.fraction:.1%} of {len(self.layers)} layers, site={self.site!r})"
+
+
+def select_neurons(
+    template: FunctionalNetworkTemplate,
+    component_ids: Sequence[int] | None = None,
+    *,
+    selector: str = "networks",
+    fraction: float | None = None,
+    per_layer: bool = True,
+    rank: str = "highest",
+    seed: int = 0,
+    like: NeuronMask | None = None,
+) -> NeuronMask:
+    """Select neurons by the networks they belong to, or by a control.
+
+    Without `fraction` and `like`, `"networks"` selects the union of the named networks, by the template's threshold.
+    With one of them, neurons are ranked by their largest |loading| in these networks (`"networks"`), by RMS on the
+    calibration text (`"activation"`), or drawn at random (`"random"`).
+
+    Args:
+        template: the networks.
+        component_ids: numbers of the networks; all of them by default. Only for `"networks"`.
+        selector: `"networks"`, `"random"` or `"activation"`.
+        fraction: share of the neurons to select, in (0, 1).
+        per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
+        rank: `"highest"`, or `"lowest"`: those most outside the networks, or most quiet.
+        seed: of `"random"`.
+        like: take as many neurons of every layer as this mask has, instead of a fraction.
+
+    Returns:
+        A [`NeuronMask`] over the template's layers.
+
+    Raises:
+        FNSFTError: an unknown selector or network, a fraction out of range, or a selection without any neuron.
+    """
+    if selector not in SELECTORS:
+        raise FNSFTError(f"selector {selector!r} is unknown; it must be one of: {', '.join(SELECTORS)}")
+    if rank not in ("highest", "lowest"):
+        raise FNSFTError(f"rank {rank!r} is unknown; it must be highest or lowest")
+    if fraction is not None and not 0 < fraction < 1:
+        raise FNSFTError(f"fraction is {fraction}; it must be between 0 and 1")
+    if fraction is not None and like is not None:
+        raise FNSFTError("fraction and like both say how many neurons to select; give one of them")
+    if selector != "networks" and component_ids is not None:
+        raise FNSFTError(f"selector={selector!r} takes no component_ids; only 'networks' does")
+    count = len(template.components)
+    ids = list(range(count)) if component_ids is None else list(component_ids)
+    unknown = [number for number in ids if not 0 <= number < count]
+    if unknown or not ids:
+        raise FNSFTError(
+            f"the template has no network {', '.join(map(str, unknown)) or '(none was named)'}; it has the networks "
+            f"{format_ranges(range(count))}"
+        )
+
+    if fraction is None and like is None:
+        if selector != "networks":
+            raise FNSFTError(f"selector={selector!r} needs fraction or like: how many neurons to select")
+        members = [template.members(number) for number in ids]
+        mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in template.loadings}, template.site)
+    else:
+        scores = _scores(template, ids, selector, seed)
+        if rank == "lowest":
+            scores = {layer: -values for layer, values in scores.items()}
+        mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
+    if mask.count == 0:
+        raise FNSFTError(
+            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, percentile {template.percentile}); "
+            "lower the percentile or select a fraction"
+        )
+    return mask
+
+
+def _union(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(parts)).any(0)
+
+
+def _scores(template, ids, selector, seed) -> dict[int, torch.Tensor]:
+    if selector == "networks":
+        return {layer: values[ids].abs().amax(0) for layer, values in template.loadings.items()}
+    if selector == "activation":
+        return template.rms
+    random = torch.Generator().manual_seed(seed)
+    return {layer: torch.rand(width, generator=random) for layer, width in template.widths.items()}
+
+
+def _take(scores, fraction, per_layer, like) -> dict[int, torch.Tensor]:
+    """The highest scores: in every layer as many as `like` has or as `fraction` gives, or pooled over layers."""
+    if like is None and not per_layer:
+        pooled = torch.cat(list(scores.values()))
+        chosen = _highest(pooled, max(1, round(fraction * len(pooled))))
+        return dict(zip(scores, chosen.split([len(values) for values in scores.values()]), strict=True))
+    if like is not None:
+        widths = {layer: len(values) for layer, values in scores.items()}
+        if {layer: len(members) for layer, members in like.layers.items()} != widths:
+            raise FNSFTError("the mask given as `like` has other layers or widths than the template")
+        counts = {layer: int(members.sum()) for layer, members in like.layers.items()}
+    else:
+        counts = {layer: max(1, round(fraction * len(values))) for layer, values in scores.items()}
+    return {layer: _highest(values, counts[layer]) for layer, values in scores.items()}
+
+
+def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[values.argsort(descending=True, stable=True)[:count]] = True
+    return chosen

@@ -1,0 +1,259 @@
+"""FunctionalNetworkTemplate: all networks of one model, on disk as config.json, template.safetensors and README.md.
+
+This module does not import torch by itself, so that a template's description can be read without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import FNSFTError
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FORMAT = "fnsft_trl.template"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+TENSOR_FILE = "template.safetensors"
+CARD_FILE = "README.md"
+
+
+@dataclass
+class Component:
+    """What is known of one network.
+
+    Attributes:
+        explained_variance (`float`): share of the activations' variance, in [0, 1].
+        kurtosis (`float`): excess kurtosis of the component.
+        reliability (`float`): |correlation| of its loadings between two disjoint halves of the tokens, in [0, 1].
+        jaccard (`float`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
+        neurons (`int`): number of neurons over the threshold.
+        layers (`dict[int, int]`): number of them in each layer that has any.
+    """
+
+    explained_variance: float
+    kurtosis: float
+    reliability: float
+    jaccard: float
+    neurons: int = 0
+    layers: dict[int, int] | None = None
+
+
+@dataclass
+class FunctionalNetworkTemplate:
+    """All networks of one model with their loadings, provenance and reliability.
+
+    Attributes:
+        base_model (`str`): the model's id or the name of its directory.
+        revision (`str` or `None`): the model's commit on the Hub, when known.
+        architecture (`str`): class name of the model.
+        site (`str`): `"mlp_intermediate"` or `"mlp_output"`.
+        settings (`dict`): every ICA setting that led here.
+        calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
+        percentile (`float`): a network holds the neurons whose |loading| exceeds this percentile, pooled over layers.
+        components (`list[Component]`): one entry per network.
+        loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
+        mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
+            calibration text.
+    """
+
+    base_model: str
+    revision: str | None
+    architecture: str
+    site: str
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+    percentile: float
+    components: list[Component]
+    loadings: dict[int, torch.Tensor]
+    mean: dict[int, torch.Tensor]
+    rms: dict[int, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        for number, component in enumerate(self.components):
+            members = self.members(number)
+            component.layers = {layer: int(m.sum()) for layer, m in members.items() if m.any()}
+            component.neurons = sum(component.layers.values())
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Number of neurons of each layer."""
+        return {layer: values.shape[1] for layer, values in self.loadings.items()}
+
+    def threshold(self, number: int) -> float:
+        """The |loading| that a neuron must exceed to belong to network `number`."""
+        import numpy as np
+
+        pooled = np.concatenate([values[number].abs().numpy() for values in self.loadings.values()])
+        return float(np.percentile(pooled, self.percentile))
+
+    def members(self, number: int) -> dict[int, torch.Tensor]:
+        """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
+        threshold = self.threshold(number)
+        return {layer: values[number].abs() > threshold for layer, values in self.loadings.items()}
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that this template was not made from.
+
+        Raises:
+            FNSFTError: the architecture, a layer or a width differs; the message names the first difference.
+        """
+        from .neurons import find_neuron_sites
+
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        made_from = f"the template was made from {self.base_model} ({self.architecture})"
+        if type(base).__name__ != self.architecture:
+            raise FNSFTError(f"{made_from}, but the model is a {type(base).__name__}; use a template of this model")
+        widths = {site.layer: site.width for site in find_neuron_sites(model, kind=self.site)}
+        for layer, width in self.widths.items():
+            if widths.get(layer) != width:
+                found = f"{widths[layer]} neurons in layer {layer}" if layer in widths else f"no layer {layer}"
+                raise FNSFTError(
+                    f"{made_from}, with {width} neurons in layer {layer}, but the model has {found}; use a template "
+                    "of this model"
+                )
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `config.json`, `template.safetensors` and `README.md`; each file replaces the old one at once."""
+        from safetensors.torch import save
+
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for layer in self.loadings:
+            tensors[f"layers.{layer}.loadings"] = self.loadings[layer].contiguous()
+            tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
+            tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
+        data = save(tensors, metadata={"format": FORMAT, "version": str(FORMAT_VERSION)})
+        _replace(directory / TENSOR_FILE, data)
+        _replace(directory / CONFIG_FILE, (json.dumps(self._config(), indent=2) + "\n").encode())
+        _replace(directory / CARD_FILE, self._card().encode())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> FunctionalNetworkTemplate:
+        """Load a template from a local directory.
+
+        Raises:
+            FNSFTError: the directory holds no template, or one that cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config = read_template_config(directory)
+        path = Path(directory) / TENSOR_FILE
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise FNSFTError(f"{path} cannot be read ({error}); save the template again") from error
+        parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
+        for layer, width in ((int(layer), width) for layer, width in config["widths"].items()):
+            for part, values in parts.items():
+                name = f"layers.{layer}.{part}"
+                shape = (len(config["components"]), width) if part == "loadings" else (width,)
+                if name not in tensors or tuple(tensors[name].shape) != shape:
+                    found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
+                    raise FNSFTError(f"{path}: {name} should have shape {shape}, found {found}; save the template again")
+                values[layer] = tensors[name]
+        known = {"explained_variance", "kurtosis", "reliability", "jaccard"}
+        return cls(
+            components=[Component(**{key: c[key] for key in known}) for c in config["components"]],
+            **{key: config[key] for key in ("base_model", "revision", "architecture", "site", "settings")},
+            **{key: config[key] for key in ("calibration", "percentile")},
+            **parts,
+        )
+
+    def _config(self) -> dict[str, Any]:
+        from . import __version__
+
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fnsft_trl_version": __version__,
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "architecture": self.architecture,
+            "site": self.site,
+            "widths": self.widths,
+            "percentile": self.percentile,
+            "settings": self.settings,
+            "calibration": self.calibration,
+            "components": [asdict(component) for component in self.components],
+        }
+
+    def _card(self) -> str:
+        rows = "\n".join(
+            f"| {i} | {c.neurons} | {len(c.layers)} | {c.explained_variance:.4f} | {c.kurtosis:.1f} | "
+            f"{c.reliability:.2f} |"
+            for i, c in enumerate(self.components)
+        )
+        total = sum(self.widths.values())
+        return f"""---
+library_name: fnsft_trl
+tags:
+- functional-networks
+- fnsft
+---
+
+# Functional networks of {self.base_model}
+
+{len(self.components)} groups of co-activating MLP neurons of `{self.base_model}` ({self.architecture}), found by
+independent component analysis of its activations at `{self.site}`: {total} neurons in {len(self.widths)} layers,
+{self.calibration["tokens"]} tokens of {", ".join(self.calibration["sources"])}.
+
+| network | neurons | layers | explained variance | kurtosis | reliability |
+|---|---|---|---|---|---|
+{rows}
+
+Reliability is the correlation of a network's loadings between two disjoint halves of the tokens. A network whose
+reliability is low is not expected to be found again on other text.
+
+```python
+from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons
+
+template = FunctionalNetworkTemplate.from_pretrained("this directory")
+mask = select_neurons(template, component_ids=[0])
+with lesion(model, mask):
+    ...
+```
+"""
+
+
+def read_template_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """Read and check a template's `config.json`, without torch.
+
+    Raises:
+        FNSFTError: there is no template in the directory, or one that this version cannot read.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise FNSFTError(f"no template at {directory}: {CONFIG_FILE} is missing; make one with `fnsft discover`")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FNSFTError(f"{path} is not valid JSON ({error}); save the template again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise FNSFTError(f"{path} does not describe a template of functional networks (no format {FORMAT!r})")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise FNSFTError(
+            f"{path} has format version {config.get('format_version')!r}, this package reads {FORMAT_VERSION}; "
+            "upgrade fnsft-trl"
+        )
+    required = ("base_model", "revision", "architecture", "site", "widths", "percentile", "settings", "calibration")
+    missing = [key for key in (*required, "components") if key not in config]
+    if missing:
+        raise FNSFTError(f"{path} lacks {', '.join(missing)}; save the template again")
+    return config
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that a reader or an interrupted run sees the old content or the new, never a part."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_bytes(data)
+    os.replace(scratch, path)
