@@ -8,6 +8,8 @@ from typing import Any
 from .errors import FNSFTError
 
 
+DEFAULT_PERCENTILE = 98.0
+
 _CHOICES = {
     "ica_site": ("mlp_intermediate", "mlp_output"),
     "ica_variant": ("temporal", "spatial"),
@@ -130,8 +132,9 @@ class FunctionalNetworkConfig:
             Directory of a saved template. `None`: the networks are discovered before training.
         ica_components (`int`, *optional*, defaults to `10`):
             Number of independent components k to discover.
-        ica_percentile (`float`, *optional*, defaults to `98.0`):
+        ica_percentile (`float`, *optional*):
             A network holds the neurons whose |loading| exceeds this percentile, pooled over layers. In (0, 100).
+            `None`: 98.0 in a discovery; the template's own when one is loaded.
         ica_component_ids (`list[int]`, *optional*):
             The networks that make up the selection. `None`: all networks of the template.
         ica_layers (`str`, *optional*, defaults to `"all"`):
@@ -194,7 +197,7 @@ class FunctionalNetworkConfig:
 
     ica_template_path: str | None = _help("Directory of a saved template; without one, networks are discovered.", None)
     ica_components: int = _help("Number of independent components (networks) to discover.", 10)
-    ica_percentile: float = _help("A network holds the neurons whose |loading| exceeds this percentile.", 98.0)
+    ica_percentile: float | None = _help("A network holds the neurons whose |loading| exceeds it (98.0).", None)
     ica_component_ids: list[int] | None = _help("Networks that make up the selection; all of them by default.", None)
     ica_layers: str = _help("Layers to discover in: all, 0-5 (inclusive), 0:4 (end left out), 0:4,9.", "all")
     ica_site: str = _help("Where activations are read and masked: mlp_intermediate or mlp_output.", "mlp_intermediate")
@@ -228,10 +231,10 @@ class FunctionalNetworkConfig:
             if value not in choices:
                 listed = ", ".join("null" if choice is None else choice for choice in choices)
                 raise FNSFTError(f"{name} is {value!r}; it must be one of: {listed}")
-        if isinstance(self.ica_layers, (list, tuple, int)):
-            self.ica_layers = ",".join(map(str, self.ica_layers)) if not isinstance(self.ica_layers, int) else str(
-                self.ica_layers
-            )
+        if isinstance(self.ica_layers, int):
+            self.ica_layers = [self.ica_layers]
+        if isinstance(self.ica_layers, (list, tuple)):
+            self.ica_layers = ",".join(map(str, self.ica_layers))
         if isinstance(self.ica_component_ids, int):
             self.ica_component_ids = [self.ica_component_ids]
         if isinstance(self.ica_datasets, str):
@@ -241,7 +244,8 @@ class FunctionalNetworkConfig:
         self._check("ica_max_length", int, lambda value: value >= 2, "a whole number of at least 2")
         for name in ("ica_skip_tokens", "ica_seed"):
             self._check(name, int, lambda value: value >= 0, "a whole number of at least 0")
-        self._check("ica_percentile", (int, float), lambda value: 0 < value < 100, "between 0 and 100")
+        if self.ica_percentile is not None:
+            self._check("ica_percentile", (int, float), lambda value: 0 < value < 100, "between 0 and 100")
         if self.ica_fraction is not None:
             self._check("ica_fraction", (int, float), lambda value: 0 < value < 1, "between 0 and 1")
         if self.ica_component_ids is not None and not (
@@ -292,13 +296,18 @@ class FunctionalNetworkConfig:
         if reason := ANTI_DRIFT_ERRORS.get((method, self.anti_drift_apply_to)):
             raise FNSFTError(f"train_method={method} with anti_drift_apply_to={self.anti_drift_apply_to}: {reason}")
         train, outcome = COMBINATIONS[self.mask_mode, self.train_neurons]
+        if not self.train_other and (method, train) != ("full", "unselected"):
+            raise FNSFTError(
+                f"train_other=false has no effect on train_method={method} training the {train} neurons; it is for "
+                "full fine-tuning of the unselected ones"
+            )
         if outcome == "by anti-drift" and not self.anti_drift_row_param:
             train = "all"
         return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode)
 
     def discovery_settings(self) -> dict[str, Any]:
         """The settings that a template depends on, as they stand in its `config.json`."""
-        kept = ("components", "percentile", "layers", "variant", "standardize", "contrast", "dtype", "rank")
+        kept = ("components", "layers", "variant", "standardize", "contrast", "dtype", "rank")
         kept += ("max_tokens", "reservoir", "skip_tokens", "batch_size", "max_length", "seed")
         return {f"ica_{name}": getattr(self, f"ica_{name}") for name in kept}
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .activations import ActivationReader, token_sequences
-from .config import FunctionalNetworkConfig
+from .config import DEFAULT_PERCENTILE, FunctionalNetworkConfig
 from .decomposition import ActivationSketch, NonFiniteActivation, decompose
 from .errors import FNSFTError
 from .neurons import find_neuron_sites
@@ -113,7 +113,7 @@ def discover_networks(
         site=config.ica_site,
         settings=config.discovery_settings(),
         calibration={"sources": list(sources), "tokens": tokens, "sha256": reader.digest.hexdigest()},
-        percentile=config.ica_percentile,
+        percentile=DEFAULT_PERCENTILE if config.ica_percentile is None else config.ica_percentile,
         components=[
             Component(*values)
             for values in zip(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,11 @@ class FunctionalNetworkTemplate:
         """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
         threshold = self.threshold(number)
         return {layer: values[number].abs() > threshold for layer, values in self.loadings.items()}
+
+    def at_percentile(self, percentile: float) -> FunctionalNetworkTemplate:
+        """The same networks with another threshold."""
+        components = [replace(component) for component in self.components]
+        return replace(self, percentile=percentile, components=components)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that this template was not made from.

@@ -1,0 +1,1 @@
+"""Measures of what was learnt and of what was forgotten."""

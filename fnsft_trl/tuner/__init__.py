@@ -1,0 +1,26 @@
+"""Neuron deltas: a PEFT method that trains a small set of neurons and nothing else.
+
+Importing this package adds the method to PEFT's tables, so that `get_peft_model`, `PeftModel.from_pretrained` and all
+that builds on them know it. In a new process, import `fnsft_trl.tuner` (or any of this package's trainers) before
+loading such an adapter.
+"""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from .config import PEFT_TYPE, NeuronTunerConfig
+from .layer import NeuronDeltaLayer
+from .model import NeuronTunerModel
+
+
+# PEFT's own register function insists on an entry of its enum; the tables behind it take any string.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = NeuronTunerConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = NeuronTunerModel
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PEFT_TYPE] = NeuronTunerModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = NeuronTunerModel.prefix
+
+__all__ = ["NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

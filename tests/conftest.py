@@ -1,0 +1,65 @@
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+from helpers import FAMILIES, tiny_model, tiny_rows, tiny_tokenizer
+
+from fnsft_trl import FunctionalNetworkConfig, discover_networks
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return tiny_rows()
+
+
+def _discover(site, tokenizer, rows):
+    config = FunctionalNetworkConfig(
+        ica_components=3,
+        ica_rank=16,
+        ica_max_tokens=400,
+        ica_batch_size=2,
+        ica_max_length=32,
+        ica_percentile=80,
+        ica_site=site,
+    )
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    return {name: discover_networks(tiny_model(name), tokenizer, texts, config) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def templates(tokenizer, rows):
+    """Networks of neurons: family -> template."""
+    return _discover("mlp_intermediate", tokenizer, rows)
+
+
+@pytest.fixture(scope="session")
+def output_templates(tokenizer, rows):
+    """Networks of output channels: family -> template."""
+    return _discover("mlp_output", tokenizer, rows)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer):
+    """A tiny Llama with its tokenizer, on disk."""
+    directory = tmp_path_factory.mktemp("model") / "tiny-llama"
+    tiny_model("llama").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

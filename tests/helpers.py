@@ -1,0 +1,107 @@
+"""Tiny models, a tiny tokenizer and tiny data, all made here from seeds."""
+
+import random
+import string
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from trl import SFTConfig
+
+
+FAMILIES = ("llama", "gpt2", "phi3", "opt")
+VOCABULARY = 120
+
+
+def tiny_model(family: str, *, seed: int = 0) -> torch.nn.Module:
+    """A random model of 3 layers; llama has biases in its MLPs."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **common}
+    if family == "llama":
+        config = tf.LlamaConfig(intermediate_size=40, num_key_value_heads=1, mlp_bias=True, **small)
+        model = tf.LlamaForCausalLM(config)
+    elif family == "gpt2":
+        config = tf.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_inner=40, n_positions=128, **common)
+        model = tf.GPT2LMHeadModel(config)
+    elif family == "phi3":
+        model = tf.Phi3ForCausalLM(tf.Phi3Config(intermediate_size=40, num_key_value_heads=1, **small))
+    elif family == "opt":
+        config = tf.OPTConfig(ffn_dim=40, activation_function="gelu", word_embed_proj_dim=16, max_position_embeddings=128, **small)
+        model = tf.OPTForCausalLM(config)
+    # Dropout would make a resumed run differ by its random numbers; it has its own tests in the libraries.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if family == "opt":
+        for layer in model.model.decoder.layers:
+            layer.dropout = 0.0
+        model.model.decoder.dropout = 0.0
+    with torch.no_grad():  # so that biases count, and activations are not all alike
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif parameter.dim() == 2:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def tiny_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """Byte-pair tokens over letters and common endings, with a chat template."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>", "<unk>"],
+        initial_alphabet=list(string.ascii_letters + string.digits + " .:?\n"),
+        show_progress=False,
+    )
+    core.train_from_iterator([row["prompt"] + row["completion"] for row in tiny_rows()], trainer)
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_rows(count: int = 48, seed: int = 0) -> list[dict]:
+    """Prompts of a few syllables and completions that follow from them."""
+    draw = random.Random(seed)
+    syllables = ["ba", "ko", "ri", "ten", "su", "mo"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(count)]
+    return [{"prompt": f"Say {word}:", "completion": f" {word[::-1]}."} for word in words]
+
+
+def sft_config(directory, **changes) -> SFTConfig:
+    """An SFTConfig for a few quick steps on the CPU."""
+    settings = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "max_length": 32,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return SFTConfig(**{**settings, **changes})
+
+
+def changed_entries(before: dict, after: dict) -> dict[str, torch.Tensor]:
+    """Parameter name -> bool tensor of the entries that differ, for every parameter in which any does."""
+    assert before.keys() == after.keys()
+    return {name: before[name] != after[name] for name in before if not torch.equal(before[name], after[name])}
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a model's weights."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
