@@ -56,7 +56,9 @@ def text_token_ids(text, tokenizer) -> list[int]:
             f"no text in a row with the columns {', '.join(map(repr, text))}; expected text, messages, prompt and "
             "completion, or input_ids"
         )
-    raise FNSFTError(f"a text of type {type(text).__name__} is not understood; expected a string or a list of messages")
+    raise FNSFTError(
+        f"a text of type {type(text).__name__} is not understood; expected a string or a list of messages"
+    )
 
 
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int) -> Iterator[TokenSequence]:

@@ -52,7 +52,7 @@ class FrozenNeuronGuard(TrainerCallback):
         for name, sums in self._checksums():
             moved = (sums != self._sums[name]).nonzero().flatten()
             if len(moved):
-                parameter, positions, what = self._frozen[name]
+                _, positions, what = self._frozen[name]
                 index = int(moved[0]) if positions is None else int(positions[moved[0]])
                 raise FrozenNeuronMoved(
                     f"{len(moved)} frozen {what}s of {name} changed by step {step}, the first is {what} {index}; the "

@@ -92,7 +92,10 @@ class TrainingPlan:
 # `by anti-drift`: held exactly when `anti_drift_row_param` is on; by the forward mask alone when it is off.
 COMBINATIONS: dict[tuple[str | None, str], tuple[str | None, str]] = {
     (None, "auto"): ("selected", "the selected neurons"),
-    (None, "all"): (None, "no mask and every neuron trainable: the networks would change nothing; drop network_config"),
+    (None, "all"): (
+        None,
+        "no mask and every neuron trainable: the networks would change nothing; drop network_config",
+    ),
     (None, "selected"): ("selected", "the selected neurons"),
     (None, "unselected"): ("unselected", "all but the selected neurons"),
     ("lesion", "auto"): ("unselected", "by anti-drift"),
@@ -214,8 +217,12 @@ class FunctionalNetworkConfig:
     ica_seed: int = _help("Seed of the reservoir, of FastICA's start and of random selections.", 0)
     ica_datasets: list[str] | None = _help("Files or Hub ids to discover on; the training data by default.", None)
     ica_select: str = _help("networks, or a control: random, activation.", "networks")
-    ica_fraction: float | None = _help("Select this fraction of every layer's neurons, not those over threshold.", None)
-    ica_rank_by: str = _help("With ica_fraction: the highest in the networks, or the lowest (outside them).", "highest")
+    ica_fraction: float | None = _help(
+        "Select this fraction of every layer's neurons, not those over threshold.", None
+    )
+    ica_rank_by: str = _help(
+        "With ica_fraction: the highest in the networks, or the lowest (outside them).", "highest"
+    )
     mask_mode: str | None = _help("Zero the selected neurons (lesion) or all others (preserve) in training.", None)
     mask_eval: bool = _help("Whether evaluation during training runs with the mask on.", True)
     train_neurons: str = _help("Whose weights may change: auto, selected, unselected or all.", "auto")
@@ -226,6 +233,11 @@ class FunctionalNetworkConfig:
     frozen_guard: bool = _help("Check that no frozen neuron moved at every save and at the end.", True)
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if f.default is None):
+            if getattr(self, name) in ("null", "none", "None"):  # as they are written on a command line
+                setattr(self, name, None)
+        if isinstance(self.ica_component_ids, str):
+            self.ica_component_ids = parse_ranges(self.ica_component_ids, 10**6, what="network")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

@@ -27,9 +27,7 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
     try:
         if path.is_file():
             if path.suffix not in _BUILDERS:
-                raise FNSFTError(
-                    f"the ending of {name_or_path} is not known; expected one of: {', '.join(_BUILDERS)}"
-                )
+                raise FNSFTError(f"the ending of {name_or_path} is not known; expected one of: {', '.join(_BUILDERS)}")
             data = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
         elif path.suffix in _BUILDERS and not path.exists():
             raise FNSFTError(f"the dataset file {name_or_path} does not exist")

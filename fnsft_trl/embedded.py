@@ -61,7 +61,7 @@ def embedded_model() -> Path:
     try:
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF_FILE)
         model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF_FILE, dtype="float32")
-        # The weights are plain float32 by now, but the model still calls itself quantised and would refuse to be saved.
+        # The weights are plain float32 by now, but the model calls itself quantised and would refuse to be saved.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
@@ -103,3 +103,37 @@ def wikipedia_passages(split: str) -> list[str]:
     half = len(titles) // 2
     chosen = {"discovery": titles[:half], "retention": titles[half:]}[split]
     return [passage for title in chosen for passage in sorted(set(articles[title]))]
+
+
+# topic -> the data file its questions come from, and the longest question taken, in characters
+_QUESTIONS = {
+    "health": (("healthsearchqa", "test.jsonl"), 90),
+    "trivia": (("NQ-open", "test.jsonl"), 90),
+    "finance": (("Fiqa", "test.jsonl"), 90),
+    "household": (("PIQA", "validation.jsonl"), 90),
+    "science": (("OpenBookQA", "test.jsonl"), 90),
+    "arithmetic": (("ASDiv", "test.jsonl"), 90),
+}
+
+
+def question_routing(train_rows: int, test_rows: int) -> tuple[list[dict], list[dict]]:
+    """A task that the embedded model has not learnt: name the desk that a real question should be routed to.
+
+    Six desks, as many rows for each (up to one), no question twice.
+
+    Returns:
+        Training and test rows with the strings `prompt` and `completion`.
+    """
+    draw = random.Random(0)
+    pools = []
+    for topic, (parts, longest) in sorted(_QUESTIONS.items()):
+        questions = sorted({" ".join(row["question"].split()) for row in _rows(*parts)})
+        questions = [question for question in questions if 20 <= len(question) <= longest]
+        draw.shuffle(questions)
+        pools.append([{"prompt": f"Question: {question}\nDesk:", "completion": f" {topic}"} for question in questions])
+    mixed = [pool[i] for i in range(min(map(len, pools))) for pool in pools]
+    if len(mixed) < train_rows + test_rows:
+        raise FNSFTError(f"the embedded questions give {len(mixed)} rows, {train_rows + test_rows} were asked for")
+    train, test = mixed[:train_rows], mixed[train_rows : train_rows + test_rows]
+    draw.shuffle(train)
+    return train, test

@@ -200,7 +200,10 @@ def _mlp_of(block_name: str, block: nn.Module, hidden: int) -> tuple[str, list[s
             ups = [
                 other
                 for other, (n_in, n_out) in shapes.items()
-                if other != name and other.startswith(f"{container}.") and n_in == hidden and n_out in (width, 2 * width)
+                if other != name
+                and other.startswith(f"{container}.")
+                and n_in == hidden
+                and n_out in (width, 2 * width)
             ]
             if ups:
                 found[name] = ups
@@ -256,8 +259,8 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
         mlp = _mlp_of(block_name, block, hidden)
         if mlp is None:
             raise FNSFTError(
-                f"no MLP site found in block {block_name} ({type(block).__name__}) of {type(model).__name__}: expected "
-                f"a linear layer into the hidden size ({hidden}) next to one that leads out of it"
+                f"no MLP site found in block {block_name} ({type(block).__name__}) of {type(model).__name__}: "
+                f"expected a linear layer into the hidden size ({hidden}) next to one that leads out of it"
             )
         down, ups = mlp
         width = linear_shape(modules[down])[0 if kind == "mlp_intermediate" else 1]

@@ -103,7 +103,9 @@ class NeuronMask:
         return hash(self.sha256)
 
     def __repr__(self) -> str:
-        return f"NeuronMask({self.count} neurons, {self.fraction:.1%} of {len(self.layers)} layers, site={self.site!r})"
+        return (
+            f"NeuronMask({self.count} neurons, {self.fraction:.1%} of {len(self.layers)} layers, site={self.site!r})"
+        )
 
 
 def select_neurons(
@@ -170,8 +172,8 @@ def select_neurons(
         mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
     if mask.count == 0:
         raise FNSFTError(
-            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, percentile {template.percentile}); "
-            "lower the percentile or select a fraction"
+            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, percentile "
+            f"{template.percentile}); lower the percentile or select a fraction"
         )
     return mask
 

@@ -164,7 +164,9 @@ class FunctionalNetworkTemplate:
                 shape = (len(config["components"]), width) if part == "loadings" else (width,)
                 if name not in tensors or tuple(tensors[name].shape) != shape:
                     found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
-                    raise FNSFTError(f"{path}: {name} should have shape {shape}, found {found}; save the template again")
+                    raise FNSFTError(
+                        f"{path}: {name} should have shape {shape}, found {found}; save the template again"
+                    )
                 values[layer] = tensors[name]
         known = {"explained_variance", "kurtosis", "reliability", "jaccard"}
         return cls(

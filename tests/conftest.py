@@ -10,6 +10,7 @@ import torch
 from helpers import FAMILIES, tiny_model, tiny_rows, tiny_tokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
+from fnsft_trl.neurons import SITES
 
 
 torch.set_num_threads(2)
@@ -45,15 +46,15 @@ def _discover(site, tokenizer, rows):
 
 
 @pytest.fixture(scope="session")
-def templates(tokenizer, rows):
-    """Networks of neurons: family -> template."""
-    return _discover("mlp_intermediate", tokenizer, rows)
+def site_templates(tokenizer, rows):
+    """site -> family -> template."""
+    return {site: _discover(site, tokenizer, rows) for site in SITES}
 
 
 @pytest.fixture(scope="session")
-def output_templates(tokenizer, rows):
-    """Networks of output channels: family -> template."""
-    return _discover("mlp_output", tokenizer, rows)
+def templates(site_templates):
+    """Networks of neurons: family -> template."""
+    return site_templates["mlp_intermediate"]
 
 
 @pytest.fixture(scope="session")

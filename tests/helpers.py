@@ -27,7 +27,9 @@ def tiny_model(family: str, *, seed: int = 0) -> torch.nn.Module:
     elif family == "phi3":
         model = tf.Phi3ForCausalLM(tf.Phi3Config(intermediate_size=40, num_key_value_heads=1, **small))
     elif family == "opt":
-        config = tf.OPTConfig(ffn_dim=40, activation_function="gelu", word_embed_proj_dim=16, max_position_embeddings=128, **small)
+        config = tf.OPTConfig(
+            ffn_dim=40, activation_function="gelu", word_embed_proj_dim=16, max_position_embeddings=128, **small
+        )
         model = tf.OPTForCausalLM(config)
     # Dropout would make a resumed run differ by its random numbers; it has its own tests in the libraries.
     for module in model.modules():

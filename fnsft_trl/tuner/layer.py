@@ -84,7 +84,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             delta, positions = self.neuron_delta_weight[name], self.positions[name]
             x_delta = self._cast_input_dtype(x, delta.dtype)
             if self.slices[name]["weight"].side == "output":
-                bias = self.neuron_delta_bias[name] if name in self.neuron_delta_bias else None
+                bias = self.neuron_delta_bias.get(name, None)
                 change = nn.functional.linear(x_delta, delta, bias)  # (..., positions)
                 result = result.index_add(-1, positions, change.to(result.dtype))
             else:
@@ -115,8 +115,8 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             base = self.get_base_layer()
             if not base.weight.is_floating_point():
                 raise FNSFTError(
-                    f"neuron deltas cannot be merged into a {type(base).__name__}: a quantised weight shares its scale "
-                    "with its neighbours; load the base model unquantised, then merge"
+                    f"neuron deltas cannot be merged into a {type(base).__name__}: a quantised weight shares its "
+                    "scale with its neighbours; load the base model unquantised, then merge"
                 )
             originals, merged = {}, {}
             for parameter, dim, delta in self._deltas(name):

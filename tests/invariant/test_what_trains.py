@@ -48,8 +48,8 @@ def changed_neurons(model, before, after, site) -> tuple[NeuronMask, set[str]]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("site", ["mlp_intermediate", "mlp_output"])
-def test_selected_neurons_train_and_nothing_else(family, method, site, templates, output_templates, rows, tokenizer, tmp_path):
-    template = (templates if site == "mlp_intermediate" else output_templates)[family]
+def test_selected_train_and_nothing_else(family, method, site, site_templates, rows, tokenizer, tmp_path):
+    template = site_templates[site][family]
     trainer, before, after = train(
         family, method, template, rows, tokenizer, tmp_path, ica_component_ids=[0], ica_site=site
     )

@@ -1,0 +1,52 @@
+"""The `fnsft` command: one module per verb, imported only when it is called."""
+
+import difflib
+import sys
+from importlib import import_module
+
+from .. import __version__
+from ..errors import FNSFTError
+
+
+VERBS = {
+    "train": "fine-tune with functional networks (the default when the first argument is an option)",
+    "discover": "find the functional networks of a model and save them as a template",
+    "inspect": "show what a template holds",
+    "demo": "the whole way on the embedded model, in minutes",
+}
+
+
+def _help() -> str:
+    lines = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    return (
+        "usage: fnsft VERB [options]\n\nFunctional networks of language models: find them, mask them, fine-tune only "
+        f"them.\n\nverbs:\n{lines}\n\n`fnsft VERB --help` shows the options of a verb."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, or 2 after a message of one line about what was asked."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        print(f"fnsft-trl {__version__}")
+        return 0
+    verb, rest = ("train", argv) if argv[0].startswith("--") else (argv[0], argv[1:])
+    return run_verb(verb, rest)
+
+
+def run_verb(verb: str, argv: list[str]) -> int:
+    """Run a verb with its arguments; an [`FNSFTError`] becomes one line on standard error and status 2."""
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FNSFTError(f"there is no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
+        import_module(f".{verb}", __package__).main(argv)
+    except FNSFTError as error:
+        message = " ".join(str(error).split())
+        print(f"fnsft {verb}: error: {message}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,25 @@
+"""Loading a model by name, with errors that say what to do."""
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..embedded import resolve_model
+from ..errors import FNSFTError
+
+
+def load_model_and_tokenizer(name_or_path: str, dtype: str = "float32"):
+    """Load a causal language model and its tokenizer.
+
+    Raises:
+        FNSFTError: it is not found, or is not a causal language model.
+    """
+    path = resolve_model(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FNSFTError(
+            f"the model {name_or_path!r} cannot be loaded ({reason}); give a directory with a causal language model "
+            "and its tokenizer, a Hub id, or `embedded`"
+        ) from error
+    return model, tokenizer

@@ -1,0 +1,156 @@
+"""fnsft train: TRL's SFT with a FunctionalNetworkConfig. Also `python -m fnsft_trl.cli.train` under accelerate."""
+
+import difflib
+import re
+import sys
+from dataclasses import fields
+
+import yaml
+
+from ..config import FunctionalNetworkConfig
+from ..errors import FNSFTError
+from . import run_verb
+from .arguments import check_writable
+
+
+def main(argv: list[str]) -> None:
+    from datasets import DatasetDict
+    from transformers.utils import logging
+    from trl import (
+        DatasetMixtureConfig,
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+        TrlParser,
+        get_dataset,
+        get_peft_config,
+        get_quantization_config,
+    )
+
+    from ..data import check_rows, load_data
+    from ..embedded import resolve_model
+    from ..trainer import FNSFTTrainer
+
+    logger = logging.get_logger("fnsft_trl")
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> None:
+            raise FNSFTError(f"{message} (see --help)")
+
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FunctionalNetworkConfig)
+    known = [f.name for kind in kinds for f in fields(kind)]
+    argv, settings = _normalise(argv, known)
+    parser = Parser(kinds, prog="fnsft train", allow_abbrev=False)
+    parser.set_defaults_with_config(**settings)
+    try:
+        script_args, training_args, model_args, mixture, network_config = parser.parse_args_into_dataclasses(args=argv)
+    except FNSFTError:
+        raise
+    except (ValueError, TypeError) as error:  # what TRL and transformers say of their own fields
+        raise FNSFTError(" ".join(str(error).split())) from error
+    given = {name.removeprefix("no_") for name in _flags(argv)} | {k for k, v in settings.items() if v is not None}
+    if not given & set(FunctionalNetworkConfig.field_names()):
+        logger.warning("no option of functional networks was given: this is plain supervised fine-tuning")
+        network_config = None
+    if model_args.model_name_or_path is None:
+        raise FNSFTError("model_name_or_path is missing; give a Hub id, a directory, or `embedded`")
+    peft_config = get_peft_config(model_args)
+    if network_config is not None:
+        network_config.plan(lora_config=peft_config is not None)
+    check_writable(training_args.output_dir)
+
+    if mixture.datasets:
+        dataset = get_dataset(mixture)
+    elif script_args.dataset_name:
+        dataset = load_data(script_args.dataset_name, config_name=script_args.dataset_config)
+    else:
+        raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+    if not isinstance(dataset, DatasetDict):
+        raise FNSFTError("the dataset has no splits; expected at least a train split")
+    wanted = {"train": script_args.dataset_train_split}
+    if str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+        wanted["test"] = script_args.dataset_test_split
+    for use, split in wanted.items():
+        if split not in dataset:
+            raise FNSFTError(
+                f"the dataset has no split {split!r}; it has {', '.join(dataset)}; set dataset_{use}_split"
+                + (" or eval_strategy: 'no'" if use == "test" else "")
+            )
+        check_rows(dataset[split], f"split {split!r}")
+
+    name = resolve_model(model_args.model_name_or_path)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = FNSFTTrainer(
+        model=name,
+        args=training_args,
+        train_dataset=dataset[wanted["train"]],
+        eval_dataset=dataset[wanted["test"]] if "test" in wanted else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+        network_config=network_config,
+    )
+    if trainer.network_config is not None:
+        logger.warning(
+            f"selected {trainer.neuron_mask}; trainable: {trainer.trainable_neurons.count} neurons, method "
+            f"{trainer.plan.method}, mask {trainer.plan.mask_mode or 'off'}"
+        )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.print(f"Model saved to: {training_args.output_dir}")
+
+
+def _flags(argv: list[str]) -> list[str]:
+    return [token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
+
+
+def _normalise(argv: list[str], known: list[str]) -> tuple[list[str], dict]:
+    """Take the YAML file out of the arguments, check every name, and write lists as argparse reads them."""
+    arguments: list[str] = []
+    settings: dict = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--config" or token.startswith("--config="):
+            path = token.partition("=")[2] or next(tokens, None)
+            settings = _read_yaml(path, known)
+        elif match := re.fullmatch(r"\[(.*)\]", token):
+            arguments += [item.strip() for item in match[1].split(",") if item.strip()]
+        elif match := re.fullmatch(r"(--\w+)=\[(.*)\]", token):
+            arguments += [match[1], *(item.strip() for item in match[2].split(",") if item.strip())]
+        else:
+            arguments.append(token)
+    for name in _flags(arguments):
+        if name != "help" and name.removeprefix("no_") not in known and name not in known:
+            raise FNSFTError(f"there is no option --{name}{_nearest(name, known)}")
+    return arguments, settings
+
+
+def _read_yaml(path: str | None, known: list[str]) -> dict:
+    try:
+        with open(path or "", encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except OSError as error:
+        raise FNSFTError(f"the config file {path!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise FNSFTError(f"the config file {path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise FNSFTError(f"the config file {path} must hold a mapping of option names to values")
+    for name in settings:
+        if name not in known:
+            raise FNSFTError(f"{path}: there is no option {name!r}{_nearest(str(name), known)}")
+    return settings
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("train", sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Check in a fresh process that saved adapters reload: the same logits, bit for bit.
+
+    python -m fnsft_trl.evaluation.reload MODEL FILE ADAPTER...
+
+FILE is a safetensors file with `input_ids` and, for each adapter directory, the expected logits under its name.
+Prints a JSON object: adapter name -> largest absolute difference.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import FNSFTError
+
+
+_FILE = "reload_check.safetensors"
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits after the last token of each sequence, float32 on the CPU, shape (sequences, vocabulary)."""
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False).logits[:, -1]
+    model.train(was_training)
+    return logits.float().cpu().contiguous()
+
+
+def check_reload(
+    model_path: str, adapters: Mapping[str, Path], input_ids: torch.Tensor, expected: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Load every adapter in one fresh process and compare its logits with the expected ones.
+
+    Args:
+        model_path: directory or id of the base model.
+        adapters: name -> directory of a saved PEFT adapter; all in one parent directory.
+        input_ids: shape (sequences, positions).
+        expected: name -> logits as [`last_logits`] gave them.
+
+    Returns:
+        name -> largest absolute difference.
+
+    Raises:
+        FNSFTError: an adapter does not load.
+    """
+    file = next(iter(adapters.values())).parent / _FILE
+    save_file({"input_ids": input_ids, **expected}, file)
+    command = [sys.executable, "-m", __spec__.name, model_path, str(file)]
+    done = subprocess.run(
+        [*command, *(f"{name}={path}" for name, path in adapters.items())], capture_output=True, text=True, check=False
+    )
+    file.unlink()
+    if done.returncode != 0:
+        raise FNSFTError(f"a saved adapter does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _main(model_path: str, file: str, *adapters: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from .. import tuner  # noqa: F401 (adds neuron deltas to PEFT's tables)
+
+    tensors = load_file(file)
+    differences = {}
+    for adapter in adapters:
+        name, _, path = adapter.partition("=")
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32")
+        model = PeftModel.from_pretrained(model, path)
+        differences[name] = float((last_logits(model, tensors["input_ids"]) - tensors[name]).abs().max())
+    sys.stdout.write(json.dumps(differences) + "\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
