@@ -226,7 +226,13 @@ def _hidden_size(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     if config is None:
         raise FNSFTError(f"{type(model).__name__} has no config; a transformers model was expected")
-    return config.get_text_config().hidden_size
+    hidden = getattr(config.get_text_config(), "hidden_size", None)
+    if hidden is None:
+        raise FNSFTError(
+            f"no MLP site found in {type(model).__name__}: its config has no hidden_size; a transformer with MLP "
+            "layers was expected"
+        )
+    return hidden
 
 
 def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layers="all") -> list[NeuronSite]:

@@ -136,7 +136,8 @@ class FunctionalNetworkTemplate:
             tensors[f"layers.{layer}.loadings"] = self.loadings[layer].contiguous()
             tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
             tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
-        data = save(tensors, metadata={"format": FORMAT, "version": str(FORMAT_VERSION)})
+        # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
+        data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
         _replace(directory / TENSOR_FILE, data)
         _replace(directory / CONFIG_FILE, (json.dumps(self._config(), indent=2) + "\n").encode())
         _replace(directory / CARD_FILE, self._card().encode())

@@ -35,7 +35,7 @@ def _discover(site, tokenizer, rows):
     config = FunctionalNetworkConfig(
         ica_components=3,
         ica_rank=16,
-        ica_max_tokens=400,
+        ica_max_tokens=250,
         ica_batch_size=2,
         ica_max_length=32,
         ica_percentile=80,

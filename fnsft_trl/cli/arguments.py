@@ -4,12 +4,11 @@ import argparse
 import os
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
 from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
-
-
-_TYPES = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -27,9 +26,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, names: list[str]) -> N
     by_name = {f.name: f for f in fields(FunctionalNetworkConfig)}
     for name in names:
         field = by_name[name]
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        (kind,) = {*(get_args(field.type) or (field.type,))} - {NoneType}
         parser.add_argument(
-            f"--{name}", type=_TYPES[kind], default=field.default, help=field.metadata["help"], metavar="VALUE"
+            f"--{name}", type=kind, default=field.default, help=field.metadata["help"], metavar="VALUE"
         )
 
 

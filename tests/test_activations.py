@@ -1,0 +1,90 @@
+import pytest
+import torch
+from helpers import tiny_model
+
+from fnsft_trl import FNSFTError, find_neuron_sites
+from fnsft_trl.activations import ActivationReader, TokenSequence, text_token_ids, token_sequences
+
+
+def read_all(
+    model, sequences, *, kind="mlp_intermediate", special=(), skip=1, max_tokens=1000, batch_size=2, length=16
+):
+    reader = ActivationReader(
+        model,
+        find_neuron_sites(model, kind=kind),
+        batch_size=2,
+        max_length=16,
+        skip_tokens=1,
+        special_ids=special,
+    )
+    blocks = [(rows.clone(), index) for rows, index in reader.read(sequences, max_tokens=max_tokens)]
+    return torch.cat([rows for rows, _ in blocks]), torch.cat([index for _, index in blocks]), reader
+
+
+def reference(model, ids, kind):
+    """Activations of one unpadded sequence, all layers side by side."""
+    parts = []
+    hooks = []
+    for site in find_neuron_sites(model, kind=kind):
+        if kind == "mlp_output":
+            hooks.append(site.down.register_forward_hook(lambda m, a, o: parts.append(o.flatten(0, -2))))
+        else:
+            hooks.append(site.down.register_forward_pre_hook(lambda m, a: parts.append(a[0].flatten(0, -2))))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["mlp_intermediate", "mlp_output"])
+def test_rows_are_the_activations_of_kept_tokens(family, kind):
+    model = tiny_model(family)
+    sequences = [TokenSequence([5, 6, 7, 8, 9], 0), TokenSequence([10, 11, 12], 1), TokenSequence([20, 2, 21, 22], 2)]
+    rows, index, _ = read_all(model, sequences, kind=kind, special=[2])
+    for sequence in sequences:
+        kept = [i for i, token in enumerate(sequence.ids) if i >= 1 and token != 2]
+        expected = reference(model, sequence.ids, kind)[kept]
+        assert torch.allclose(rows[index == sequence.text_index], expected, atol=1e-5)
+
+
+def test_reading_stops_at_exactly_max_tokens_and_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+    sequences = [TokenSequence(list(range(5, 15)), i) for i in range(6)]
+    rows, index, _ = read_all(model, sequences, max_tokens=23)
+    assert len(rows) == len(index) == 23
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_digest_follows_the_tokens():
+    model = tiny_model("llama")
+    one, two = ([TokenSequence([5, 6, 7, last], 0)] for last in (8, 9))
+    digests = [read_all(model, sequences)[2].digest.hexdigest() for sequences in (one, one, two)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_texts_of_every_form_give_tokens(tokenizer):
+    plain = tokenizer("Say bako: okab.")["input_ids"]
+    messages = [{"role": "user", "content": "bako"}, {"role": "assistant", "content": "okab"}]
+    chat = tokenizer("user: bako<eos>assistant: okab<eos>")["input_ids"]
+    assert text_token_ids("Say bako: okab.", tokenizer) == plain
+    assert text_token_ids({"text": "Say bako: okab."}, tokenizer) == plain
+    assert text_token_ids({"prompt": "Say bako:", "completion": " okab."}, tokenizer) == plain
+    assert text_token_ids({"input_ids": plain}, tokenizer) == plain
+    assert text_token_ids(messages, tokenizer) == chat
+    assert text_token_ids({"messages": messages}, tokenizer) == chat
+    assert text_token_ids({"prompt": messages[:1], "completion": messages[1:]}, tokenizer) == chat
+    with pytest.raises(FNSFTError, match="'question'"):
+        text_token_ids({"question": "bako"}, tokenizer)
+    with pytest.raises(FNSFTError, match="type int"):
+        text_token_ids(3, tokenizer)
+
+
+def test_long_texts_are_cut_into_sequences_that_lose_nothing(tokenizer):
+    text = "Say bakoritensumo: " * 5
+    ids = tokenizer(text)["input_ids"]
+    sequences = list(token_sequences([text, "ba"], tokenizer, max_length=7))
+    assert [token for s in sequences if s.text_index == 0 for token in s.ids] == ids
+    assert max(len(s.ids) for s in sequences) == 7
+    assert sequences[-1].text_index == 1

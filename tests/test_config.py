@@ -1,0 +1,120 @@
+import itertools
+
+import pytest
+
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig
+from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, format_ranges, parse_ranges
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("0-5", [0, 1, 2, 3, 4, 5]),
+        ("0:4,9", [0, 1, 2, 3, 9]),
+        ("[0, 2, 4]", [0, 2, 4]),
+        ([4, 2, 0, 2], [0, 2, 4]),
+        (7, [7]),
+        ("8:", [8, 9]),
+        (" 1 - 2 , 5", [1, 2, 5]),
+    ],
+)
+def test_parse_ranges_reads_every_documented_form(spec, expected):
+    assert parse_ranges(spec, 10) == expected
+
+
+@pytest.mark.parametrize("spec", ["10", "0-10", "5-3", "x", "", "[]", "-1", "2:2", "1.5", [11]])
+def test_parse_ranges_refuses_what_is_out_of_range_or_not_understood(spec):
+    with pytest.raises(FNSFTError, match="layer specification"):
+        parse_ranges(spec, 10)
+
+
+def test_format_ranges_is_the_inverse_of_parse_ranges():
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(8), n) for n in range(1, 9)):
+        assert parse_ranges(format_ranges(chosen), 8) == list(chosen)
+
+
+def test_every_combination_of_switches_has_an_outcome():
+    for mask_mode, train_neurons in itertools.product(
+        (None, "lesion", "preserve"), ("auto", "all", "selected", "unselected")
+    ):
+        outcome, reason = COMBINATIONS[mask_mode, train_neurons]
+        if outcome is None:
+            with pytest.raises(FNSFTError, match=reason[:20]):
+                FunctionalNetworkConfig(mask_mode=mask_mode, train_neurons=train_neurons)
+        else:
+            config = FunctionalNetworkConfig(mask_mode=mask_mode, train_neurons=train_neurons)
+            assert config.plan(lora_config=False).train == outcome
+
+
+@pytest.mark.parametrize(("mask_mode", "held"), [("lesion", "unselected"), ("preserve", "selected")])
+def test_auto_is_held_exactly_unless_anti_drift_is_off(mask_mode, held):
+    assert FunctionalNetworkConfig(mask_mode=mask_mode).plan(lora_config=True).train == held
+    loose = FunctionalNetworkConfig(mask_mode=mask_mode, anti_drift_row_param=False)
+    assert loose.plan(lora_config=True).train == "all"
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+@pytest.mark.parametrize("apply_to", ["auto", "lora", "base", "both"])
+def test_anti_drift_applies_to_what_trains(method, apply_to):
+    config = FunctionalNetworkConfig(train_method=method, anti_drift_apply_to=apply_to)
+    if (method, apply_to) in ANTI_DRIFT_ERRORS:
+        with pytest.raises(FNSFTError, match="anti_drift_apply_to"):
+            config.plan(lora_config=method == "lora")
+    else:
+        assert config.plan(lora_config=method == "lora").method == method
+
+
+def test_method_follows_from_the_peft_config():
+    assert FunctionalNetworkConfig().plan(lora_config=True).method == "lora"
+    assert FunctionalNetworkConfig().plan(lora_config=False).method == "neuron_delta"
+    with pytest.raises(FNSFTError, match="needs a LoraConfig"):
+        FunctionalNetworkConfig(train_method="lora").plan(lora_config=False)
+    with pytest.raises(FNSFTError, match="drop peft_config"):
+        FunctionalNetworkConfig(train_method="full").plan(lora_config=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ica_components": 0},
+        {"ica_components": True},
+        {"ica_components": 2.5},
+        {"ica_percentile": 100},
+        {"ica_fraction": 0},
+        {"ica_fraction": 1.0},
+        {"ica_component_ids": []},
+        {"ica_component_ids": [-1]},
+        {"ica_component_ids": ["a"]},
+        {"ica_rank": 5},
+        {"ica_site": "mlp"},
+        {"ica_select": "random"},
+        {"ica_rank_by": "lowest"},
+        {"ica_select": "random", "ica_fraction": 0.1, "ica_component_ids": [0]},
+        {"mask_mode": "lesions"},
+        {"train_neurons": "none"},
+        {"ica_max_length": 1},
+    ],
+)
+def test_values_without_a_meaning_are_refused_by_name(changes):
+    with pytest.raises(FNSFTError, match=next(iter(changes))):
+        FunctionalNetworkConfig(**changes)
+
+
+def test_train_other_is_refused_where_it_would_do_nothing():
+    with pytest.raises(FNSFTError, match="train_other"):
+        FunctionalNetworkConfig(train_other=False).plan(lora_config=False)
+    config = FunctionalNetworkConfig(train_other=False, train_method="full", train_neurons="unselected")
+    assert config.plan(lora_config=False).train == "unselected"
+
+
+def test_values_may_be_written_as_on_a_command_line():
+    config = FunctionalNetworkConfig(mask_mode="null", ica_component_ids="[0,1,2]", ica_layers=[0, 2, 4])
+    assert (config.mask_mode, config.ica_component_ids, config.ica_layers) == (None, [0, 1, 2], "0,2,4")
+
+
+def test_every_field_is_documented():
+    documentation = FunctionalNetworkConfig.__doc__
+    for name in FunctionalNetworkConfig.field_names():
+        assert f"        {name} (`" in documentation
+        assert FunctionalNetworkConfig.__dataclass_fields__[name].metadata["help"]

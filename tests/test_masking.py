@@ -1,0 +1,143 @@
+import copy
+
+import pytest
+import torch
+from helpers import VOCABULARY, tiny_model
+from peft import LoraConfig, get_peft_model
+
+from fnsft_trl import FNSFTError, NeuronMask, find_neuron_sites, lesion, preserve
+from fnsft_trl.neurons import SITES
+
+
+def random_mask(model, kind, share=0.4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sites = find_neuron_sites(model, kind=kind)
+    return NeuronMask({site.layer: torch.rand(site.width, generator=generator) < share for site in sites}, kind)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@torch.no_grad()
+def zeroed(model, mask):
+    """A copy in which the neurons' outgoing weights are zero."""
+    model = copy.deepcopy(model)
+    for site in find_neuron_sites(model, kind=mask.site):
+        for part in site.layout.slices:
+            if part.side == "input" or mask.site == "mlp_output":
+                parameter = getattr(model.get_submodule(part.module_name), part.parameter)
+                parameter.index_fill_(part.dim, mask.indices(site.layer), 0)
+    return model
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_lesion_is_preserve_of_the_rest_is_zeroed_weights(family, kind, ids):
+    model = tiny_model(family)
+    mask = random_mask(model, kind)
+    plain = logits(model, ids)
+    with lesion(model, mask):
+        lesioned = logits(model, ids)
+    with preserve(model, ~mask):
+        assert torch.equal(logits(model, ids), lesioned)
+    assert torch.allclose(logits(zeroed(model, mask), ids), lesioned, atol=1e-6)
+    assert not torch.allclose(plain, lesioned, atol=1e-3)
+    assert torch.equal(logits(model, ids), plain)
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_a_mask_that_silences_nothing_changes_nothing(family, kind, ids):
+    model = tiny_model(family)
+    everything = random_mask(model, kind) | ~random_mask(model, kind)
+    plain = logits(model, ids)
+    with preserve(model, everything):
+        assert torch.equal(logits(model, ids), plain)
+
+
+def test_handle_switches_without_touching_the_hooks(ids):
+    model = tiny_model("llama")
+    plain = logits(model, ids)
+    handle = lesion(model, random_mask(model, "mlp_intermediate"))
+    masked = logits(model, ids)
+    handle.disable()
+    assert torch.equal(logits(model, ids), plain)
+    handle.enable()
+    assert torch.equal(logits(model, ids), masked)
+    handle.remove()
+    assert torch.equal(logits(model, ids), plain)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_lesion_covers_the_adapter_too(ids):
+    model = tiny_model("llama")
+    targets = {name for site in find_neuron_sites(model) for name in site.layout.modules()}
+    wrapped = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
+    mask = random_mask(wrapped, "mlp_intermediate")
+    with lesion(wrapped, mask):
+        masked = logits(wrapped, ids)
+    merged = wrapped.merge_and_unload()
+    assert torch.allclose(logits(zeroed(merged, mask), ids), masked, atol=1e-5)
+
+
+def test_lesioned_neurons_get_no_gradient():
+    model = tiny_model("llama").train()
+    mask = random_mask(model, "mlp_intermediate")
+    with lesion(model, mask):
+        batch = torch.randint(3, VOCABULARY, (2, 9))
+        model(batch, labels=batch).loss.backward()
+    for site in find_neuron_sites(model):
+        for part in site.layout.slices:
+            gradient = getattr(model.get_submodule(part.module_name), part.parameter).grad
+            gone = part.indices(mask.indices(site.layer))
+            kept = part.indices((~mask).indices(site.layer))
+            assert not gradient.index_select(part.dim, gone).any()
+            assert gradient.index_select(part.dim, kept).any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    batch = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with lesion(model, random_mask(model, "mlp_intermediate")):
+            model(batch, labels=batch).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_generation_runs_masked():
+    model = tiny_model("llama")
+    prompt = torch.tensor([[5, 6, 7]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = random_mask(model, "mlp_intermediate", share=0.7)
+    expected = zeroed(model, mask).generate(prompt, **settings)
+    with lesion(model, mask):
+        assert torch.equal(model.generate(prompt, **settings), expected)
+    assert not torch.equal(model.generate(prompt, **settings), expected)
+
+
+def test_a_mask_of_another_model_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(FNSFTError, match="39 neurons in layer 0, the model 40"):
+        lesion(model, NeuronMask({0: torch.ones(39, dtype=torch.bool)}))
+    with pytest.raises(FNSFTError, match="no such layer"):
+        lesion(model, NeuronMask({5: torch.ones(40, dtype=torch.bool)}))
+
+
+def test_layers_that_the_mask_does_not_cover_are_untouched(ids):
+    model = tiny_model("llama")
+    with preserve(model, NeuronMask({1: torch.zeros(40, dtype=torch.bool)})) as handle:
+        one_layer = logits(model, ids)
+        assert handle.silenced.count == 40
+    with lesion(model, NeuronMask({1: torch.ones(40, dtype=torch.bool)})):
+        assert torch.equal(logits(model, ids), one_layer)

@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from fnsft_trl import FNSFTError, NeuronMask, select_neurons
+
+
+def mask(*layers):
+    return NeuronMask({i: torch.tensor(members, dtype=torch.bool) for i, members in enumerate(layers)})
+
+
+def test_set_operations():
+    a, b = mask([1, 1, 0, 0], [0, 0, 0, 1]), mask([1, 0, 1, 0], [0, 0, 0, 1])
+    assert a | b == mask([1, 1, 1, 0], [0, 0, 0, 1])
+    assert a & b == mask([1, 0, 0, 0], [0, 0, 0, 1])
+    assert ~a == mask([0, 0, 1, 1], [1, 1, 1, 0])
+    assert (a.count, a.fraction) == (3, 3 / 8)
+    assert a != b
+    assert a.sha256 != b.sha256
+    assert {a, mask([1, 1, 0, 0], [0, 0, 0, 1])} == {a}
+
+
+def test_masks_of_other_shapes_or_sites_do_not_combine():
+    with pytest.raises(FNSFTError, match="do not combine"):
+        mask([1, 0]) | mask([1, 0, 0])
+    with pytest.raises(FNSFTError, match="do not combine"):
+        mask([1, 0]) & NeuronMask({0: torch.ones(2, dtype=torch.bool)}, "mlp_output")
+    with pytest.raises(FNSFTError, match="bool tensor"):
+        NeuronMask({0: torch.ones(2)})
+
+
+def test_ranges_give_the_mask_back():
+    original = mask([1, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1])
+    assert original.to_ranges() == {"0": "0-2,4", "2": "4"}
+    assert NeuronMask.from_ranges(original.to_ranges(), {0: 5, 1: 5, 2: 5}, original.site) == original
+    with pytest.raises(FNSFTError, match="layer 7"):
+        NeuronMask.from_ranges({"7": "0"}, {0: 5}, original.site)
+    with pytest.raises(FNSFTError, match="neuron specification"):
+        NeuronMask.from_ranges({"0": "5"}, {0: 5}, original.site)
+
+
+def test_networks_are_the_union_of_their_members(templates):
+    template = templates["llama"]
+    both = select_neurons(template, [0, 2])
+    assert both == select_neurons(template, [0]) | select_neurons(template, [2])
+    assert select_neurons(template) == both | select_neurons(template, [1])
+
+
+def test_fraction_takes_the_highest_or_lowest_of_every_layer(templates):
+    template = templates["llama"]
+    high = select_neurons(template, [0, 1], fraction=0.1)
+    low = select_neurons(template, [0, 1], fraction=0.1, rank="lowest")
+    for layer, loadings in template.loadings.items():
+        scores = loadings[[0, 1]].abs().amax(0)
+        assert high.layers[layer].sum() == low.layers[layer].sum() == 4
+        assert scores[high.layers[layer]].min() >= scores[~high.layers[layer]].max()
+        assert scores[low.layers[layer]].max() <= scores[~low.layers[layer]].min()
+
+
+def test_pooled_fraction_ranks_over_all_layers(templates):
+    template = templates["llama"]
+    pooled = select_neurons(template, fraction=0.1, per_layer=False)
+    assert pooled.count == 12
+    scores = torch.cat([values.abs().amax(0) for values in template.loadings.values()])
+    members = torch.cat(list(pooled.layers.values()))
+    assert scores[members].min() >= scores[~members].max()
+
+
+def test_controls_match_the_number_in_every_layer(templates):
+    template = templates["llama"]
+    networks = select_neurons(template, [0])
+    for selector in ("random", "activation"):
+        control = select_neurons(template, selector=selector, like=networks)
+        assert {i: int(m.sum()) for i, m in control.layers.items()} == {
+            i: int(m.sum()) for i, m in networks.layers.items()
+        }
+        assert control != networks
+
+
+def test_activation_ranks_by_rms(templates):
+    template = templates["llama"]
+    loud = select_neurons(template, selector="activation", fraction=0.25)
+    quiet = select_neurons(template, selector="activation", fraction=0.25, rank="lowest")
+    assert (loud & quiet).count == 0
+    for layer, rms in template.rms.items():
+        assert rms[loud.layers[layer]].min() >= rms[~loud.layers[layer]].max()
+        assert rms[quiet.layers[layer]].max() <= rms[~quiet.layers[layer]].min()
+
+
+def test_random_follows_its_seed(templates):
+    one, same, other = (
+        select_neurons(templates["llama"], selector="random", fraction=0.3, seed=seed) for seed in (0, 0, 1)
+    )
+    assert one == same != other
+
+
+def test_an_unknown_network_lists_those_there_are(templates):
+    with pytest.raises(FNSFTError, match=r"no network 3, 7; it has the networks 0-2"):
+        select_neurons(templates["llama"], [0, 3, 7])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"selector": "loudest", "fraction": 0.1},
+        {"rank": "middle", "fraction": 0.1},
+        {"fraction": 0.0},
+        {"fraction": 1.0},
+        {"selector": "random"},
+        {"selector": "random", "fraction": 0.1, "component_ids": [0]},
+        {"component_ids": []},
+    ],
+)
+def test_selections_without_a_meaning_are_errors(templates, arguments):
+    with pytest.raises(FNSFTError):
+        select_neurons(templates["llama"], **arguments)
+
+
+def test_a_selection_that_holds_no_neuron_is_an_error(templates):
+    template = templates["llama"].at_percentile(80)
+    template.loadings = {layer: torch.ones_like(values) for layer, values in template.loadings.items()}
+    with pytest.raises(FNSFTError, match="holds no neuron"):
+        select_neurons(template, [0])

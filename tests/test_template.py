@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+from helpers import tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
+from fnsft_trl.template import read_template_config
+
+
+@pytest.fixture
+def saved(templates, tmp_path):
+    templates["llama"].save_pretrained(tmp_path / "template")
+    return tmp_path / "template"
+
+
+def edit(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_save_and_load_give_everything_back_and_the_same_bytes(family, templates, tmp_path):
+    template = templates[family]
+    template.save_pretrained(tmp_path / "one")
+    loaded = FunctionalNetworkTemplate.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    for name in ("config.json", "template.safetensors", "README.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "README.md",
+        "config.json",
+        "template.safetensors",
+    ]
+    assert loaded.components == template.components
+    for layer in template.loadings:
+        assert torch.equal(loaded.loadings[layer], template.loadings[layer])
+
+
+def test_shapes_thresholds_and_provenance(templates):
+    template = templates["llama"]
+    assert {values.shape for values in template.loadings.values()} == {(3, 40)}
+    assert template.widths == {0: 40, 1: 40, 2: 40}
+    assert (template.architecture, template.site) == ("LlamaForCausalLM", "mlp_intermediate")
+    assert template.calibration["tokens"] == 250
+    assert all(0 <= c.reliability <= 1 for c in template.components)
+    for number, component in enumerate(template.components):
+        members = template.members(number)
+        assert component.neurons == sum(int(m.sum()) for m in members.values()) == 24  # 20% of 120 neurons
+        inside = min(template.loadings[i][number].abs()[m].min() for i, m in members.items() if m.any())
+        outside = max(template.loadings[i][number].abs()[~m].max() for i, m in members.items())
+        assert inside > template.threshold(number) >= outside
+
+
+def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
+    with safe_open(saved / "template.safetensors", framework="pt") as file:
+        assert file.metadata() == {"fnsft_trl.template": "1"}
+
+
+def test_percentile_changes_without_discovery(templates):
+    wider = templates["llama"].at_percentile(50)
+    assert [c.neurons for c in wider.components] == [60, 60, 60]
+    assert [c.neurons for c in templates["llama"].components] == [24, 24, 24]
+
+
+@pytest.mark.parametrize("other", ["gpt2", "phi3", "opt"])
+def test_another_architecture_is_refused(templates, other):
+    with pytest.raises(FNSFTError, match=r"LlamaForCausalLM.*but the model is a"):
+        templates["llama"].check_model(tiny_model(other))
+
+
+def test_other_widths_or_fewer_layers_are_refused(templates):
+    model = tiny_model("llama")
+    templates["llama"].check_model(model)
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(FNSFTError, match="no layer 2"):
+        templates["llama"].check_model(model)
+    narrow = templates["llama"].at_percentile(80)
+    narrow.loadings = {layer: values[:, :30] for layer, values in narrow.loadings.items()}
+    with pytest.raises(FNSFTError, match="30 neurons in layer 0, but the model has 40"):
+        narrow.check_model(tiny_model("llama"))
+
+
+def test_files_that_are_not_a_template_are_refused(saved, tmp_path):
+    with pytest.raises(FNSFTError, match=r"config\.json is missing"):
+        read_template_config(tmp_path)
+    edit(saved, format_version=2)
+    with pytest.raises(FNSFTError, match="upgrade fnsft-trl"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+    edit(saved, format="something else")
+    with pytest.raises(FNSFTError, match="does not describe a template"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(FNSFTError, match="not valid JSON"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+
+
+def test_damaged_tensors_are_refused(saved):
+    path = saved / "template.safetensors"
+    tensors = load_file(path)
+    whole = path.read_bytes()
+    save_file({**tensors, "layers.1.loadings": torch.zeros(3, 39)}, path)
+    with pytest.raises(FNSFTError, match=r"layers\.1\.loadings should have shape \(3, 40\)"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+    del tensors["layers.2.rms"]
+    save_file(tensors, path)
+    with pytest.raises(FNSFTError, match=r"layers\.2\.rms.*found nothing"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FNSFTError, match="cannot be read"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+    path.unlink()
+    with pytest.raises(FNSFTError, match="cannot be read"):
+        FunctionalNetworkTemplate.from_pretrained(saved)
+
+
+def test_no_path_of_this_machine_in_a_template(model_dir, tokenizer, rows, tmp_path):
+    model = type(tiny_model("llama")).from_pretrained(model_dir)
+    config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
+    template = discover_networks(model, tokenizer, [row["prompt"] for row in rows], config)
+    assert template.base_model == "tiny-llama"
+    template.save_pretrained(tmp_path / "template")
+    for file in (tmp_path / "template").iterdir():
+        assert str(model_dir.parent).encode() not in file.read_bytes()

@@ -1,0 +1,336 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import changed_entries, sft_config, state, tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
+from trl import SFTTrainer
+
+from fnsft_trl import (
+    FNSFTError,
+    FNSFTTrainer,
+    FunctionalNetworkConfig,
+    FunctionalNetworkTemplate,
+    RetentionCallback,
+    find_neuron_sites,
+)
+
+
+DISCOVERY = {"ica_components": 2, "ica_rank": 8, "ica_max_tokens": 200, "ica_max_length": 32, "ica_percentile": 80}
+
+
+def make(directory, rows, tokenizer, template=None, *, model=None, args=None, peft_config=None, **config):
+    return FNSFTTrainer(
+        model=model or tiny_model("llama"),
+        args=sft_config(directory, **(args or {})),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:8]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        network_config=FunctionalNetworkConfig(**config),
+        network_template=template,
+    )
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")])
+def test_without_a_network_config_it_is_sfttrainer_bit_for_bit(model_dir, rows, tmp_path, peft_config):
+    runs = []
+    for trainer_class in (SFTTrainer, FNSFTTrainer):
+        trainer = trainer_class(
+            model=str(model_dir),
+            args=sft_config(tmp_path / trainer_class.__name__, gradient_checkpointing=True, save_strategy="steps"),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:8]),
+            peft_config=peft_config,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+        files = {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+        runs.append((losses, state(trainer.model), files, sorted(path.name for path in checkpoint.iterdir())))
+    (losses, weights, files, names), (our_losses, our_weights, our_files, our_names) = runs
+    assert losses == our_losses
+    assert changed_entries(weights, our_weights) == {}
+    assert files
+    assert files == our_files
+    assert names == our_names
+
+
+def test_networks_are_discovered_on_the_training_data_when_none_are_given(model_dir, rows, tmp_path):
+    trainer = FNSFTTrainer(
+        model=str(model_dir),
+        args=sft_config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        network_config=FunctionalNetworkConfig(**DISCOVERY),
+    )
+    assert trainer.network_template.calibration["sources"] == ["the training data"]
+    assert trainer.network_template.calibration["tokens"] == 200
+    assert len(trainer.network_template.components) == 2
+    assert trainer.neuron_mask.count > 0
+    trainer.train()
+
+
+def test_networks_are_discovered_on_the_named_files(model_dir, rows, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": row["completion"] * 3}) for row in rows))
+    trainer = FNSFTTrainer(
+        model=str(model_dir),
+        args=sft_config(tmp_path / "out"),
+        train_dataset=Dataset.from_list(rows),
+        network_config=FunctionalNetworkConfig(ica_datasets=[str(file)], **DISCOVERY),
+    )
+    assert trainer.network_template.calibration["sources"] == [str(file)]
+
+
+def test_conversations_and_text_train_too(model_dir, rows, tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+        for r in rows
+    ]
+    texts = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    for name, data in (("chats", chats), ("texts", texts)):
+        trainer = FNSFTTrainer(
+            model=str(model_dir),
+            args=sft_config(tmp_path / name, max_length=64),
+            train_dataset=Dataset.from_list(data),
+            network_config=FunctionalNetworkConfig(**DISCOVERY),
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+def test_every_checkpoint_holds_the_template_and_the_selection(templates, rows, tokenizer, tmp_path, method):
+    peft_config = LoraConfig(r=2) if method == "lora" else None
+    args = {"save_strategy": "steps", "save_steps": 2}
+    trainer = make(
+        tmp_path, rows, tokenizer, templates["llama"], args=args, peft_config=peft_config, train_method=method
+    )
+    trainer.train()
+    for step in (2, 4):
+        directory = tmp_path / f"checkpoint-{step}" / "functional_networks"
+        loaded = FunctionalNetworkTemplate.from_pretrained(directory)
+        assert torch.equal(loaded.loadings[1], templates["llama"].loadings[1])
+        selection = json.loads((directory / "selection.json").read_text())
+        assert selection["selected"] == {"count": trainer.neuron_mask.count, "sha256": trainer.neuron_mask.sha256}
+        assert selection["train_method"] == method
+        assert FunctionalNetworkConfig(**selection["network_config"]) == trainer.network_config
+    card = (tmp_path / "README.md").read_text()
+    assert "functional-networks" in card
+
+
+def test_a_template_may_be_a_directory(templates, rows, tokenizer, tmp_path):
+    templates["llama"].save_pretrained(tmp_path / "template")
+    from_argument = make(tmp_path / "a", rows, tokenizer, tmp_path / "template")
+    from_config = make(tmp_path / "b", rows, tokenizer, ica_template_path=str(tmp_path / "template"))
+    assert from_argument.neuron_mask == from_config.neuron_mask
+    wider = make(tmp_path / "c", rows, tokenizer, tmp_path / "template", ica_percentile=50)
+    assert wider.neuron_mask.count > from_config.neuron_mask.count
+    assert wider.network_template.percentile == 50
+
+
+def test_a_template_of_another_model_is_refused(templates, rows, tokenizer, tmp_path):
+    with pytest.raises(FNSFTError, match="GPT2LMHeadModel"):
+        make(tmp_path, rows, tokenizer, templates["gpt2"])
+
+
+@pytest.mark.parametrize("mask_mode", ["lesion", "preserve"])
+@pytest.mark.parametrize("mask_eval", [True, False])
+def test_training_ends_with_an_evaluation_with_and_without_the_mask(
+    templates, rows, tokenizer, tmp_path, mask_mode, mask_eval
+):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], mask_mode=mask_mode, mask_eval=mask_eval)
+    trainer.train()
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    masked, unmasked = logged["eval_masked_loss"], logged["eval_unmasked_loss"]
+    assert masked != unmasked
+    assert trainer.evaluate()["eval_loss"] == (masked if mask_eval else unmasked)
+    assert trainer.mask_handle.enabled
+
+
+def test_held_by_the_forward_mask_alone_when_anti_drift_is_off(templates, rows, tokenizer, tmp_path):
+    """Without weight decay lesioned neurons get no gradient and stay; with it they drift."""
+    for weight_decay, stays in ((0.0, True), (0.1, False)):
+        model = tiny_model("llama")
+        before = state(model)
+        trainer = make(
+            tmp_path,
+            rows,
+            tokenizer,
+            templates["llama"],
+            model=model,
+            args={"weight_decay": weight_decay},
+            mask_mode="lesion",
+            anti_drift_row_param=False,
+            train_method="full",
+        )
+        trainer.train()
+        after = state(trainer.model)
+        site = find_neuron_sites(model)[2]
+        part = site.layout.slices[-1]
+        lesioned = trainer.neuron_mask.indices(2)
+        name = f"{part.module_name}.{part.parameter}"
+        columns = [weights[name].index_select(part.dim, lesioned) for weights in (before, after)]
+        assert torch.equal(*columns) == stays
+        assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"packing": True, "max_length": 48, "attn_implementation": None},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"optim": "adafactor"},
+        {"optim": "sgd"},
+        {"neftune_noise_alpha": 5},
+        {"completion_only_loss": False},
+        {"bf16": True},
+    ],
+    ids=lambda args: next(iter(args)) + str(len(args)),
+)
+def test_frozen_neurons_stay_under_the_options_of_sfttrainer(templates, rows, tokenizer, tmp_path, method, args):
+    args = {key: value for key, value in args.items() if key != "attn_implementation"}
+    model = tiny_model("llama")
+    before = state(model)
+    peft_config = LoraConfig(r=2) if method == "lora" else None
+    trainer = make(
+        tmp_path, rows, tokenizer, templates["llama"], model=model, args=args, peft_config=peft_config,
+        train_method=method,
+    )  # fmt: skip
+    trainer.train()
+    after = state(trainer.model if method == "full" else trainer.model.merge_and_unload())
+    changed = changed_entries(before, after)
+    assert changed
+    allowed = {}
+    for site in find_neuron_sites(tiny_model("llama")):
+        for part in site.layout.slices:
+            entries = torch.zeros_like(before[f"{part.module_name}.{part.parameter}"], dtype=torch.bool)
+            entries.index_fill_(part.dim, part.indices(trainer.neuron_mask.indices(site.layer)), True)
+            allowed[f"{part.module_name}.{part.parameter}"] = entries
+    for name, entries in changed.items():
+        assert not (entries & ~allowed[name]).any()
+
+
+def test_without_the_constraint_the_same_check_fails(templates, rows, tokenizer, tmp_path):
+    """The control: with the mechanism switched off, frozen neurons do move."""
+    model = tiny_model("llama")
+    before = state(model)
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], model=model, train_method="full", frozen_guard=False)
+    trainer._frozen_slices.slices.clear()
+    for parameter in trainer.model.parameters():
+        parameter._post_accumulate_grad_hooks = None
+    trainer.train()
+    name = "model.layers.1.mlp.down_proj.weight"
+    frozen = (~trainer.neuron_mask).indices(1)
+    assert not torch.equal(before[name][:, frozen], state(trainer.model)[name][:, frozen])
+
+
+def test_an_existing_peft_model_is_held_too(templates, rows, tokenizer, tmp_path):
+    model = tiny_model("llama")
+    before = state(model)
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], model=wrapped)
+    trainer.train()
+    after = state(trainer.model.merge_and_unload())
+    frozen = (~trainer.neuron_mask).indices(0)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(before[name][frozen], after[name][frozen])
+    assert not torch.equal(before[name], after[name])
+
+
+def test_attention_targets_that_the_user_names_train_as_usual(templates, rows, tokenizer, tmp_path):
+    peft_config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = tiny_model("llama")
+    before = state(model)
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], model=model, peft_config=peft_config)
+    assert peft_config.target_modules == {"q_proj", "down_proj"}
+    trainer.train()
+    changed = changed_entries(before, state(trainer.model.merge_and_unload()))
+    assert any("q_proj" in name for name in changed)
+    assert any("down_proj" in name for name in changed)
+    assert not any("gate_proj" in name for name in changed)
+
+
+def test_optimizer_state_is_proportional_to_the_selection(templates, rows, tokenizer, tmp_path):
+    sizes = []
+    for fraction in (0.1, 0.4):
+        trainer = make(tmp_path, rows, tokenizer, templates["llama"], ica_fraction=fraction)
+        trainer.train()
+        sizes.append(
+            sum(v.numel() for s in trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+        )
+    assert sizes[1] == pytest.approx(4 * sizes[0], rel=0.01)
+
+
+def test_retention_is_logged_at_each_evaluation(templates, rows, tokenizer, tmp_path):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], args={"eval_strategy": "steps", "eval_steps": 2})
+    trainer.add_callback(RetentionCallback(trainer, [row["completion"] for row in rows], max_tokens=60))
+    trainer.train()
+    history = trainer.state.log_history
+    (base,) = [entry for entry in history if "retention/base" in entry]
+    rises = [(entry["step"], entry["retention/rise"]) for entry in history if "retention/rise" in entry]
+    assert [step for step, _ in rises] == [2, 4]
+    assert base["retention/tokens"] == 60
+    assert all(rise != 0 for _, rise in rises)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft_config": LoraConfig(use_dora=True)}, "DoRA rescales"),
+        ({"peft_config": LoraConfig(lora_bias=True)}, "lora_bias"),
+        ({"peft_config": LoraConfig(bias="all")}, "bias"),
+        ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "init_lora_weights"),
+        ({"peft_config": LoraConfig(init_lora_weights=False)}, "init_lora_weights"),
+        ({"peft_config": LoraConfig(target_modules=["q_proj"])}, "no MLP module"),
+        ({"peft_config": LoraConfig(modules_to_save=["mlp"])}, "modules_to_save"),
+        ({"peft_config": LoraConfig(target_modules=["q_proj"]), "train_method": "full"}, "drop peft_config"),
+        ({"train_method": "lora"}, "needs a LoraConfig"),
+        ({"train_method": "full", "args": {"optim": "galore_adamw_layerwise"}}, "during the backward pass"),
+        ({"ica_component_ids": [9]}, "it has the networks 0-2"),
+    ],
+)
+def test_bad_combinations_are_errors_before_the_first_step(templates, rows, tokenizer, tmp_path, arguments, message):
+    with pytest.raises(FNSFTError, match=message):
+        make(tmp_path / "out", rows, tokenizer, templates["llama"], **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_already_moved_frozen_neurons_is_refused(templates, rows, tokenizer, tmp_path):
+    config = LoraConfig(r=2, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(tiny_model("llama"), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    with pytest.raises(FNSFTError, match="already changes neurons"):
+        make(tmp_path, rows, tokenizer, templates["llama"], model=wrapped)
+
+
+def test_no_training_rows_is_an_error(rows, tokenizer, tmp_path):
+    with pytest.raises(FNSFTError, match="no training data"):
+        FNSFTTrainer(
+            model=tiny_model("llama"),
+            args=sft_config(tmp_path),
+            train_dataset=Dataset.from_list(rows).select([]),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(**DISCOVERY),
+        )
+
+
+def test_the_tokenizer_is_found_by_the_models_name(model_dir, rows, templates, tmp_path):
+    trainer = FNSFTTrainer(
+        model=str(model_dir),
+        args=sft_config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        network_config=FunctionalNetworkConfig(),
+        network_template=templates["llama"],
+    )
+    assert trainer.processing_class.get_vocab() == AutoTokenizer.from_pretrained(model_dir).get_vocab()
