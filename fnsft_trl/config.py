@@ -98,11 +98,11 @@ COMBINATIONS: dict[tuple[str | None, str], tuple[str | None, str]] = {
     ),
     (None, "selected"): ("selected", "the selected neurons"),
     (None, "unselected"): ("unselected", "all but the selected neurons"),
-    ("lesion", "auto"): ("unselected", "by anti-drift"),
+    ("lesion", "auto"): ("unselected", "all but the lesioned neurons, by anti-drift"),
     ("lesion", "all"): ("all", "everything; the lesioned neurons get no gradient, but weight decay can move them"),
     ("lesion", "selected"): (None, "lesioned neurons get no gradient, so nothing selected could learn"),
     ("lesion", "unselected"): ("unselected", "all but the lesioned neurons"),
-    ("preserve", "auto"): ("selected", "by anti-drift"),
+    ("preserve", "auto"): ("selected", "the preserved neurons, by anti-drift"),
     ("preserve", "all"): ("all", "everything; the silenced neurons get no gradient, but weight decay can move them"),
     ("preserve", "selected"): ("selected", "the preserved neurons"),
     ("preserve", "unselected"): (None, "preserve silences all unselected neurons, so none of them could learn"),
@@ -313,7 +313,7 @@ class FunctionalNetworkConfig:
                 f"train_other=false has no effect on train_method={method} training the {train} neurons; it is for "
                 "full fine-tuning of the unselected ones"
             )
-        if outcome == "by anti-drift" and not self.anti_drift_row_param:
+        if outcome.endswith("by anti-drift") and not self.anti_drift_row_param:
             train = "all"
         return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode)
 

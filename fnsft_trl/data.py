@@ -5,6 +5,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
+from .embedded import EMBEDDED, wikipedia_passages
 from .errors import FNSFTError
 
 
@@ -16,7 +17,8 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
     """Load a dataset.
 
     Args:
-        name_or_path: a Hub id, a directory, or a `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file.
+        name_or_path: a Hub id, a directory, a `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file, or `embedded`:
+            English Wikipedia passages from a package on the Python index.
         config_name: configuration of a Hub dataset.
         split: one split of it; all of them by default.
 
@@ -25,7 +27,10 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
     """
     path = Path(name_or_path).expanduser()
     try:
-        if path.is_file():
+        if name_or_path == EMBEDDED:
+            passages = DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")}))
+            data = passages[split] if split else passages
+        elif path.is_file():
             if path.suffix not in _BUILDERS:
                 raise FNSFTError(f"the ending of {name_or_path} is not known; expected one of: {', '.join(_BUILDERS)}")
             data = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)

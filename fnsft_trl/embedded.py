@@ -16,7 +16,7 @@ from pathlib import Path
 from .errors import FNSFTError
 
 
-MODEL_ALIAS = "embedded"
+EMBEDDED = "embedded"
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,8 +36,8 @@ def _cache_dir() -> Path:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """Turn the alias `embedded` into the directory of the embedded model; return any other name as it is."""
-    return str(embedded_model()) if name_or_path == MODEL_ALIAS else name_or_path
+    """Turn the name `embedded` into the directory of the embedded model; return any other name as it is."""
+    return str(embedded_model()) if name_or_path == EMBEDDED else name_or_path
 
 
 def embedded_model() -> Path:

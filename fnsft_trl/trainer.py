@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
@@ -127,7 +128,7 @@ class FNSFTTrainer(SFTTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
         if plan.method == "full":
-            check_optimizer_name(str(args.optim))
+            check_optimizer_name(OptimizerNames(args.optim).value)
 
         # The networks must be known before PEFT wraps the model, so what SFTTrainer does first is done here: seed,
         # model, tokenizer.

@@ -30,9 +30,9 @@ class Arm:
 
 
 ARMS = [
-    Arm("LoRA on the MLPs", "lora", 5e-4),
-    Arm("neurons outside the networks", "outside", 5e-4, {"ica_rank_by": "lowest"}),
-    Arm("random neurons", "random", 5e-4, {"ica_select": "random"}),
+    Arm("LoRA on the MLPs", "lora", 6e-4),
+    Arm("neurons outside the networks", "outside", 4e-4, {"ica_rank_by": "lowest"}),
+    Arm("random neurons", "random", 4e-4, {"ica_select": "random"}),
 ]
 
 

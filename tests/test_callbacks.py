@@ -1,0 +1,108 @@
+import pytest
+import torch
+from datasets import Dataset
+from helpers import sft_config, tiny_model
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from fnsft_trl import FNSFTError, FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig, RetentionCallback
+from fnsft_trl.callbacks import FrozenNeuronMoved
+
+
+class Vandal(TrainerCallback):
+    """Moves one entry of one weight in the middle of training."""
+
+    def __init__(self, parameter, index):
+        self.parameter, self.index = parameter, index
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            flipped = self.parameter[self.index].view(torch.int32) ^ 1  # the smallest change there is
+            self.parameter[self.index] = flipped.view(torch.float32)
+
+
+def make(directory, rows, tokenizer, template, method="full", **args):
+    return FNSFTTrainer(
+        model=tiny_model("llama"),
+        args=sft_config(directory, **args),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2) if method == "lora" else None,
+        network_config=FunctionalNetworkConfig(train_method=method),
+        network_template=template,
+    )
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+def test_guard_names_the_module_and_the_neuron_that_moved(templates, rows, tokenizer, tmp_path, method):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], method)
+    trainer._frozen_slices and trainer._frozen_slices.slices.clear()
+    neuron = int((~trainer.neuron_mask).indices(1)[3])
+    module = trainer.model.get_submodule(
+        ("" if method == "full" else "base_model.model.") + "model.layers.1.mlp.down_proj"
+    )
+    trainer.add_callback(Vandal(module.weight, (5, neuron)))
+    with pytest.raises(FrozenNeuronMoved) as error:
+        trainer.train()
+    assert "layers.1.mlp.down_proj" in str(error.value)
+    assert f"neuron {neuron};" in str(error.value) if method == "full" else "row 5;" in str(error.value)
+
+
+def test_guard_watches_the_frozen_slices_of_lora_factors(templates, rows, tokenizer, tmp_path):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], "lora")
+    neuron = int((~trainer.neuron_mask).indices(2)[0])
+    module = trainer.model.get_submodule("base_model.model.model.layers.2.mlp.up_proj")
+    trainer.add_callback(Vandal(module.lora_B["default"].weight, (neuron, 1)))
+    with pytest.raises(FrozenNeuronMoved, match=rf"up_proj\.lora_B\.default .*neuron {neuron};"):
+        trainer.train()
+
+
+def test_guard_stops_at_the_first_save_after_the_damage(templates, rows, tokenizer, tmp_path):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], "neuron_delta", save_strategy="steps", save_steps=1)
+    trainer.add_callback(Vandal(trainer.model.get_input_embeddings().weight, (7, 0)))
+    with pytest.raises(FrozenNeuronMoved, match=r"embed_tokens.*by step 2"):
+        trainer.train()
+
+
+def test_guard_is_silent_when_nothing_moved(templates, rows, tokenizer, tmp_path):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"])
+    guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, FrozenNeuronGuard)]
+    assert len(guards) == 1
+    trainer.train()
+    guards[0].check(step=99)
+
+
+def test_retention_of_a_resumed_run_keeps_its_base(templates, rows, tokenizer, tmp_path):
+    texts = [row["completion"] * 4 for row in rows]
+
+    def run(directory, **train):
+        trainer = make(
+            directory, rows, tokenizer, templates["llama"], save_strategy="steps", save_steps=2, eval_strategy="steps",
+            eval_steps=2,
+        )  # fmt: skip
+        trainer.add_callback(RetentionCallback(trainer, texts, max_tokens=80))
+        trainer.train(**train)
+        return [entry["retention/rise"] for entry in trainer.state.log_history if "retention/rise" in entry]
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert len(whole) == 2
+    assert resumed[-1] == whole[-1]
+
+
+def test_retention_without_a_known_base_is_an_error(templates, rows, tokenizer, tmp_path):
+    make(tmp_path, rows, tokenizer, templates["llama"], save_strategy="steps", save_steps=2).train()
+    trainer = make(tmp_path / "resumed", rows, tokenizer, templates["llama"])
+    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
+    with pytest.raises(FNSFTError, match="written without a RetentionCallback"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_retention_without_evaluation_is_logged_at_the_end(templates, rows, tokenizer, tmp_path):
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"])
+    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "retention/rise" in entry]
+    assert entry["step"] == 4

@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from fnsft_trl import FNSFTError
+from fnsft_trl.data import load_data
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}])),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'),
+        ("a.csv", "text\none\ntwo\n"),
+        ("a.txt", "one\ntwo\n"),
+    ],
+)
+def test_local_files_load(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_data(str(tmp_path / name))["train"]["text"][:] == ["one", "two"]
+    assert load_data(str(tmp_path / name), split="train")["text"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"question": "one", "answer": "two"}\n', "has the columns question, answer; expected one of"),
+        ("a.csv", "text\n", "is empty"),
+        ("a.xyz", "text", "ending of"),
+        ("a.json", "{broken", "cannot be read"),
+        ("a.jsonl", "", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FNSFTError, match=message):
+        load_data(str(tmp_path / name))
+
+
+def test_what_does_not_exist_says_so():
+    with pytest.raises(FNSFTError, match="does not exist"):
+        load_data("nowhere.jsonl")
+    with pytest.raises(FNSFTError, match="neither here nor on the Hub"):
+        load_data("nobody/nothing")
