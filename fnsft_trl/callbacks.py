@@ -13,6 +13,9 @@ from .neurons import find_neuron_sites
 from .selection import NeuronMask
 
 
+_BLOCK = 4096
+
+
 class FrozenNeuronMoved(RuntimeError):
     """A weight that should be frozen changed during training."""
 
@@ -20,8 +23,8 @@ class FrozenNeuronMoved(RuntimeError):
 class FrozenNeuronGuard(TrainerCallback):
     """Checks that nothing frozen has moved, at every save and at the end of training.
 
-    It keeps one 64-bit checksum per row of every frozen parameter and per frozen neuron of those that train in part,
-    taken when training begins, and compares them bit by bit.
+    It keeps one 64-bit checksum for every frozen neuron of every weight, and for every block of 4,096 entries of all
+    other frozen parameters, taken when training begins, and compares them bit by bit.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -39,7 +42,7 @@ class FrozenNeuronGuard(TrainerCallback):
         self._sums: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._sums = dict(self._checksums())
+        self._sums = {name: _row_checksums(rows) for name, rows, _ in self._frozen()}
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.check(step=state.global_step)
@@ -49,61 +52,54 @@ class FrozenNeuronGuard(TrainerCallback):
 
     def check(self, *, step: int) -> None:
         """Compare all checksums with those taken when training began."""
-        for name, sums in self._checksums():
-            moved = (sums != self._sums[name]).nonzero().flatten()
+        for name, rows, neurons in self._frozen():
+            moved = (_row_checksums(rows) != self._sums[name]).nonzero().flatten()
             if len(moved):
-                _, positions, what = self._frozen[name]
-                index = int(moved[0]) if positions is None else int(positions[moved[0]])
+                first = int(moved[0])
+                where = f"block {first} of {_BLOCK} entries" if neurons is None else f"neuron {int(neurons[first])}"
                 raise FrozenNeuronMoved(
-                    f"{len(moved)} frozen {what}s of {name} changed by step {step}, the first is {what} {index}; the "
+                    f"frozen weights of {name} changed by step {step}: {len(moved)} places, the first is {where}; the "
                     "weights of this run are not what its config says. Check for a custom optimizer or a callback "
                     "that writes to weights"
                 )
 
-    def _checksums(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self._frozen = dict(self._frozen_parts())
-        for name, (parameter, positions, _) in self._frozen.items():
-            yield name, _row_checksums(parameter, positions)
-
-    def _frozen_parts(self) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor | None, str]]]:
-        """(name, (rows to watch first dimension first, their numbers or None for all, what a row is))."""
-        trained_in_part: set[str] = set()
+    def _frozen(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+        """(name, frozen rows, the neuron of each row or `None` where rows are blocks of entries)."""
+        watched: set[int] = set()
         for site in find_neuron_sites(self.model, kind=self.trainable.site):
             members = self.trainable.layers.get(site.layer, torch.zeros(site.width, dtype=torch.bool))
             frozen = (~members).nonzero().flatten()
-            if len(frozen) == 0:
-                continue
             for part in site.layout.slices:
                 layer = self.model.get_submodule(part.module_name)
-                positions = part.indices(frozen)
-                if isinstance(layer, LoraLayer) and part.parameter == "weight":
-                    factors = layer.lora_B if part.side == "output" else layer.lora_A
-                    for adapter, factor in factors.items():
-                        rows = factor.weight if part.side == "output" else factor.weight.T
-                        factor_name = f"{part.module_name}.lora_{'B' if part.side == 'output' else 'A'}.{adapter}"
-                        yield factor_name, (rows, positions, "neuron")
                 parameter = getattr(layer, part.parameter)
-                if parameter.requires_grad:
-                    name = f"{part.module_name}.{part.parameter}"
-                    trained_in_part.add(name)
-                    yield name, (parameter.movedim(part.dim, 0), positions, "neuron")
+                neurons = frozen if parameter.requires_grad else torch.arange(site.width)
+                if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
+                    rows = parameter.movedim(part.dim, 0)[part.indices(neurons).to(parameter.device)]
+                    yield f"{part.module_name}.{part.parameter}", rows, neurons.repeat(len(part.offsets))
+                    watched.add(id(parameter))
+                if isinstance(layer, LoraLayer) and part.parameter == "weight" and len(frozen):
+                    letter, factors = ("B", layer.lora_B) if part.side == "output" else ("A", layer.lora_A)
+                    for adapter, factor in factors.items():
+                        rows = factor.weight if letter == "B" else factor.weight.T
+                        rows = rows[part.indices(frozen).to(rows.device)]
+                        name = f"{part.module_name}.lora_{letter}.{adapter}"
+                        yield name, rows, frozen.repeat(len(part.offsets))
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad and name not in trained_in_part:
-                yield name, (parameter, None, "row")
+            if not parameter.requires_grad and id(parameter) not in watched:
+                flat = parameter.detach().flatten()
+                padded = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
+                yield name, padded.view(-1, _BLOCK), None
 
 
-def _row_checksums(parameter: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """One 64-bit checksum per row (or given row): a random combination, modulo 2^64, of the bits of its entries."""
-    rows = parameter.detach()
-    rows = rows.reshape(len(rows), -1) if rows.dim() else rows.reshape(1, 1)  # (rows, entries)
+def _row_checksums(rows: torch.Tensor) -> torch.Tensor:
+    """One 64-bit checksum per row: a random combination, modulo 2^64, of the bits of its entries."""
+    rows = rows.detach().reshape(len(rows), -1)  # (rows, entries)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     random = torch.Generator().manual_seed(rows.shape[1])
+    # Odd factors: a change of one entry always shows.
     factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=random).mul_(2).add_(1).to(rows.device)
-    numbers = torch.arange(len(rows)) if positions is None else positions
-    sums = []
-    for chunk in numbers.to(rows.device).split(4096):  # bounds the memory of the 64-bit copy
-        sums.append((rows[chunk].contiguous().view(bits).to(torch.int64) * factors).sum(1))
-    return torch.cat(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
+    chunks = rows.contiguous().view(bits).split(4096)  # bounds the memory of the 64-bit copy
+    return torch.cat([(chunk.to(torch.int64) * factors).sum(1) for chunk in chunks]).cpu()
 
 
 class RetentionCallback(TrainerCallback):

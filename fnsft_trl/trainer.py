@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
@@ -117,12 +118,13 @@ class FNSFTTrainer(SFTTrainer):
             )
             return
 
-        is_lora = isinstance(peft_config, LoraConfig) or isinstance(model, PeftModel)
+        given = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        is_lora = isinstance(given, LoraConfig)
         self.plan = plan = network_config.plan(lora_config=is_lora)
-        if peft_config is not None and not is_lora:
+        if given is not None and not is_lora:
             raise FNSFTError(
-                f"peft_config is a {type(peft_config).__name__}, which cannot be held to a set of neurons; give a "
-                "LoraConfig, or none for neuron deltas"
+                f"the model is to be trained with a {type(given).__name__}, which cannot be held to a set of neurons; "
+                "use a LoraConfig, or a plain model without peft_config for neuron deltas"
             )
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -242,14 +244,32 @@ class FNSFTTrainer(SFTTrainer):
         with self._mask_off() if unmasked else nullcontext():
             return super().evaluate(*args, **kwargs)
 
-    def train(self, *args, **kwargs):
-        """As the parent's; with a forward mask, ends with one evaluation under it and one without it."""
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
+
+        Raises:
+            FNSFTError: the checkpoint to resume from was written with other trainable neurons.
+        """
+        if self.network_config is not None and resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
             super().evaluate(metric_key_prefix="eval_masked")
             with self._mask_off():
                 super().evaluate(metric_key_prefix="eval_unmasked")
         return result
+
+    def _check_checkpoint(self, checkpoint: str | bool) -> None:
+        directory = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        file = Path(directory or "") / NETWORK_DIR / SELECTION_FILE
+        if not file.is_file():
+            raise FNSFTError(f"{directory} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
+        written = json.loads(file.read_text(encoding="utf-8"))["trainable"]
+        if written["sha256"] != self.trainable_neurons.sha256:
+            raise FNSFTError(
+                f"{directory} was written with {written['count']} trainable neurons, this run has another set of "
+                f"{self.trainable_neurons.count}; resume with the same network_config and template"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -38,7 +38,8 @@ def make(directory, rows, tokenizer, template, method="full", **args):
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_guard_names_the_module_and_the_neuron_that_moved(templates, rows, tokenizer, tmp_path, method):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], method)
-    trainer._frozen_slices and trainer._frozen_slices.slices.clear()
+    if method == "full":
+        trainer._frozen_slices.slices.clear()  # or it would put the entry back after the step
     neuron = int((~trainer.neuron_mask).indices(1)[3])
     module = trainer.model.get_submodule(
         ("" if method == "full" else "base_model.model.") + "model.layers.1.mlp.down_proj"
@@ -47,7 +48,7 @@ def test_guard_names_the_module_and_the_neuron_that_moved(templates, rows, token
     with pytest.raises(FrozenNeuronMoved) as error:
         trainer.train()
     assert "layers.1.mlp.down_proj" in str(error.value)
-    assert f"neuron {neuron};" in str(error.value) if method == "full" else "row 5;" in str(error.value)
+    assert f"neuron {neuron};" in str(error.value)
 
 
 def test_guard_watches_the_frozen_slices_of_lora_factors(templates, rows, tokenizer, tmp_path):

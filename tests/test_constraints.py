@@ -158,3 +158,27 @@ def test_quantised_weights_cannot_be_fully_trained():
     model.model.layers[1].mlp.up_proj = bnb.nn.Linear4bit(16, 40, quant_type="nf4").to("cpu")
     with pytest.raises(FNSFTError, match=r"layers\.1\.mlp\.up_proj is quantised"):
         constrain_full(model, mask(), train_other=False)
+
+
+def test_lora_on_a_quantised_base_is_held_too():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = tiny_model("llama")
+    for block in base.model.layers:
+        packed = bnb.nn.Linear4bit(16, 40, compute_dtype=torch.float32, quant_type="nf4", bias=False)
+        block.mlp.up_proj = packed.to("cpu")
+    trainable = mask()
+    config = LoraConfig(r=4)
+    check_lora_config(config, base, trainable)
+    model = get_peft_model(base, config)
+    constrain_lora(model, trainable)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.3)
+    for _ in range(3):
+        model(input_ids=batch(), labels=batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer, block in enumerate(model.base_model.model.model.layers):
+        rows = block.mlp.up_proj.lora_B["default"].weight
+        columns = block.mlp.down_proj.lora_A["default"].weight
+        assert not rows[(~trainable).indices(layer)].any()
+        assert rows[trainable.indices(layer)].any(1).all()
+        assert not columns[:, (~trainable).indices(layer)].any()

@@ -5,13 +5,13 @@ from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model
 from peft import LoraConfig
 
-from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig
+from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 @pytest.mark.parametrize("mask", [{}, {"mask_mode": "lesion"}, {"train_neurons": "unselected"}], ids=str)
 def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tmp_path, method, mask):
-    def make(directory):
+    def make(directory, **changes):
         return FNSFTTrainer(
             model=tiny_model("llama"),
             args=sft_config(
@@ -20,7 +20,7 @@ def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tm
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, lora_dropout=0.1) if method == "lora" else None,
-            network_config=FunctionalNetworkConfig(train_method=method, **mask),
+            network_config=FunctionalNetworkConfig(train_method=method, **mask, **changes),
             network_template=templates["llama"],
         )
 
@@ -31,5 +31,9 @@ def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tm
     assert changed_entries(state(whole.model), state(resumed.model)) == {}
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert losses[0] == losses[1]
+    if mask == {}:
+        other = make(tmp_path / "other", ica_component_ids=[0])
+        with pytest.raises(FNSFTError, match="another set"):
+            other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     fresh = state(make(tmp_path / "fresh").model)
     assert changed_entries(fresh, state(whole.model))
