@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from .embedded import EMBEDDED, wikipedia_passages
 from .errors import FNSFTError
@@ -33,6 +33,8 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
         elif path.is_file():
             if path.suffix not in _BUILDERS:
                 raise FNSFTError(f"the ending of {name_or_path} is not known; expected one of: {', '.join(_BUILDERS)}")
+            if path.stat().st_size == 0:
+                raise FNSFTError(f"the dataset {name_or_path} is empty; at least one row was expected")
             data = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
         elif path.suffix in _BUILDERS and not path.exists():
             raise FNSFTError(f"the dataset file {name_or_path} does not exist")
@@ -41,9 +43,11 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} was found neither here nor on the Hub ({reason})") from error
-    except (ValueError, OSError) as error:
-        if isinstance(error, FNSFTError):
-            raise
+    except FNSFTError:
+        raise
+    except (ValueError, OSError, DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
         reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
     for part in data.values() if isinstance(data, DatasetDict) else [data]:

@@ -170,15 +170,18 @@ def trade_off_figure(points: Sequence[tuple[str, float, float]], *, learning: st
         learning, forgetting: labels of the axes.
     """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     colors = ["#c0392b", "#3b6ea5", "#8a8f98", "#2e8b57", "#b8860b", "#7d3c98"]
     for (name, x, y), color in zip(points, colors * len(points), strict=False):
-        axes.scatter(x, y, s=90, color=color, zorder=3, label=f"{name}  ({x:.3g}, {y:+.3g})")
+        axes.scatter(x, y, s=80, color=color, zorder=3, label=f"{name} ({x:.2f}, {y:+.3f})")
+    # Both axes hold their zero, so that distances can be compared by eye.
+    axes.set_xlim(0, 1.25 * max(x for _, x, _ in points))
+    lowest, highest = min(0, *(y for _, _, y in points)), max(0, *(y for _, _, y in points))
+    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.12 * (highest - lowest))
     axes.axhline(0, color="#9fb0c0", linewidth=1, zorder=1)
     axes.set_xlabel(learning)
     axes.set_ylabel(forgetting)
-    axes.margins(0.18)
     axes.grid(color="#e6ebf0", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
     return _png(figure)

@@ -259,6 +259,34 @@ class FNSFTTrainer(SFTTrainer):
                 super().evaluate(metric_key_prefix="eval_unmasked")
         return result
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the parent's, with a section on what was trained, what was frozen and how to load the result."""
+        super().create_model_card(*args, **kwargs)
+        if self.network_config is None or not self.is_world_process_zero():
+            return
+        trained, template = self.trainable_neurons, self.network_template
+        lines = [
+            "\n## Functional networks\n",
+            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {trained.count} neurons "
+            f"({trained.fraction:.1%} of the MLP neurons) could change, all other neurons are bit-identical to the "
+            f"base model. The networks were found on {template.calibration['tokens']} tokens of "
+            f"{', '.join(template.calibration['sources'])}; they are in `{NETWORK_DIR}/`.",
+        ]
+        if self.plan.train == "all":
+            lines[1] = f"Trained with `fnsft_trl`, method `{self.plan.method}`; every neuron could change."
+        if self.plan.mask_mode is not None:
+            lines.append(
+                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
+                f"{self.neuron_mask.count} selected neurons. The mask is not part of these weights."
+            )
+        if self.plan.method == "neuron_delta":
+            lines.append(
+                "\nThe adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before "
+                "`PeftModel.from_pretrained`."
+            )
+        with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
+            card.write("\n".join(lines) + "\n")
+
     def _check_checkpoint(self, checkpoint: str | bool) -> None:
         directory = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         file = Path(directory or "") / NETWORK_DIR / SELECTION_FILE

@@ -237,7 +237,7 @@ def test_an_output_directory_that_cannot_be_made_is_one_line(train_args, model_d
         (["inspect"], "the following arguments are required"),
         (["inspect", "nowhere"], "no template at nowhere"),
         (["discover", "nowhere/model", "no_such_file.jsonl"], "does not exist"),
-        (["train", "--dataset_name", "x.jsonl"], "model_name_or_path is missing"),
+        (["train", "--dataset_name", "x.jsonl", "--use_cpu", "--bf16", "false"], "model_name_or_path is missing"),
         (["train", "--config", "nowhere.yaml"], "cannot be read"),
     ],
 )

@@ -28,7 +28,7 @@ def test_local_files_load(tmp_path, name, content):
         ("a.csv", "text\n", "is empty"),
         ("a.xyz", "text", "ending of"),
         ("a.json", "{broken", "cannot be read"),
-        ("a.jsonl", "", "cannot be read"),
+        ("a.jsonl", "", "is empty"),
     ],
 )
 def test_what_cannot_be_read_says_why(tmp_path, name, content, message):

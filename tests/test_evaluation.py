@@ -60,6 +60,11 @@ def test_retention_scores_exactly_max_tokens(tokenizer, rows):
     value = text.cross_entropy(model, batch_size=3)
     assert model.training
     assert value == pytest.approx(text.cross_entropy(model.eval(), batch_size=50), rel=1e-5)
+    before, after = text.sequence_nll(model), text.sequence_nll(tiny_model("llama", seed=1))
+    rise, low, high = text.rise(before, after)
+    assert rise == pytest.approx(float((after - before).sum()) / 100)
+    assert low < rise < high
+    assert text.rise(before, before) == (0, 0, 0)
     assert RetentionText.from_texts(texts[1:], tokenizer, max_tokens=100).sha256 != text.sha256
     with pytest.raises(FNSFTError, match="no tokens to score"):
         RetentionText.from_texts(["b"], tokenizer)

@@ -120,6 +120,8 @@ def test_every_checkpoint_holds_the_template_and_the_selection(templates, rows, 
         assert FunctionalNetworkConfig(**selection["network_config"]) == trainer.network_config
     card = (tmp_path / "README.md").read_text()
     assert "functional-networks" in card
+    assert f"{trainer.neuron_mask.count} neurons (" in card
+    assert ("import fnsft_trl.tuner" in card) == (method == "neuron_delta")
 
 
 def test_a_template_may_be_a_directory(templates, rows, tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import VOCABULARY, changed_entries, state, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, find_neuron_sites
 from fnsft_trl.neurons import SITES
@@ -115,7 +116,9 @@ def test_a_bfloat16_base_keeps_float32_deltas(ids):
 
 def test_a_quantised_base_is_not_touched_and_not_merged(ids):
     bnb = pytest.importorskip("bitsandbytes")
-    base = tiny_model("llama")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(mlp_bias=True, vocab_size=VOCABULARY, **shape)).eval()
     for block in base.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             layer = getattr(block.mlp, name)
@@ -125,8 +128,8 @@ def test_a_quantised_base_is_not_touched_and_not_merged(ids):
             packed.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
             packed.bias = torch.nn.Parameter(layer.bias.data.clone())
             setattr(block.mlp, name, packed.to("cpu"))
+    plain = logits(base, ids)  # the first call packs the weights for the CPU
     weights = [block.mlp.down_proj.weight.data.clone() for block in base.model.layers]
-    plain = logits(base, ids)
     model = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
     fit(model, ids)
     assert not torch.allclose(logits(model, ids), plain, atol=1e-3)

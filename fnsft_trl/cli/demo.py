@@ -98,22 +98,25 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
 
     _say("2/4 Measuring the model before training: the new task, and general text (disjoint from the discovery's)")
     base_task = score_completions(model, tokenizer, test)
-    base_retention = retention.cross_entropy(model)
+    base_nll = retention.sequence_nll(model)
+    base_retention = float(base_nll.sum()) / retention.tokens
     print(
         f"   exact match {base_task.exact_match:.2f}, NLL {base_task.nll:.2f} on {base_task.rows} rows; cross-entropy "
         f"{base_retention:.3f} on {retention.tokens} tokens"
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sites = find_neuron_sites(model)
+    mlp_modules = [name for site in sites for name in site.layout.modules()]
     del model
 
     probe = torch.tensor([tokenizer(row["prompt"])["input_ids"][:8] for row in test[:8]])
-    results, adapters, expected = [], {}, {}
+    results, adapters, expected, nll = [], {}, {}, {}
     for arm in ARMS:
         _say(f"3/4 Fine-tuning: {arm.name} ({len(train)} rows, learning rate {arm.learning_rate:g})")
-        trainer = _train(arm, args, model_path, tokenizer, train, template, output)
+        trainer = _train(arm, args, model_path, tokenizer, train, template, mlp_modules, output)
         task = score_completions(trainer.model, tokenizer, test)
-        rise = retention.cross_entropy(trainer.model) - base_retention
+        nll[arm.key] = retention.sequence_nll(trainer.model)
+        rise, *interval = retention.rise(base_nll, nll[arm.key])
         adapters[arm.key] = output / "arms" / arm.key
         expected[arm.key] = last_logits(trainer.model, probe)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -131,6 +134,7 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
                 "exact_match": task.exact_match,
                 "nll": task.nll,
                 "retention_rise": rise,
+                "retention_interval": interval,
             }
         )
         print(f"   exact match {task.exact_match:.2f}, NLL {task.nll:.2f}; general text {rise:+.4f} nats per token")
@@ -157,12 +161,13 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
         "retention_sha256": retention.sha256,
         "discovery": asdict(discovery),
         "arms": results,
+        "random_minus_outside": retention.rise(nll["outside"], nll["random"]),
         "seconds": round(time.monotonic() - started),
     }
     _write_report(summary, template, output)
 
 
-def _train(arm: Arm, args, model_path: str, tokenizer, rows: list[dict], template, output: Path):
+def _train(arm: Arm, args, model_path: str, tokenizer, rows: list[dict], template, mlp_modules, output: Path):
     """Fine-tune one arm; all arms see the same rows in the same order."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -173,8 +178,7 @@ def _train(arm: Arm, args, model_path: str, tokenizer, rows: list[dict], templat
     directory = output / "arms" / arm.key
     networks = peft_config = None
     if arm.networks is None:
-        projections = ["gate_proj", "up_proj", "down_proj"]
-        peft_config = LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")
+        peft_config = LoraConfig(r=8, lora_alpha=16, target_modules=mlp_modules, task_type="CAUSAL_LM")
     else:
         networks = FunctionalNetworkConfig(ica_fraction=FRACTION, ica_seed=args.seed, **arm.networks)
     trainer = FNSFTTrainer(
@@ -218,8 +222,8 @@ def _verdict(results: list[dict]) -> str:
 
 CAUTION = (
     "This is one seed, one task and one control: it shows how the parts work together and proves nothing about the "
-    "method. Learning rates were chosen beforehand on this task so that the arms learn about equally well; arms that "
-    "do not can not be compared by forgetting alone."
+    "method. Learning rates were chosen beforehand on this task so that the arms learn about equally well; arms "
+    "that do not cannot be compared by forgetting alone."
 )
 
 
@@ -247,15 +251,16 @@ def _write_report(summary: dict, template, output: Path) -> None:
                 marks[arm["frozen_bit_identical"]],
                 f"{arm['exact_match']:.2f}",
                 f"{arm['nll']:.2f}",
-                f"{arm['retention_rise']:+.4f}",
+                "{:+.4f} [{:+.4f}, {:+.4f}]".format(arm["retention_rise"], *arm["retention_interval"]),
             ]
         )
     note = (
         f"n = {summary['test_rows']} test rows and {summary['retention_tokens']} tokens of general text, "
         f"{len(summary['seeds'])} seed, {summary['train_rows']} training rows. Forgetting: rise of cross-entropy on "
-        "general text, in nats per token. NLL: nats per answer."
+        "general text, in nats per token, with its 95% interval over texts (not over seeds). NLL: nats per answer."
     )
-    verdict = _verdict(arms)
+    difference = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*summary["random_minus_outside"])
+    verdict = f"{_verdict(arms)} Random neurons forgot {difference} more than neurons outside the networks."
 
     report = Report(f"fnsft demo: {summary['model']}")
     report.text(f"{verdict} {CAUTION}")
@@ -267,8 +272,8 @@ def _write_report(summary: dict, template, output: Path) -> None:
         "learning_and_forgetting",
         trade_off_figure(
             points,
-            learning="NLL of the new task, nats per answer (left is better learnt)",
-            forgetting="rise of cross-entropy on general text, nats (down is less forgotten)",
+            learning="NLL of the new task, nats per answer (left: learnt better)",
+            forgetting="rise of cross-entropy on general text\nnats per token (down: forgot less)",
         ),
         f"Learning against forgetting, one seed; before training the task's NLL was {base['nll']:.2f}.",
     )
