@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, find_neuron_sites
 from fnsft_trl.neurons import SITES
-from fnsft_trl.tuner import NeuronDeltaLayer
 
 
 NEURONS = {"0": "0-4,9", "2": "3"}
@@ -128,15 +127,13 @@ def test_a_quantised_base_is_not_touched_and_not_merged(ids):
             packed.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
             packed.bias = torch.nn.Parameter(layer.bias.data.clone())
             setattr(block.mlp, name, packed.to("cpu"))
-    plain = logits(base, ids)  # the first call packs the weights for the CPU
-    weights = [block.mlp.down_proj.weight.data.clone() for block in base.model.layers]
+    # In inference the 4-bit kernel repacks the weights and rounds differently: compare in training mode throughout.
+    plain = logits(base.train(), ids)
     model = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
-    fit(model, ids)
+    fit(model, ids).train()
     assert not torch.allclose(logits(model, ids), plain, atol=1e-3)
-    layers = model.base_model.model.model.layers
-    held = [block.mlp.down_proj for block in layers]
-    held = [layer.base_layer if isinstance(layer, NeuronDeltaLayer) else layer for layer in held]
-    assert all(torch.equal(layer.weight.data, weight) for layer, weight in zip(held, weights, strict=True))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), plain)
     with pytest.raises(FNSFTError, match="cannot be merged into a Linear4bit"):
         model.merge_adapter()
 
