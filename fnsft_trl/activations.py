@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from trl import maybe_convert_to_chatml
 
 from .errors import FNSFTError
-from .neurons import NeuronSite
+from .neurons import NeuronSite, base_model
 
 
+_RUN = 4  # sequences of a long text that stay together in one half
 _SORT_WINDOW = 16  # batches whose sequences are sorted by length together, so that little padding is computed
 
 
@@ -21,11 +23,11 @@ class TokenSequence:
 
     Attributes:
         ids (`list[int]`): token ids.
-        text_index (`int`): position of its text among all texts; long texts give several sequences.
+        half (`int`): 0 or 1, the half of the calibration text that it belongs to.
     """
 
     ids: list[int]
-    text_index: int
+    half: int
 
 
 def text_token_ids(text, tokenizer) -> list[int]:
@@ -33,7 +35,7 @@ def text_token_ids(text, tokenizer) -> list[int]:
 
     Args:
         text: a string; a conversation (list of messages with `role` and `content`, put through the chat template); or
-            a row of a dataset with `input_ids`, `messages`, `text`, or `prompt` and `completion`.
+            a row of a dataset with `input_ids`, `messages`, `conversations`, `text`, or `prompt` and `completion`.
         tokenizer: the model's tokenizer.
 
     Raises:
@@ -42,12 +44,14 @@ def text_token_ids(text, tokenizer) -> list[int]:
     if isinstance(text, str):
         return tokenizer(text)["input_ids"]
     if isinstance(text, Sequence) and text and all(isinstance(message, dict) for message in text):
+        if tokenizer.chat_template is None:
+            raise FNSFTError("the texts are conversations, but the tokenizer has no chat template; set one on it")
         return tokenizer.apply_chat_template(list(text), return_dict=True)["input_ids"]
     if isinstance(text, dict):
         if "input_ids" in text:
             return list(text["input_ids"])
-        if "messages" in text:
-            return text_token_ids(text["messages"], tokenizer)
+        if "messages" in text or "conversations" in text:
+            return text_token_ids(maybe_convert_to_chatml(text)["messages"], tokenizer)
         if "prompt" in text and "completion" in text:
             return text_token_ids(text["prompt"] + text["completion"], tokenizer)
         if "text" in text:
@@ -62,11 +66,20 @@ def text_token_ids(text, tokenizer) -> list[int]:
 
 
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int) -> Iterator[TokenSequence]:
-    """Tokenise texts, cutting long ones into sequences of at most `max_length` tokens."""
-    for index, text in enumerate(texts):
+    """Tokenise texts, cutting long ones into sequences of at most `max_length` tokens.
+
+    Each text, or each run of four sequences of a long one, goes as a whole to the half that has fewer tokens so far:
+    the halves stay equally large and share no passage.
+    """
+    tokens = [0, 0]
+    for text in texts:
         ids = text_token_ids(text, tokenizer)
-        for start in range(0, len(ids), max_length):
-            yield TokenSequence(ids[start : start + max_length], index)
+        for first in range(0, len(ids), _RUN * max_length):
+            run = ids[first : first + _RUN * max_length]
+            half = int(tokens[1] < tokens[0])
+            tokens[half] += len(run)
+            for start in range(0, len(run), max_length):
+                yield TokenSequence(run[start : start + max_length], half)
 
 
 class ActivationReader:
@@ -121,11 +134,10 @@ class ActivationReader:
         """Yield blocks of activations until the sequences or `max_tokens` are exhausted.
 
         Yields:
-            Rows, shape (tokens, neurons), valid until the next block is asked for; and the text index of each row,
+            Rows, shape (tokens, neurons), valid until the next block is asked for; and the half of each row, 0 or 1,
             shape (tokens,).
         """
-        backbone = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        backbone = backbone.base_model
+        backbone = base_model(self.model).base_model
         was_training = backbone.training
         handles = [self._capture(site) for site in self.sites]
         done = 0
@@ -144,14 +156,14 @@ class ActivationReader:
                     kept = keep.flatten().nonzero().flatten()[: max_tokens - done]  # (tokens,)
                     if len(kept) == 0:
                         continue
-                    self._kept = kept.to(self.device)
+                    self._kept = kept
                     self.digest.update(ids.flatten()[kept].numpy().tobytes())
                     with torch.no_grad():
                         backbone(
                             input_ids=ids.to(self.device), attention_mask=present.to(self.device), use_cache=False
                         )
-                    text_index = torch.tensor([sequence.text_index for sequence in batch])
-                    yield self._block[: len(kept)], text_index[kept // length]
+                    half = torch.tensor([sequence.half for sequence in batch])
+                    yield self._block[: len(kept)], half[kept // length]
                     done += len(kept)
                     bar.update(len(kept))
                     if done == max_tokens:
@@ -180,7 +192,8 @@ class ActivationReader:
 
         def write(values: torch.Tensor) -> None:
             rows = values.reshape(-1, site.width)  # (sequences * positions, neurons of the layer)
-            self._block[: len(self._kept), columns] = rows[self._kept].to(self._block.dtype)
+            kept = rows[self._kept.to(rows.device)]
+            self._block[: len(kept), columns] = kept.to(self._block)
 
         if site.kind == "mlp_output":
             return site.down.register_forward_hook(lambda module, args, output: write(output))

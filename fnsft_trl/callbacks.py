@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from .errors import FNSFTError
 from .evaluation.retention import RetentionText
+from .masking import masks_off
 from .neurons import find_neuron_sites
 from .selection import NeuronMask
 
@@ -85,7 +86,8 @@ class FrozenNeuronGuard(TrainerCallback):
                         name = f"{part.module_name}.lora_{letter}.{adapter}"
                         yield name, rows, frozen.repeat(len(part.offsets))
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad and id(parameter) not in watched:
+            # Quantised weights cannot train, and their kernels repack them between training and inference.
+            if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in watched:
                 flat = parameter.detach().flatten()
                 padded = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
                 yield name, padded.view(-1, _BLOCK), None
@@ -106,7 +108,8 @@ class RetentionCallback(TrainerCallback):
     """Logs how much general ability is left, at each evaluation and at the end of training.
 
     Two numbers go to `trainer.log`: `retention/cross_entropy`, the mean token cross-entropy on the general text in
-    nats, and `retention/rise`, its rise over the model before training. A mask that is on stays on.
+    nats, and `retention/rise`, its rise over the model before training. Both are measured with forward masks off, for
+    the trained weights carry none.
 
     Args:
         trainer ([`~trl.SFTTrainer`]):
@@ -151,4 +154,5 @@ class RetentionCallback(TrainerCallback):
         self.on_evaluate(args, state, control)
 
     def _measure(self) -> float:
-        return self.text.cross_entropy(self.trainer.model, batch_size=self.batch_size)
+        with masks_off(self.trainer.model):
+            return self.text.cross_entropy(self.trainer.model, batch_size=self.batch_size)

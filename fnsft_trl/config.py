@@ -236,6 +236,8 @@ class FunctionalNetworkConfig:
         for name in (f.name for f in fields(self) if f.default is None):
             if getattr(self, name) in ("null", "none", "None"):  # as they are written on a command line
                 setattr(self, name, None)
+        if self.ica_component_ids in ("all", ""):
+            self.ica_component_ids = None
         if isinstance(self.ica_component_ids, str):
             self.ica_component_ids = parse_ranges(self.ica_component_ids, 10**6, what="network")
         for name, choices in _CHOICES.items():
@@ -280,6 +282,15 @@ class FunctionalNetworkConfig:
             raise FNSFTError(f"ica_select={self.ica_select} takes no networks; drop ica_component_ids or ica_select")
         if self.ica_rank_by == "lowest" and self.ica_fraction is None:
             raise FNSFTError("ica_rank_by=lowest needs ica_fraction: the share of every layer to select")
+        if not isinstance(self.ica_layers, str):
+            raise FNSFTError(f"ica_layers is {self.ica_layers!r}; it must be all, or layers such as 0-5 or [0, 2, 4]")
+        if not self.mask_eval and self.mask_mode is None:
+            raise FNSFTError("mask_eval=false has no effect without a mask_mode; drop it")
+        if not self.anti_drift_row_param and (self.mask_mode is None or self.train_neurons != "auto"):
+            raise FNSFTError(
+                "anti_drift_row_param=false has an effect only with a mask_mode and train_neurons=auto; without them "
+                "the neurons that do not train are always held exactly; drop it"
+            )
         outcome, reason = COMBINATIONS[self.mask_mode, self.train_neurons]
         if outcome is None:
             raise FNSFTError(f"mask_mode={self.mask_mode or 'null'} with train_neurons={self.train_neurons}: {reason}")

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .errors import FNSFTError
-from .neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites
+from .neurons import NeuronSite, WeightSlice, base_linear, check_modules_to_save, find_neuron_sites
 from .selection import NeuronMask
 
 
@@ -58,22 +58,12 @@ def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronM
     return trainable
 
 
-def check_lora_config(config: LoraConfig, model: nn.Module, trainable: NeuronMask) -> None:
+def check_lora_config(config: LoraConfig, model: nn.Module, site: str) -> None:
     """Check that LoRA with this configuration can be held to a set of neurons exactly.
 
-    A configuration without `target_modules` gets those of the layers that have trainable neurons: the up, gate and
-    down projections of their sites.
-
-    Args:
-        config: changed in place, where it names no targets.
-        model: the base model.
-        trainable: the neurons that may change.
-
     Raises:
-        FNSFTError: a variant that cannot be exact, with the reason; or targets without any MLP module.
+        FNSFTError: a variant that cannot be exact, with the reason.
     """
-    sites = [s for s in find_neuron_sites(model, kind=trainable.site) if trainable.layers[s.layer].any()]
-    names = [name for site in sites for name in site.layout.modules()]
     for field, reason in _REFUSED_LORA_FIELDS.items():
         if getattr(config, field, None):
             raise FNSFTError(
@@ -87,17 +77,27 @@ def check_lora_config(config: LoraConfig, model: nn.Module, trainable: NeuronMas
         )
     if config.bias != "none":
         raise FNSFTError(f"LoRA with bias={config.bias!r} trains biases of frozen neurons; use bias='none'")
-    for saved in config.modules_to_save or []:
-        held = next((name for name in names if f".{saved}." in f".{name}."), None)
-        if held:
-            raise FNSFTError(
-                f"modules_to_save names {saved!r}, which holds {held}: its neurons would all train; leave MLP modules "
-                "out of modules_to_save"
-            )
-    if config.target_modules is None:
+    names = [name for s in find_neuron_sites(model, kind=site) for name in s.layout.modules()]
+    check_modules_to_save(config.modules_to_save, names)
+
+
+def set_lora_targets(config: LoraConfig, model: nn.Module, trainable: NeuronMask) -> None:
+    """Give LoRA without `target_modules` those of the layers with trainable neurons: up, gate and down projections.
+
+    Args:
+        config: changed in place.
+        model: the base model.
+        trainable: the neurons that may change.
+
+    Raises:
+        FNSFTError: the configuration names targets, but no MLP module of such a layer.
+    """
+    sites = [s for s in find_neuron_sites(model, kind=trainable.site) if trainable.layers[s.layer].any()]
+    names = [name for site in sites for name in site.layout.modules()]
+    targets = config.target_modules
+    if targets is None:
         config.target_modules = sorted(names)
-    elif config.target_modules != "all-linear" and not any(check_target_module_exists(config, n) for n in names):
-        targets = config.target_modules
+    elif targets != "all-linear" and not any(check_target_module_exists(config, name) for name in names):
         listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise FNSFTError(
             f"the LoRA targets ({listed}) hold no MLP module, so no neuron could train; name some of "
@@ -117,7 +117,7 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
         FNSFTError: the adapter has no MLP module, is of a variant that cannot be held, or already changes a neuron
             that should be frozen.
     """
-    check_lora_config(model.peft_config[adapter_name], model, trainable)
+    check_lora_config(model.peft_config[adapter_name], model, trainable.site)
     held = 0
     for site, frozen in _frozen_by_site(model, trainable):
         for part, layer in _weight_slices(model, site):
@@ -129,7 +129,6 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
             size = layer.out_features if part.side == "output" else layer.in_features
             is_frozen = torch.zeros(size, dtype=torch.bool)
             is_frozen[positions] = True
-            is_frozen = is_frozen.to(lora_a.weight.device)
             with torch.no_grad():
                 if part.side == "output":
                     if lora_b.weight[is_frozen].any():
@@ -152,11 +151,11 @@ def _already_changed(name: str) -> FNSFTError:
 
 
 def _mask_input(is_frozen: torch.Tensor):
-    return lambda module, args: (args[0].masked_fill(is_frozen, 0), *args[1:])
+    return lambda module, args: (args[0].masked_fill(is_frozen.to(args[0].device), 0), *args[1:])
 
 
 def _mask_output(is_frozen: torch.Tensor):
-    return lambda module, args, output: output.masked_fill(is_frozen, 0)
+    return lambda module, args, output: output.masked_fill(is_frozen.to(output.device), 0)
 
 
 def _frozen_by_site(model: nn.Module, trainable: NeuronMask):
@@ -219,8 +218,8 @@ class FrozenSlices:
 def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool) -> FrozenSlices:
     """Hold full fine-tuning to a set of neurons.
 
-    Sets `requires_grad` of every parameter, and masks the gradients of those that are frozen in part. The caller
-    attaches the result to the optimizer.
+    Sets `requires_grad` of every parameter, and masks the gradients of those that are frozen in part. To be called
+    when the model is on its device; the caller attaches the result to the optimizer.
 
     Args:
         model: a transformers model without adapters, not quantised.

@@ -1,5 +1,7 @@
 """Datasets by name: Hub ids and local files, checked for columns that TRL and the discovery can read."""
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -10,7 +12,7 @@ from .errors import FNSFTError
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-_READABLE = ({"text"}, {"messages"}, {"prompt", "completion"}, {"input_ids"})
+_READABLE = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
 
 def load_data(name_or_path: str, *, config_name: str | None = None, split: str | None = None) -> Dataset | DatasetDict:
@@ -23,12 +25,14 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
         split: one split of it; all of them by default.
 
     Raises:
-        FNSFTError: it is not found, cannot be read, or has no rows.
+        FNSFTError: it is not found or cannot be read.
     """
     path = Path(name_or_path).expanduser()
     try:
         if name_or_path == EMBEDDED:
             passages = DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")}))
+            if split not in (None, "train"):
+                raise FNSFTError(f"the embedded text has no split {split!r}; it has train")
             data = passages[split] if split else passages
         elif path.is_file():
             if path.suffix not in _BUILDERS:
@@ -50,12 +54,22 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
             raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
         reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
-    for part in data.values() if isinstance(data, DatasetDict) else [data]:
-        check_rows(part, name_or_path)
     return data
 
 
-def check_rows(data: Dataset, name: str) -> None:
+def load_texts(names: Sequence[str], *, split: str = "train") -> Iterator[dict]:
+    """Rows of several datasets, one after the other, checked before the first is given.
+
+    Raises:
+        FNSFTError: as [`load_data`] and [`check_rows`].
+    """
+    parts = [load_data(name, split=split) for name in names]
+    for part, name in zip(parts, names, strict=True):
+        check_rows(part, name)
+    return chain.from_iterable(parts)
+
+
+def check_rows(data: Dataset, name: str, *, text_field: str = "text") -> None:
     """Check that a dataset has rows, and columns that can be read.
 
     Raises:
@@ -63,7 +77,7 @@ def check_rows(data: Dataset, name: str) -> None:
     """
     if len(data) == 0:
         raise FNSFTError(f"the dataset {name} is empty; at least one row was expected")
-    if not any(columns <= set(data.column_names) for columns in _READABLE):
+    if text_field not in data.column_names and not any(c <= set(data.column_names) for c in _READABLE):
         known = "; ".join(" and ".join(sorted(columns, reverse=True)) for columns in _READABLE)
         raise FNSFTError(
             f"the dataset {name} has the columns {', '.join(data.column_names)}; expected one of: {known}"

@@ -25,8 +25,9 @@ def _eigh_descending(gram: torch.Tensor, count: int) -> tuple[torch.Tensor, torc
     values, vectors = torch.linalg.eigh(gram.to("cpu", torch.float64))
     order = torch.arange(len(values) - 1, -1, -1)[:count]
     singular = values[order].clamp_min(0).sqrt()
-    # Below this, a direction is rounding noise of a float32 Gram matrix and not a direction of the data.
-    rank = max(int((singular > 1e-6 * singular[0]).sum()), 1)
+    # Below this, a direction is rounding noise of the Gram matrix and not a direction of the data.
+    noise = torch.finfo(gram.dtype).eps ** 0.5 * float(values[-1].clamp_min(0).sqrt())
+    rank = int((singular > noise).sum())
     return singular[:rank], vectors[:, order[:rank]]
 
 
@@ -116,11 +117,12 @@ class ActivationSketch:
             new = new / self.scale
 
         old_rank = len(self.rows)
-        cross = (new @ self.rows.T).to("cpu", torch.float64)  # (new, old_rank)
-        gram = torch.block_diag(torch.diag(self.singular.square()), (new @ new.T).to("cpu", torch.float64))
+        cross = (new @ self.rows.T).cpu()  # (new, old_rank)
+        gram = torch.block_diag(torch.diag(self.singular.square()).to(cross), (new @ new.T).cpu())
         gram[old_rank:, :old_rank] = cross
         gram[:old_rank, old_rank:] = cross.T
         singular, vectors = _eigh_descending(gram, self.rank)  # (r,), (old_rank + new, r)
+        cross, gram = cross.double(), gram.double()
         turn = vectors.T.to(self.rows.dtype).to(self.rows.device)
         self.rows = turn[:, :old_rank] @ self.rows + turn[:, old_rank:] @ new  # (r, neurons)
 
@@ -304,7 +306,7 @@ def _components(sketches, k, variant, standardize, contrast, seed, max_iteration
             (basis * deviations[:, None]).T.to("cpu", torch.float64).numpy(), contrast, seed, max_iterations
         )
         # With unit-variance maps the time course of component c is (white scores) @ mixing[:, c].
-        power = np.linalg.norm(mixing / deviations.cpu().numpy()[:, None], axis=0)
+        power = np.linalg.norm(mixing, axis=0)
         loadings = torch.from_numpy((sources * power).T).to(basis)
     loadings = loadings.float().cpu()
     loadings[:, (moments.variance == 0).cpu()] = 0

@@ -1,7 +1,6 @@
 """discover_networks: a model and texts in, a template out."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,8 +10,8 @@ from .activations import ActivationReader, token_sequences
 from .config import DEFAULT_PERCENTILE, FunctionalNetworkConfig
 from .decomposition import ActivationSketch, NonFiniteActivation, decompose
 from .errors import FNSFTError
-from .neurons import find_neuron_sites
-from .template import Component, FunctionalNetworkTemplate
+from .neurons import base_model, find_neuron_sites
+from .template import Component, FunctionalNetworkTemplate, model_name
 
 
 logger = logging.get_logger(__name__)
@@ -28,8 +27,8 @@ def discover_networks(
 ) -> FunctionalNetworkTemplate:
     """Find the functional networks of a model in one streaming pass over texts.
 
-    Tokens of every second text form one half and the rest the other; the networks come from both together, their
-    reliability from each half alone. First tokens of a sequence, special tokens and padding are left out.
+    The texts are dealt to two halves of equal size; the networks come from both together, their reliability from each
+    half alone. First tokens of a sequence, special tokens and padding are left out.
 
     Args:
         model: a transformers model, plain, quantised or wrapped by PEFT. Left unchanged.
@@ -71,12 +70,12 @@ def discover_networks(
     ]
     sequences = token_sequences(texts, tokenizer, max_length=config.ica_max_length)
     try:
-        for rows, text_index in reader.read(
+        for rows, half_of_row in reader.read(
             sequences, max_tokens=config.ica_max_tokens, description="discovering networks"
         ):
-            parity = (text_index % 2).to(rows.device)
+            half_of_row = half_of_row.to(rows.device)
             for half, sketch in enumerate(halves):
-                sketch.update(rows[parity == half])
+                sketch.update(rows[half_of_row == half])
         for sketch in halves:
             sketch.finish()
     except NonFiniteActivation as error:
@@ -104,10 +103,9 @@ def discover_networks(
             "FastICA did not reach its tolerance; the weakest networks may not replicate: give more tokens "
             "(ica_max_tokens), or ask for fewer components (ica_components)"
         )
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    name = base.config._name_or_path
+    base = base_model(model)
     return FunctionalNetworkTemplate(
-        base_model=Path(name).name if Path(name).exists() else name,
+        base_model=model_name(base),
         revision=getattr(base.config, "_commit_hash", None),
         architecture=type(base).__name__,
         site=config.ica_site,

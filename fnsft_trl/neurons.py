@@ -1,16 +1,19 @@
 """Neurons: where a model's MLP sites are, and which weights make up neuron j.
 
-Sites are found by structure. A *block* is an element of a `ModuleList` that contains an attention module. Outside the
-attention subtrees of a block, a *down projection* is a linear layer that ends in the hidden size and has, in the
-nearest container they share, an *up projection*: a linear layer from the hidden size to the width n of the down
-projection's input (or to 2n, when up and gate are fused).
+Sites are found by structure. A *block* is an element of a `ModuleList` in which any element contains an attention
+module. Outside the attention subtrees of a block, a *down projection* is a linear layer that ends in the hidden size
+and has, in the nearest container they share, an *up projection*: a linear layer from the hidden size to the width n of
+the down projection's input (or to 2n, when up and gate are fused).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import parse_ranges
 from .errors import FNSFTError
@@ -107,9 +110,29 @@ class NeuronSite:
         return NeuronLayout(self.width, tuple(parts))
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a `PeftModel`; any other model is returned as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def check_modules_to_save(saved: list[str] | None, mlp_modules: list[str]) -> None:
+    """Refuse to train as a whole a module that holds a part of the neurons.
+
+    Raises:
+        FNSFTError: naming the entry and the module.
+    """
+    for entry in saved or []:
+        held = next((name for name in mlp_modules if f".{entry}." in f".{name}."), None)
+        if held:
+            raise FNSFTError(
+                f"modules_to_save names {entry!r}, which holds {held}: its neurons would all train; leave MLP modules "
+                "out of modules_to_save"
+            )
+
+
 def base_linear(module: nn.Module) -> nn.Module:
     """The plain layer inside a PEFT wrapper; any other module is returned as it is."""
-    return module.get_base_layer() if _is_peft_layer(module) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -118,28 +141,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     Read from the attributes and never from the weight, whose shape is packed when it is quantised.
     """
     module = base_linear(module)
-    if _is_conv1d(module):
+    if isinstance(module, Conv1D):
         return module.nx, module.nf
     if isinstance(module, nn.Linear):  # bitsandbytes' layers are subclasses
         return module.in_features, module.out_features
     return None
 
 
-def _is_peft_layer(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
 def _is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored as (in, out) instead of (out, in)."""
-    return _is_conv1d(base_linear(module))
+    return isinstance(base_linear(module), Conv1D)
 
 
 def _output_slices(name: str, module: nn.Module, offsets: tuple[int, ...]) -> Iterator[WeightSlice]:
@@ -158,15 +169,14 @@ def _contains_attention(module: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Elements of the outermost `ModuleList`s that contain attention, with their names."""
+    """Elements of the outermost `ModuleList`s of which any contains attention, with their names."""
     taken: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(outer) for outer in taken):
             continue
-        elements = [(f"{name}.{i}", child) for i, child in enumerate(module) if _contains_attention(child)]
-        if elements:
+        if any(_contains_attention(child) for child in module):
             taken.append(f"{name}.")
-            yield from elements
+            yield from ((f"{name}.{i}", child) for i, child in enumerate(module))
 
 
 def _linears(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -181,6 +191,8 @@ def _linears(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _expert_tensors(block: nn.Module) -> str | None:
     for name, module in block.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):  # its weights have three dimensions too
+            continue
         if any(p.dim() == 3 for p in module.parameters(recurse=False)):
             return f"{name} ({type(module).__name__})"
     return None

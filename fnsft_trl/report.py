@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,20 @@ class Report:
         )
 
 
+def check_pyplot() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        FNSFTError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise FNSFTError("reports need matplotlib; run: python -m pip install 'fnsft-trl[report]'")
+
+
 def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise FNSFTError("reports need matplotlib; run: python -m pip install 'fnsft-trl[report]'") from error
+    check_pyplot()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

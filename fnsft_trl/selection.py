@@ -149,6 +149,8 @@ def select_neurons(
         raise FNSFTError(f"fraction is {fraction}; it must be between 0 and 1")
     if fraction is not None and like is not None:
         raise FNSFTError("fraction and like both say how many neurons to select; give one of them")
+    if rank == "lowest" and fraction is None and like is None:
+        raise FNSFTError("rank='lowest' needs fraction or like: how many neurons to select")
     if selector != "networks" and component_ids is not None:
         raise FNSFTError(f"selector={selector!r} takes no component_ids; only 'networks' does")
     count = len(template.components)

@@ -110,9 +110,9 @@ class FunctionalNetworkTemplate:
         Raises:
             FNSFTError: the architecture, a layer or a width differs; the message names the first difference.
         """
-        from .neurons import find_neuron_sites
+        from .neurons import base_model, find_neuron_sites
 
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        base = base_model(model)
         made_from = f"the template was made from {self.base_model} ({self.architecture})"
         if type(base).__name__ != self.architecture:
             raise FNSFTError(f"{made_from}, but the model is a {type(base).__name__}; use a template of this model")
@@ -124,6 +124,13 @@ class FunctionalNetworkTemplate:
                     f"{made_from}, with {width} neurons in layer {layer}, but the model has {found}; use a template "
                     "of this model"
                 )
+        name = model_name(base)
+        if name and self.base_model and name != self.base_model:
+            from transformers.utils import logging
+
+            logging.get_logger(__name__).warning(
+                f"{made_from}, the model is called {name}: the shapes agree, but other weights have other networks"
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `config.json`, `template.safetensors` and `README.md`; each file replaces the old one at once."""
@@ -231,6 +238,12 @@ with lesion(model, mask):
     ...
 ```
 """
+
+
+def model_name(model: nn.Module) -> str:
+    """The id of a model, or the name of the directory it was loaded from; empty when it was made in memory."""
+    name = model.config._name_or_path
+    return Path(name).name if Path(name).exists() else name
 
 
 def read_template_config(directory: str | os.PathLike) -> dict[str, Any]:

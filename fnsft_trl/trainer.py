@@ -4,12 +4,13 @@ import copy
 import json
 import os
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoProcessor, TrainingArguments
+from transformers import AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
@@ -24,12 +25,13 @@ from .constraints import (
     check_optimizer_name,
     constrain_full,
     constrain_lora,
+    set_lora_targets,
     trainable_neurons,
 )
-from .data import load_data
+from .data import load_texts
 from .discovery import discover_networks
 from .errors import FNSFTError
-from .masking import lesion, preserve
+from .masking import lesion, masks_off, preserve
 from .selection import NeuronMask, select_neurons
 from .template import FunctionalNetworkTemplate
 from .tuner import NeuronDeltaLayer, NeuronTunerConfig
@@ -39,6 +41,7 @@ logger = logging.get_logger(__name__)
 
 NETWORK_DIR = "functional_networks"
 SELECTION_FILE = "selection.json"
+_CARD_HEADING = "## Functional networks"
 
 
 class FNSFTTrainer(SFTTrainer):
@@ -65,14 +68,8 @@ class FNSFTTrainer(SFTTrainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to be trained, as in [`~trl.SFTTrainer`].
-        args ([`~trl.SFTConfig`], *optional*):
-            Configuration for this trainer.
-        *positional, **kwargs:
-            All other arguments of [`~trl.SFTTrainer`].
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization of a model given by name.
+        *args, **kwargs:
+            The arguments of [`~trl.SFTTrainer`], by position or by name.
         peft_config ([`~peft.LoraConfig`], *optional*):
             With one, the trainable neurons are trained by LoRA. Without targets it gets those of the MLPs. Without a
             `peft_config`, neuron deltas are trained, or all weights with `train_method="full"`.
@@ -94,11 +91,7 @@ class FNSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model,
-        args: SFTConfig | TrainingArguments | None = None,
-        *positional,
-        quantization_config=None,
-        peft_config=None,
+        *args,
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         **kwargs,
@@ -113,114 +106,90 @@ class FNSFTTrainer(SFTTrainer):
         if network_config is None:
             if network_template is not None:
                 raise FNSFTError("network_template without network_config has no effect; give a network_config too")
-            super().__init__(
-                model, args, *positional, quantization_config=quantization_config, peft_config=peft_config, **kwargs
-            )
+            super().__init__(*args, **kwargs)
             return
 
-        given = model.active_peft_config if isinstance(model, PeftModel) else peft_config
-        is_lora = isinstance(given, LoraConfig)
-        self.plan = plan = network_config.plan(lora_config=is_lora)
-        if given is not None and not is_lora:
+        given = signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        model, train_args, peft_config = given["model"], given.get("args"), given.get("peft_config")
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        self.plan = plan = network_config.plan(lora_config=isinstance(adapter, LoraConfig))
+        self._evaluate_masked = network_config.mask_eval
+        if adapter is not None and plan.method != "lora":
             raise FNSFTError(
-                f"the model is to be trained with a {type(given).__name__}, which cannot be held to a set of neurons; "
-                "use a LoraConfig, or a plain model without peft_config for neuron deltas"
+                f"the model is to be trained with a {type(adapter).__name__}, which cannot be held to a set of "
+                "neurons; use a LoraConfig, or a plain model without peft_config for neuron deltas"
             )
-        if args is None:
+        if train_args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
+            train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
         if plan.method == "full":
-            check_optimizer_name(OptimizerNames(args.optim).value)
+            check_optimizer_name(OptimizerNames(train_args.optim).value)
 
         # The networks must be known before PEFT wraps the model, so what SFTTrainer does first is done here: seed,
         # model, tokenizer.
-        set_seed(args.seed)
-        model_init_kwargs = args.model_init_kwargs if isinstance(args, SFTConfig) else None
+        set_seed(train_args.seed)
+        model_init_kwargs = train_args.model_init_kwargs if isinstance(train_args, SFTConfig) else None
         if isinstance(model, str):
-            model = _load_model(model, args, model_init_kwargs, quantization_config)
-            quantization_config = None
-        processing_class = kwargs.pop("processing_class", None)
+            model = _load_model(model, train_args, model_init_kwargs, given.pop("quantization_config", None))
+        processing_class = given.get("processing_class")
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(
                 get_config_model_id(model.config),
                 revision=(model_init_kwargs or {}).get("revision"),
-                trust_remote_code=getattr(args, "trust_remote_code", False),
+                trust_remote_code=getattr(train_args, "trust_remote_code", False),
             )
-        self.network_template = self._find_template(
-            model, processing_class, network_template, kwargs.get("train_dataset"), kwargs.get("formatting_func")
-        )
-        self.neuron_mask = _select(self.network_template, network_config)
+        is_held = plan.train != "all"
+        if plan.method == "lora" and is_held:
+            check_lora_config(adapter, model, network_config.ica_site)
+
+        template = network_template if network_template is not None else network_config.ica_template_path
+        if template is None:
+            template = _discover(network_config, model, processing_class, train_args, given)
+        else:
+            template = _load_template(network_config, model, template)
+        self.network_template = template
+        self.neuron_mask = _select(template, network_config)
         self.trainable_neurons = trainable_neurons(model, self.neuron_mask, plan.train)
         logger.info(f"selected {self.neuron_mask}; trainable {self.trainable_neurons}; method {plan.method}")
-
         if plan.method == "neuron_delta":
             peft_config = NeuronTunerConfig(
                 neurons=self.trainable_neurons.to_ranges(), site=self.neuron_mask.site, task_type="CAUSAL_LM"
             )
         elif plan.method == "lora" and peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
-            if plan.train != "all":
-                check_lora_config(peft_config, model, self.trainable_neurons)
-        elif plan.method == "full":
-            train_other = {"selected": False, "unselected": network_config.train_other, "all": True}[plan.train]
-            self._frozen_slices = constrain_full(model, self.trainable_neurons, train_other=train_other)
-            if not train_other:
-                # Reentrant checkpointing gives no gradients at all when its inputs require none.
-                model.enable_input_require_grads()
+            set_lora_targets(peft_config, model, self.trainable_neurons)
 
         self._tag_names = [*self._tag_names, "fnsft", "functional-networks"]
-        with _without_model_init_kwargs(args):
-            super().__init__(
-                model,
-                args,
-                *positional,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                processing_class=processing_class,
-                **kwargs,
-            )
+        given.update(model=model, args=train_args, processing_class=processing_class, peft_config=peft_config)
+        with _without_model_init_kwargs(train_args):
+            super().__init__(**given)
+
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded and plan.method == "full":
-            raise FNSFTError(
-                "full fine-tuning held to neurons does not run sharded (FSDP, DeepSpeed) yet; use "
-                "train_method=neuron_delta, or plain data parallelism"
-            )
+        if plan.method == "full":
+            if sharded:
+                raise FNSFTError(
+                    "full fine-tuning held to neurons does not run sharded (FSDP, DeepSpeed) yet; use "
+                    "train_method=neuron_delta, or plain data parallelism"
+                )
+            train_other = {"selected": False, "unselected": network_config.train_other, "all": True}[plan.train]
+            self._frozen_slices = constrain_full(self.model, self.trainable_neurons, train_other=train_other)
+            if not train_other:
+                # Reentrant checkpointing gives no gradients at all when its inputs require none.
+                self.model.enable_input_require_grads()
         for module in self.model.modules():
             if isinstance(module, NeuronDeltaLayer):
                 module.float_deltas()  # SFTTrainer casts every adapter on a quantised base to bfloat16
-        if plan.method == "lora" and plan.train != "all":
-            constrain_lora(self.model, self.trainable_neurons)
+        if plan.method == "lora" and is_held:
+            constrain_lora(self.model, self.trainable_neurons, adapter_name=_only_adapter(self.model))
         if plan.mask_mode is not None:
             intervene = lesion if plan.mask_mode == "lesion" else preserve
             self.mask_handle = intervene(self.model, self.neuron_mask)
-        if network_config.frozen_guard and not sharded:
-            self.add_callback(FrozenNeuronGuard(self.model, self.trainable_neurons))
-
-    def _find_template(self, model, processing_class, given, train_dataset, formatting_func):
-        """The template that was given or named, or one that is discovered now."""
-        config = self.network_config
-        given = given if given is not None else config.ica_template_path
-        if given is None:
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            if config.ica_datasets:
-                sources = config.ica_datasets
-                parts = [load_data(name, split="train") for name in sources]
-                texts = (row for part in parts for row in part)
+        if network_config.frozen_guard:
+            if sharded:
+                logger.warning("frozen_guard is off: it cannot read sharded weights (FSDP, DeepSpeed) yet")
             else:
-                if not isinstance(train_dataset, Dataset) or len(train_dataset) == 0:
-                    raise FNSFTError(
-                        "there is no training data to discover networks on; give a train_dataset with rows, "
-                        "ica_datasets, or a template"
-                    )
-                sources = ["the training data"]
-                texts = (formatting_func(row) if formatting_func else row for row in train_dataset)
-            return discover_networks(model, tokenizer, texts, config, sources=sources)
-        template = given if isinstance(given, FunctionalNetworkTemplate) else None
-        template = template or FunctionalNetworkTemplate.from_pretrained(given)
-        template.check_model(model)
-        if config.ica_percentile is not None:
-            template = template.at_percentile(config.ica_percentile)
-        return template
+                self.add_callback(FrozenNeuronGuard(self.model, self.trainable_neurons))
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen neurons are put back after every step of full fine-tuning."""
@@ -230,18 +199,10 @@ class FNSFTTrainer(SFTTrainer):
             self._held_optimizer = optimizer
         return optimizer
 
-    @contextmanager
-    def _mask_off(self):
-        self.mask_handle.disable()
-        try:
-            yield
-        finally:
-            self.mask_handle.enable()
-
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
-        unmasked = self.mask_handle is not None and not self.network_config.mask_eval
-        with self._mask_off() if unmasked else nullcontext():
+        unmasked = self.mask_handle is not None and not self._evaluate_masked
+        with masks_off(self.model) if unmasked else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -254,26 +215,34 @@ class FNSFTTrainer(SFTTrainer):
             self._check_checkpoint(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
-            super().evaluate(metric_key_prefix="eval_masked")
-            with self._mask_off():
-                super().evaluate(metric_key_prefix="eval_unmasked")
+            for self._evaluate_masked, prefix in ((True, "eval_masked"), (False, "eval_unmasked")):
+                self.evaluate(metric_key_prefix=prefix)
+            self._evaluate_masked = self.network_config.mask_eval
         return result
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the parent's, with a section on what was trained, what was frozen and how to load the result."""
         super().create_model_card(*args, **kwargs)
-        if self.network_config is None or not self.is_world_process_zero():
+        if self.network_config is not None and self.is_world_process_zero():
+            self._extend_card(Path(self.args.output_dir))
+
+    def _extend_card(self, directory: Path) -> None:
+        card = directory / "README.md"
+        if not card.exists() or _CARD_HEADING in card.read_text(encoding="utf-8"):
             return
         trained, template = self.trainable_neurons, self.network_template
+        what = "every neuron could change."
+        if self.plan.train != "all":
+            what = (
+                f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
+                "are bit-identical to the base model."
+            )
         lines = [
-            "\n## Functional networks\n",
-            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {trained.count} neurons "
-            f"({trained.fraction:.1%} of the MLP neurons) could change, all other neurons are bit-identical to the "
-            f"base model. The networks were found on {template.calibration['tokens']} tokens of "
-            f"{', '.join(template.calibration['sources'])}; they are in `{NETWORK_DIR}/`.",
+            f"\n{_CARD_HEADING}\n",
+            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks were found on "
+            f"{template.calibration['tokens']} tokens of {', '.join(template.calibration['sources'])}; they are in "
+            f"`{NETWORK_DIR}/`.",
         ]
-        if self.plan.train == "all":
-            lines[1] = f"Trained with `fnsft_trl`, method `{self.plan.method}`; every neuron could change."
         if self.plan.mask_mode is not None:
             lines.append(
                 f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
@@ -284,12 +253,14 @@ class FNSFTTrainer(SFTTrainer):
                 "\nThe adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before "
                 "`PeftModel.from_pretrained`."
             )
-        with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
-            card.write("\n".join(lines) + "\n")
+        with card.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
 
     def _check_checkpoint(self, checkpoint: str | bool) -> None:
         directory = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        file = Path(directory or "") / NETWORK_DIR / SELECTION_FILE
+        if directory is None:
+            raise FNSFTError(f"there is no checkpoint in {self.args.output_dir} to resume from")
+        file = Path(directory) / NETWORK_DIR / SELECTION_FILE
         if not file.is_file():
             raise FNSFTError(f"{directory} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
         written = json.loads(file.read_text(encoding="utf-8"))["trainable"]
@@ -314,6 +285,7 @@ class FNSFTTrainer(SFTTrainer):
             "trainable": {"count": self.trainable_neurons.count, "sha256": self.trainable_neurons.sha256},
             "neurons": self.neuron_mask.to_ranges(),
         }
+        self._extend_card(directory.parent)
         (directory / SELECTION_FILE).write_text(json.dumps(selection, indent=2) + "\n", encoding="utf-8")
 
 
@@ -339,6 +311,56 @@ def _without_model_init_kwargs(args):
     finally:
         if kept is not None:
             args.model_init_kwargs = kept
+
+
+def _only_adapter(model: PeftModel) -> str:
+    if len(model.active_adapters) != 1:
+        raise FNSFTError(
+            f"the model has {len(model.active_adapters)} active adapters ({', '.join(model.active_adapters)}); "
+            "exactly one can be held to a set of neurons: set_adapter one of them"
+        )
+    return model.active_adapters[0]
+
+
+def _load_template(config: FunctionalNetworkConfig, model, given) -> FunctionalNetworkTemplate:
+    """The template that was given, checked against model and config, at the percentile that the config asks for."""
+    template = given
+    if not isinstance(given, FunctionalNetworkTemplate):
+        template = FunctionalNetworkTemplate.from_pretrained(given)
+    if template.site != config.ica_site:
+        raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
+    template.check_model(model)
+    return template if config.ica_percentile is None else template.at_percentile(config.ica_percentile)
+
+
+def _discover(config: FunctionalNetworkConfig, model, processing_class, args, given: dict):
+    """Discover the networks on `ica_datasets` or on the training data; every process gets those of the first."""
+    unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
+    if unknown:
+        raise FNSFTError(
+            f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
+            f"the networks are 0-{config.ica_components - 1}"
+        )
+    if config.ica_datasets:
+        sources, texts = config.ica_datasets, load_texts(config.ica_datasets)
+    else:
+        sources, texts = ["the training data"], given.get("train_dataset")
+        if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):
+            raise FNSFTError(
+                "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
+                "a template"
+            )
+        formatting_func, field = given.get("formatting_func"), getattr(args, "dataset_text_field", "text")
+        if formatting_func is not None:
+            texts = map(formatting_func, texts)
+        else:
+            texts = (row.get(field, row) for row in texts)
+    if args.place_model_on_device and not hasattr(model, "hf_device_map"):
+        model.to(args.device)  # where the parent would place it later; discovery is slow on another one
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    template = discover_networks(model, tokenizer, texts, config, sources=sources)
+    # Rounding may differ between processes; the frozen neurons must not.
+    return broadcast_object_list([template])[0]
 
 
 def _select(template: FunctionalNetworkTemplate, config: FunctionalNetworkConfig) -> NeuronMask:

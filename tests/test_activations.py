@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from helpers import tiny_model
@@ -17,8 +19,8 @@ def read_all(
         skip_tokens=1,
         special_ids=special,
     )
-    blocks = [(rows.clone(), index) for rows, index in reader.read(sequences, max_tokens=max_tokens)]
-    return torch.cat([rows for rows, _ in blocks]), torch.cat([index for _, index in blocks]), reader
+    blocks = [(rows.clone(), half) for rows, half in reader.read(sequences, max_tokens=max_tokens)]
+    return torch.cat([rows for rows, _ in blocks]), torch.cat([half for _, half in blocks]), reader
 
 
 def reference(model, ids, kind):
@@ -40,19 +42,20 @@ def reference(model, ids, kind):
 @pytest.mark.parametrize("kind", ["mlp_intermediate", "mlp_output"])
 def test_rows_are_the_activations_of_kept_tokens(family, kind):
     model = tiny_model(family)
-    sequences = [TokenSequence([5, 6, 7, 8, 9], 0), TokenSequence([10, 11, 12], 1), TokenSequence([20, 2, 21, 22], 2)]
-    rows, index, _ = read_all(model, sequences, kind=kind, special=[2])
+    sequences = [TokenSequence([5, 6, 7, 8, 9], 0), TokenSequence([10, 11, 12], 1)]
+    sequences[1].ids.insert(1, 2)  # a special token
+    rows, half, _ = read_all(model, sequences, kind=kind, special=[2])
     for sequence in sequences:
         kept = [i for i, token in enumerate(sequence.ids) if i >= 1 and token != 2]
         expected = reference(model, sequence.ids, kind)[kept]
-        assert torch.allclose(rows[index == sequence.text_index], expected, atol=1e-5)
+        assert torch.allclose(rows[half == sequence.half], expected, atol=1e-5)
 
 
 def test_reading_stops_at_exactly_max_tokens_and_leaves_the_model_as_it_was():
     model = tiny_model("llama").train()
-    sequences = [TokenSequence(list(range(5, 15)), i) for i in range(6)]
-    rows, index, _ = read_all(model, sequences, max_tokens=23)
-    assert len(rows) == len(index) == 23
+    sequences = [TokenSequence(list(range(5, 15)), i % 2) for i in range(6)]
+    rows, half, _ = read_all(model, sequences, max_tokens=23)
+    assert len(rows) == len(half) == 23
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -84,7 +87,40 @@ def test_texts_of_every_form_give_tokens(tokenizer):
 def test_long_texts_are_cut_into_sequences_that_lose_nothing(tokenizer):
     text = "Say bakoritensumo: " * 5
     ids = tokenizer(text)["input_ids"]
-    sequences = list(token_sequences([text, "ba"], tokenizer, max_length=7))
-    assert [token for s in sequences if s.text_index == 0 for token in s.ids] == ids
+    sequences = list(token_sequences([text], tokenizer, max_length=7))
+    assert [token for s in sequences for token in s.ids] == ids
     assert max(len(s.ids) for s in sequences) == 7
-    assert sequences[-1].text_index == 1
+
+
+@pytest.mark.parametrize(
+    "texts", [["Say bako ri:"] * 9, ["Say bako ri:", ""] * 9, ["Say bakoriten: " * 60], ["ba", "Say ri: " * 9] * 4]
+)
+def test_halves_are_equally_large_however_the_text_is_cut(tokenizer, texts):
+    sequences = list(token_sequences(texts, tokenizer, max_length=7))
+    sizes = [sum(len(s.ids) for s in sequences if s.half == half) for half in (0, 1)]
+    assert abs(sizes[0] - sizes[1]) <= 4 * 7
+
+
+def test_short_texts_stay_whole_in_one_half(tokenizer):
+    texts = ["Say bako ri:", "Say tensu mo ri:", "Say ba:"]
+    sequences = list(token_sequences(texts, tokenizer, max_length=4))
+    joined, start = [s.ids for s in sequences], 0
+    for text in texts:
+        ids, halves = tokenizer(text)["input_ids"], set()
+        while ids:
+            assert joined[start] == ids[:4]
+            halves.add(sequences[start].half)
+            ids, start = ids[4:], start + 1
+        assert len(halves) == 1
+
+
+def test_conversations_without_a_chat_template_say_so(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(FNSFTError, match="no chat template"):
+        text_token_ids([{"role": "user", "content": "ba"}], plain)
+
+
+def test_conversations_in_from_and_value_form(tokenizer):
+    row = {"conversations": [{"from": "user", "value": "bako"}, {"from": "assistant", "value": "okab"}]}
+    assert text_token_ids(row, tokenizer) == tokenizer("user: bako<eos>assistant: okab<eos>")["input_ids"]

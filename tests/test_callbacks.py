@@ -93,6 +93,24 @@ def test_retention_of_a_resumed_run_keeps_its_base(templates, rows, tokenizer, t
     assert resumed[-1] == whole[-1]
 
 
+def test_retention_is_measured_without_the_mask(templates, rows, tokenizer, tmp_path):
+    """The rise is that of the weights: a lesion alone, with hardly any training, does not show in it."""
+    for mask_eval in (True, False):
+        trainer = FNSFTTrainer(
+            model=tiny_model("llama"),
+            args=sft_config(tmp_path, learning_rate=1e-9, eval_strategy="steps", eval_steps=2),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:4]),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(mask_mode="lesion", mask_eval=mask_eval),
+            network_template=templates["llama"],
+        )
+        trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
+        trainer.train()
+        rises = [entry["retention/rise"] for entry in trainer.state.log_history if "retention/rise" in entry]
+        assert max(map(abs, rises)) < 1e-4
+
+
 def test_retention_without_a_known_base_is_an_error(templates, rows, tokenizer, tmp_path):
     make(tmp_path, rows, tokenizer, templates["llama"], save_strategy="steps", save_steps=2).train()
     trainer = make(tmp_path / "resumed", rows, tokenizer, templates["llama"])

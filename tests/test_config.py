@@ -94,6 +94,10 @@ def test_method_follows_from_the_peft_config():
         {"mask_mode": "lesions"},
         {"train_neurons": "none"},
         {"ica_max_length": 1},
+        {"ica_layers": None},
+        {"mask_eval": False},
+        {"anti_drift_row_param": False},
+        {"anti_drift_row_param": False, "mask_mode": "lesion", "train_neurons": "unselected"},
     ],
 )
 def test_values_without_a_meaning_are_refused_by_name(changes):
@@ -110,6 +114,7 @@ def test_train_other_is_refused_where_it_would_do_nothing():
 
 def test_values_may_be_written_as_on_a_command_line():
     config = FunctionalNetworkConfig(mask_mode="null", ica_component_ids="[0,1,2]", ica_layers=[0, 2, 4])
+    assert FunctionalNetworkConfig(ica_component_ids="all").ica_component_ids is None
     assert (config.mask_mode, config.ica_component_ids, config.ica_layers) == (None, [0, 1, 2], "0,2,4")
 
 

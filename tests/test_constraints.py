@@ -4,7 +4,7 @@ from helpers import VOCABULARY, changed_entries, state, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronMask, constrain_full, constrain_lora, find_neuron_sites
-from fnsft_trl.constraints import check_lora_config, check_optimizer_name, trainable_neurons
+from fnsft_trl.constraints import check_optimizer_name, set_lora_targets, trainable_neurons
 
 
 def mask(share=0.3, seed=0, site="mlp_intermediate", family="llama"):
@@ -93,7 +93,7 @@ def test_lora_held_to_a_mask(family, site, settings):
     trainable = mask(site=site, family=family)
     config = LoraConfig(r=4, **settings)
     base = tiny_model(family)
-    check_lora_config(config, base, trainable)
+    set_lora_targets(config, base, trainable)
     model = get_peft_model(base, config)
     before = state(tiny_model(family))
     constrain_lora(model, trainable)
@@ -114,7 +114,7 @@ def test_lora_without_the_masks_moves_frozen_neurons():
     trainable = mask()
     config = LoraConfig(r=4)
     base = tiny_model("llama")
-    check_lora_config(config, base, trainable)
+    set_lora_targets(config, base, trainable)
     model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
@@ -129,7 +129,7 @@ def test_lora_without_the_masks_moves_frozen_neurons():
 def test_layers_without_trainable_neurons_get_no_adapter():
     trainable = trainable_neurons(tiny_model("llama"), NeuronMask({1: torch.ones(40, dtype=torch.bool)}), "selected")
     config = LoraConfig(r=2)
-    check_lora_config(config, tiny_model("llama"), trainable)
+    set_lora_targets(config, tiny_model("llama"), trainable)
     assert all(".layers.1." in name for name in config.target_modules)
 
 
@@ -168,7 +168,7 @@ def test_lora_on_a_quantised_base_is_held_too():
         block.mlp.up_proj = packed.to("cpu")
     trainable = mask()
     config = LoraConfig(r=4)
-    check_lora_config(config, base, trainable)
+    set_lora_targets(config, base, trainable)
     model = get_peft_model(base, config)
     constrain_lora(model, trainable)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.3)

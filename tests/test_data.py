@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.data import load_data
+from fnsft_trl.data import check_rows, load_data, load_texts
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,22 @@ def test_local_files_load(tmp_path, name, content):
 def test_what_cannot_be_read_says_why(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(FNSFTError, match=message):
-        load_data(str(tmp_path / name))
+        load_texts([str(tmp_path / name)])
+
+
+def test_several_datasets_are_one_stream(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
+    rows = list(load_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
+    assert [row["text"] for row in rows] == ["a1", "a2", "b1", "b2"]
+
+
+def test_another_text_column_may_be_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    data = load_data(str(tmp_path / "a.jsonl"), split="train")
+    check_rows(data, "a", text_field="content")
+    with pytest.raises(FNSFTError, match="has the columns content"):
+        check_rows(data, "a")
 
 
 def test_what_does_not_exist_says_so():

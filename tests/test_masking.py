@@ -6,6 +6,7 @@ from helpers import VOCABULARY, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronMask, find_neuron_sites, lesion, preserve
+from fnsft_trl.masking import masks_off
 from fnsft_trl.neurons import SITES
 
 
@@ -132,6 +133,19 @@ def test_a_mask_of_another_model_is_refused():
         lesion(model, NeuronMask({0: torch.ones(39, dtype=torch.bool)}))
     with pytest.raises(FNSFTError, match="no such layer"):
         lesion(model, NeuronMask({5: torch.ones(40, dtype=torch.bool)}))
+
+
+def test_masks_off_restores_each_mask_as_it_was(ids):
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    plain, other_plain = logits(model, ids), logits(other, ids)
+    first = lesion(model, random_mask(model, "mlp_intermediate"))
+    second = lesion(model, random_mask(model, "mlp_intermediate", seed=1))
+    elsewhere = lesion(other, random_mask(other, "mlp_intermediate"))
+    second.disable()
+    with masks_off(model):
+        assert torch.equal(logits(model, ids), plain)
+        assert not torch.equal(logits(other, ids), other_plain)
+    assert (first.enabled, second.enabled, elsewhere.enabled) == (True, False, True)
 
 
 def test_layers_that_the_mask_does_not_cover_are_untouched(ids):

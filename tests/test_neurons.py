@@ -5,7 +5,7 @@ from helpers import FAMILIES, VOCABULARY, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, find_neuron_sites
-from fnsft_trl.neurons import SITES
+from fnsft_trl.neurons import SITES, base_model
 
 
 EXPECTED = {
@@ -132,6 +132,20 @@ def test_a_block_without_its_mlp_is_an_error():
     model.model.layers[1].mlp = torch.nn.Identity()
     with pytest.raises(FNSFTError, match=r"no MLP site found in block model\.layers\.1"):
         find_neuron_sites(model)
+
+
+def test_blocks_without_attention_count_too():
+    """In a hybrid model every block has an MLP, and layer numbers are block numbers."""
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn = torch.nn.Conv1d(16, 16, 3)
+    assert [site.name for site in find_neuron_sites(model)] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+
+
+def test_a_model_with_an_adapter_loaded_by_transformers_is_read():
+    model = tiny_model("llama")
+    model.add_adapter(LoraConfig(target_modules=["up_proj"]))
+    assert len(find_neuron_sites(model)) == 3
+    assert base_model(model) is model
 
 
 def test_families_are_all_here():

@@ -108,6 +108,7 @@ def test_an_unknown_network_lists_those_there_are(templates):
         {"selector": "random"},
         {"selector": "random", "fraction": 0.1, "component_ids": [0]},
         {"component_ids": []},
+        {"rank": "lowest"},
     ],
 )
 def test_selections_without_a_meaning_are_errors(templates, arguments):

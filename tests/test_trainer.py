@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
 from fnsft_trl import (
@@ -18,6 +18,11 @@ from fnsft_trl import (
     find_neuron_sites,
 )
 
+
+try:
+    from bitsandbytes.functional import dequantize_4bit
+except ImportError:
+    dequantize_4bit = None
 
 DISCOVERY = {"ica_components": 2, "ica_rank": 8, "ica_max_tokens": 200, "ica_max_length": 32, "ica_percentile": 80}
 
@@ -118,7 +123,10 @@ def test_every_checkpoint_holds_the_template_and_the_selection(templates, rows, 
         assert selection["selected"] == {"count": trainer.neuron_mask.count, "sha256": trainer.neuron_mask.sha256}
         assert selection["train_method"] == method
         assert FunctionalNetworkConfig(**selection["network_config"]) == trainer.network_config
+    if method != "full":
+        assert "## Functional networks" in (tmp_path / "checkpoint-4" / "README.md").read_text()
     card = (tmp_path / "README.md").read_text()
+    assert card.count("## Functional networks") == 1
     assert "functional-networks" in card
     assert f"{trainer.neuron_mask.count} neurons (" in card
     assert ("import fnsft_trl.tuner" in card) == (method == "neuron_delta")
@@ -193,6 +201,7 @@ def test_held_by_the_forward_mask_alone_when_anti_drift_is_off(templates, rows, 
         {"neftune_noise_alpha": 5},
         {"completion_only_loss": False},
         {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     ],
     ids=lambda args: next(iter(args)) + str(len(args)),
 )
@@ -245,6 +254,110 @@ def test_an_existing_peft_model_is_held_too(templates, rows, tokenizer, tmp_path
     name = "model.layers.0.mlp.gate_proj.weight"
     assert torch.equal(before[name][frozen], after[name][frozen])
     assert not torch.equal(before[name], after[name])
+
+
+def test_the_active_adapter_is_the_one_that_is_held(templates, rows, tokenizer, tmp_path):
+    model = tiny_model("llama")
+    before = state(model)
+    config = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("mine", LoraConfig(r=2, target_modules=r"model\.layers\.\d+\.mlp\.down_proj"))
+    wrapped.set_adapter("mine")
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], model=wrapped)
+    trainer.train()
+    after = state(trainer.model.merge_and_unload())
+    name = "model.layers.0.mlp.down_proj.weight"
+    frozen = (~trainer.neuron_mask).indices(0)
+    assert torch.equal(before[name][:, frozen], after[name][:, frozen])
+    assert not torch.equal(before[name], after[name])
+
+
+def test_everything_trainable_still_means_the_mlps(templates, rows, tokenizer, tmp_path):
+    trainer = make(
+        tmp_path,
+        rows,
+        tokenizer,
+        templates["llama"],
+        peft_config=LoraConfig(r=2),
+        mask_mode="lesion",
+        train_neurons="all",
+    )
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2] for name, _ in trainer.model.named_parameters() if "lora_" in name
+    }
+    assert names == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_arguments_may_be_given_by_position(templates, rows, tokenizer, tmp_path):
+    data = Dataset.from_list(rows)
+    config = FunctionalNetworkConfig(**DISCOVERY)
+    trainer = FNSFTTrainer(
+        tiny_model("llama"), sft_config(tmp_path), None, data, None, tokenizer, network_config=config
+    )
+    trainer.train()
+    assert trainer.network_template.calibration["tokens"] == 200
+
+
+def test_streamed_data_and_other_text_fields_are_discovered_on(model_dir, rows, tmp_path):
+    texts = Dataset.from_list([{"content": row["completion"] * 2} for row in rows])
+    for data in (texts, texts.to_iterable_dataset()):
+        trainer = FNSFTTrainer(
+            model=str(model_dir),
+            args=sft_config(tmp_path, dataset_text_field="content"),
+            train_dataset=data,
+            network_config=FunctionalNetworkConfig(**DISCOVERY),
+        )
+        trainer.train()
+        assert trainer.network_template.calibration["tokens"] == 200
+
+
+def test_what_is_known_to_fail_fails_before_a_discovery(model_dir, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.trainer.discover_networks", lambda *a, **k: pytest.fail("discovery was started"))
+    for changes, peft_config, message in (
+        ({"ica_component_ids": [12]}, None, "networks are 0-9"),
+        ({}, LoraConfig(use_dora=True), "DoRA"),
+    ):
+        with pytest.raises(FNSFTError, match=message):
+            FNSFTTrainer(
+                model=str(model_dir),
+                args=sft_config(tmp_path),
+                train_dataset=Dataset.from_list(rows),
+                peft_config=peft_config,
+                network_config=FunctionalNetworkConfig(**changes),
+            )
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
+def test_a_quantised_model_is_trained_without_touching_its_weights(rows, tokenizer, tmp_path, method):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=120, **shape)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = FNSFTTrainer(
+        model=str(tmp_path / "base"),
+        args=sft_config(tmp_path / "out", eval_strategy="steps", eval_steps=2),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        peft_config=LoraConfig(r=2) if method == "lora" else None,
+        network_config=FunctionalNetworkConfig(**DISCOVERY),
+    )
+    assert trainer.model.is_loaded_in_4bit
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32 if method == "neuron_delta" else torch.bfloat16}
+    down = trainer.model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    before = dequantize_4bit(down.base_layer.weight.data.clone(), down.base_layer.weight.quant_state)
+    trainer.train()
+    trainer.model.train()
+    weight = down.base_layer.weight
+    assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), before)
+    if method == "lora":
+        frozen = (~trainer.trainable_neurons).indices(1)
+        assert not down.lora_A["default"].weight[:, frozen].any()
+        assert down.lora_B["default"].weight.any()
+    else:
+        assert down.neuron_delta_weight["default"].any()
 
 
 def test_attention_targets_that_the_user_names_train_as_usual(templates, rows, tokenizer, tmp_path):

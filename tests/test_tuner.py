@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import VOCABULARY, changed_entries, state, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, find_neuron_sites
 from fnsft_trl.neurons import SITES
@@ -88,6 +88,16 @@ def test_save_and_load(family, site, ids, tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
     trainable = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
     assert any(p.requires_grad for p in trainable.parameters())
+
+
+def test_transformers_loads_the_adapter_by_itself(ids, tmp_path):
+    """AutoModel loads a directory with an adapter; it asks PEFT for the method's name."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
+    fit(model, ids).save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
 def test_two_adapters_of_other_neurons_on_one_model(ids):

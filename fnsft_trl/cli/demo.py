@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..config import FunctionalNetworkConfig
+from ..errors import FNSFTError
+from ..report import Report, check_pyplot, format_table, networks_figure, trade_off_figure
 from .arguments import ArgumentParser, check_writable
 
 
@@ -51,7 +53,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--retention_tokens", type=int, default=4_000, help="tokens of general text to score")
     parser.add_argument("--seed", type=int, default=0, help="of the data order, the adapters and the random neurons")
     args = parser.parse_args(argv)
+    for name in ("discovery_tokens", "components", "train_rows", "test_rows", "retention_tokens"):
+        if getattr(args, name) < 1:
+            raise FNSFTError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     output = check_writable(args.output_dir)
+    check_pyplot()
     discovery = FunctionalNetworkConfig(
         ica_components=args.components,
         ica_max_tokens=args.discovery_tokens,
@@ -195,6 +201,7 @@ def _train(arm: Arm, args, model_path: str, tokenizer, rows: list[dict], templat
             logging_steps=20,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=False,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -228,8 +235,6 @@ CAUTION = (
 
 
 def _write_report(summary: dict, template, output: Path) -> None:
-    from ..report import Report, format_table, networks_figure, trade_off_figure
-
     base, arms = summary["base"], summary["arms"]
     header = [
         "arm",

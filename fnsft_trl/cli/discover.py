@@ -27,13 +27,12 @@ def main(argv: list[str]) -> None:
     config = FunctionalNetworkConfig(**{name: getattr(args, name) for name in _DISCOVERY_FIELDS})
     output_dir = check_writable(args.output_dir)
 
-    from ..data import load_data
+    from ..data import load_texts
     from ..discovery import discover_networks
     from .models import load_model_and_tokenizer
 
-    parts = [load_data(name, split=args.dataset_split) for name in args.datasets]
+    texts = load_texts(args.datasets, split=args.dataset_split)
     model, tokenizer = load_model_and_tokenizer(args.model, args.dtype)
-    texts = (row for part in parts for row in part)
     template = discover_networks(model, tokenizer, texts, config, sources=args.datasets)
     template.save_pretrained(output_dir)
     print(f"Template saved to: {output_dir}")

@@ -15,6 +15,9 @@ from .arguments import check_writable
 
 def main(argv: list[str]) -> None:
     from datasets import DatasetDict
+    from datasets.exceptions import DatasetsError
+    from transformers import AutoConfig
+    from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
     from trl import (
         DatasetMixtureConfig,
@@ -30,6 +33,7 @@ def main(argv: list[str]) -> None:
     from ..data import check_rows, load_data
     from ..embedded import resolve_model
     from ..trainer import FNSFTTrainer
+    from .models import model_errors
 
     logger = logging.get_logger("fnsft_trl")
 
@@ -39,8 +43,9 @@ def main(argv: list[str]) -> None:
 
     kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FunctionalNetworkConfig)
     known = [f.name for kind in kinds for f in fields(kind)]
-    argv, settings = _normalise(argv, known)
     parser = Parser(kinds, prog="fnsft train", allow_abbrev=False)
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    argv, settings = _normalise(argv, known, lists)
     parser.set_defaults_with_config(**settings)
     try:
         script_args, training_args, model_args, mixture, network_config = parser.parse_args_into_dataclasses(args=argv)
@@ -57,10 +62,22 @@ def main(argv: list[str]) -> None:
     peft_config = get_peft_config(model_args)
     if network_config is not None:
         network_config.plan(lora_config=peft_config is not None)
-    check_writable(training_args.output_dir)
+    output_dir = check_writable(training_args.output_dir)
+    resume = training_args.resume_from_checkpoint
+    if str(resume).lower() == "true":
+        resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+        if resume is None:
+            raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
 
+    if script_args.dataset_streaming:
+        raise FNSFTError("dataset_streaming is not supported by fnsft train; use FNSFTTrainer in Python")
+    if mixture.datasets and script_args.dataset_name:
+        raise FNSFTError("dataset_name and datasets are both given; drop one of them")
     if mixture.datasets:
-        dataset = get_dataset(mixture)
+        try:
+            dataset = get_dataset(mixture)
+        except (ValueError, OSError, KeyError, DatasetsError) as error:
+            raise FNSFTError(f"the mixture of datasets cannot be read: {error}") from error
     elif script_args.dataset_name:
         dataset = load_data(script_args.dataset_name, config_name=script_args.dataset_config)
     else:
@@ -76,9 +93,13 @@ def main(argv: list[str]) -> None:
                 f"the dataset has no split {split!r}; it has {', '.join(dataset)}; set dataset_{use}_split"
                 + (" or eval_strategy: 'no'" if use == "test" else "")
             )
-        check_rows(dataset[split], f"split {split!r}")
+        check_rows(dataset[split], f"split {split!r}", text_field=training_args.dataset_text_field)
 
     name = resolve_model(model_args.model_name_or_path)
+    with model_errors(model_args.model_name_or_path):
+        AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -99,7 +120,7 @@ def main(argv: list[str]) -> None:
             f"selected {trainer.neuron_mask}; trainable: {trainer.trainable_neurons.count} neurons, method "
             f"{trainer.plan.method}, mask {trainer.plan.mask_mode or 'off'}"
         )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card()
     if training_args.push_to_hub:
@@ -111,8 +132,8 @@ def _flags(argv: list[str]) -> list[str]:
     return [token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
 
 
-def _normalise(argv: list[str], known: list[str]) -> tuple[list[str], dict]:
-    """Take the YAML file out of the arguments, check every name, and write lists as argparse reads them."""
+def _normalise(argv: list[str], known: list[str], lists: set[str]) -> tuple[list[str], dict]:
+    """Take the YAML file out of the arguments, check every name, and write `[0,1]` as argparse reads lists."""
     arguments: list[str] = []
     settings: dict = {}
     tokens = iter(argv)
@@ -120,9 +141,9 @@ def _normalise(argv: list[str], known: list[str]) -> tuple[list[str], dict]:
         if token == "--config" or token.startswith("--config="):
             path = token.partition("=")[2] or next(tokens, None)
             settings = _read_yaml(path, known)
-        elif match := re.fullmatch(r"\[(.*)\]", token):
+        elif (match := re.fullmatch(r"\[([^{}]*)\]", token)) and set(_flags(arguments[-1:])) & lists:
             arguments += [item.strip() for item in match[1].split(",") if item.strip()]
-        elif match := re.fullmatch(r"(--\w+)=\[(.*)\]", token):
+        elif (match := re.fullmatch(r"(--\w+)=\[([^{}]*)\]", token)) and match[1][2:] in lists:
             arguments += [match[1], *(item.strip() for item in match[2].split(",") if item.strip())]
         else:
             arguments.append(token)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from trl.data_utils import common_prefix_length
 
 from ..errors import FNSFTError
 
@@ -96,8 +97,9 @@ def score_completions(model: nn.Module, tokenizer, rows: Sequence[dict], *, batc
     sequences, first = [], []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        sequences.append(tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"])
-        first.append(len(prompt))
+        whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        sequences.append(whole)
+        first.append(common_prefix_length(prompt, whole))
     scores = list(score_tokens(model, sequences, first, batch_size=batch_size))
     return CompletionScores(
         exact_match=sum(bool(score.is_top1.all()) for score in scores) / len(scores),

@@ -12,15 +12,16 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .config import PEFT_TYPE, NeuronTunerConfig
+from .config import NeuronPeftType, NeuronTunerConfig
 from .layer import NeuronDeltaLayer
 from .model import NeuronTunerModel
 
 
-# PEFT's own register function insists on an entry of its enum; the tables behind it take any string.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = NeuronTunerConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = NeuronTunerModel
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PEFT_TYPE] = NeuronTunerModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = NeuronTunerModel.prefix
+_TYPE = NeuronPeftType.NEURON_DELTA
+# PEFT's own register function insists on an entry of its enum; the tables behind it take any key.
+PEFT_TYPE_TO_CONFIG_MAPPING[_TYPE] = NeuronTunerConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_TYPE] = NeuronTunerModel
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING[_TYPE] = NeuronTunerModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_TYPE] = NeuronTunerModel.prefix
 
 __all__ = ["NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from peft.config import PeftConfig
 
 from ..errors import FNSFTError
 
 
-PEFT_TYPE = "NEURON_DELTA"
+class NeuronPeftType(str, Enum):
+    """The method's name in PEFT's tables: like a member of `peft.PeftType`, and equal to its string."""
+
+    NEURON_DELTA = "NEURON_DELTA"
 
 
 @dataclass
@@ -52,7 +56,7 @@ class NeuronTunerConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = NeuronPeftType.NEURON_DELTA
         self.neurons = {str(layer): spec for layer, spec in self.neurons.items()}
         if not self.neurons:
             raise FNSFTError("NeuronTunerConfig selects no neuron; give neurons=mask.to_ranges()")

@@ -52,21 +52,19 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         self.slices[adapter_name] = parts
         self.positions[adapter_name] = positions
         other = self.in_features if parts["weight"].side == "output" else self.out_features
-        dtype = self._adapter_dtype()
-        self.neuron_delta_weight[adapter_name] = nn.Parameter(torch.zeros(len(positions), other, dtype=dtype))
+        self.neuron_delta_weight[adapter_name] = nn.Parameter(torch.zeros(len(positions), other))
         if "bias" in parts:
-            self.neuron_delta_bias[adapter_name] = nn.Parameter(torch.zeros(len(positions), dtype=dtype))
+            self.neuron_delta_bias[adapter_name] = nn.Parameter(torch.zeros(len(positions)))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _adapter_dtype(self) -> torch.dtype:
-        # Deltas are small beside the weights they change: half precision would round most of their steps away, and
-        # so they stay float32 on a half-precision or quantised base.
-        dtype = self.get_base_layer().weight.dtype
-        return dtype if dtype == torch.float64 else torch.float32
-
     def float_deltas(self) -> None:
-        """Bring all deltas back to float32, after someone has cast every trainable parameter to half precision."""
+        """On a quantised base, bring all deltas back to float32 after a trainer has cast them to half precision.
+
+        Deltas are small beside the weights they change: half precision would round most of their steps away.
+        """
+        if self.get_base_layer().weight.is_floating_point():
+            return
         for deltas in (self.neuron_delta_weight, self.neuron_delta_bias):
             for delta in deltas.values():
                 if delta.dtype in (torch.bfloat16, torch.float16):
@@ -82,13 +80,12 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             if name not in self.neuron_delta_weight:
                 continue
             delta, positions = self.neuron_delta_weight[name], self.positions[name]
-            x_delta = self._cast_input_dtype(x, delta.dtype)
             if self.slices[name]["weight"].side == "output":
                 bias = self.neuron_delta_bias.get(name, None)
-                change = nn.functional.linear(x_delta, delta, bias)  # (..., positions)
+                change = nn.functional.linear(self._cast_input_dtype(x, delta.dtype), delta, bias)  # (..., positions)
                 result = result.index_add(-1, positions, change.to(result.dtype))
             else:
-                change = x_delta.index_select(-1, positions) @ delta  # (..., out)
+                change = self._cast_input_dtype(x.index_select(-1, positions), delta.dtype) @ delta  # (..., out)
                 result = result + change.to(result.dtype)
         return result
 

@@ -6,8 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import FNSFTError
-from ..neurons import WeightSlice, find_neuron_sites
+from ..neurons import WeightSlice, check_modules_to_save, find_neuron_sites
 from ..selection import NeuronMask
 from .config import NeuronTunerConfig
 from .layer import NeuronDeltaLayer
@@ -40,13 +39,7 @@ class NeuronTunerModel(BaseTuner):
                 for name in site.layout.modules():
                     slices = [part for part in site.layout.slices if part.module_name == name]
                     self._parts[name] = (neurons, slices)
-        for saved in peft_config.modules_to_save or []:
-            for name in self._parts:
-                if name.endswith(f".{saved}") or f".{saved}." in f".{name}.":
-                    raise FNSFTError(
-                        f"modules_to_save names {saved!r}, which holds {name}: its neurons would all train; leave MLP "
-                        "modules out of modules_to_save"
-                    )
+        check_modules_to_save(peft_config.modules_to_save, list(self._parts))
         peft_config.target_modules = sorted(self._parts)
         return peft_config
 
