@@ -8,9 +8,10 @@ from typing import Any
 from .errors import FNSFTError
 
 
-DEFAULT_PERCENTILE = 98.0
+THRESHOLD_RULES = {"percentile": 98.0, "layer_percentile": 98.0, "zscore": 1.96, "zscore_positive": 1.96}
 
 _CHOICES = {
+    "ica_threshold": (None, *THRESHOLD_RULES),
     "ica_site": ("mlp_intermediate", "mlp_output"),
     "ica_variant": ("temporal", "spatial"),
     "ica_standardize": ("center", "zscore"),
@@ -71,6 +72,44 @@ def format_ranges(indices: Iterable[int]) -> str:
         else:
             runs.append([index, index])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """Which neurons belong to a network, given its loadings.
+
+    Attributes:
+        rule (`str`): `"percentile"`: |loading| over this percentile of all layers together. `"layer_percentile"`: over
+            that of the neuron's own layer. `"zscore"`: |z| over the value, with z the loading standardised over all
+            layers. `"zscore_positive"`: z over the value, one-sided (Liu et al. 2025, arXiv 2502.20408, use 1.96).
+        value (`float`): the percentile, in (0, 100), or the z, at least 0.
+
+    Raises:
+        FNSFTError: an unknown rule, or a value out of range.
+    """
+
+    rule: str = "percentile"
+    value: float = THRESHOLD_RULES["percentile"]
+
+    def __post_init__(self) -> None:
+        if self.rule not in THRESHOLD_RULES:
+            raise FNSFTError(
+                f"threshold rule {self.rule!r} is unknown; it must be one of: {', '.join(THRESHOLD_RULES)}"
+            )
+        highest = float("inf") if self.rule.startswith("zscore") else 100
+        valid = isinstance(self.value, (int, float)) and not isinstance(self.value, bool) and 0 < self.value < highest
+        if not valid:
+            raise FNSFTError(
+                f"the value of threshold rule {self.rule} is {self.value!r}; it must be in (0, {highest})"
+            )
+
+    def __str__(self) -> str:
+        return {
+            "percentile": f"|loading| over percentile {self.value:g}, all layers together",
+            "layer_percentile": f"|loading| over percentile {self.value:g} of the neuron's layer",
+            "zscore": f"|z-scored loading| over {self.value:g}",
+            "zscore_positive": f"z-scored loading over {self.value:g}",
+        }[self.rule]
 
 
 @dataclass(frozen=True)
@@ -136,8 +175,15 @@ class FunctionalNetworkConfig:
         ica_components (`int`, *optional*, defaults to `10`):
             Number of independent components k to discover.
         ica_percentile (`float`, *optional*):
-            A network holds the neurons whose |loading| exceeds this percentile, pooled over layers. In (0, 100).
-            `None`: 98.0 in a discovery; the template's own when one is loaded.
+            A network holds the neurons whose |loading| exceeds this percentile, in (0, 100). `None`: 98.0 in a
+            discovery; the template's own threshold when one is loaded.
+        ica_threshold (`str`, *optional*):
+            The rule: `percentile` (pooled over layers, the default), `layer_percentile`, `zscore` (two-sided) or
+            `zscore_positive` (one-sided). See [`ThresholdRule`].
+        ica_zscore (`float`, *optional*):
+            The z of the `zscore` rules; 1.96 by default.
+        ica_min_reliability (`float`, *optional*, defaults to `0.0`):
+            Without `ica_component_ids`: select only networks at least this reliable. In [0, 1].
         ica_component_ids (`list[int]`, *optional*):
             The networks that make up the selection. `None`: all networks of the template.
         ica_layers (`str`, *optional*, defaults to `"all"`):
@@ -201,6 +247,9 @@ class FunctionalNetworkConfig:
     ica_template_path: str | None = _help("Directory of a saved template; without one, networks are discovered.", None)
     ica_components: int = _help("Number of independent components (networks) to discover.", 10)
     ica_percentile: float | None = _help("A network holds the neurons whose |loading| exceeds it (98.0).", None)
+    ica_threshold: str | None = _help("percentile, layer_percentile, zscore or zscore_positive.", None)
+    ica_zscore: float | None = _help("The z of the zscore rules (1.96).", None)
+    ica_min_reliability: float = _help("Without ica_component_ids: only networks at least this reliable.", 0.0)
     ica_component_ids: list[int] | None = _help("Networks that make up the selection; all of them by default.", None)
     ica_layers: str = _help("Layers to discover in: all, 0-5 (inclusive), 0:4 (end left out), 0:4,9.", "all")
     ica_site: str = _help("Where activations are read and masked: mlp_intermediate or mlp_output.", "mlp_intermediate")
@@ -260,6 +309,12 @@ class FunctionalNetworkConfig:
             self._check(name, int, lambda value: value >= 0, "a whole number of at least 0")
         if self.ica_percentile is not None:
             self._check("ica_percentile", (int, float), lambda value: 0 < value < 100, "between 0 and 100")
+        if self.ica_zscore is not None:
+            self._check("ica_zscore", (int, float), lambda value: value > 0, "above 0")
+        self.threshold_rule()
+        self._check("ica_min_reliability", (int, float), lambda value: 0 <= value <= 1, "between 0 and 1")
+        if self.ica_min_reliability and (self.ica_component_ids is not None or self.ica_select != "networks"):
+            raise FNSFTError("ica_min_reliability chooses networks; drop it, or ica_component_ids and ica_select")
         if self.ica_fraction is not None:
             self._check("ica_fraction", (int, float), lambda value: 0 < value < 1, "between 0 and 1")
         if self.ica_component_ids is not None and not (
@@ -299,6 +354,22 @@ class FunctionalNetworkConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
             raise FNSFTError(f"{name} is {value!r}; it must be {expected}")
+
+    def threshold_rule(self) -> ThresholdRule | None:
+        """The rule that the three threshold fields ask for; `None` when none of them is set.
+
+        Raises:
+            FNSFTError: they contradict each other.
+        """
+        if self.ica_threshold is None and self.ica_percentile is None and self.ica_zscore is None:
+            return None
+        rule = self.ica_threshold or ("percentile" if self.ica_zscore is None else "zscore")
+        value, other = self.ica_percentile, self.ica_zscore
+        if rule.startswith("zscore"):
+            value, other = other, value
+        if other is not None:
+            raise FNSFTError(f"ica_threshold={rule} takes only one of ica_percentile and ica_zscore; drop the other")
+        return ThresholdRule(rule, THRESHOLD_RULES[rule] if value is None else value)
 
     def plan(self, *, lora_config: bool) -> TrainingPlan:
         """Resolve the switches into what is trained and masked.

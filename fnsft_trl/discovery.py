@@ -7,7 +7,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .activations import ActivationReader, token_sequences
-from .config import DEFAULT_PERCENTILE, FunctionalNetworkConfig
+from .config import FunctionalNetworkConfig, ThresholdRule
 from .decomposition import ActivationSketch, NonFiniteActivation, decompose
 from .errors import FNSFTError
 from .neurons import base_model, find_neuron_sites
@@ -111,7 +111,7 @@ def discover_networks(
         site=config.ica_site,
         settings=config.discovery_settings(),
         calibration={"sources": list(sources), "tokens": tokens, "sha256": reader.digest.hexdigest()},
-        percentile=DEFAULT_PERCENTILE if config.ica_percentile is None else config.ica_percentile,
+        threshold=config.threshold_rule() or ThresholdRule(),
         components=[
             Component(*values)
             for values in zip(

@@ -118,6 +118,7 @@ def select_neurons(
     rank: str = "highest",
     seed: int = 0,
     like: NeuronMask | None = None,
+    min_reliability: float = 0.0,
 ) -> NeuronMask:
     """Select neurons by the networks they belong to, or by a control.
 
@@ -134,6 +135,7 @@ def select_neurons(
         rank: `"highest"`, or `"lowest"`: those most outside the networks, or most quiet.
         seed: of `"random"`.
         like: take as many neurons of every layer as this mask has, instead of a fraction.
+        min_reliability: leave out networks whose split-half reliability is lower, in [0, 1]. Only for `"networks"`.
 
     Returns:
         A [`NeuronMask`] over the template's layers.
@@ -162,6 +164,15 @@ def select_neurons(
             f"{format_ranges(range(count))}"
         )
 
+    if selector == "networks" and min_reliability > 0:
+        ids = [number for number in ids if template.components[number].reliability >= min_reliability]
+        if not ids:
+            best = max(component.reliability for component in template.components)
+            raise FNSFTError(
+                f"no network has a reliability of {min_reliability:g}; the highest is {best:.2f}: lower "
+                "min_reliability, or discover on more tokens"
+            )
+
     if fraction is None and like is None:
         if selector != "networks":
             raise FNSFTError(f"selector={selector!r} needs fraction or like: how many neurons to select")
@@ -174,8 +185,8 @@ def select_neurons(
         mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
     if mask.count == 0:
         raise FNSFTError(
-            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, percentile "
-            f"{template.percentile}); lower the percentile or select a fraction"
+            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, {template.threshold}); lower the "
+            "threshold or select a fraction"
         )
     return mask
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import ThresholdRule
 from .errors import FNSFTError
 
 
@@ -57,7 +58,7 @@ class FunctionalNetworkTemplate:
         site (`str`): `"mlp_intermediate"` or `"mlp_output"`.
         settings (`dict`): every ICA setting that led here.
         calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
-        percentile (`float`): a network holds the neurons whose |loading| exceeds this percentile, pooled over layers.
+        threshold (`ThresholdRule`): which neurons belong to a network.
         components (`list[Component]`): one entry per network.
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
@@ -70,7 +71,7 @@ class FunctionalNetworkTemplate:
     site: str
     settings: dict[str, Any]
     calibration: dict[str, Any]
-    percentile: float
+    threshold: ThresholdRule
     components: list[Component]
     loadings: dict[int, torch.Tensor]
     mean: dict[int, torch.Tensor]
@@ -87,22 +88,27 @@ class FunctionalNetworkTemplate:
         """Number of neurons of each layer."""
         return {layer: values.shape[1] for layer, values in self.loadings.items()}
 
-    def threshold(self, number: int) -> float:
-        """The |loading| that a neuron must exceed to belong to network `number`."""
-        import numpy as np
-
-        pooled = np.concatenate([values[number].abs().numpy() for values in self.loadings.values()])
-        return float(np.percentile(pooled, self.percentile))
-
     def members(self, number: int) -> dict[int, torch.Tensor]:
         """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
-        threshold = self.threshold(number)
-        return {layer: values[number].abs() > threshold for layer, values in self.loadings.items()}
+        import numpy as np
 
-    def at_percentile(self, percentile: float) -> FunctionalNetworkTemplate:
-        """The same networks with another threshold."""
-        components = [replace(component) for component in self.components]
-        return replace(self, percentile=percentile, components=components)
+        loadings = {layer: values[number] for layer, values in self.loadings.items()}
+        pooled = np.concatenate([values.numpy() for values in loadings.values()])  # (neurons of all layers,)
+        value = self.threshold.value
+        if self.threshold.rule == "percentile":
+            least = float(np.percentile(np.abs(pooled), value))
+            return {layer: values.abs() > least for layer, values in loadings.items()}
+        if self.threshold.rule == "layer_percentile":
+            return {i: v.abs() > float(np.percentile(np.abs(v.numpy()), value)) for i, v in loadings.items()}
+        mean, deviation = float(pooled.mean(dtype=np.float64)), float(pooled.std(dtype=np.float64))
+        above = {layer: values > mean + value * deviation for layer, values in loadings.items()}
+        if self.threshold.rule == "zscore_positive":
+            return above
+        return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
+
+    def with_threshold(self, threshold: ThresholdRule) -> FunctionalNetworkTemplate:
+        """The same networks with another threshold; no discovery is needed."""
+        return replace(self, threshold=threshold, components=[replace(component) for component in self.components])
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that this template was not made from.
@@ -180,7 +186,8 @@ class FunctionalNetworkTemplate:
         return cls(
             components=[Component(**{key: c[key] for key in known}) for c in config["components"]],
             **{key: config[key] for key in ("base_model", "revision", "architecture", "site", "settings")},
-            **{key: config[key] for key in ("calibration", "percentile")},
+            calibration=config["calibration"],
+            threshold=ThresholdRule(**config["threshold"]),
             **parts,
         )
 
@@ -196,7 +203,7 @@ class FunctionalNetworkTemplate:
             "architecture": self.architecture,
             "site": self.site,
             "widths": self.widths,
-            "percentile": self.percentile,
+            "threshold": asdict(self.threshold),
             "settings": self.settings,
             "calibration": self.calibration,
             "components": [asdict(component) for component in self.components],
@@ -266,7 +273,7 @@ def read_template_config(directory: str | os.PathLike) -> dict[str, Any]:
             f"{path} has format version {config.get('format_version')!r}, this package reads {FORMAT_VERSION}; "
             "upgrade fnsft-trl"
         )
-    required = ("base_model", "revision", "architecture", "site", "widths", "percentile", "settings", "calibration")
+    required = ("base_model", "revision", "architecture", "site", "widths", "threshold", "settings", "calibration")
     missing = [key for key in (*required, "components") if key not in config]
     if missing:
         raise FNSFTError(f"{path} lacks {', '.join(missing)}; save the template again")

@@ -323,14 +323,15 @@ def _only_adapter(model: PeftModel) -> str:
 
 
 def _load_template(config: FunctionalNetworkConfig, model, given) -> FunctionalNetworkTemplate:
-    """The template that was given, checked against model and config, at the percentile that the config asks for."""
+    """The template that was given, checked against model and config, with the threshold that the config asks for."""
     template = given
     if not isinstance(given, FunctionalNetworkTemplate):
         template = FunctionalNetworkTemplate.from_pretrained(given)
     if template.site != config.ica_site:
         raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
     template.check_model(model)
-    return template if config.ica_percentile is None else template.at_percentile(config.ica_percentile)
+    rule = config.threshold_rule()
+    return template if rule is None else template.with_threshold(rule)
 
 
 def _discover(config: FunctionalNetworkConfig, model, processing_class, args, given: dict):
@@ -370,5 +371,6 @@ def _select(template: FunctionalNetworkTemplate, config: FunctionalNetworkConfig
         selector=config.ica_select,
         fraction=config.ica_fraction,
         rank=config.ica_rank_by,
+        min_reliability=config.ica_min_reliability,
         seed=config.ica_seed,
     )

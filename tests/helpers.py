@@ -1,5 +1,6 @@
 """Tiny models, a tiny tokenizer and tiny data, all made here from seeds."""
 
+import copy
 import random
 import string
 
@@ -7,6 +8,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from trl import SFTConfig
+
+from fnsft_trl import NeuronMask, find_neuron_sites
 
 
 FAMILIES = ("llama", "gpt2", "phi3", "opt")
@@ -107,3 +110,28 @@ def changed_entries(before: dict, after: dict) -> dict[str, torch.Tensor]:
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of a model's weights."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def random_mask(model, kind, share=0.4, seed=0):
+    """A random set of neurons of all layers."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = find_neuron_sites(model, kind=kind)
+    return NeuronMask({site.layer: torch.rand(site.width, generator=generator) < share for site in sites}, kind)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    """A model's logits."""
+    return model(ids).logits
+
+
+@torch.no_grad()
+def zeroed(model, mask):
+    """A copy in which the neurons' outgoing weights are zero."""
+    model = copy.deepcopy(model)
+    for site in find_neuron_sites(model, kind=mask.site):
+        for part in site.layout.slices:
+            if part.side == "input" or mask.site == "mlp_output":
+                parameter = getattr(model.get_submodule(part.module_name), part.parameter)
+                parameter.index_fill_(part.dim, mask.indices(site.layer), 0)
+    return model

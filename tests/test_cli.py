@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fnsft_trl import FunctionalNetworkTemplate
 from fnsft_trl.cli import VERBS, main
+from fnsft_trl.config import ThresholdRule
 
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     assert "Component 1: 24 neurons across" in capsys.readouterr().out
     template = FunctionalNetworkTemplate.from_pretrained(target)
     assert template.calibration["sources"] == [str(data), str(data)]
-    assert template.percentile == 80
+    assert template.threshold == ThresholdRule("percentile", 80)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_yaml_that_is_not_a_mapping_is_one_line(train_args, content, message, ca
 
 
 def test_a_selection_that_holds_nothing_is_one_line(train_args, templates, capsys, tmp_path):
-    empty = templates["llama"].at_percentile(80)
+    empty = templates["llama"].with_threshold(ThresholdRule())
     empty.loadings = {layer: values.new_ones(values.shape) for layer, values in empty.loadings.items()}
     empty.save_pretrained(tmp_path / "empty")
     arguments = ["train", *train_args, "--ica_template_path", str(tmp_path / "empty")]

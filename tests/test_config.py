@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig
-from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, format_ranges, parse_ranges
+from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, ThresholdRule, format_ranges, parse_ranges
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,9 @@ def test_method_follows_from_the_peft_config():
         {"ica_components": True},
         {"ica_components": 2.5},
         {"ica_percentile": 100},
+        {"ica_threshold": "median"},
+        {"ica_zscore": 0},
+        {"ica_min_reliability": 1.5},
         {"ica_fraction": 0},
         {"ica_fraction": 1.0},
         {"ica_component_ids": []},
@@ -103,6 +106,34 @@ def test_method_follows_from_the_peft_config():
 def test_values_without_a_meaning_are_refused_by_name(changes):
     with pytest.raises(FNSFTError, match=next(iter(changes))):
         FunctionalNetworkConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"ica_percentile": 95}, ThresholdRule("percentile", 95)),
+        ({"ica_threshold": "layer_percentile"}, ThresholdRule("layer_percentile", 98.0)),
+        ({"ica_threshold": "zscore_positive"}, ThresholdRule("zscore_positive", 1.96)),
+        ({"ica_zscore": 3}, ThresholdRule("zscore", 3)),
+    ],
+)
+def test_threshold_fields_make_one_rule(fields, expected):
+    assert FunctionalNetworkConfig(**fields).threshold_rule() == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ica_percentile": 95, "ica_zscore": 2},
+        {"ica_threshold": "zscore", "ica_percentile": 95},
+        {"ica_threshold": "percentile", "ica_zscore": 2},
+        {"ica_min_reliability": 0.5, "ica_component_ids": [0]},
+    ],
+)
+def test_thresholds_that_contradict_are_refused(fields):
+    with pytest.raises(FNSFTError, match="drop"):
+        FunctionalNetworkConfig(**fields)
 
 
 def test_train_other_is_refused_where_it_would_do_nothing():

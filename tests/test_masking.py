@@ -1,64 +1,15 @@
-import copy
-
 import pytest
 import torch
-from helpers import VOCABULARY, tiny_model
+from helpers import VOCABULARY, logits, random_mask, tiny_model, zeroed
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronMask, find_neuron_sites, lesion, preserve
 from fnsft_trl.masking import masks_off
-from fnsft_trl.neurons import SITES
-
-
-def random_mask(model, kind, share=0.4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sites = find_neuron_sites(model, kind=kind)
-    return NeuronMask({site.layer: torch.rand(site.width, generator=generator) < share for site in sites}, kind)
 
 
 @pytest.fixture
 def ids():
     return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
-
-
-@torch.no_grad()
-def zeroed(model, mask):
-    """A copy in which the neurons' outgoing weights are zero."""
-    model = copy.deepcopy(model)
-    for site in find_neuron_sites(model, kind=mask.site):
-        for part in site.layout.slices:
-            if part.side == "input" or mask.site == "mlp_output":
-                parameter = getattr(model.get_submodule(part.module_name), part.parameter)
-                parameter.index_fill_(part.dim, mask.indices(site.layer), 0)
-    return model
-
-
-@pytest.mark.parametrize("kind", SITES)
-def test_lesion_is_preserve_of_the_rest_is_zeroed_weights(family, kind, ids):
-    model = tiny_model(family)
-    mask = random_mask(model, kind)
-    plain = logits(model, ids)
-    with lesion(model, mask):
-        lesioned = logits(model, ids)
-    with preserve(model, ~mask):
-        assert torch.equal(logits(model, ids), lesioned)
-    assert torch.allclose(logits(zeroed(model, mask), ids), lesioned, atol=1e-6)
-    assert not torch.allclose(plain, lesioned, atol=1e-3)
-    assert torch.equal(logits(model, ids), plain)
-
-
-@pytest.mark.parametrize("kind", SITES)
-def test_a_mask_that_silences_nothing_changes_nothing(family, kind, ids):
-    model = tiny_model(family)
-    everything = random_mask(model, kind) | ~random_mask(model, kind)
-    plain = logits(model, ids)
-    with preserve(model, everything):
-        assert torch.equal(logits(model, ids), plain)
 
 
 def test_handle_switches_without_touching_the_hooks(ids):

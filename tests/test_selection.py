@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fnsft_trl import FNSFTError, NeuronMask, select_neurons
+from fnsft_trl.config import ThresholdRule
 
 
 def mask(*layers):
@@ -98,6 +99,17 @@ def test_an_unknown_network_lists_those_there_are(templates):
         select_neurons(templates["llama"], [0, 3, 7])
 
 
+def test_unreliable_networks_are_left_out(templates):
+    template = templates["llama"]
+    reliability = [component.reliability for component in template.components]
+    order = sorted(range(3), key=lambda number: -reliability[number])
+    least = (reliability[order[0]] + reliability[order[1]]) / 2
+    assert select_neurons(template, min_reliability=least) == select_neurons(template, order[:1])
+    assert select_neurons(template, min_reliability=0.0) == select_neurons(template)
+    with pytest.raises(FNSFTError, match="no network has a reliability of 1"):
+        select_neurons(template, min_reliability=1.0)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -117,7 +129,7 @@ def test_selections_without_a_meaning_are_errors(templates, arguments):
 
 
 def test_a_selection_that_holds_no_neuron_is_an_error(templates):
-    template = templates["llama"].at_percentile(80)
+    template = templates["llama"].with_threshold(ThresholdRule())
     template.loadings = {layer: torch.ones_like(values) for layer, values in template.loadings.items()}
     with pytest.raises(FNSFTError, match="holds no neuron"):
         select_neurons(template, [0])

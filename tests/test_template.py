@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
+from fnsft_trl.config import ThresholdRule
 from fnsft_trl.template import read_template_config
 
 
@@ -50,7 +51,7 @@ def test_shapes_thresholds_and_provenance(templates):
         assert component.neurons == sum(int(m.sum()) for m in members.values()) == 24  # 20% of 120 neurons
         inside = min(template.loadings[i][number].abs()[m].min() for i, m in members.items() if m.any())
         outside = max(template.loadings[i][number].abs()[~m].max() for i, m in members.items())
-        assert inside > template.threshold(number) >= outside
+        assert inside > outside
 
 
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
@@ -58,10 +59,26 @@ def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
         assert file.metadata() == {"fnsft_trl.template": "1"}
 
 
-def test_percentile_changes_without_discovery(templates):
-    wider = templates["llama"].at_percentile(50)
+def test_thresholds_change_without_discovery(templates, tmp_path):
+    template = templates["llama"]
+    wider = template.with_threshold(ThresholdRule("percentile", 50))
     assert [c.neurons for c in wider.components] == [60, 60, 60]
-    assert [c.neurons for c in templates["llama"].components] == [24, 24, 24]
+    assert [c.neurons for c in template.components] == [24, 24, 24]
+    layered = template.with_threshold(ThresholdRule("layer_percentile", 90))
+    assert [c.layers for c in layered.components] == [{0: 4, 1: 4, 2: 4}] * 3
+    loadings = torch.cat([values[0] for values in template.loadings.values()])
+    z = (loadings - loadings.mean()) / loadings.std(correction=0)
+    for rule, expected in (("zscore", z.abs() > 1.5), ("zscore_positive", z > 1.5)):
+        members = template.with_threshold(ThresholdRule(rule, 1.5)).members(0)
+        assert torch.equal(torch.cat(list(members.values())), expected)
+    layered.save_pretrained(tmp_path)
+    assert FunctionalNetworkTemplate.from_pretrained(tmp_path).components == layered.components
+
+
+@pytest.mark.parametrize(("rule", "value"), [("percentil", 98), ("percentile", 100), ("zscore", 0), ("zscore", "2")])
+def test_thresholds_without_a_meaning_are_refused(rule, value):
+    with pytest.raises(FNSFTError, match="threshold rule"):
+        ThresholdRule(rule, value)
 
 
 @pytest.mark.parametrize("other", ["gpt2", "phi3", "opt"])
@@ -76,7 +93,7 @@ def test_other_widths_or_fewer_layers_are_refused(templates):
     model.model.layers = model.model.layers[:2]
     with pytest.raises(FNSFTError, match="no layer 2"):
         templates["llama"].check_model(model)
-    narrow = templates["llama"].at_percentile(80)
+    narrow = templates["llama"].with_threshold(ThresholdRule())
     narrow.loadings = {layer: values[:, :30] for layer, values in narrow.loadings.items()}
     with pytest.raises(FNSFTError, match="30 neurons in layer 0, but the model has 40"):
         narrow.check_model(tiny_model("llama"))

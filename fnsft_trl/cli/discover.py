@@ -9,7 +9,15 @@ _DISCOVERY_FIELDS = [
     for name in FunctionalNetworkConfig.field_names()
     if name.startswith("ica_")
     and name
-    not in ("ica_template_path", "ica_component_ids", "ica_datasets", "ica_select", "ica_fraction", "ica_rank_by")
+    not in (
+        "ica_min_reliability",
+        "ica_template_path",
+        "ica_component_ids",
+        "ica_datasets",
+        "ica_select",
+        "ica_fraction",
+        "ica_rank_by",
+    )
 ]
 
 

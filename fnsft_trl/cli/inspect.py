@@ -2,7 +2,7 @@
 
 import json
 
-from ..config import format_ranges
+from ..config import ThresholdRule, format_ranges
 from ..template import read_template_config
 from .arguments import ArgumentParser
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     print(f"  tokens sha256 {calibration['sha256']}")
     method = f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}), {settings['ica_standardize']}"
     print(f"  method        {method}, rank {settings['ica_rank']}, seed {settings['ica_seed']}")
-    print(f"  threshold     |loading| over percentile {config['percentile']}, pooled over layers")
+    print(f"  threshold     {ThresholdRule(**config['threshold'])}")
     print()
     print("network  neurons  layers  variance  kurtosis  reliability  most neurons in layers")
     for number, component in enumerate(components):
