@@ -85,8 +85,8 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
     from ..neurons import find_neuron_sites
     from .models import load_model_and_tokenizer
 
-    logging.set_verbosity_error()  # the demo says itself what it does
     model_path = resolve_model(args.model_name_or_path)
+    logging.set_verbosity_error()  # from here on the demo says itself what it does
     model, tokenizer = load_model_and_tokenizer(model_path)
     train, test = question_routing(args.train_rows, args.test_rows)
     retention = RetentionText.from_texts(wikipedia_passages("retention"), tokenizer, max_tokens=args.retention_tokens)

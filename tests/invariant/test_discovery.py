@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import FAMILIES, tiny_model
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
 
@@ -15,11 +16,12 @@ DISCOVER = """
 import sys, torch
 torch.set_num_threads(2)
 sys.path.insert(0, "tests")
-from helpers import tiny_model, tiny_rows, tiny_tokenizer
+from helpers import FAMILIES, tiny_model, tiny_rows, tiny_tokenizer
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
 config = FunctionalNetworkConfig(ica_components=3, ica_rank=16, ica_max_length=32, ica_standardize=sys.argv[2])
 texts = [row["prompt"] + row["completion"] for row in tiny_rows()]
-discover_networks(tiny_model("llama"), tiny_tokenizer(), texts, config).save_pretrained(sys.argv[1])
+for family in FAMILIES:
+    discover_networks(tiny_model(family), tiny_tokenizer(), texts, config).save_pretrained(f"{sys.argv[1]}/{family}")
 """
 
 # Real shapes, random weights: the memory of a discovery is rank x neurons and one block of activations.
@@ -67,13 +69,13 @@ def run(code, *arguments):
 def test_two_processes_write_the_same_bytes(tmp_path, standardize):
     for name in ("one", "two"):
         run(DISCOVER, tmp_path / name, standardize)
-    for file in FILES:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    for family in FAMILIES:
+        for file in FILES:
+            one, two = ((tmp_path / name / family / file).read_bytes() for name in ("one", "two"))
+            assert one == two
 
 
 def test_another_seed_or_text_gives_another_template(tokenizer, rows, tmp_path):
-    from helpers import tiny_model
-
     texts = [row["prompt"] + row["completion"] for row in rows]
     settings = {"ica_components": 3, "ica_rank": 16, "ica_max_length": 32}
     for name, chosen, seed in (("a", texts, 0), ("b", texts[:-1], 0), ("c", texts, 1)):

@@ -4,23 +4,24 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from helpers import changed_entries, sft_config, state
+from helpers import changed_entries, sft_config, state, tiny_model
 from peft import LoraConfig
 from trl import SFTTrainer
 
 from fnsft_trl import FNSFTTrainer
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")])
-def test_without_a_network_config_it_is_sfttrainer_bit_for_bit(model_dir, rows, tmp_path, peft_config):
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_without_a_network_config_it_is_sfttrainer_bit_for_bit(family, rows, tokenizer, tmp_path, with_lora):
     runs = []
     for trainer_class in (SFTTrainer, FNSFTTrainer):
         trainer = trainer_class(
-            model=str(model_dir),
+            model=tiny_model(family),
             args=sft_config(tmp_path / trainer_class.__name__, gradient_checkpointing=True, save_strategy="steps"),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(rows[:8]),
-            peft_config=peft_config,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if with_lora else None,
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -33,3 +34,13 @@ def test_without_a_network_config_it_is_sfttrainer_bit_for_bit(model_dir, rows, 
     assert files
     assert files == our_files
     assert names == our_names
+
+
+def test_a_model_given_by_name_is_the_same_too(model_dir, rows, tmp_path):
+    weights = []
+    for trainer_class in (SFTTrainer, FNSFTTrainer):
+        arguments = (str(model_dir), sft_config(tmp_path / trainer_class.__name__), None, Dataset.from_list(rows))
+        trainer = trainer_class(*arguments)
+        trainer.train()
+        weights.append(state(trainer.model))
+    assert changed_entries(*weights) == {}

@@ -2,18 +2,22 @@
 
 import pytest
 from datasets import Dataset
-from helpers import changed_entries, sft_config, state, tiny_model
+from helpers import FAMILIES, changed_entries, sft_config, state, tiny_model
 from peft import LoraConfig
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig
 
 
+CASES = [(family, {}) for family in FAMILIES]
+CASES += [("llama", {"mask_mode": "lesion"}), ("llama", {"train_neurons": "unselected"})]
+
+
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
-@pytest.mark.parametrize("mask", [{}, {"mask_mode": "lesion"}, {"train_neurons": "unselected"}], ids=str)
-def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tmp_path, method, mask):
+@pytest.mark.parametrize(("family", "mask"), CASES, ids=str)
+def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tmp_path, method, family, mask):
     def make(directory, **changes):
         return FNSFTTrainer(
-            model=tiny_model("llama"),
+            model=tiny_model(family),
             args=sft_config(
                 directory, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2
             ),
@@ -21,7 +25,7 @@ def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tm
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, lora_dropout=0.1) if method == "lora" else None,
             network_config=FunctionalNetworkConfig(train_method=method, **mask, **changes),
-            network_template=templates["llama"],
+            network_template=templates[family],
         )
 
     whole = make(tmp_path / "whole")
