@@ -12,6 +12,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "FNSFTError": "errors",
     "FunctionalNetworkConfig": "config",
+    "ThresholdRule": "config",
     "NeuronSite": "neurons",
     "NeuronLayout": "neurons",
     "find_neuron_sites": "neurons",
