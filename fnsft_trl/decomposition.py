@@ -186,7 +186,7 @@ class Decomposition:
             adds to the neuron's activation (to its z-score, when z-scored).
         explained_variance (`list[float]`): share of the total variance, per component.
         kurtosis (`list[float]`): excess kurtosis of the component over tokens (temporal) or neurons (spatial).
-        reliability (`list[float]`): |correlation| of the component's loadings between two disjoint halves.
+        reliability (`list[float]`): |correlation| of the component's loadings between two disjoint halves, in [0, 1].
         jaccard (`list[float]`): overlap of its 2% largest |loadings| between the halves.
         converged (`bool`): whether FastICA reached its tolerance in every run.
         count (`int`): tokens read.
@@ -350,14 +350,17 @@ def match_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _replication(whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[list[float], list[float]]:
-    """|correlation| and Jaccard overlap between the halves' counterparts of each final component."""
-    in_a, _ = match_components(whole, a)
-    in_b, _ = match_components(whole, b)
-    reliability, jaccard = [], []
+    """|correlation| and Jaccard overlap of the pair of half components that belongs to each final component.
+
+    The halves are matched with each other first, without a look at the whole, and then the pairs with the whole.
+    """
+    partner, correlation = match_components(a, b)
+    b = b[partner]
+    sign = (a * b).sum(1, keepdim=True).sign()
+    pair_of, _ = match_components(whole, a + sign * b)
     top = max(1, round(0.02 * whole.shape[1]))
-    for x, y in zip(a[in_a], b[in_b], strict=True):
-        correlation = torch.corrcoef(torch.stack([x, y]))[0, 1].abs()
-        reliability.append(min(float(correlation), 1.0))
-        first, second = (set(v.abs().topk(top).indices.tolist()) for v in (x, y))
+    jaccard = []
+    for pair in pair_of:
+        first, second = (set(half[pair].abs().topk(top).indices.tolist()) for half in (a, b))
         jaccard.append(len(first & second) / len(first | second))
-    return reliability, jaccard
+    return correlation[pair_of].tolist(), jaccard
