@@ -127,9 +127,8 @@ class ActivationSketch:
         self.rows = turn[:, :old_rank] @ self.rows + turn[:, old_rank:] @ new  # (r, neurons)
 
         # Coordinates along the new rows: of the new tokens straight from the Gram matrix, of the old ones by rotation.
-        rotation = (vectors[:old_rank].T * self.singular + vectors[old_rank:].T @ cross / self.singular) / singular[
-            :, None
-        ]
+        rotation = vectors[:old_rank].T * self.singular + vectors[old_rank:].T @ cross / self.singular
+        rotation = rotation / singular[:, None]  # (r, old_rank)
         coordinates = (gram[old_rank:] @ vectors) / singular  # (new, r)
         self.singular = singular
         moved = coordinates[-1] / weight if n else torch.zeros_like(singular)  # of (old mean - block mean)

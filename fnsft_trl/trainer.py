@@ -215,8 +215,10 @@ class FNSFTTrainer(SFTTrainer):
             self._check_checkpoint(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
-            for self._evaluate_masked, prefix in ((True, "eval_masked"), (False, "eval_unmasked")):
-                self.evaluate(metric_key_prefix=prefix)
+            self._evaluate_masked = True
+            self.evaluate(metric_key_prefix="eval_masked")
+            self._evaluate_masked = False
+            self.evaluate(metric_key_prefix="eval_unmasked")
             self._evaluate_masked = self.network_config.mask_eval
         return result
 
