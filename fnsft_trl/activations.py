@@ -82,6 +82,22 @@ def token_sequences(texts: Iterable, tokenizer, *, max_length: int) -> Iterator[
                 yield TokenSequence(run[start : start + max_length], half)
 
 
+@dataclass
+class ActivationBlock:
+    """What one forward pass gave.
+
+    Attributes:
+        batch (`int`): number of the batch, over all texts.
+        rows (`torch.Tensor`): shape (tokens, neurons), valid until the next block is asked for. Empty when the batch
+            is another process's, or was read before.
+        parts (`torch.Tensor`): shape (tokens,), on the CPU: `2 * text source + half` of each row.
+    """
+
+    batch: int
+    rows: torch.Tensor
+    parts: torch.Tensor
+
+
 class ActivationReader:
     """Streams the activations of all sites, side by side, over any number of texts.
 
@@ -98,7 +114,8 @@ class ActivationReader:
 
     Attributes:
         columns (`dict[int, slice]`): the columns of each layer.
-        digest (`hashlib`-object): SHA-256 over the ids of the tokens read so far.
+        digests (`list`): SHA-256 over the ids of the tokens read so far, of each source.
+        tokens (`list[int]`): number of tokens read so far, of each source.
     """
 
     def __init__(
@@ -117,7 +134,8 @@ class ActivationReader:
         self.batch_size = batch_size
         self.skip_tokens = skip_tokens
         self.device = next(model.parameters()).device
-        self.digest = hashlib.sha256()
+        self.digests: list = []
+        self.tokens: list[int] = []
         self.columns: dict[int, slice] = {}
         start = 0
         for site in self.sites:
@@ -129,22 +147,36 @@ class ActivationReader:
         self._kept = torch.empty(0, dtype=torch.long)
 
     def read(
-        self, sequences: Iterable[TokenSequence], *, max_tokens: int, description: str = "activations"
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield blocks of activations until the sequences or `max_tokens` are exhausted.
+        self,
+        sources: Sequence[Iterable[TokenSequence]],
+        *,
+        max_tokens: int,
+        first_batch: int = 0,
+        share: tuple[int, int] = (0, 1),
+        description: str = "activations",
+    ) -> Iterator[ActivationBlock]:
+        """Yield a block for every batch until the sources or `max_tokens` are exhausted.
 
-        Yields:
-            Rows, shape (tokens, neurons), valid until the next block is asked for; and the half of each row, 0 or 1,
-            shape (tokens,).
+        Args:
+            sources: the sequences of each text source; their batches take turns.
+            max_tokens: of each source.
+            first_batch: batches before this one are counted and not run.
+            share: (i, n): of n processes this is number i, and runs the batches with `batch % n == i`.
+            description: of the progress bar.
+
+        Raises:
+            FNSFTError: an activation is NaN or infinite; the message names batch, layer and neuron.
         """
         backbone = base_model(self.model).base_model
         was_training = backbone.training
         handles = [self._capture(site) for site in self.sites]
-        done = 0
+        self.tokens = [0] * len(sources)
+        self.digests = [hashlib.sha256() for _ in sources]
+        index, count = share
         try:
             backbone.eval()
-            with tqdm(total=max_tokens, unit=" tokens", desc=description) as bar:
-                for batch in self._batches(sequences):
+            with tqdm(total=max_tokens * len(sources), unit=" tokens", desc=description, disable=index > 0) as bar:
+                for number, (source, batch) in enumerate(self._turns(sources, max_tokens)):
                     length = max(len(sequence.ids) for sequence in batch)
                     ids = torch.zeros(len(batch), length, dtype=torch.long)  # (sequences, positions)
                     present = torch.zeros(len(batch), length, dtype=torch.long)
@@ -153,25 +185,51 @@ class ActivationReader:
                         present[row, : len(sequence.ids)] = 1
                     keep = present.bool() & ~torch.isin(ids, self._special_ids)
                     keep[:, : self.skip_tokens] = False
-                    kept = keep.flatten().nonzero().flatten()[: max_tokens - done]  # (tokens,)
-                    if len(kept) == 0:
+                    left = max_tokens - self.tokens[source]
+                    kept = keep.flatten().nonzero().flatten()[:left]  # (tokens,)
+                    self.digests[source].update(ids.flatten()[kept].numpy().tobytes())
+                    self.tokens[source] += len(kept)
+                    bar.update(len(kept))
+                    if number < first_batch or number % count != index or len(kept) == 0:
+                        yield ActivationBlock(number, self._block[:0], kept[:0])
                         continue
                     self._kept = kept
-                    self.digest.update(ids.flatten()[kept].numpy().tobytes())
                     with torch.no_grad():
                         backbone(
                             input_ids=ids.to(self.device), attention_mask=present.to(self.device), use_cache=False
                         )
+                    rows = self._block[: len(kept)]
+                    self._check_finite(rows, number)
                     half = torch.tensor([sequence.half for sequence in batch])
-                    yield self._block[: len(kept)], half[kept // length]
-                    done += len(kept)
-                    bar.update(len(kept))
-                    if done == max_tokens:
-                        return
+                    yield ActivationBlock(number, rows, 2 * source + half[kept // length])
         finally:
             for handle in handles:
                 handle.remove()
             backbone.train(was_training)
+
+    def _check_finite(self, rows: torch.Tensor, number: int) -> None:
+        finite = torch.isfinite(rows.sum(0))  # (neurons,)
+        if finite.all():
+            return
+        column = int((~finite).nonzero()[0])
+        layer = next(layer for layer, columns in self.columns.items() if column < columns.stop)
+        raise FNSFTError(
+            f"batch {number}: the activation of neuron {column - self.columns[layer].start} in layer {layer} is NaN or "
+            "infinite; check the model's weights, or load it in float32"
+        )
+
+    def _turns(
+        self, sources: Sequence[Iterable[TokenSequence]], max_tokens: int
+    ) -> Iterator[tuple[int, list[TokenSequence]]]:
+        """(source, batch): a batch of each source in turn, while it has any and its tokens are below the limit."""
+        batches = {source: self._batches(sequences) for source, sequences in enumerate(sources)}
+        while batches:
+            for source in list(batches):
+                batch = next(batches[source], None) if self.tokens[source] < max_tokens else None
+                if batch is None:
+                    del batches[source]
+                else:
+                    yield source, batch
 
     def _batches(self, sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
         window: list[TokenSequence] = []

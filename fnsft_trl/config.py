@@ -204,8 +204,18 @@ class FunctionalNetworkConfig:
             Number of tokens to read, both halves together.
         ica_reservoir (`int`, *optional*, defaults to `16384`):
             Largest number of token scores kept for each half; more tokens are sampled uniformly.
+        ica_until_reliable (`float`, *optional*):
+            Read on until the mean reliability reaches this, at most `ica_max_tokens`; the curve of reliability over
+            tokens is kept in the template. In (0, 1).
+        ica_template_samples_per_ds (`int`, *optional*):
+            Number of rows taken of each dataset, from its start. `None`: as many as the tokens need.
         ica_skip_tokens (`int`, *optional*, defaults to `1`):
             First tokens of every sequence to leave out (attention sinks).
+        ica_skip_special (`bool`, *optional*, defaults to `True`):
+            Leave special tokens out.
+        ica_drop_massive (`float`, *optional*):
+            Leave out neurons whose RMS is more than this many times the median of their layer (massive activations);
+            they get no loading. Above 1.
         ica_batch_size (`int`, *optional*, defaults to `4`):
             Sequences per forward pass of the discovery.
         ica_max_length (`int`, *optional*, defaults to `512`):
@@ -260,7 +270,13 @@ class FunctionalNetworkConfig:
     ica_rank: int = _help("Rank of the streaming sketch; at least ica_components.", 128)
     ica_max_tokens: int = _help("Number of tokens to read, both halves together.", 50_000)
     ica_reservoir: int = _help("Largest number of token scores kept for each half.", 16_384)
+    ica_until_reliable: float | None = _help("Read on until the mean reliability reaches this.", None)
+    ica_template_samples_per_ds: int | None = _help("Rows taken of each dataset; as many as needed by default.", None)
     ica_skip_tokens: int = _help("First tokens of every sequence to leave out (attention sinks).", 1)
+    ica_skip_special: bool = _help("Leave special tokens out.", True)
+    ica_drop_massive: float | None = _help(
+        "Leave out neurons with an RMS of so many times their layer's median.", None
+    )
     ica_batch_size: int = _help("Sequences per forward pass of the discovery.", 4)
     ica_max_length: int = _help("Longest sequence of the discovery, in tokens.", 512)
     ica_seed: int = _help("Seed of the reservoir, of FastICA's start and of random selections.", 0)
@@ -311,6 +327,12 @@ class FunctionalNetworkConfig:
             self._check("ica_percentile", (int, float), lambda value: 0 < value < 100, "between 0 and 100")
         if self.ica_zscore is not None:
             self._check("ica_zscore", (int, float), lambda value: value > 0, "above 0")
+        if self.ica_until_reliable is not None:
+            self._check("ica_until_reliable", (int, float), lambda value: 0 < value < 1, "between 0 and 1")
+        if self.ica_template_samples_per_ds is not None:
+            self._check("ica_template_samples_per_ds", int, lambda value: value >= 1, "a whole number of at least 1")
+        if self.ica_drop_massive is not None:
+            self._check("ica_drop_massive", (int, float), lambda value: value > 1, "above 1")
         self.threshold_rule()
         self._check("ica_min_reliability", (int, float), lambda value: 0 <= value <= 1, "between 0 and 1")
         if self.ica_min_reliability and (self.ica_component_ids is not None or self.ica_select != "networks"):
@@ -402,7 +424,8 @@ class FunctionalNetworkConfig:
     def discovery_settings(self) -> dict[str, Any]:
         """The settings that a template depends on, as they stand in its `config.json`."""
         kept = ("components", "layers", "variant", "standardize", "contrast", "dtype", "rank")
-        kept += ("max_tokens", "reservoir", "skip_tokens", "batch_size", "max_length", "seed")
+        kept += ("max_tokens", "until_reliable", "template_samples_per_ds", "reservoir", "skip_tokens", "skip_special")
+        kept += ("drop_massive", "batch_size", "max_length", "seed")
         return {f"ica_{name}": getattr(self, f"ica_{name}") for name in kept}
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Datasets by name: Hub ids and local files, checked for columns that TRL and the discovery can read."""
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -57,16 +56,18 @@ def load_data(name_or_path: str, *, config_name: str | None = None, split: str |
     return data
 
 
-def load_texts(names: Sequence[str], *, split: str = "train") -> Iterator[dict]:
-    """Rows of several datasets, one after the other, checked before the first is given.
+def load_texts(names: Sequence[str], *, split: str = "train") -> dict[str, Dataset]:
+    """Several datasets by name, checked before the first is read.
 
     Raises:
         FNSFTError: as [`load_data`] and [`check_rows`].
     """
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise FNSFTError(f"the dataset {repeated[0]} is named twice; name each once")
     parts = [load_data(name, split=split) for name in names]
     for part, name in zip(parts, names, strict=True):
         check_rows(part, name)
-    return chain.from_iterable(parts)
+    return dict(zip(names, parts, strict=True))
 
 
 def check_rows(data: Dataset, name: str, *, text_field: str = "text") -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "template.safetensors"
 CARD_FILE = "README.md"
+_READY = ".template.ready"  # while it exists, a newer template waits beside the old one
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Component:
         jaccard (`float`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
         neurons (`int`): number of neurons over the threshold.
         layers (`dict[int, int]`): number of them in each layer that has any.
+        recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
+            that dataset's own, see [`~fnsft_trl.similarity.recurrence`].
     """
 
     explained_variance: float
@@ -45,6 +48,7 @@ class Component:
     jaccard: float
     neurons: int = 0
     layers: dict[int, int] | None = None
+    recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +63,8 @@ class FunctionalNetworkTemplate:
         settings (`dict`): every ICA setting that led here.
         calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
         threshold (`ThresholdRule`): which neurons belong to a network.
+        null (`dict[str, float]` or `None`): mean `reliability` and `jaccard` of as many components of the same
+            activations shuffled in time, which those of the components are to be compared with.
         components (`list[Component]`): one entry per network.
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
@@ -72,6 +78,7 @@ class FunctionalNetworkTemplate:
     settings: dict[str, Any]
     calibration: dict[str, Any]
     threshold: ThresholdRule
+    null: dict[str, float] | None
     components: list[Component]
     loadings: dict[int, torch.Tensor]
     mean: dict[int, torch.Tensor]
@@ -139,7 +146,11 @@ class FunctionalNetworkTemplate:
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `config.json`, `template.safetensors` and `README.md`; each file replaces the old one at once."""
+        """Write `config.json`, `template.safetensors` and `README.md`.
+
+        Whoever is interrupted leaves the old template or the new one, whole: all three are written under other names
+        first, and a template found between two renames is completed before it is read.
+        """
         from safetensors.torch import save
 
         directory = Path(save_directory)
@@ -151,9 +162,12 @@ class FunctionalNetworkTemplate:
             tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
         # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
         data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
-        _replace(directory / TENSOR_FILE, data)
-        _replace(directory / CONFIG_FILE, (json.dumps(self._config(), indent=2) + "\n").encode())
-        _replace(directory / CARD_FILE, self._card().encode())
+        config = (json.dumps(self._config(), indent=2) + "\n").encode()
+        (directory / _READY).unlink(missing_ok=True)
+        for name, content in ((TENSOR_FILE, data), (CARD_FILE, self._card().encode()), (CONFIG_FILE, config)):
+            _partial(directory, name).write_bytes(content)
+        (directory / _READY).touch()
+        _complete(directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> FunctionalNetworkTemplate:
@@ -184,7 +198,11 @@ class FunctionalNetworkTemplate:
                 values[layer] = tensors[name]
         known = {"explained_variance", "kurtosis", "reliability", "jaccard"}
         return cls(
-            components=[Component(**{key: c[key] for key in known}) for c in config["components"]],
+            components=[
+                Component(**{key: c[key] for key in known}, recurrence=c.get("recurrence", {}))
+                for c in config["components"]
+            ],
+            null=config.get("null"),
             **{key: config[key] for key in ("base_model", "revision", "architecture", "site", "settings")},
             calibration=config["calibration"],
             threshold=ThresholdRule(**config["threshold"]),
@@ -206,16 +224,23 @@ class FunctionalNetworkTemplate:
             "threshold": asdict(self.threshold),
             "settings": self.settings,
             "calibration": self.calibration,
+            "null": self.null,
             "components": [asdict(component) for component in self.components],
         }
 
     def _card(self) -> str:
         rows = "\n".join(
             f"| {i} | {c.neurons} | {len(c.layers)} | {c.explained_variance:.4f} | {c.kurtosis:.1f} | "
-            f"{c.reliability:.2f} |"
+            f"{c.reliability:.2f} | {c.jaccard:.2f} |"
             for i, c in enumerate(self.components)
         )
         total = sum(self.widths.values())
+        null = ""
+        if self.null is not None:
+            null = (
+                f" The same activations shuffled in time give a reliability of {self.null['reliability']:.2f} and an "
+                f"overlap of {self.null['jaccard']:.2f}."
+            )
         return f"""---
 library_name: fnsft_trl
 tags:
@@ -229,12 +254,13 @@ tags:
 independent component analysis of its activations at `{self.site}`: {total} neurons in {len(self.widths)} layers,
 {self.calibration["tokens"]} tokens of {", ".join(self.calibration["sources"])}.
 
-| network | neurons | layers | explained variance | kurtosis | reliability |
-|---|---|---|---|---|---|
+| network | neurons | layers | explained variance | kurtosis | reliability | overlap |
+|---|---|---|---|---|---|---|
 {rows}
 
-Reliability is the correlation of a network's loadings between two disjoint halves of the tokens. A network whose
-reliability is low is not expected to be found again on other text.
+Reliability is the correlation of a network's loadings between two disjoint halves of the tokens, overlap the Jaccard
+index of its 2% strongest neurons between them. A network for which they are low is not expected to be found again on
+other text.{null}
 
 ```python
 from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons
@@ -259,6 +285,7 @@ def read_template_config(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
         FNSFTError: there is no template in the directory, or one that this version cannot read.
     """
+    _complete(Path(directory))
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise FNSFTError(f"no template at {directory}: {CONFIG_FILE} is missing; make one with `fnsft discover`")
@@ -280,8 +307,15 @@ def read_template_config(directory: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that a reader or an interrupted run sees the old content or the new, never a part."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
+def _partial(directory: Path, name: str) -> Path:
+    return directory / f".{name}.partial"
+
+
+def _complete(directory: Path) -> None:
+    """Put files that were written completely in the place of the old ones."""
+    if not (directory / _READY).exists():
+        return
+    for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE):
+        if _partial(directory, name).exists():
+            os.replace(_partial(directory, name), directory / name)
+    (directory / _READY).unlink()

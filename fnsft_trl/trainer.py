@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor
@@ -337,7 +337,7 @@ def _load_template(config: FunctionalNetworkConfig, model, given) -> FunctionalN
 
 
 def _discover(config: FunctionalNetworkConfig, model, processing_class, args, given: dict):
-    """Discover the networks on `ica_datasets` or on the training data; every process gets those of the first."""
+    """Discover the networks on `ica_datasets` or on the training data."""
     unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
     if unknown:
         raise FNSFTError(
@@ -345,9 +345,9 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
             f"the networks are 0-{config.ica_components - 1}"
         )
     if config.ica_datasets:
-        sources, texts = config.ica_datasets, load_texts(config.ica_datasets)
+        datasets = load_texts(config.ica_datasets)
     else:
-        sources, texts = ["the training data"], given.get("train_dataset")
+        texts = given.get("train_dataset")
         if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):
             raise FNSFTError(
                 "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
@@ -358,12 +358,11 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
             texts = map(formatting_func, texts)
         else:
             texts = (row.get(field, row) for row in texts)
+        datasets = {"the training data": texts}
     if args.place_model_on_device and not hasattr(model, "hf_device_map"):
         model.to(args.device)  # where the parent would place it later; discovery is slow on another one
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    template = discover_networks(model, tokenizer, texts, config, sources=sources)
-    # Rounding may differ between processes; the frozen neurons must not.
-    return broadcast_object_list([template])[0]
+    return discover_networks(model, tokenizer, datasets, config)
 
 
 def _select(template: FunctionalNetworkTemplate, config: FunctionalNetworkConfig) -> NeuronMask:

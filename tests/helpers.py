@@ -1,8 +1,12 @@
 """Tiny models, a tiny tokenizer and tiny data, all made here from seeds."""
 
 import copy
+import os
 import random
+import socket
 import string
+import subprocess
+import sys
 
 import torch
 import transformers as tf
@@ -135,3 +139,22 @@ def zeroed(model, mask):
                 parameter = getattr(model.get_submodule(part.module_name), part.parameter)
                 parameter.index_fill_(part.dim, mask.indices(site.layer), 0)
     return model
+
+
+def run_processes(code: str, count: int, *arguments) -> list[str]:
+    """Run code in `count` processes that know of each other as under torchrun; what each printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if count > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env |= {"WORLD_SIZE": str(count)}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        processes.append(subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True))
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [printed for printed, _ in outputs]

@@ -19,7 +19,7 @@ def read_all(
         skip_tokens=1,
         special_ids=special,
     )
-    blocks = [(rows.clone(), half) for rows, half in reader.read(sequences, max_tokens=max_tokens)]
+    blocks = [(block.rows.clone(), block.parts) for block in reader.read([sequences], max_tokens=max_tokens)]
     return torch.cat([rows for rows, _ in blocks]), torch.cat([half for _, half in blocks]), reader
 
 
@@ -63,7 +63,7 @@ def test_reading_stops_at_exactly_max_tokens_and_leaves_the_model_as_it_was():
 def test_digest_follows_the_tokens():
     model = tiny_model("llama")
     one, two = ([TokenSequence([5, 6, 7, last], 0)] for last in (8, 9))
-    digests = [read_all(model, sequences)[2].digest.hexdigest() for sequences in (one, one, two)]
+    digests = [read_all(model, sequences)[2].digests[0].hexdigest() for sequences in (one, one, two)]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -124,3 +124,46 @@ def test_conversations_without_a_chat_template_say_so(tokenizer):
 def test_conversations_in_from_and_value_form(tokenizer):
     row = {"conversations": [{"from": "user", "value": "bako"}, {"from": "assistant", "value": "okab"}]}
     assert text_token_ids(row, tokenizer) == tokenizer("user: bako<eos>assistant: okab<eos>")["input_ids"]
+
+
+def test_sources_take_turns_and_have_the_same_limit():
+    model = tiny_model("llama")
+    sources = [[TokenSequence(list(range(5, 15)), i % 2) for i in range(n)] for n in (8, 2)]
+    reader = ActivationReader(
+        model, find_neuron_sites(model), batch_size=2, max_length=16, skip_tokens=1, special_ids=()
+    )
+    parts = [block.parts for block in reader.read(sources, max_tokens=30)]
+    assert [int(part[0]) // 2 for part in parts] == [0, 1, 0]
+    assert reader.tokens == [30, 18]
+    assert torch.cat(parts).bincount().tolist() == [18, 12, 9, 9]
+
+
+def test_shares_of_processes_are_the_whole_and_what_was_read_before_is_left_out():
+    model = tiny_model("llama")
+    sequences = [TokenSequence(list(range(5, 10 + i)), i % 2) for i in range(6)]
+
+    def rows(**settings):
+        reader = ActivationReader(
+            model, find_neuron_sites(model), batch_size=1, max_length=16, skip_tokens=1, special_ids=()
+        )
+        blocks = [block.rows.clone() for block in reader.read([sequences], max_tokens=1000, **settings)]
+        return blocks, reader.digests[0].hexdigest(), reader.tokens
+
+    whole, digest, tokens = rows()
+    for settings in ({"share": (0, 2)}, {"share": (1, 2)}, {"first_batch": 4}):
+        blocks, other, count = rows(**settings)
+        assert (other, count) == (digest, tokens)
+        for number, (block, expected) in enumerate(zip(blocks, whole, strict=True)):
+            index, processes = settings.get("share", (0, 1))
+            is_read = number % processes == index and number >= settings.get("first_batch", 0)
+            assert torch.equal(block, expected if is_read else expected[:0])
+
+
+def test_activations_that_are_not_finite_name_batch_layer_and_neuron():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[17] = float("nan")
+        model.model.layers[2].mlp.up_proj.weight[30] = float("inf")
+    sequences = [TokenSequence([5], 0), TokenSequence([5, 6, 7], 0), TokenSequence([5, 6, 7, 8], 0)]
+    with pytest.raises(FNSFTError, match=r"^batch 0: the activation of neuron 17 in layer 2 is NaN or infinite"):
+        read_all(model, sequences)

@@ -40,7 +40,7 @@ def test_what_cannot_be_read_says_why(tmp_path, name, content, message):
 def test_several_datasets_are_one_stream(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
-    rows = list(load_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
+    rows = [row for part in load_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]).values() for row in part]
     assert [row["text"] for row in rows] == ["a1", "a2", "b1", "b2"]
 
 

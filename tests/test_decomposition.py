@@ -4,7 +4,8 @@ import torch
 from sklearn.decomposition import FastICA
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.decomposition import ActivationSketch, decompose, match_components
+from fnsft_trl.decomposition import decompose, match_components
+from fnsft_trl.sketch import ActivationSketch
 
 
 def planted(tokens=6000, neurons=200, k=4, noise=0.3, seed=0, scales=None):
@@ -29,7 +30,7 @@ def sketch(data, *, rank=32, reservoir=10_000, seed=0, prescale=False, block=97,
 
 
 def halves(data, **settings):
-    return [sketch(data[half::2], seed=half, **settings) for half in (0, 1)]
+    return [[sketch(data[half::2], seed=half, **settings)] for half in (0, 1)]
 
 
 def test_moments_are_exact():
@@ -136,7 +137,7 @@ def test_shuffled_time_has_no_reliable_networks():
 def test_reservoir_is_capped_and_components_hardly_change():
     data, _ = planted()
     whole, sampled = decompose(halves(data), 4), decompose(halves(data, reservoir=800), 4)
-    assert [len(s.scores) for s in halves(data, reservoir=800)] == [800, 800]
+    assert [len(s.scores) for (s,) in halves(data, reservoir=800)] == [800, 800]
     assert match_components(whole.loadings, sampled.loadings)[1].min() > 0.98
 
 
@@ -180,10 +181,3 @@ def test_fewer_tokens_than_the_rank_are_fine():
     data, _ = planted(tokens=60, noise=0.01)
     result = decompose(halves(data, rank=64), 4)
     assert result.loadings.shape == (4, 200)
-
-
-def test_non_finite_activations_name_the_column():
-    data, _ = planted(tokens=100)
-    data[40, 17] = float("nan")
-    with pytest.raises(FNSFTError, match="column 17"):
-        sketch(data)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -17,18 +18,40 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As the parent's; flags may be written with dashes instead of underscores."""
+        spelt = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(word) for word in spelt], namespace)
+
     def error(self, message: str) -> None:
         raise FNSFTError(f"{message} (see --help)")
 
 
+def _underscored(word: str) -> str:
+    flag, separator, value = word.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + separator + value if flag.startswith("--") else word
+
+
+def _truth(word: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if word.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return values[word.lower()]
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    """Add options for fields of [`FunctionalNetworkConfig`], with their help and defaults."""
+    """Add options for fields of [`FunctionalNetworkConfig`], with their help and defaults; `ica_` may be left out."""
     by_name = {f.name: f for f in fields(FunctionalNetworkConfig)}
     for name in names:
         field = by_name[name]
         (kind,) = {*(get_args(field.type) or (field.type,))} - {NoneType}
         parser.add_argument(
-            f"--{name}", type=kind, default=field.default, help=field.metadata["help"], metavar="VALUE"
+            *dict.fromkeys((f"--{name}", f"--{name.removeprefix('ica_')}")),
+            dest=name,
+            type=_truth if kind is bool else kind,
+            default=field.default,
+            help=field.metadata["help"],
+            metavar="VALUE",
         )
 
 

@@ -93,7 +93,7 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
 
     _say(f"1/4 Discovering {args.components} functional networks on {args.discovery_tokens} tokens of Wikipedia text")
     source = "English Wikipedia passages (BoolQ), discovery half"
-    template = discover_networks(model, tokenizer, wikipedia_passages("discovery"), discovery, sources=[source])
+    template = discover_networks(model, tokenizer, {source: wikipedia_passages("discovery")}, discovery)
     template.save_pretrained(output / "template")
     for number, component in enumerate(template.components):
         layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]

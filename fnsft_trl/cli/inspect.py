@@ -27,11 +27,23 @@ def main(argv: list[str]) -> None:
     print(f"  method        {method}, rank {settings['ica_rank']}, seed {settings['ica_seed']}")
     print(f"  threshold     {ThresholdRule(**config['threshold'])}")
     print()
-    print("network  neurons  layers  variance  kurtosis  reliability  most neurons in layers")
+    print("network  neurons  layers  variance  kurtosis  reliability  overlap  most neurons in layers")
     for number, component in enumerate(components):
         by_layer = sorted(component["layers"].items(), key=lambda item: -item[1])
         strongest = ", ".join(f"{layer} ({count})" for layer, count in by_layer[:4])
         print(
             f"{number:>7}  {component['neurons']:>7}  {len(by_layer):>6}  {component['explained_variance']:>8.4f}  "
-            f"{component['kurtosis']:>8.1f}  {component['reliability']:>11.2f}  {strongest}"
+            f"{component['kurtosis']:>8.1f}  {component['reliability']:>11.2f}  {component['jaccard']:>7.2f}  {strongest}"
         )
+    if null := config.get("null"):
+        print(f"{'shuffled in time':<44}{null['reliability']:>11.2f}  {null['jaccard']:>7.2f}  (nothing co-activates)")
+    if curve := calibration.get("curve"):
+        points = ", ".join(f"{point['reliability']:.2f} at {point['tokens']}" for point in curve)
+        print(f"mean reliability over tokens: {points}")
+    for number, component in enumerate(components):
+        for name, found in component.get("recurrence", {}).items():
+            verdict = "recurs" if found["recurs"] else "does not recur"
+            print(
+                f"network {number} {verdict} in {name}: its network {found['component']}, IoU {found['iou']:.2f}, "
+                f"correlation {found['correlation']:.2f}"
+            )
