@@ -26,7 +26,6 @@ from fnsft_trl.neurons import SITES
 
 
 DENSE = [architecture for architecture in ARCHITECTURES if architecture.dense]
-MIXED = [architecture for architecture in ARCHITECTURES if not architecture.dense]
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=str)
