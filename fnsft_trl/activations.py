@@ -203,8 +203,9 @@ class ActivationReader:
 
     def _prepare(self, kept: torch.Tensor, positions: int) -> None:
         self._kept = kept
-        self._row_of = torch.full((positions,), -1)  # row of the block, for each of the sequences' positions
-        self._row_of[kept] = torch.arange(len(kept))
+        rows = torch.full((positions,), -1)  # row of the block, for each position of the batch
+        rows[kept] = torch.arange(len(kept))
+        self._row_of = rows.to(self.device)
         self._reached = set()
         for site in self.sites:
             if site.experts:  # they write the tokens that are routed to them
@@ -221,9 +222,9 @@ class ActivationReader:
                 kept = values[self._kept.to(values.device)]
                 self._block[: len(kept), columns] = kept.to(self._block)
                 return
-            rows = self._row_of[tokens.cpu()]
+            rows = self._row_of[tokens.to(self.device)]
             wanted = rows >= 0
-            self._block[rows[wanted].to(self.device), columns] = values[wanted.to(values.device)].to(self._block)
+            self._block[rows[wanted], columns] = values.to(self._block)[wanted]
 
         return write
 

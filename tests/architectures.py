@@ -212,3 +212,14 @@ ARCHITECTURES = [
         VLM_DOWN,
     ),
 ]
+
+
+def architectures_table() -> str:
+    """The table of the documentation: what is tested on which model."""
+    lines = ["| model | MLP | sites | discovery, masks, full | neuron_delta, lora |", "|---|---|---|---|---|"]
+    for architecture in ARCHITECTURES:
+        names = [architecture.site] if isinstance(architecture.site, str) else architecture.site
+        sites = ", ".join(f"`{name.format('N')}`" for name in names)
+        adapters = "yes" if architecture.dense else "refused where a layer has experts"
+        lines.append(f"| {architecture} | {architecture.mlp} | {sites} | yes | {adapters} |")
+    return "\n".join(lines)

@@ -13,15 +13,18 @@ from peft import LoraConfig, get_peft_model
 from fnsft_trl import (
     FNSFTError,
     FNSFTTrainer,
+    FrozenNeuronGuard,
     FunctionalNetworkConfig,
     NeuronMask,
     NeuronTunerConfig,
+    constrain_full,
     constrain_lora,
     discover_networks,
     find_neuron_sites,
     lesion,
 )
 from fnsft_trl.activations import ActivationReader, TokenSequence
+from fnsft_trl.callbacks import FrozenNeuronMoved
 from fnsft_trl.constraints import check_lora_config, set_lora_targets
 from fnsft_trl.export import changed_neurons
 
@@ -187,20 +190,12 @@ def test_adapters_on_experts_are_refused(mixtral):
         check_lora_config(LoraConfig(target_parameters=["experts.down_proj"]), mixtral, "mlp_intermediate")
 
 
-@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
-def test_adapters_on_the_dense_layers_beside_experts(method, ids):
+def test_neuron_deltas_of_the_dense_layers_beside_experts(ids):
     base = NAMED["DeepseekV3ForCausalLM"].model()
     widths = {site.layer: site.width for site in find_neuron_sites(base)}
     mask = NeuronMask.from_ranges({"0": "0-9"}, widths, "mlp_intermediate")
     before = state(base)
-    if method == "lora":
-        config = LoraConfig(r=2)
-        set_lora_targets(config, base, mask)
-    else:
-        config = NeuronTunerConfig(neurons=mask.to_ranges())
-    wrapped = get_peft_model(base, config)
-    if method == "lora":
-        constrain_lora(wrapped, mask)
+    wrapped = get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges()))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         wrapped(ids, labels=ids).loss.backward()
@@ -208,6 +203,18 @@ def test_adapters_on_the_dense_layers_beside_experts(method, ids):
         optimizer.zero_grad()
     merged = wrapped.merge_and_unload()
     assert changed_neurons(find_neuron_sites(merged), before, state(merged)) == (mask, [])
+
+
+def test_lora_of_the_dense_layers_beside_experts_is_refused():
+    """PEFT takes the names of any MLP layers for those of all experts, as older checkpoints named them."""
+    base = NAMED["DeepseekV3ForCausalLM"].model()
+    widths = {site.layer: site.width for site in find_neuron_sites(base)}
+    mask = NeuronMask.from_ranges({"0": "0-9"}, widths, "mlp_intermediate")
+    config = LoraConfig(r=2)
+    set_lora_targets(config, base, mask)
+    wrapped = get_peft_model(base, config)
+    with pytest.raises(FNSFTError, match="LoRA with target_parameters cannot be held"):
+        constrain_lora(wrapped, mask)
 
 
 @pytest.mark.parametrize("site", ["mlp_intermediate", "mlp_output"])
@@ -229,6 +236,26 @@ def test_a_mixture_of_experts_is_trained_by_the_trainer(mixtral, rows, tokenizer
     changed, others = changed_neurons(find_neuron_sites(mixtral, kind=site), before, state(trainer.model))
     assert others == []
     assert changed == trainer.trainable_neurons
+
+
+def test_the_guard_names_the_expert_neuron_that_moved(model):
+    mask = random_mask(model, "mlp_intermediate")
+    constrain_full(model, mask, train_other=False)
+    guard = FrozenNeuronGuard(model, mask)
+    guard.on_train_begin(None, None, None)
+    guard.check(step=0)
+    site = find_neuron_sites(model)[1]
+    neuron = (~mask).indices(1)[-3]
+    for part in site.layout.slices:
+        if len(part.held(neuron[None])) == 0:
+            continue
+        parameter = part.tensor(model)
+        kept = parameter.detach().clone()
+        parameter.data[part.mask(neuron[None], parameter).expand_as(parameter)] += 1
+        with pytest.raises(FrozenNeuronMoved, match=rf"{part.full_name} .*the first is neuron {int(neuron)}"):
+            guard.check(step=1)
+        parameter.data.copy_(kept)
+    guard.check(step=2)
 
 
 def test_forms_that_are_not_understood_are_errors(mixtral):
