@@ -36,10 +36,11 @@ class Experts:
 
     def __post_init__(self) -> None:
         form = vars(self.module)
+        tensors = dict(self.module.named_parameters(recurse=False))
         problem = None
-        if any(flag not in form for flag in _FORM):
+        if any(flag not in form for flag in _FORM) or not {self.up_name, "down_proj"} <= tensors.keys():
             problem = "is not of the form that transformers' experts interface describes"
-        elif self.module.down_proj.dim() != 3 or not self.module.down_proj.is_floating_point():
+        elif any(t.dim() != 3 or not t.is_floating_point() for t in (tensors[self.up_name], tensors["down_proj"])):
             problem = "is quantised"
         elif form["has_post_expert_norm"]:
             problem = "puts a norm between the down projection and the output"
@@ -59,6 +60,11 @@ class Experts:
         return "is_concatenated" in vars(module) or any(p.dim() == 3 for p in module.parameters(recurse=False))
 
     @property
+    def up_name(self) -> str:
+        """Name of the parameter with the up projections, and the gates if there are any."""
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
     def units(self) -> int:
         """Number of neurons of one expert."""
         return self.module.down_proj.shape[1 if self.module.is_transposed else 2]
@@ -70,8 +76,7 @@ class Experts:
 
     def neuron_slices(self) -> list[WeightSlice]:
         """Where the neurons are: rows of the up (and gate) projections, columns of the down projections."""
-        module, units = self.module, self.units
-        up = "gate_up_proj" if module.has_gate else "up_proj"
+        module, units, up = self.module, self.units, self.up_name
         if not module.has_gate:
             offsets, step = (0,), 1
         elif module.is_concatenated:

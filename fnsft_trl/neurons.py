@@ -115,13 +115,14 @@ class NeuronSite:
         Returns:
             Handles with a `remove` method.
         """
+        width = self.width  # hooks that held the site would hold the model
         if self.kind == "mlp_output":
 
             def on_output(module: nn.Module, args: tuple, output):
                 if not enabled():
                     return None
                 values, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-                changed = function(values, slice(0, self.width), None)
+                changed = function(values, slice(0, width), None)
                 return changed if changed is None or rest is None else (changed, *rest)
 
             return [self.output.register_forward_hook(on_output)]
@@ -137,7 +138,7 @@ class NeuronSite:
         if self.down is not None:
 
             def on_input(module: nn.Module, args: tuple):
-                changed = function(args[0], slice(first, self.width), None) if enabled() else None
+                changed = function(args[0], slice(first, width), None) if enabled() else None
                 return None if changed is None else (changed, *args[1:])
 
             handles.append(self.down.register_forward_pre_hook(on_input))

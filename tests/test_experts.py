@@ -142,14 +142,16 @@ def test_generation_runs_masked(mixtral):
         assert torch.equal(mixtral.generate(prompt, **settings), expected)
 
 
-def test_compiled_models_run_masked(mixtral, ids):
-    mask = random_mask(mixtral, "mlp_intermediate")
-    expected = logits(zeroed(mixtral, mask), ids)
-    with lesion(mixtral, mask) as handle:
-        compiled = torch.compile(mixtral, backend="eager")
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlamaForCausalLM"])
+def test_compiled_models_run_masked(name, ids):
+    model = NAMED[name].model()
+    mask = random_mask(model, "mlp_intermediate")
+    expected = logits(zeroed(model, mask), ids)
+    with lesion(model, mask) as handle:
+        compiled = torch.compile(model, backend="eager", fullgraph=name == "LlamaForCausalLM")
         assert torch.allclose(logits(compiled, ids), expected, atol=1e-6)
         handle.disable()
-        assert torch.allclose(logits(compiled, ids), logits(mixtral, ids), atol=1e-6)
+        assert torch.allclose(logits(compiled, ids), logits(model, ids), atol=1e-6)
     torch.compiler.reset()
 
 
