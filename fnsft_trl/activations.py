@@ -145,6 +145,8 @@ class ActivationReader:
         self._special_ids = torch.tensor(sorted(special_ids), dtype=torch.long)
         self._block = torch.empty(batch_size * max_length, start, dtype=dtype, device=self.device)
         self._kept = torch.empty(0, dtype=torch.long)
+        self._row_of = torch.empty(0, dtype=torch.long)
+        self._reached: set[int] = set()
 
     def read(
         self,
@@ -169,7 +171,7 @@ class ActivationReader:
         """
         backbone = base_model(self.model).base_model
         was_training = backbone.training
-        handles = [self._capture(site) for site in self.sites]
+        handles = [handle for site in self.sites for handle in site.tap(self._writer(site))]
         self.tokens = [0] * len(sources)
         self.digests = [hashlib.sha256() for _ in sources]
         index, count = share
@@ -193,11 +195,13 @@ class ActivationReader:
                     if number < first_batch or number % count != index or len(kept) == 0:
                         yield ActivationBlock(number, self._block[:0], kept[:0])
                         continue
-                    self._kept = kept
+                    self._prepare(kept, ids.numel())
+                    inputs = {"input_ids": ids.to(self.device), "attention_mask": present.to(self.device)}
+                    if backbone.config.is_encoder_decoder:
+                        inputs["decoder_input_ids"] = self._shifted(inputs["input_ids"])
                     with torch.no_grad():
-                        backbone(
-                            input_ids=ids.to(self.device), attention_mask=present.to(self.device), use_cache=False
-                        )
+                        backbone(**inputs, use_cache=False)
+                    self._check_reached()
                     rows = self._block[: len(kept)]
                     self._check_finite(rows, number)
                     half = torch.tensor([sequence.half for sequence in batch])
@@ -214,8 +218,8 @@ class ActivationReader:
         column = int((~finite).nonzero()[0])
         layer = next(layer for layer, columns in self.columns.items() if column < columns.stop)
         raise FNSFTError(
-            f"batch {number}: the activation of neuron {column - self.columns[layer].start} in layer {layer} is NaN or "
-            "infinite; check the model's weights, or load it in float32"
+            f"batch {number}: the activation of neuron {column - self.columns[layer].start} in layer {layer} is NaN "
+            "or infinite; check the model's weights, or load it in float32"
         )
 
     def _turns(
@@ -245,14 +249,47 @@ class ActivationReader:
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
 
-    def _capture(self, site: NeuronSite):
-        columns = self.columns[site.layer]
+    def _shifted(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder of an encoder-decoder reads: the ids, moved right by one position."""
+        shift = getattr(base_model(self.model), "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:
+            raise FNSFTError(
+                f"{type(base_model(self.model)).__name__} is an encoder-decoder without a method that makes the "
+                "decoder's input; load it with its language-model head (AutoModelForSeq2SeqLM)"
+            )
+        return shift(labels=ids)
 
-        def write(values: torch.Tensor) -> None:
-            rows = values.reshape(-1, site.width)  # (sequences * positions, neurons of the layer)
-            kept = rows[self._kept.to(rows.device)]
-            self._block[: len(kept), columns] = kept.to(self._block)
+    def _prepare(self, kept: torch.Tensor, positions: int) -> None:
+        self._kept = kept
+        rows = torch.full((positions,), -1)  # row of the block, for each position of the batch
+        rows[kept] = torch.arange(len(kept))
+        self._row_of = rows.to(self.device)
+        self._reached = set()
+        for site in self.sites:
+            if site.experts:  # they write the tokens that are routed to them
+                self._block[: len(kept), self.columns[site.layer]] = 0
 
-        if site.kind == "mlp_output":
-            return site.down.register_forward_hook(lambda module, args, output: write(output))
-        return site.down.register_forward_pre_hook(lambda module, args: write(args[0]))
+    def _writer(self, site: NeuronSite):
+        start = self.columns[site.layer].start
+
+        def write(values: torch.Tensor, neurons: slice, tokens: torch.Tensor | None) -> None:
+            self._reached.add(site.layer)
+            columns = slice(start + neurons.start, start + neurons.stop)
+            values = values.reshape(-1, values.shape[-1])  # (sequences * positions, or tokens; neurons)
+            if tokens is None:
+                kept = values[self._kept.to(values.device)]
+                self._block[: len(kept), columns] = kept.to(self._block)
+                return
+            rows = self._row_of[tokens.to(self.device)]
+            wanted = rows >= 0
+            self._block[rows[wanted], columns] = values.to(self._block)[wanted]
+
+        return write
+
+    def _check_reached(self) -> None:
+        missing = [site for site in self.sites if site.layer not in self._reached]
+        if missing:
+            raise FNSFTError(
+                f"the forward pass on text did not reach layer {missing[0].layer} ({missing[0].name}); leave such "
+                "layers out (ica_layers), or switch off kernels that replace whole MLPs (use_kernels=False)"
+            )

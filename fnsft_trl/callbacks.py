@@ -72,11 +72,11 @@ class FrozenNeuronGuard(TrainerCallback):
             frozen = (~members).nonzero().flatten()
             for part in site.layout.slices:
                 layer = self.model.get_submodule(part.module_name)
-                parameter = getattr(layer, part.parameter)
-                neurons = frozen if parameter.requires_grad else torch.arange(site.width)
+                parameter = part.tensor(self.model)
+                neurons = part.held(frozen if parameter.requires_grad else torch.arange(site.width))
                 if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
-                    rows = parameter.movedim(part.dim, 0)[part.indices(neurons).to(parameter.device)]
-                    yield f"{part.module_name}.{part.parameter}", rows, neurons.repeat(len(part.offsets))
+                    rows = part.select(parameter.detach(), part.indices(neurons).to(parameter.device))
+                    yield part.full_name, rows, neurons.repeat(len(part.offsets))
                     watched.add(id(parameter))
                 if isinstance(layer, LoraLayer) and part.parameter == "weight" and len(frozen):
                     letter, factors = ("B", layer.lora_B) if part.side == "output" else ("A", layer.lora_A)

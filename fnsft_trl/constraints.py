@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .errors import FNSFTError
-from .neurons import NeuronSite, WeightSlice, base_linear, check_modules_to_save, find_neuron_sites
+from .neurons import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites
 from .selection import NeuronMask
 
 
@@ -93,6 +93,8 @@ def set_lora_targets(config: LoraConfig, model: nn.Module, trainable: NeuronMask
         FNSFTError: the configuration names targets, but no MLP module of such a layer.
     """
     sites = [s for s in find_neuron_sites(model, kind=trainable.site) if trainable.layers[s.layer].any()]
+    for site in sites:
+        site.check_no_experts("LoRA")
     names = [name for site in sites for name in site.layout.modules()]
     targets = config.target_modules
     if targets is None:
@@ -120,6 +122,8 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
     check_lora_config(model.peft_config[adapter_name], model, trainable.site)
     held = 0
     for site, frozen in _frozen_by_site(model, trainable):
+        if len(frozen) < site.width:
+            site.check_no_experts("LoRA")
         for part, layer in _weight_slices(model, site):
             if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
                 continue
@@ -182,25 +186,26 @@ class FrozenSlices:
     """Full fine-tuning in which frozen neurons stay bit-identical. Made by [`constrain_full`].
 
     Attributes:
-        slices (`list`): (parameter, dimension, frozen positions, their values) of every partly frozen parameter.
+        slices (`list`): (parameter, part, frozen positions, their values) of every partly frozen parameter.
     """
 
     def __init__(self) -> None:
-        self.slices: list[tuple[nn.Parameter, int, torch.Tensor, torch.Tensor]] = []
+        self.slices: list[tuple[nn.Parameter, WeightSlice, torch.Tensor, torch.Tensor]] = []
 
     def hold(self, parameter: nn.Parameter, part: WeightSlice, frozen: torch.Tensor) -> None:
-        """Freeze some positions of one parameter."""
-        positions = part.indices(frozen).to(parameter.device)
-        if len(positions) == parameter.shape[part.dim]:
+        """Freeze those of a site's neurons that have a part in one parameter."""
+        count = len(part.held(frozen))
+        if count == part.count:
             parameter.requires_grad_(False)
             return
-        if len(positions) == 0:
+        if count == 0:
             return
-        values = parameter.detach().index_select(part.dim, positions)
-        self.slices.append((parameter, part.dim, positions, values))
+        positions = part.indices(frozen).to(parameter.device)
+        self.slices.append((parameter, part, positions, part.select(parameter.detach(), positions)))
+        mask = part.mask(frozen, parameter)
 
         def zero_gradient(parameter: nn.Parameter) -> None:
-            parameter.grad.index_fill_(part.dim, positions, 0)
+            parameter.grad.masked_fill_(mask, 0)
 
         parameter.register_post_accumulate_grad_hook(zero_gradient)
 
@@ -211,8 +216,8 @@ class FrozenSlices:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the frozen values back."""
-        for parameter, dim, positions, values in self.slices:
-            parameter.index_copy_(dim, positions, values)
+        for parameter, part, positions, values in self.slices:
+            part.write(parameter, positions, values)
 
 
 def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool) -> FrozenSlices:
@@ -232,17 +237,17 @@ def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool
     """
     sites = list(_frozen_by_site(model, trainable))
     for site, _ in sites:
-        for name in site.layout.modules():
-            weight = base_linear(model.get_submodule(name)).weight
-            if not weight.is_floating_point():
+        for part in site.layout.slices:
+            if not part.tensor(model).is_floating_point():
                 raise FNSFTError(
-                    f"{name} is quantised, so its weights cannot be trained; use train_method=neuron_delta or lora"
+                    f"{part.module_name} is quantised, so its weights cannot be trained; use "
+                    "train_method=neuron_delta or lora"
                 )
     model.requires_grad_(train_other)
     held = FrozenSlices()
     for site, frozen in sites:
         for part in site.layout.slices:
-            parameter = getattr(model.get_submodule(part.module_name), part.parameter)
+            parameter = part.tensor(model)
             parameter.requires_grad_(True)
             held.hold(parameter, part, frozen)
     return held

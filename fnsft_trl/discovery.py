@@ -294,13 +294,12 @@ class _Discovery:
 
     def _templates(self, sketches: list[list[ActivationSketch]], nulls: list[list[ShuffledNull]]):
         """The group's template, those of the datasets, and the last point of the curve."""
-        config = self.config
         halves = self._halves(sketches)
         result, point = self._point(halves)
         if not result.converged:
             logger.warning(
-                f"FastICA did not reach its tolerance (the last step still turned a direction by {result.change:.1g}); "
-                "the weakest networks may not replicate: give more tokens (ica_max_tokens), or ask for fewer "
+                f"FastICA did not reach its tolerance (the last step changed a direction by {result.change:.1g}); the "
+                "weakest networks may not replicate: give more tokens (ica_max_tokens), or ask for fewer "
                 "components (ica_components)"
             )
         excluded = self._massive(halves)

@@ -26,11 +26,8 @@ def changed_neurons(
     for site in sites:
         members = torch.zeros(site.width, dtype=torch.bool)
         for part in site.layout.slices:
-            entries = differing.pop(f"{part.module_name}.{part.parameter}", None)
-            if entries is None:
-                continue
-            positions = entries.movedim(part.dim, 0).flatten(1).any(1) if entries.dim() > 1 else entries
-            for offset in part.offsets:
-                members |= positions[offset : offset + site.width].cpu()
+            entries = differing.pop(part.full_name, None)
+            if entries is not None:
+                members[part.touched(entries)] = True
         layers[site.layer] = members
     return NeuronMask(layers, sites[0].kind), sorted(differing)

@@ -1,8 +1,8 @@
 """FastICA (Hyvärinen, 1999, "Fast and robust fixed-point algorithms for independent component analysis").
 
-The parallel form with symmetric decorrelation (section IV). Several random starts run at once on a part of the samples,
-their unmixing matrices stacked so that each iteration is one matrix product; the start with the largest contrast goes
-on with all samples.
+The parallel form with symmetric decorrelation (section IV). Several random starts run at once on a part of the
+samples, their unmixing matrices stacked so that each iteration is one matrix product; the start with the largest
+contrast goes on with all samples.
 """
 
 from dataclasses import dataclass

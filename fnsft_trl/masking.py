@@ -42,23 +42,7 @@ class MaskHandle:
                 )
             if not members.any():
                 continue
-            down = sites[layer].down
-            if silenced.site == "mlp_output":
-                self._hooks.append(down.register_forward_hook(self._on_output(members)))
-            else:
-                self._hooks.append(down.register_forward_pre_hook(self._on_input(members)))
-
-    def _on_input(self, silent: torch.Tensor):
-        def hook(module: nn.Module, args: tuple):
-            return (args[0].masked_fill(silent.to(args[0].device), 0), *args[1:]) if self.enabled else None
-
-        return hook
-
-    def _on_output(self, silent: torch.Tensor):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor):
-            return output.masked_fill(silent.to(output.device), 0) if self.enabled else None
-
-        return hook
+            self._hooks += sites[layer].tap(_silence(members), lambda: self.enabled)
 
     def enable(self) -> None:
         """Switch the mask on."""
@@ -79,6 +63,13 @@ class MaskHandle:
 
     def __exit__(self, *exception) -> None:
         self.remove()
+
+
+def _silence(members: torch.Tensor):
+    def function(values: torch.Tensor, neurons: slice, tokens: torch.Tensor | None) -> torch.Tensor:
+        return values.masked_fill(members[neurons].to(values.device), 0)
+
+    return function
 
 
 @contextmanager

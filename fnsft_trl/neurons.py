@@ -1,113 +1,148 @@
-"""Neurons: where a model's MLP sites are, and which weights make up neuron j.
+"""Neurons: where a model's MLP sites are, and how to reach their activations.
 
 Sites are found by structure. A *block* is an element of a `ModuleList` in which any element contains an attention
-module. Outside the attention subtrees of a block, a *down projection* is a linear layer that ends in the hidden size
-and has, in the nearest container they share, an *up projection*: a linear layer from the hidden size to the width n of
-the down projection's input (or to 2n, when up and gate are fused).
+module; in a model of text and images only the text model's blocks count. Outside the attention subtrees of a block, a
+*down projection* is a linear layer that ends in the hidden size and has, in the nearest container they share, an *up
+projection*: a linear layer from the hidden size to the width n of the down projection's input (or to 2n, when up and
+gate are fused). A module with the weights of several experts makes the block a mixture of experts; linear layers
+beside it are then the shared expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import parse_ranges
 from .errors import FNSFTError
+from .experts import Experts
+from .layout import NeuronLayout, WeightSlice
 
 
 SITES = ("mlp_intermediate", "mlp_output")
 
-
-@dataclass(frozen=True)
-class WeightSlice:
-    """Where the neurons of a site live in one parameter.
-
-    Neuron j is at the indices `j + offset` (for each offset) of dimension `dim` of `module.<parameter>`.
-
-    Attributes:
-        module_name (`str`): name of the linear layer within the model.
-        parameter (`str`): `"weight"` or `"bias"`.
-        dim (`int`): the dimension of the parameter that counts neurons.
-        offsets (`tuple[int, ...]`): `(0,)`, or `(0, n)` where gate and up are fused into one weight.
-        side (`str`): `"output"` when the neurons are outputs of the layer, `"input"` when they are its inputs.
-    """
-
-    module_name: str
-    parameter: str
-    dim: int
-    offsets: tuple[int, ...]
-    side: str
-
-    def indices(self, neurons: torch.Tensor) -> torch.Tensor:
-        """Positions along `dim` of the given neurons; all of the first offset, then all of the next.
-
-        Args:
-            neurons: integer tensor, shape (m,).
-
-        Returns:
-            Integer tensor, shape (m * len(offsets),).
-        """
-        return torch.cat([neurons + offset for offset in self.offsets])
-
-
-@dataclass(frozen=True)
-class NeuronLayout:
-    """Which rows and columns of which parameters make up the neurons of one site.
-
-    Attributes:
-        width (`int`): number of neurons.
-        slices (`tuple[WeightSlice, ...]`): every parameter that holds a part of them.
-    """
-
-    width: int
-    slices: tuple[WeightSlice, ...]
-
-    def modules(self) -> list[str]:
-        """Names of the linear layers that hold a part of the neurons, each once, in order."""
-        return list(dict.fromkeys(part.module_name for part in self.slices))
+# (activations (..., m), which m neurons of the site, the tokens they are of: numbers (tokens,), or `None` for all
+# tokens in order) -> the activations to go on with, or `None` to leave them.
+ActivationFunction = Callable[[torch.Tensor, slice, torch.Tensor | None], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class NeuronSite:
     """One layer's MLP, at the place where its activations are read and masked.
 
+    In a mixture of experts, neuron `e * units + j` is unit j of the routed expert e; the units of a shared expert come
+    after all of them. The router has no neurons. Output channels are those of the whole MLP, routed and shared experts
+    together.
+
     Attributes:
-        name (`str`): name of the down projection within the model.
-        layer (`int`): index of the block, counted over the whole model.
+        name (`str`): name of the down projection within the model; of the whole MLP in a mixture of experts.
+        layer (`int`): index of the block, counted over the whole model, encoder blocks before decoder blocks.
         width (`int`): number of neurons at the site.
         kind (`str`): `"mlp_intermediate"` or `"mlp_output"`.
-        down (`nn.Module`): the down projection (the outermost wrapper, if PEFT has wrapped it).
+        output (`nn.Module`): the module whose output is the MLP's: the down projection (the outermost wrapper, if PEFT
+            has wrapped it), or the whole MLP in a mixture of experts.
+        down (`nn.Module` or `None`): the down projection (of the shared expert); `None` if all experts are routed.
         ups (`tuple[nn.Module, ...]`): the up projections: gate and up, or one of both fused, or a plain one.
-        up_names (`tuple[str, ...]`): their names.
+        down_name (`str`), up_names (`tuple[str, ...]`): their names.
+        experts (`Experts` or `None`): the routed experts.
     """
 
     name: str
     layer: int
     width: int
     kind: str
-    down: nn.Module = field(repr=False, compare=False)
-    ups: tuple[nn.Module, ...] = field(repr=False, compare=False)
+    output: nn.Module = field(repr=False, compare=False)
+    down: nn.Module | None = field(default=None, repr=False, compare=False)
+    ups: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+    down_name: str = ""
     up_names: tuple[str, ...] = ()
+    experts: Experts | None = None
 
     @property
     def layout(self) -> NeuronLayout:
         """The weights that make up this site's neurons.
 
         At `mlp_intermediate`: the rows of the up projections (and their biases) and the column of the down
-        projection. At `mlp_output`: the row of the down projection and the entry of its bias.
+        projection. At `mlp_output`: the row of the down projection and the entry of its bias, of every expert.
         """
-        if self.kind == "mlp_output":
-            return NeuronLayout(self.width, tuple(_output_slices(self.name, self.down, (0,))))
         parts: list[WeightSlice] = []
-        for name, up in zip(self.up_names, self.ups, strict=True):
-            fused = linear_shape(up)[1] == 2 * self.width
-            parts += _output_slices(name, up, (0, self.width) if fused else (0,))
-        parts.append(WeightSlice(self.name, "weight", 0 if _is_transposed(self.down) else 1, (0,), "input"))
+        if self.kind == "mlp_output":
+            if self.experts:
+                parts += self.experts.output_slices()
+            if self.down is not None:
+                parts += _output_slices(self.down_name, self.down, self.width)
+            return NeuronLayout(self.width, tuple(parts))
+        if self.experts:
+            parts += self.experts.neuron_slices()
+        if self.down is not None:
+            first = self.experts.width if self.experts else 0
+            units = self.width - first
+            for name, up in zip(self.up_names, self.ups, strict=True):
+                parts += _output_slices(name, up, units, first)
+            dim = 0 if _is_transposed(self.down) else 1
+            parts.append(WeightSlice(self.down_name, "weight", (dim,), (0,), "input", units, units, first))
         return NeuronLayout(self.width, tuple(parts))
+
+    def check_no_experts(self, method: str) -> None:
+        """Refuse a method that trains linear layers only.
+
+        Raises:
+            FNSFTError: the layer is a mixture of experts.
+        """
+        if self.experts:
+            raise FNSFTError(
+                f"layer {self.layer} ({self.name}) is a mixture of experts, whose weights are no linear layers: "
+                f"{method} cannot train its neurons; use train_method=full, or select neurons of other layers"
+            )
+
+    def tap(self, function: ActivationFunction, enabled: Callable[[], bool] = lambda: True) -> list:
+        """Call a function on the site's activations in every forward pass, until the returned handles are removed.
+
+        It is called several times in one pass of a mixture of experts: for every routed expert that has tokens, with
+        these, and for the shared expert. The activation of a routed expert's neuron is what enters the down
+        projection, without the weight that the router gives the expert; for the tokens of other experts it counts as
+        0.
+
+        Args:
+            function: see [`ActivationFunction`]. It must be pure: gradient checkpointing calls it twice.
+            enabled: asked in every pass whether to call it.
+
+        Returns:
+            Handles with a `remove` method.
+        """
+        width = self.width  # hooks that held the site would hold the model
+        if self.kind == "mlp_output":
+
+            def on_output(module: nn.Module, args: tuple, output):
+                if not enabled():
+                    return None
+                values, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+                changed = function(values, slice(0, width), None)
+                return changed if changed is None or rest is None else (changed, *rest)
+
+            return [self.output.register_forward_hook(on_output)]
+        handles: list = []
+        first = 0
+        if self.experts:
+            units, first = self.experts.units, self.experts.width
+
+            def on_expert(values: torch.Tensor, expert: int, tokens: torch.Tensor):
+                return function(values, slice(expert * units, (expert + 1) * units), tokens)
+
+            handles.append(self.experts.tap(on_expert, enabled))
+        if self.down is not None:
+
+            def on_input(module: nn.Module, args: tuple):
+                changed = function(args[0], slice(first, width), None) if enabled() else None
+                return None if changed is None else (changed, *args[1:])
+
+            handles.append(self.down.register_forward_pre_hook(on_input))
+        return handles
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -153,10 +188,12 @@ def _is_transposed(module: nn.Module) -> bool:
     return isinstance(base_linear(module), Conv1D)
 
 
-def _output_slices(name: str, module: nn.Module, offsets: tuple[int, ...]) -> Iterator[WeightSlice]:
-    yield WeightSlice(name, "weight", 1 if _is_transposed(module) else 0, offsets, "output")
+def _output_slices(name: str, module: nn.Module, units: int, first: int = 0) -> Iterator[WeightSlice]:
+    """Where the outputs of a linear layer are, which are `units` neurons, or gate and up of as many."""
+    offsets = (0,) if linear_shape(module)[1] == units else (0, units)
+    yield WeightSlice(name, "weight", (1 if _is_transposed(module) else 0,), offsets, "output", units, units, first)
     if base_linear(module).bias is not None:
-        yield WeightSlice(name, "bias", 0, offsets, "output")
+        yield WeightSlice(name, "bias", (0,), offsets, "output", units, units, first)
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -168,10 +205,10 @@ def _contains_attention(module: nn.Module) -> bool:
     return any(_is_attention(child) for child in module.modules())
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _blocks(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Elements of the outermost `ModuleList`s of which any contains attention, with their names."""
     taken: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(prefix=prefix):
         if not isinstance(module, nn.ModuleList) or any(name.startswith(outer) for outer in taken):
             continue
         if any(_contains_attention(child) for child in module):
@@ -185,17 +222,20 @@ def _linears(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         full_name = f"{prefix}.{name}"
         if linear_shape(child) is not None:
             yield full_name, child
-        elif not _is_attention(child):
+        elif not _is_attention(child) and not isinstance(child, BaseTunerLayer):
             yield from _linears(child, full_name)
 
 
-def _expert_tensors(block: nn.Module) -> str | None:
-    for name, module in block.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):  # its weights have three dimensions too
-            continue
-        if any(p.dim() == 3 for p in module.parameters(recurse=False)):
-            return f"{name} ({type(module).__name__})"
-    return None
+def _experts_of(block_name: str, block: nn.Module) -> Experts | None:
+    """The routed experts of a block, or `None` when it is no mixture of experts."""
+    found = [name for name, module in block.named_modules(prefix=block_name) if Experts.are_in(module)]
+    if len(found) > 1:
+        raise FNSFTError(
+            f"block {block_name} has several modules with the weights of experts ({', '.join(found)}); one was "
+            "expected"
+        )
+    prefix = len(block_name) + 1
+    return Experts(found[0], block.get_submodule(found[0][prefix:])) if found else None
 
 
 def _mlp_of(block_name: str, block: nn.Module, hidden: int) -> tuple[str, list[str]] | None:
@@ -234,24 +274,66 @@ def _mlp_of(block_name: str, block: nn.Module, hidden: int) -> tuple[str, list[s
     return names[-1], found[names[-1]]
 
 
-def _hidden_size(model: nn.Module) -> int:
+def _text_model(model: nn.Module) -> tuple[str, nn.Module, int]:
+    """Name, module and hidden size of the text model: the whole model, unless its config has one for text apart."""
     config = getattr(model, "config", None)
     if config is None:
         raise FNSFTError(f"{type(model).__name__} has no config; a transformers model was expected")
-    hidden = getattr(config.get_text_config(), "hidden_size", None)
+    text_config = config.get_text_config()
+    hidden = getattr(text_config, "hidden_size", None)
     if hidden is None:
         raise FNSFTError(
             f"no MLP site found in {type(model).__name__}: its config has no hidden_size; a transformer with MLP "
             "layers was expected"
         )
-    return hidden
+    if text_config is config or config.is_encoder_decoder:
+        return "", model, hidden
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.config is text_config:
+            return name, module, hidden
+    raise FNSFTError(
+        f"no MLP site found in {type(model).__name__}: its config describes a text model "
+        f"({type(text_config).__name__}), but none of its modules was made from that; a model of text, or of text and "
+        "images, was expected"
+    )
+
+
+def _site(block_name: str, block: nn.Module, layer: int, hidden: int, kind: str) -> NeuronSite | None:
+    """The site of one block, or `None` when the block has no MLP."""
+    experts = _experts_of(block_name, block)
+    mlp = _mlp_of(block_name, block, hidden)
+    prefix = len(block_name) + 1
+    linear = {}
+    width = 0
+    if mlp:
+        down_name, up_names = mlp
+        down = block.get_submodule(down_name[prefix:])
+        ups = tuple(block.get_submodule(name[prefix:]) for name in up_names)
+        linear = {"down": down, "ups": ups, "down_name": down_name, "up_names": tuple(up_names)}
+        width = linear_shape(down)[0]
+    if not experts:
+        if not mlp:
+            return None
+        return NeuronSite(down_name, layer, width if kind == "mlp_intermediate" else hidden, kind, down, **linear)
+    name = experts.name
+    while name.endswith(".base_layer"):  # PEFT's adapters on bare parameters wrap the module
+        name = name.removesuffix(".base_layer")
+    name = name.rpartition(".")[0]
+    if mlp and not down_name.startswith(f"{name}."):
+        raise FNSFTError(
+            f"block {block_name} has experts ({experts.name}) and an MLP outside of {name} ({down_name}); a block "
+            "with more than one MLP is not understood"
+        )
+    width = experts.width + width if kind == "mlp_intermediate" else hidden
+    return NeuronSite(name, layer, width, kind, block.get_submodule(name[prefix:]), **linear, experts=experts)
 
 
 def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layers="all") -> list[NeuronSite]:
     """Find the MLP sites of a transformer, one for each layer.
 
     Args:
-        model: a transformers model, plain, quantised or wrapped by PEFT.
+        model: a transformers model, plain, quantised or wrapped by PEFT. Of a model of text and images, only the text
+            model is searched.
         kind: `"mlp_intermediate"` (neurons) or `"mlp_output"` (channels of the MLP's output).
         layers: layer specification, see [`~fnsft_trl.config.parse_ranges`].
 
@@ -264,25 +346,15 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
     """
     if kind not in SITES:
         raise FNSFTError(f"site {kind!r} is unknown; it must be one of: {', '.join(SITES)}")
-    hidden = _hidden_size(model)
-    modules = dict(model.named_modules())
-    blocks = list(_blocks(model))
+    prefix, text_model, hidden = _text_model(model)
     sites: list[NeuronSite] = []
-    for layer, (block_name, block) in enumerate(blocks):
-        if experts := _expert_tensors(block):
-            raise FNSFTError(
-                f"block {block_name} holds fused expert weights ({experts}); mixture-of-experts models are not "
-                "supported yet"
-            )
-        mlp = _mlp_of(block_name, block, hidden)
-        if mlp is None:
+    for layer, (block_name, block) in enumerate(_blocks(text_model, prefix)):
+        site = _site(block_name, block, layer, hidden, kind)
+        if site is None:
             raise FNSFTError(
                 f"no MLP site found in block {block_name} ({type(block).__name__}) of {type(model).__name__}: "
                 f"expected a linear layer into the hidden size ({hidden}) next to one that leads out of it"
             )
-        down, ups = mlp
-        width = linear_shape(modules[down])[0 if kind == "mlp_intermediate" else 1]
-        site = NeuronSite(down, layer, width, kind, modules[down], tuple(modules[up] for up in ups), tuple(ups))
         sites.append(site)
     if not sites:
         raise FNSFTError(

@@ -136,8 +136,8 @@ def zeroed(model, mask):
     for site in find_neuron_sites(model, kind=mask.site):
         for part in site.layout.slices:
             if part.side == "input" or mask.site == "mlp_output":
-                parameter = getattr(model.get_submodule(part.module_name), part.parameter)
-                parameter.index_fill_(part.dim, mask.indices(site.layer), 0)
+                parameter = part.tensor(model)
+                parameter.masked_fill_(part.mask(mask.indices(site.layer), parameter), 0)
     return model
 
 

@@ -14,6 +14,8 @@ STAGES = [
     "errors",
     "config",
     "embedded",
+    "layout",
+    "experts",
     "neurons",
     "activations",
     "ica",

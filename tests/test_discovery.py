@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,10 @@ def test_resumed_discovery_is_the_uninterrupted_one(tokenizer, tmp_path, monkeyp
                 raise Interrupted
             yield block
 
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+    with monkeypatch.context() as patched:
         patched.setattr(ActivationReader, "read", interrupted)
-        discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
+        with pytest.raises(Interrupted):
+            discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
     (saved,) = (tmp_path / "p").iterdir()  # the newest alone is kept
     assert int(saved.name.removeprefix("batch-")) > 5
     seen = []
@@ -68,8 +70,8 @@ def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypat
         discover_networks(model, tokenizer, texts(), config, progress_dir=tmp_path, resume=True)
     monkeypatch.setattr(DiscoveryProgress, "clear", lambda self: None)
     discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
+    other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
     with pytest.raises(FNSFTError, match=r"ica_seed=0, this one 1"):
-        other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
         discover_networks(model, tokenizer, texts(300), other, progress_dir=tmp_path / "p", resume=True)
     with pytest.raises(FNSFTError, match="the texts differ"):
         discover_networks(model, tokenizer, texts(300, seed=5), config, progress_dir=tmp_path / "p", resume=True)
@@ -194,10 +196,8 @@ def test_an_interrupted_write_leaves_the_old_template_or_the_new_one(templates, 
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", lambda *args: dying(replace, *args))
             patched.setattr(Path, "write_bytes", lambda *args: dying(write, *args))
-            try:
+            with suppress(Interrupted):
                 new.save_pretrained(directory)
-            except Interrupted:
-                pass
         loaded = FunctionalNetworkTemplate.from_pretrained(directory)
         expected = old if dies_at < 3 else new
         assert loaded.base_model == expected.base_model

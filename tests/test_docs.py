@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from architectures import architectures_table
 
 from fnsft_trl.cli import main
 from fnsft_trl.config import COMBINATIONS
@@ -86,6 +87,10 @@ def combinations_table() -> str:
     for (mask_mode, train), (outcome, text) in COMBINATIONS.items():
         lines.append(f"| {mask_mode or 'null'} | {train} | {text if outcome else f'error: {text}'} |")
     return "\n".join(lines)
+
+
+def test_the_table_of_architectures_is_that_of_the_tests():
+    assert architectures_table() in (ROOT / "docs" / "architectures.md").read_text()
 
 
 def test_the_table_of_combinations_is_the_one_in_the_code():

@@ -123,8 +123,14 @@ def test_what_is_not_understood_is_an_error_that_says_so():
         vocab_size=9,
         num_local_experts=2,
     )
-    with pytest.raises(FNSFTError, match="mixture-of-experts"):
-        find_neuron_sites(tf.MixtralForCausalLM(moe))
+    model = tf.MixtralForCausalLM(moe)
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
+    with pytest.raises(FNSFTError, match=r"experts model\.layers\.0\.mlp\.experts .*: the module is quantised"):
+        find_neuron_sites(model)
+    del experts.is_concatenated
+    with pytest.raises(FNSFTError, match="is not of the form that transformers' experts interface describes"):
+        find_neuron_sites(model)
 
 
 def test_a_block_without_its_mlp_is_an_error():

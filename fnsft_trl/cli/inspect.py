@@ -33,10 +33,13 @@ def main(argv: list[str]) -> None:
         strongest = ", ".join(f"{layer} ({count})" for layer, count in by_layer[:4])
         print(
             f"{number:>7}  {component['neurons']:>7}  {len(by_layer):>6}  {component['explained_variance']:>8.4f}  "
-            f"{component['kurtosis']:>8.1f}  {component['reliability']:>11.2f}  {component['jaccard']:>7.2f}  {strongest}"
+            f"{component['kurtosis']:>8.1f}  {component['reliability']:>11.2f}  {component['jaccard']:>7.2f}  "
+            f"{strongest}"
         )
     if null := config.get("null"):
-        print(f"{'shuffled in time':<44}{null['reliability']:>11.2f}  {null['jaccard']:>7.2f}  (nothing co-activates)")
+        print(
+            f"shuffled in time {null['reliability']:>38.2f}  {null['jaccard']:>7.2f}  (so that nothing co-activates)"
+        )
     if curve := calibration.get("curve"):
         points = ", ".join(f"{point['reliability']:.2f} at {point['tokens']}" for point in curve)
         print(f"mean reliability over tokens: {points}")

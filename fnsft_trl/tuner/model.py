@@ -36,6 +36,7 @@ class NeuronTunerModel(BaseTuner):
         for site in sites:
             neurons = mask.indices(site.layer)
             if len(neurons):
+                site.check_no_experts("a neuron delta")
                 for name in site.layout.modules():
                     slices = [part for part in site.layout.slices if part.module_name == name]
                     self._parts[name] = (neurons, slices)

@@ -36,12 +36,9 @@ def changed_neurons(model, before, after, site) -> tuple[NeuronMask, set[str]]:
     for s in find_neuron_sites(model, kind=site):
         members = torch.zeros(s.width, dtype=torch.bool)
         for part in s.layout.slices:
-            entries = changed.pop(f"{part.module_name}.{part.parameter}", None)
-            if entries is None:
-                continue
-            per_position = entries.movedim(part.dim, 0).flatten(1).any(1) if entries.dim() > 1 else entries
-            for offset in part.offsets:
-                members |= per_position[offset : offset + s.width]
+            entries = changed.pop(part.full_name, None)
+            if entries is not None:
+                members[part.touched(entries)] = True
         layers[s.layer] = members
     return NeuronMask(layers, site), set(changed)
 
