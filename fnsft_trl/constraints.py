@@ -8,11 +8,15 @@ Full: gradients of frozen slices are zeroed as they are accumulated, so that cli
 slices are put back after every step, so that weight decay does not move them either.
 """
 
+from dataclasses import fields
+
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .errors import FNSFTError
 from .neurons import NeuronSite, WeightSlice, base_linear, check_modules_to_save, find_neuron_sites
@@ -20,7 +24,7 @@ from .selection import NeuronMask
 
 
 # LoraConfig field -> why the frozen neurons could not be held exactly when it is set.
-_REFUSED_LORA_FIELDS = {
+REFUSED_LORA_FIELDS = {
     "use_dora": "DoRA rescales every row of the weight, frozen ones included",
     "lora_bias": "the bias of lora_B changes every output neuron",
     "use_qalora": "QALoRA pools the inputs of lora_A over neurons",
@@ -34,7 +38,34 @@ _REFUSED_LORA_FIELDS = {
     "target_parameters": "adapters on bare parameters have no lora_A and lora_B to mask",
     "megatron_config": "Megatron layers shard their neurons",
 }
-_EXACT_INITS = (True, "gaussian")
+# Fields that leave B A as the weight change of the MLPs, and those that belong to another field or to the file.
+HELD_LORA_FIELDS = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    *("qalora_group_size", "megatron_core", "runtime_config", "inference_mode"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+}
+# Under these the weight change B A is zero at the start, and the base weights are left alone.
+EXACT_INITS = (True, "gaussian", "eva", "orthogonal", "mica")
+# init_lora_weights -> why it is refused. Values that continue one of these (pissa_niter_4) are refused with it.
+REFUSED_INITS = {
+    False: "it starts from a random weight change",
+    "olora": "it changes the base weights",
+    "pissa": "it changes the base weights",
+    "corda": "it changes the base weights",
+    "lora_ga": "it changes the base weights",
+    "loftq": "it quantises the base weights",
+}
+
+
+# Part of an optimizer's name -> why full fine-tuning refuses it.
+REFUSED_OPTIMIZERS = {
+    "layerwise": "updates weights during the backward pass",
+    "lomo": "updates weights during the backward pass",
+    "schedule_free": "keeps a second copy of the weights, which takes their place at evaluations and saves",
+}
 
 
 def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronMask:
@@ -49,6 +80,12 @@ def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronM
         FNSFTError: nothing, or with `"unselected"` everything, would be trained.
     """
     widths = {site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)}
+    for layer, members in mask.layers.items():
+        if widths.get(layer) != len(members):
+            raise FNSFTError(
+                f"the mask has {len(members)} neurons in layer {layer}, the model "
+                f"{widths.get(layer, 'no such layer')}; it was made for another model"
+            )
     selected = NeuronMask.from_ranges(mask.to_ranges(), widths, mask.site)
     trainable = {"selected": selected, "unselected": ~selected, "all": selected | ~selected}[train]
     if trainable.count == 0:
@@ -64,16 +101,21 @@ def check_lora_config(config: LoraConfig, model: nn.Module, site: str) -> None:
     Raises:
         FNSFTError: a variant that cannot be exact, with the reason.
     """
-    for field, reason in _REFUSED_LORA_FIELDS.items():
-        if getattr(config, field, None):
+    plain = LoraConfig()
+    for name in (field.name for field in fields(config)):
+        if name not in HELD_LORA_FIELDS and getattr(config, name) != getattr(plain, name):
+            reason = REFUSED_LORA_FIELDS.get(name, "this version of fnsft_trl does not know it")
             raise FNSFTError(
-                f"LoRA with {field} cannot be held to a set of neurons: {reason}; drop {field}, or use "
+                f"LoRA with {name} cannot be held to a set of neurons: {reason}; drop {name}, or use "
                 "train_method=neuron_delta"
             )
-    if config.init_lora_weights not in _EXACT_INITS:
+    init = config.init_lora_weights
+    if init not in EXACT_INITS:
+        known = (why for name, why in REFUSED_INITS.items() if init == name or str(init).startswith(f"{name}_"))
         raise FNSFTError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights or starts from a lora_B that is "
-            f"not zero; use one of: {', '.join(map(str, _EXACT_INITS))}"
+            f"init_lora_weights={init!r} cannot be held to a set of neurons: "
+            f"{next(known, 'this version of fnsft_trl does not know it')}; use one of: "
+            f"{', '.join(map(str, EXACT_INITS))}"
         )
     if config.bias != "none":
         raise FNSFTError(f"LoRA with bias={config.bias!r} trains biases of frozen neurons; use bias='none'")
@@ -118,29 +160,56 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
             that should be frozen.
     """
     check_lora_config(model.peft_config[adapter_name], model, trainable.site)
-    held = 0
+    held = trained = 0
     for site, frozen in _frozen_by_site(model, trainable):
         for part, layer in _weight_slices(model, site):
             if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
                 continue
             held += 1
+            trained += site.width - len(frozen)
             positions = part.indices(frozen)
             lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             size = layer.out_features if part.side == "output" else layer.in_features
             is_frozen = torch.zeros(size, dtype=torch.bool)
             is_frozen[positions] = True
             with torch.no_grad():
+                a, b = lora_a.weight, lora_b.weight  # (rank, in), (out, rank)
                 if part.side == "output":
-                    if lora_b.weight[is_frozen].any():
+                    if _changes_anything(a, b[is_frozen]):
                         raise _already_changed(part.module_name)
+                    b[is_frozen] = 0
                     lora_b.register_forward_hook(_mask_output(is_frozen))
                 else:
-                    if lora_b.weight.any() and lora_a.weight[:, is_frozen].any():
+                    if _changes_anything(a[:, is_frozen], b):
                         raise _already_changed(part.module_name)
-                    lora_a.weight[:, is_frozen] = 0
+                    a[:, is_frozen] = 0
                     lora_a.register_forward_pre_hook(_mask_input(is_frozen))
+            if not layer.get_base_layer().weight.is_floating_point():
+                layer.merge = _refuse_merge(part.module_name)
     if held == 0:
         raise FNSFTError(f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train")
+    if trained == 0:
+        raise FNSFTError(
+            f"no trainable neuron lies in a layer that adapter {adapter_name!r} adapts, so none could train; adapt "
+            "other layers, or select other neurons"
+        )
+
+
+def _changes_anything(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the weight change B A is more than the rounding of factors that are orthogonal to each other."""
+    if not (a.any() and b.any()):
+        return False
+    return bool((b @ a).norm() > 1e-5 * a.norm() * b.norm())
+
+
+def _refuse_merge(name: str):
+    def merge(*args, **kwargs):
+        raise FNSFTError(
+            f"LoRA cannot be merged into {name}, which is quantised: it would be quantised anew, frozen neurons "
+            "included; load the base model unquantised, load the adapter, then merge"
+        )
+
+    return merge
 
 
 def _already_changed(name: str) -> FNSFTError:
@@ -160,7 +229,13 @@ def _mask_output(is_frozen: torch.Tensor):
 
 def _frozen_by_site(model: nn.Module, trainable: NeuronMask):
     """(site, numbers of its frozen neurons) for every site of the model."""
-    for site in find_neuron_sites(model, kind=trainable.site):
+    sites = find_neuron_sites(model, kind=trainable.site)
+    if unknown := sorted(trainable.layers.keys() - {site.layer for site in sites}):
+        raise FNSFTError(
+            f"the mask has neurons in layer {unknown[0]}, the model ends at layer {sites[-1].layer}; it was made for "
+            "another model"
+        )
+    for site in sites:
         members = trainable.layers.get(site.layer)
         if members is None:
             members = torch.zeros(site.width, dtype=torch.bool)
@@ -178,31 +253,40 @@ def _weight_slices(model: nn.Module, site: NeuronSite):
             yield part, model.get_submodule(part.module_name)
 
 
+# Names of the optimizer state that moves a weight even where its gradient is zero. State of bitsandbytes: state1.
+_MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
+
+
 class FrozenSlices:
     """Full fine-tuning in which frozen neurons stay bit-identical. Made by [`constrain_full`].
 
     Attributes:
-        slices (`list`): (parameter, dimension, frozen positions, their values) of every partly frozen parameter.
+        slices (`list`): (parameter, dimension, frozen positions, their values) of every partly frozen parameter. Of a
+            sharded parameter (`DTensor`), positions and values are those of this process's shard.
     """
 
     def __init__(self) -> None:
         self.slices: list[tuple[nn.Parameter, int, torch.Tensor, torch.Tensor]] = []
+        self._hooks = []
 
-    def hold(self, parameter: nn.Parameter, part: WeightSlice, frozen: torch.Tensor) -> None:
-        """Freeze some positions of one parameter."""
+    def hold(
+        self, parameter: nn.Parameter, part: WeightSlice, frozen: torch.Tensor, *, for_a_while: bool = False
+    ) -> None:
+        """Freeze some positions of one parameter; `for_a_while` when they are to be released again."""
         positions = part.indices(frozen).to(parameter.device)
-        if len(positions) == parameter.shape[part.dim]:
+        if len(positions) == parameter.shape[part.dim] and not for_a_while:
             parameter.requires_grad_(False)
             return
         if len(positions) == 0:
             return
-        values = parameter.detach().index_select(part.dim, positions)
+        positions = _local_positions(parameter, part.dim, positions)
+        values = _local(parameter.detach()).index_select(part.dim, positions)
         self.slices.append((parameter, part.dim, positions, values))
 
         def zero_gradient(parameter: nn.Parameter) -> None:
-            parameter.grad.index_fill_(part.dim, positions, 0)
+            _local(parameter.grad).index_fill_(part.dim, positions, 0)
 
-        parameter.register_post_accumulate_grad_hook(zero_gradient)
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(zero_gradient))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the frozen values back after every step of this optimizer."""
@@ -212,7 +296,57 @@ class FrozenSlices:
     def restore(self) -> None:
         """Put the frozen values back."""
         for parameter, dim, positions, values in self.slices:
-            parameter.index_copy_(dim, positions, values)
+            _local(parameter).index_copy_(dim, positions, values)
+
+    def release(self) -> None:
+        """Let all positions train again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.slices, self._hooks = [], []
+
+    @torch.no_grad()
+    def clear_momentum(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the momentum of the frozen positions.
+
+        Running means of squared gradients stay: without them the first steps after a release would be many times
+        too large.
+        """
+        for parameter, dim, positions, _ in self.slices:
+            state = optimizer.state.get(parameter, {})
+            for name in state.keys() & set(_MOMENTA):
+                momentum = _local(state[name])
+                extra = momentum.dim() - parameter.dim()  # AdEMAMix stacks two momenta
+                # Momentum in 8 bits holds indices into a table of values.
+                zero = int(state["qmap1"].abs().argmin()) if momentum.dtype == torch.uint8 else 0
+                momentum.index_fill_(dim + extra, positions, zero)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_positions(parameter: torch.Tensor, dim: int, positions: torch.Tensor) -> torch.Tensor:
+    """The positions that lie in this process's shard, counted within it."""
+    if not isinstance(parameter, DTensor):
+        return positions
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local = positions - offset[dim]
+    return local[(local >= 0) & (local < shape[dim])]
+
+
+def hold_neurons(held: FrozenSlices, model: nn.Module, frozen: NeuronMask) -> None:
+    """Freeze neurons for a while, on top of those that a run freezes throughout.
+
+    Args:
+        held: takes the frozen slices; `held.release()` ends it.
+        model: a model held by [`constrain_full`].
+        frozen: the neurons to freeze.
+    """
+    for site, neurons in _frozen_by_site(model, ~frozen):
+        for part in site.layout.slices:
+            parameter = getattr(model.get_submodule(part.module_name), part.parameter)
+            if parameter.requires_grad:
+                held.hold(parameter, part, neurons, for_a_while=True)
 
 
 def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool) -> FrozenSlices:
@@ -249,13 +383,14 @@ def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool
 
 
 def check_optimizer_name(name: str) -> None:
-    """Refuse optimizers that step during the backward pass, before frozen gradients could be masked.
+    """Refuse optimizers that write weights at other times than their step, after which frozen ones are put back.
 
     Raises:
         FNSFTError: for such an optimizer.
     """
-    if "layerwise" in name or "lomo" in name:
-        raise FNSFTError(
-            f"optim={name} updates weights during the backward pass, so frozen neurons could not be held exactly; use "
-            "one that steps after it, such as adamw_torch"
-        )
+    for part, reason in REFUSED_OPTIMIZERS.items():
+        if part in name:
+            raise FNSFTError(
+                f"optim={name} {reason}, so frozen neurons could not be held exactly; use one that steps after the "
+                "backward pass, such as adamw_torch, or train_method=neuron_delta"
+            )

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .baking import lesion_note
 from .callbacks import FrozenNeuronGuard
 from .config import FunctionalNetworkConfig
 from .constraints import (
@@ -248,8 +249,11 @@ class FNSFTTrainer(SFTTrainer):
         if self.plan.mask_mode is not None:
             lines.append(
                 f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
-                f"{self.neuron_mask.count} selected neurons. The mask is not part of these weights."
+                f"{self.neuron_mask.count} selected neurons. "
+                + (lesion_note(self.model) or "The mask is not part of these weights.")
             )
+        elif note := lesion_note(self.model):
+            lines.append(f"\n{note}")
         if self.plan.method == "neuron_delta":
             lines.append(
                 "\nThe adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before "
@@ -361,8 +365,10 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
     if args.place_model_on_device and not hasattr(model, "hf_device_map"):
         model.to(args.device)  # where the parent would place it later; discovery is slow on another one
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    template = discover_networks(model, tokenizer, texts, config, sources=sources)
-    # Rounding may differ between processes; the frozen neurons must not.
+    template = None
+    if args.distributed_state.is_main_process:
+        template = discover_networks(model, tokenizer, texts, config, sources=sources)
+    # The others wait: rounding may differ between processes, and the frozen neurons must not.
     return broadcast_object_list([template])[0]
 
 

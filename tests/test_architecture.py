@@ -21,6 +21,7 @@ STAGES = [
     "discovery",
     "selection",
     "masking",
+    "baking",
     "tuner",
     "constraints",
     "data",
