@@ -2,7 +2,8 @@
 
 LoRA: with the weight change B A, a frozen output neuron needs a zero row of B and a frozen input neuron a zero column
 of A. They start at zero, and masks on the output of `lora_B` and the input of `lora_A` keep their gradients at exactly
-zero, under which no optimizer moves a zero (weight decay included). Checkpoints are plain PEFT files.
+zero. Optimizers in full precision then leave them at zero (weight decay included); those with state in 8 bits do not,
+so they are put back after every step. Checkpoints are plain PEFT files.
 
 Full: gradients of frozen slices are zeroed as they are accumulated, so that clipping does not count them, and the
 slices are put back after every step, so that weight decay does not move them either.
@@ -147,7 +148,7 @@ def set_lora_targets(config: LoraConfig, model: nn.Module, trainable: NeuronMask
         )
 
 
-def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str = "default") -> None:
+def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str = "default") -> "FrozenSlices":
     """Hold an unmerged LoRA adapter to a set of neurons. Other targets of the adapter (attention) train as usual.
 
     Args:
@@ -155,17 +156,21 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
         trainable: the neurons that may change. Layers it does not cover are frozen.
         adapter_name: the adapter.
 
+    Returns:
+        The frozen slices of its factors. An optimizer with state in 8 bits needs `attach` of the result.
+
     Raises:
         FNSFTError: the adapter has no MLP module, is of a variant that cannot be held, or already changes a neuron
             that should be frozen.
     """
     check_lora_config(model.peft_config[adapter_name], model, trainable.site)
-    held = trained = 0
+    held = FrozenSlices()
+    adapted = trained = 0
     for site, frozen in _frozen_by_site(model, trainable):
         for part, layer in _weight_slices(model, site):
             if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
                 continue
-            held += 1
+            adapted += 1
             trained += site.width - len(frozen)
             positions = part.indices(frozen)
             lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
@@ -178,21 +183,24 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
                     if _changes_anything(a, b[is_frozen]):
                         raise _already_changed(part.module_name)
                     b[is_frozen] = 0
+                    held.keep(b, 0, positions)
                     lora_b.register_forward_hook(_mask_output(is_frozen))
                 else:
                     if _changes_anything(a[:, is_frozen], b):
                         raise _already_changed(part.module_name)
                     a[:, is_frozen] = 0
+                    held.keep(a, 1, positions)
                     lora_a.register_forward_pre_hook(_mask_input(is_frozen))
             if not layer.get_base_layer().weight.is_floating_point():
                 layer.merge = _refuse_merge(part.module_name)
-    if held == 0:
+    if adapted == 0:
         raise FNSFTError(f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train")
     if trained == 0:
         raise FNSFTError(
             f"no trainable neuron lies in a layer that adapter {adapter_name!r} adapts, so none could train; adapt "
             "other layers, or select other neurons"
         )
+    return held
 
 
 def _changes_anything(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -258,7 +266,7 @@ _MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
 
 
 class FrozenSlices:
-    """Full fine-tuning in which frozen neurons stay bit-identical. Made by [`constrain_full`].
+    """Slices of parameters that stay bit-identical. Made by [`constrain_full`] and [`constrain_lora`].
 
     Attributes:
         slices (`list`): (parameter, dimension, frozen positions, their values) of every partly frozen parameter. Of a
@@ -279,14 +287,18 @@ class FrozenSlices:
             return
         if len(positions) == 0:
             return
-        positions = _local_positions(parameter, part.dim, positions)
-        values = _local(parameter.detach()).index_select(part.dim, positions)
-        self.slices.append((parameter, part.dim, positions, values))
+        positions = self.keep(parameter, part.dim, positions)
 
         def zero_gradient(parameter: nn.Parameter) -> None:
             _local(parameter.grad).index_fill_(part.dim, positions, 0)
 
         self._hooks.append(parameter.register_post_accumulate_grad_hook(zero_gradient))
+
+    def keep(self, parameter: nn.Parameter, dim: int, positions: torch.Tensor) -> torch.Tensor:
+        """Note the values of some positions, to be put back; returns those that lie in this process's shard."""
+        positions = _local_positions(parameter, dim, positions.to(parameter.device))
+        self.slices.append((parameter, dim, positions, _local(parameter.detach()).index_select(dim, positions)))
+        return positions
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the frozen values back after every step of this optimizer."""

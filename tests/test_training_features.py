@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from helpers import assert_only_these_changed, medium_model, sft_config, state
+from helpers import assert_only_these_changed, medium_model, sft_config, state, tiny_tokenizer
 from peft import LoraConfig
 
-from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig, find_neuron_sites
+from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, find_neuron_sites
 from fnsft_trl.constraints import FrozenSlices
 from fnsft_trl.tuner import NeuronTunerConfig
 
@@ -36,52 +36,55 @@ class Feature:
     network: dict = field(default_factory=dict)
     needs: str | None = None
     resume: bool = False
-    slow: bool = False
+    quick: bool = False
 
 
 FEATURES = {
-    "prompt and completion": Feature(),
+    "prompt and completion": Feature(quick=True),
     "text": Feature(data="text"),
     "streamed data": Feature(data="streamed"),
-    "`packing`, `bfd`": Feature({"packing": True, "packing_strategy": "bfd", "max_length": 48}),
+    "`packing`, `bfd`": Feature({"packing": True, "packing_strategy": "bfd", "max_length": 48}, quick=True),
     "`packing`, `bfd_split`": Feature({"packing": True, "packing_strategy": "bfd_split", "max_length": 48}),
     "`packing`, `wrapped`": Feature({"packing": True, "packing_strategy": "wrapped", "max_length": 48}),
-    "`padding_free`": Feature({"padding_free": True, "max_length": None}),
+    "`padding_free`": Feature({"padding_free": True, "max_length": None}, quick=True),
     "`completion_only_loss: false`": Feature({"completion_only_loss": False}),
-    "`assistant_only_loss`": Feature({"assistant_only_loss": True, "max_length": 64}, data="chats"),
+    "`assistant_only_loss`": Feature({"assistant_only_loss": True, "max_length": 64}, data="chats", quick=True),
     "`loss_type: dft`": Feature({"loss_type": "dft"}),
     "accumulation and clipping": Feature({"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
     "`gradient_checkpointing`, not reentrant": Feature(
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, quick=True
     ),
     "`gradient_checkpointing`, reentrant": Feature(
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, quick=True
     ),
     "`torch_compile`, `aot_eager`": Feature({"torch_compile": True, "torch_compile_backend": "aot_eager"}),
     "`torch_compile`, `inductor`": Feature(
-        {"torch_compile": True, "torch_compile_backend": "inductor"}, slow=True, network={"mask_mode": "preserve"}
+        {"torch_compile": True, "torch_compile_backend": "inductor"}, network={"mask_mode": "preserve"}
     ),
     "`bf16`": Feature({"bf16": True}),
-    "weights in bfloat16": Feature({"bf16": True}, dtype=torch.bfloat16),
+    "weights in bfloat16": Feature({"bf16": True}, dtype=torch.bfloat16, quick=True),
     "`neftune_noise_alpha`": Feature({"neftune_noise_alpha": 5}),
-    "`optim: adamw_8bit`": Feature({"optim": "adamw_8bit"}, needs="bitsandbytes"),
+    "`optim: adamw_8bit`": Feature({"optim": "adamw_8bit"}, needs="bitsandbytes", quick=True),
     "`optim: paged_adamw_8bit`": Feature({"optim": "paged_adamw_8bit"}, needs="bitsandbytes"),
     "`activation_offloading`": Feature({"activation_offloading": True}),
-    "`mask_mode: preserve`": Feature(network={"mask_mode": "preserve"}),
+    "`mask_mode: preserve`": Feature(network={"mask_mode": "preserve"}, quick=True),
     "`eval_strategy`": Feature({"eval_strategy": "steps", "eval_steps": 1}),
-    "`load_best_model_at_end`": Feature({**EVALUATION, "load_best_model_at_end": True}),
+    "`load_best_model_at_end`": Feature({**EVALUATION, "load_best_model_at_end": True}, quick=True),
     "resume": Feature({"save_strategy": "steps", "save_steps": 1}, resume=True),
     "`use_liger_kernel`": Feature({"use_liger_kernel": True}, needs="liger_kernel"),
 }
-# (feature, method) -> the reason why it cannot be.
-REFUSED: dict[tuple[str, str], str] = {}
+# (feature, method) -> the reason why it cannot be, on a machine with a CPU only.
+REFUSED = {
+    ("`activation_offloading`", method): "it moves activations from an accelerator, and there is none"
+    for method in METHODS
+}
 
 
 def table() -> str:
     lines = [f"| feature | {' | '.join(f'`{method}`' for method in METHODS)} |", "|---|---|---|---|"]
     for name, feature in FEATURES.items():
         fallback = f"not tested: needs {feature.needs}" if feature.needs not in (None, "bitsandbytes") else "exact"
-        cells = [f"refused: {REFUSED[name, m]}" if (name, m) in REFUSED else fallback for m in METHODS]
+        cells = [f"refused on a CPU: {REFUSED[name, m]}" if (name, m) in REFUSED else fallback for m in METHODS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -123,7 +126,7 @@ def make(directory, feature, method, rows, tokenizer, template, **network):
 
 def cells(chosen=FEATURES):
     for name, feature in chosen.items():
-        marks = [pytest.mark.slow] if feature.slow else []
+        marks = [] if feature.quick else [pytest.mark.slow]
         if feature.needs is not None:
             marks.append(pytest.mark.skipif(find_spec(feature.needs) is None, reason=f"needs {feature.needs}"))
         for method in METHODS:
@@ -142,8 +145,7 @@ def artefacts(tmp_path_factory):
 
 @pytest.fixture
 def a_tokenizer():
-    from helpers import tiny_tokenizer
-
+    """One of its own for each test, since some change its chat template."""
     return tiny_tokenizer()
 
 
@@ -168,6 +170,14 @@ def test_what_trains_is_what_was_selected(name, method, artefacts, medium_templa
     after = state(trainer.model if method == "full" else trainer.model.merge_and_unload())
     base = medium_model(feature.dtype)
     assert_only_these_changed(state(base), after, find_neuron_sites(base), trainer.trainable_neurons)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize(("name", "method"), REFUSED)
+def test_what_cannot_be_is_refused_before_the_first_step(name, method, medium_template, rows, a_tokenizer, tmp_path):
+    with pytest.raises(FNSFTError, match=REFUSED[name, method].removeprefix("it ")):
+        make(tmp_path / "out", FEATURES[name], method, rows, a_tokenizer, medium_template)
+    assert not (tmp_path / "out").exists()
 
 
 RELOAD = """
