@@ -96,19 +96,23 @@ class FrozenNeuronGuard(TrainerCallback):
             # Quantised weights cannot train, and their kernels repack them between training and inference.
             if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in watched:
                 flat = parameter.detach().flatten()
-                padded = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
-                yield name, padded.view(-1, _BLOCK), None
+                if len(flat) % _BLOCK:
+                    flat = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
+                yield name, flat.view(-1, _BLOCK), None
 
 
 def _row_checksums(rows: torch.Tensor) -> torch.Tensor:
-    """One 64-bit checksum per row: a random combination, modulo 2^64, of the bits of its entries."""
+    """One 64-bit checksum per row: a random combination, modulo 2^64, of its bits, in words of 64."""
     rows = rows.detach().reshape(len(rows), -1)  # (rows, entries)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    per_word = 8 // rows.element_size()
+    if rows.shape[1] % per_word or rows.storage_offset() % per_word:
+        rows = nn.functional.pad(rows, (0, -rows.shape[1] % per_word)).clone()
     random = torch.Generator().manual_seed(rows.shape[1])
-    # Odd factors: a change of one entry always shows.
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=random).mul_(2).add_(1).to(rows.device)
-    chunks = rows.contiguous().view(bits).split(4096)  # bounds the memory of the 64-bit copy
-    return torch.cat([(chunk.to(torch.int64) * factors).sum(1) for chunk in chunks]).cpu()
+    words = rows.shape[1] // per_word
+    # Odd factors: a change of one word always shows.
+    factors = torch.randint(-(2**62), 2**62, (words,), generator=random).mul_(2).add_(1).to(rows.device)
+    chunks = rows.contiguous().view(torch.int64).split(4096)  # bounds the memory of the products
+    return torch.cat([(chunk * factors).sum(1) for chunk in chunks]).cpu()
 
 
 @dataclass(frozen=True)

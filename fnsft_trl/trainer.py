@@ -190,7 +190,7 @@ class FNSFTTrainer(SFTTrainer):
             self._frozen_slices = None if sharded else held  # sharding puts other tensors in the place of these
             if sharded and "8bit" in train_args.optim:
                 raise FNSFTError(
-                    f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={train_args.optim}, whose "
+                    f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={train_args.optim}: its "
                     "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
                 )
         if plan.mask_mode is not None:
