@@ -30,6 +30,7 @@ NEEDS = {
 BITSANDBYTES = ("bnb", "8bit", "paged", "lion", "ademamix")
 NAMES = [name.value for name in OptimizerNames]
 REFUSED = {name: why for name in NAMES for part, why in REFUSED_OPTIMIZERS.items() if part in name}
+QUICK = ("adamw_torch", "sgd", "adafactor", "adamw_8bit", "lion_32bit", "rmsprop")
 EXACT = [name for name in NAMES if name not in REFUSED and name not in NEEDS]
 
 
@@ -59,7 +60,10 @@ def make(directory, rows, tokenizer, template, optim, **args):
     )
 
 
-@pytest.mark.parametrize("optim", EXACT)
+CELLS = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EXACT]
+
+
+@pytest.mark.parametrize("optim", CELLS)
 def test_frozen_neurons_are_bit_identical_and_the_others_change(medium_template, rows, tokenizer, tmp_path, optim):
     """With weight decay, clipping and accumulation on."""
     if any(part in optim for part in BITSANDBYTES):
@@ -73,7 +77,7 @@ def test_frozen_neurons_are_bit_identical_and_the_others_change(medium_template,
     assert ("8bit" in optim) == any(v.dtype == torch.uint8 for v in optimizer_state.values() if torch.is_tensor(v))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "lion_8bit", "rmsprop_bnb"])
+@pytest.mark.parametrize("optim", CELLS)
 def test_without_putting_values_back_the_same_check_fails(medium_template, rows, tokenizer, tmp_path, optim):
     if any(part in optim for part in BITSANDBYTES):
         pytest.importorskip("bitsandbytes")

@@ -1,4 +1,5 @@
 import json
+from functools import wraps
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from trl import SFTTrainer
 
 from fnsft_trl import (
     FNSFTError,
@@ -333,9 +335,42 @@ def test_retention_is_logged_at_each_evaluation(templates, rows, tokenizer, tmp_
     ],
 )
 def test_bad_combinations_are_errors_before_the_first_step(templates, rows, tokenizer, tmp_path, arguments, message):
-    with pytest.raises(FNSFTError, match=message):
+    with pytest.raises(FNSFTError, match=message) as error:
         make(tmp_path / "out", rows, tokenizer, templates["llama"], **arguments)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "optim", "message"),
+    [
+        ("full", "adamw_torch", "does not run sharded"),
+        ("lora", "adamw_8bit", "with optim=adamw_8bit"),
+    ],
+)
+def test_what_does_not_run_sharded_is_refused(
+    templates, rows, tokenizer, tmp_path, monkeypatch, method, optim, message
+):
+    plain = SFTTrainer.__init__
+
+    @wraps(plain)
+    def sharded(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
+    peft_config = LoraConfig(r=2) if method == "lora" else None
+    with pytest.raises(FNSFTError, match=message):
+        make(
+            tmp_path, rows, tokenizer, templates["llama"], args={"optim": optim}, peft_config=peft_config,
+            train_method=method,
+        )  # fmt: skip
+
+
+def test_no_discovery_on_weights_that_zero3_has_sharded(rows, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(FNSFTError, match="run fnsft discover first"):
+        make(tmp_path, rows, tokenizer, **DISCOVERY)
 
 
 def test_an_adapter_that_already_moved_frozen_neurons_is_refused(templates, rows, tokenizer, tmp_path):
