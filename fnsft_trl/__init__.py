@@ -23,6 +23,7 @@ _HOMES = {
     "lesion": "masking",
     "preserve": "masking",
     "bake_lesion": "baking",
+    "keep_neurons": "baking",
     "unbake": "baking",
     "NeuronTunerConfig": "tuner",
     "NeuronTunerModel": "tuner",

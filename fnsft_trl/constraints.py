@@ -60,7 +60,6 @@ REFUSED_INITS = {
     "loftq": "it quantises the base weights",
 }
 
-
 # Part of an optimizer's name -> why full fine-tuning refuses it.
 REFUSED_OPTIMIZERS = {
     "layerwise": "updates weights during the backward pass",
@@ -157,7 +156,8 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
         adapter_name: the adapter.
 
     Returns:
-        The frozen slices of its factors. An optimizer with state in 8 bits needs `attach` of the result.
+        The frozen slices of its factors. An optimizer with state in 8 bits moves zeros that have no gradient: `attach`
+        the result to it. For that, the model must be on its device when this is called.
 
     Raises:
         FNSFTError: the adapter has no MLP module, is of a variant that cannot be held, or already changes a neuron
@@ -261,7 +261,7 @@ def _weight_slices(model: nn.Module, site: NeuronSite):
             yield part, model.get_submodule(part.module_name)
 
 
-# Names of the optimizer state that moves a weight even where its gradient is zero. State of bitsandbytes: state1.
+# Names of the optimizer state that moves a weight even where its gradient is zero; state1 is bitsandbytes' name.
 _MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
 
 

@@ -126,8 +126,9 @@ class FNSFTTrainer(SFTTrainer):
         if train_args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
+        optim = OptimizerNames(train_args.optim).value
         if plan.method == "full":
-            check_optimizer_name(OptimizerNames(train_args.optim).value)
+            check_optimizer_name(optim)
         if getattr(train_args, "activation_offloading", False) and torch.accelerator.current_accelerator() is None:
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
 
@@ -188,9 +189,9 @@ class FNSFTTrainer(SFTTrainer):
         if plan.method == "lora" and is_held:
             held = constrain_lora(self.model, self.trainable_neurons, adapter_name=_only_adapter(self.model))
             self._frozen_slices = None if sharded else held  # sharding puts other tensors in the place of these
-            if sharded and "8bit" in train_args.optim:
+            if sharded and "8bit" in optim:
                 raise FNSFTError(
-                    f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={train_args.optim}: its "
+                    f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={optim}, whose "
                     "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
                 )
         if plan.mask_mode is not None:

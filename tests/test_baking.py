@@ -14,10 +14,11 @@ from fnsft_trl import (
     NeuronMask,
     bake_lesion,
     find_neuron_sites,
+    keep_neurons,
     lesion,
     unbake,
 )
-from fnsft_trl.baking import keep_neurons, lesion_note
+from fnsft_trl.baking import lesion_note
 
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
