@@ -129,7 +129,7 @@ class FNSFTTrainer(SFTTrainer):
         optim = OptimizerNames(train_args.optim).value
         if plan.method == "full":
             check_optimizer_name(optim)
-        if getattr(train_args, "activation_offloading", False) and torch.accelerator.current_accelerator() is None:
+        if getattr(train_args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
 
         # The networks must be known before PEFT wraps the model, so what SFTTrainer does first is done here: seed,

@@ -247,3 +247,18 @@ def test_without_the_mechanism_the_same_check_fails(
     base = medium_model(feature.dtype)
     with pytest.raises(AssertionError):
         assert_only_these_changed(state(base), after, find_neuron_sites(base), trainer.trainable_neurons)
+
+
+def test_an_optimizer_in_8_bits_moves_zeros_of_lora_that_are_not_put_back(
+    medium_template, rows, a_tokenizer, tmp_path, monkeypatch
+):
+    """Without a gradient, without weight decay."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(FrozenSlices, "restore", lambda self: None)
+    feature = Feature({"optim": "adamw_8bit", "weight_decay": 0.0})
+    trainer = make(tmp_path, feature, "lora", rows, a_tokenizer, medium_template, frozen_guard=False)
+    frozen = (~trainer.trainable_neurons).indices(0)
+    factor = trainer.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_B["default"].weight
+    assert not factor[frozen].any()
+    trainer.train()
+    assert factor[frozen].any()
