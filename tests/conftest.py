@@ -13,7 +13,9 @@ from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.neurons import SITES
 
 
-torch.set_num_threads(2)
+# Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
