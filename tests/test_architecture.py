@@ -27,6 +27,7 @@ STAGES = [
     "discovery",
     "selection",
     "masking",
+    "baking",
     "tuner",
     "constraints",
     "data",
