@@ -335,6 +335,7 @@ class _HeldLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
+        """Gradients for x and for the deltas that train, `None` for all else."""
         layer: NeuronDeltaLayer = ctx.layer
         # Another forward pass may have switched adapters off since (the reference model of a preference loss).
         layer.hold(ctx.names)

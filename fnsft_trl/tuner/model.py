@@ -107,6 +107,11 @@ class NeuronTunerModel(BaseTuner):
                 layer.requires_grad_(False)  # an additional adapter is not trained until it is made active
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # New layers hold the module they replace and have put themselves on its device. The parent's method would
+        # also assign the weight of a module with trainable tokens, which is a computed tensor and no parameter.
+        setattr(parent, child_name, new_module)
+
     def _layers(self) -> Iterator[NeuronDeltaLayer]:
         return (module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer))
 
