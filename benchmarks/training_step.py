@@ -54,7 +54,8 @@ SHAPES = {
     },
 }  # fmt: skip
 MLP = ["gate_proj", "up_proj", "down_proj"]
-ROUNDS = {"smollm2-135m": 15, "llama-3.2-1b": 5}
+ROUNDS = {"smollm2-135m": 12, "llama-3.2-1b": 6}
+TOKENS = {"smollm2-135m": 768, "llama-3.2-1b": 512}
 SEQUENCE = 256
 
 
@@ -237,15 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--rounds", type=int, help="default: 15 for the small shape, 5 for the large one")
-    parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--rounds", type=int, help="default: 12 for the small shape, 6 for the large one")
+    parser.add_argument("--tokens", type=int, help="default: 768 for the small shape, 512 for the large one")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
     names = ["floor", *(name for name in args.arms if name != "floor")]
     result = {
-        "tokens": args.tokens,
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -256,8 +256,9 @@ def main() -> None:
         "shapes": {
             shape: {
                 "model": SHAPES[shape],
+                "tokens": args.tokens or TOKENS[shape],
                 "rounds": args.rounds or ROUNDS[shape],
-                "arms": measure(shape, names, args.rounds or ROUNDS[shape], args.tokens),
+                "arms": measure(shape, names, args.rounds or ROUNDS[shape], args.tokens or TOKENS[shape]),
             }
             for shape in args.shapes
         },
