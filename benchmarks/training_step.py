@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py --output benchmarks/results/training_step.json
 
-Arms, all built in one process and stepped in turn, so that a slow moment of the machine meets all of them:
+Arms, all built in one process and stepped by turns, so that a slow moment of the machine meets all of them:
   floor             forward pass and input gradients, nothing trains
   full              all weights
   full mlp          the weights of gate, up and down
@@ -28,6 +28,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -205,7 +206,7 @@ def memory_of(name: str, model: nn.Module, x: torch.Tensor) -> dict[str, float]:
 
 
 def measure(shape: str, names: list[str], rounds: int, tokens: int) -> dict[str, dict]:
-    """Step all arms in turn, `rounds` times, after one step each that is not counted."""
+    """Step all arms in a random order, `rounds` times, after one step each that is not counted."""
     torch.manual_seed(0)
     model = LlamaModel(LlamaConfig(vocab_size=8, **SHAPES[shape])).requires_grad_(False)
     x = torch.randn(max(1, tokens // SEQUENCE), min(SEQUENCE, tokens), SHAPES[shape]["hidden_size"])
@@ -215,9 +216,9 @@ def measure(shape: str, names: list[str], rounds: int, tokens: int) -> dict[str,
         arms[name] = Arm(ARMS[name], model, x)
         arms[name].step()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in [*names[first:], *names[:first]]:  # each arm starts a round in turn
+    draw = random.Random(0)
+    for _ in range(rounds):
+        for name in draw.sample(names, len(names)):  # what runs before an arm shows in its caches and page faults
             seconds[name].append(arms[name].step())
     summary = {}
     for name in names:
