@@ -108,7 +108,7 @@ def check_lora_config(config: LoraConfig, model: nn.Module, site: str) -> None:
             reason = REFUSED_LORA_FIELDS.get(name, "this version of fnsft_trl does not know it")
             raise FNSFTError(
                 f"LoRA with {name} cannot be held to a set of neurons: {reason}; drop {name}, or use "
-                "train_method=neuron_delta"
+                "train_method=neuron_delta (full for mixtures of experts)"
             )
     init = config.init_lora_weights
     if init not in EXACT_INITS:

@@ -30,7 +30,8 @@ logger = logging.get_logger(__name__)
 
 _FIRST_CHECK = 4096  # tokens before the reliability is looked at for the first time,
 _CHECK_GROWTH = 1.5  # and how much they grow from one look to the next
-_SAVES = 10  # times that a discovery is saved on its way
+_SAVES = 10  # times that a discovery is saved on its way,
+_LEAST_SAVED = 4096  # tokens; less is not worth it
 
 
 def discover_networks(
@@ -163,7 +164,8 @@ class _Discovery:
             raise FNSFTError(
                 f"ica_max_tokens is {config.ica_max_tokens} for {len(self.names)} datasets; give at least one for each"
             )
-        save_at, check_at = config.ica_max_tokens / _SAVES, float(_FIRST_CHECK)
+        save_every = max(config.ica_max_tokens / _SAVES, _LEAST_SAVED)
+        save_at, check_at = save_every, float(_FIRST_CHECK)
         for block in reader.read(
             self.sources,
             max_tokens=each,
@@ -188,7 +190,7 @@ class _Discovery:
                     break
             if tokens >= save_at:
                 while save_at <= tokens:
-                    save_at += config.ica_max_tokens / _SAVES
+                    save_at += save_every
                 if progress is not None and is_new:
                     state = {"batch": block.batch, "sha256": self._sha256(), "curve": self.curve}
                     progress.save(dict(self._tensors()), state)

@@ -168,6 +168,7 @@ def test_without_any_network_option_it_is_plain_fine_tuning(model_dir, data, tmp
     assert not (tmp_path / "out" / "functional_networks").exists()
 
 
+@pytest.mark.slow
 def test_module_form_for_accelerate_launch(train_args, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "fnsft_trl.cli.train", *train_args], capture_output=True, text=True, check=False

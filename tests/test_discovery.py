@@ -35,6 +35,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("settings", [{}, {"ica_standardize": "zscore"}, {"ica_until_reliable": 0.999}], ids=str)
 def test_resumed_discovery_is_the_uninterrupted_one(tokenizer, tmp_path, monkeypatch, settings):
     monkeypatch.setattr("fnsft_trl.discovery._FIRST_CHECK", 300)
+    monkeypatch.setattr("fnsft_trl.discovery._LEAST_SAVED", 1)
     config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_reservoir=200, **settings)
     model = tiny_model("llama")
     whole = discover_networks(model, tokenizer, texts(300), config)
@@ -69,6 +70,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypat
     with pytest.raises(FNSFTError, match="no interrupted discovery"):
         discover_networks(model, tokenizer, texts(), config, progress_dir=tmp_path, resume=True)
     monkeypatch.setattr(DiscoveryProgress, "clear", lambda self: None)
+    monkeypatch.setattr("fnsft_trl.discovery._LEAST_SAVED", 1)
     discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
     other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
     with pytest.raises(FNSFTError, match=r"ica_seed=0, this one 1"):
@@ -225,6 +227,7 @@ each["b"].save_pretrained(f"{out}/{rank}b")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_networks_of_one(tmp_path):
     """Each reads half of the batches; both get the same template."""
     for processes in (1, 2):

@@ -140,6 +140,7 @@ def test_generation_runs_masked(mixtral):
         assert torch.equal(mixtral.generate(prompt, **settings), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlamaForCausalLM"])
 def test_compiled_models_run_masked(name, ids):
     model = NAMED[name].model()
@@ -184,7 +185,7 @@ def test_adapters_on_experts_are_refused(mixtral):
     with pytest.raises(FNSFTError, match=message):
         set_lora_targets(LoraConfig(), mixtral, mask)
     wrapped = get_peft_model(copy.deepcopy(mixtral), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(FNSFTError, match=message):
+    with pytest.raises(FNSFTError, match="target_parameters"):  # PEFT has turned the targets into those of the experts
         constrain_lora(wrapped, mask)
     with pytest.raises(FNSFTError, match="target_parameters"):
         check_lora_config(LoraConfig(target_parameters=["experts.down_proj"]), mixtral, "mlp_intermediate")

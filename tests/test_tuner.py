@@ -407,6 +407,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, ids)
     assert changed_entries(expected, gradients(model, ids)) == {}
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break_and_in_turn_with_the_plain_model(ids):
     model = randomize(wrap("llama")).eval()
     expected, expected_gradients = logits(copy.deepcopy(model), ids), gradients(copy.deepcopy(model), ids)
