@@ -174,9 +174,9 @@ def _components(sketches, k: int, variant: str, standardize: str, excluded, sett
     for sketch, offset in zip(sketches, offsets, strict=True):
         r = len(sketch.singular)
         rows = along[:, start : start + r] / sketch.singular  # (m, r)
-        scores.append(sketch.scores[sketch.priority <= rate] @ rows.T + offset / sketch.count**0.5)
+        scores.append(sketch.scores[sketch.priority <= rate] @ rows.T.float() + (offset / sketch.count**0.5).float())
         start += r
-    scores = torch.cat(scores).float()  # (tokens, m)
+    scores = torch.cat(scores)  # (tokens, m)
 
     if variant == "temporal":
         if len(scores) <= len(singular):
@@ -254,7 +254,7 @@ class ShuffledNull:
         tokens: largest number of tokens kept.
     """
 
-    def __init__(self, width: int, *, columns_seed: int, seed: int, neurons: int = 512, tokens: int = 4096) -> None:
+    def __init__(self, width: int, *, columns_seed: int, seed: int, neurons: int = 512, tokens: int = 2048) -> None:
         shuffle = torch.Generator().manual_seed(columns_seed)
         self.columns = torch.randperm(width, generator=shuffle)[:neurons].sort().values
         self.tokens = tokens

@@ -52,7 +52,7 @@ class ActivationSketch:
         mean, m2 (`torch.Tensor`): shape (neurons,), of the tokens absorbed; m2 is the sum of squared deviations.
         scale (`torch.Tensor`): shape (neurons,), what the rows are divided by.
         singular (`torch.Tensor`): shape (<= rank,), float64, norms of the rows.
-        scores (`torch.Tensor`): shape (sampled tokens, rows), float64: coordinates along the rows' directions. Valid
+        scores (`torch.Tensor`): shape (sampled tokens, rows), float32: coordinates along the rows' directions. Valid
             after [`finish`].
         priority (`torch.Tensor`): shape (sampled tokens,): each token draws one in [0, 1), the lowest stay.
     """
@@ -82,8 +82,8 @@ class ActivationSketch:
         self._waiting = 0
         self._next_rescale = 1
         self._random = torch.Generator().manual_seed(seed)
-        self.scores, self.priority = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-        self._fresh, self._fresh_priority = self.scores, self.priority
+        self.scores, self.priority = torch.zeros(0, 0), torch.zeros(0, dtype=torch.float64)
+        self._fresh, self._fresh_priority = torch.zeros(0, 0, dtype=torch.float64), self.priority
         self._turn, self._shift = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
 
     @property
@@ -100,7 +100,7 @@ class ActivationSketch:
         """Add activations.
 
         Args:
-            rows: shape (tokens, neurons), finite.
+            rows: shape (tokens, neurons), finite, of the sketch's dtype.
             chosen: indices of the rows to add; all of them by default.
         """
         if chosen is None:
@@ -108,7 +108,7 @@ class ActivationSketch:
         while len(chosen):
             taken = min(len(chosen), self.rank - self._waiting)
             first = len(self.singular) + self._waiting
-            self._buffer[first : first + taken] = rows[chosen[:taken]]
+            torch.index_select(rows, 0, chosen[:taken], out=self._buffer[first : first + taken])
             self._waiting += taken
             chosen = chosen[taken:]
             if self._waiting == self.rank:
@@ -214,14 +214,15 @@ class ActivationSketch:
     def _merge_scores(self) -> None:
         """Bring all scores to one frame and keep the `reservoir` tokens of lowest random priority."""
         if len(self.scores):
-            self.scores = self.scores @ self._turn.T + self._shift
-        scores = torch.cat([self.scores, self._fresh]) if len(self.scores) else self._fresh
+            self.scores = (self.scores @ self._turn.T.float()).add_(self._shift.float())
+        fresh = self._fresh.float()
+        scores = torch.cat([self.scores, fresh]) if len(self.scores) else fresh
         priority = torch.cat([self.priority, self._fresh_priority])
         if len(scores) > self.reservoir:
             kept = priority.argsort()[: self.reservoir].sort().values
             scores, priority = scores[kept], priority[kept]
         self.scores, self.priority = scores, priority
-        self._fresh, self._fresh_priority = scores[:0], priority[:0]
+        self._fresh, self._fresh_priority = self._fresh[:0], priority[:0]
         self._turn = torch.eye(scores.shape[1], dtype=torch.float64)
         self._shift = torch.zeros(scores.shape[1], dtype=torch.float64)
 

@@ -23,7 +23,7 @@ def planted(tokens=6000, neurons=200, k=4, noise=0.3, seed=0, scales=None):
 
 def sketch(data, *, rank=32, reservoir=10_000, seed=0, prescale=False, block=97, dtype=torch.float32):
     result = ActivationSketch(data.shape[1], rank, reservoir=reservoir, seed=seed, prescale=prescale, dtype=dtype)
-    for rows in data.split(block):
+    for rows in data.to(dtype).split(block):
         result.update(rows)
     result.finish()
     return result
@@ -48,7 +48,7 @@ def test_sketch_of_enough_rank_is_the_exact_covariance():
     assert torch.allclose(s.rows.T @ s.rows, centred.T @ centred, atol=1e-4, rtol=1e-5)
     # scores are coordinates along the sketch's directions
     basis = s.rows / s.singular[:, None]
-    assert torch.allclose(s.scores, centred @ basis.T, atol=1e-4)
+    assert torch.allclose(s.scores.double(), centred @ basis.T, atol=1e-4)
 
 
 def test_principal_directions_of_a_truncated_sketch():
