@@ -162,7 +162,8 @@ def networks_figure(template: FunctionalNetworkTemplate) -> bytes:
     left.set_ylabel("network")
     left.set_title("share of each layer's neurons in the network", fontsize=11, loc="left")
     figure.colorbar(image, ax=left, label="% of the layer", pad=0.01)
-    right.barh(range(count), [c.reliability for c in template.components], color="#3b6ea5", height=0.65)
+    reliability = [float("nan") if c.reliability is None else c.reliability for c in template.components]
+    right.barh(range(count), reliability, color="#3b6ea5", height=0.65)
     right.set_xlim(0, 1)
     right.set_xticks([0, 0.5, 1])
     right.set_title("reliability", fontsize=11, loc="left")

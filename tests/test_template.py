@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.config import ThresholdRule
-from fnsft_trl.template import read_template_config
+from fnsft_trl.template import StoredTemplate
 
 
 @pytest.fixture
@@ -27,11 +27,12 @@ def test_save_and_load_give_everything_back_and_the_same_bytes(family, templates
     template.save_pretrained(tmp_path / "one")
     loaded = FunctionalNetworkTemplate.from_pretrained(tmp_path / "one")
     loaded.save_pretrained(tmp_path / "two")
-    for name in ("config.json", "template.safetensors", "README.md"):
+    for name in ("config.json", "template.safetensors", "README.md", "networks.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
         "README.md",
         "config.json",
+        "networks.svg",
         "template.safetensors",
     ]
     assert loaded.components == template.components
@@ -56,7 +57,7 @@ def test_shapes_thresholds_and_provenance(templates):
 
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
     with safe_open(saved / "template.safetensors", framework="pt") as file:
-        assert file.metadata() == {"fnsft_trl.template": "1"}
+        assert file.metadata() == {"fnsft_trl.template": "2"}
 
 
 def test_thresholds_change_without_discovery(templates, tmp_path):
@@ -101,8 +102,8 @@ def test_other_widths_or_fewer_layers_are_refused(templates):
 
 def test_files_that_are_not_a_template_are_refused(saved, tmp_path):
     with pytest.raises(FNSFTError, match=r"config\.json is missing"):
-        read_template_config(tmp_path)
-    edit(saved, format_version=2)
+        StoredTemplate.open(tmp_path)
+    edit(saved, format_version=3)
     with pytest.raises(FNSFTError, match="upgrade fnsft-trl"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     edit(saved, format="something else")

@@ -14,6 +14,7 @@ _DISCOVERY_FIELDS = [
     not in (
         "ica_min_reliability",
         "ica_template_path",
+        "ica_template_revision",
         "ica_component_ids",
         "ica_datasets",
         "ica_select",
