@@ -62,6 +62,13 @@ def peak_memory():
     return stop
 
 
+def machine() -> dict:
+    """What the numbers were measured on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    processor = platform.processor() or platform.machine()
+    return {"processor": processor, "cores": os.cpu_count(), "memory_gib": round(memory)}
+
+
 def run_arm(arm: str, tokens: int, components: int) -> dict:
     """Run one arm in this process."""
     import numpy as np
@@ -87,11 +94,11 @@ def run_arm(arm: str, tokens: int, components: int) -> dict:
         return ActivationReader(
             model, sites, batch_size=config.ica_batch_size, max_length=256, skip_tokens=1,
             special_ids=tokenizer.all_special_ids,
-        ).read(token_sequences(texts, tokenizer, max_length=256), max_tokens=tokens)  # fmt: skip
+        ).read([token_sequences(texts, tokenizer, max_length=256)], max_tokens=tokens)  # fmt: skip
 
     def blocks():
-        for rows, _ in reader(find_neuron_sites(model, kind="mlp_output")):
-            yield rows.numpy()
+        for block in reader(find_neuron_sites(model, kind="mlp_output")):
+            yield block.rows.numpy()
 
     def collected():
         return np.concatenate([block.copy() for block in blocks()])
@@ -183,9 +190,7 @@ def main() -> None:
                 "added_mib": round(statistics.median(run["added_mib"] for run in measured)),
                 "runs": len(measured),
             }
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    result = {"tokens": args.tokens, "components": args.components, "machine": machine, "arms": summary}
+    result = {"tokens": args.tokens, "components": args.components, "machine": machine(), "arms": summary}
     result["benchmark_cpu_seconds"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
     print(json.dumps(result, indent=2))
     if args.output:

@@ -2,25 +2,31 @@
 
 LoRA: with the weight change B A, a frozen output neuron needs a zero row of B and a frozen input neuron a zero column
 of A. They start at zero, and masks on the output of `lora_B` and the input of `lora_A` keep their gradients at exactly
-zero, under which no optimizer moves a zero (weight decay included). Checkpoints are plain PEFT files.
+zero. Optimizers in full precision then leave them at zero (weight decay included); those with state in 8 bits do not,
+so they are put back after every step. Checkpoints are plain PEFT files.
 
 Full: gradients of frozen slices are zeroed as they are accumulated, so that clipping does not count them, and the
 slices are put back after every step, so that weight decay does not move them either.
 """
+
+from dataclasses import fields
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .errors import FNSFTError
+from .layout import mask_positions, select_positions, write_positions
 from .neurons import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites
 from .selection import NeuronMask
 
 
 # LoraConfig field -> why the frozen neurons could not be held exactly when it is set.
-_REFUSED_LORA_FIELDS = {
+REFUSED_LORA_FIELDS = {
     "use_dora": "DoRA rescales every row of the weight, frozen ones included",
     "lora_bias": "the bias of lora_B changes every output neuron",
     "use_qalora": "QALoRA pools the inputs of lora_A over neurons",
@@ -34,7 +40,33 @@ _REFUSED_LORA_FIELDS = {
     "target_parameters": "adapters on bare parameters have no lora_A and lora_B to mask",
     "megatron_config": "Megatron layers shard their neurons",
 }
-_EXACT_INITS = (True, "gaussian")
+# Fields that leave B A as the weight change of the MLPs, and those that belong to another field or to the file.
+HELD_LORA_FIELDS = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    *("qalora_group_size", "megatron_core", "runtime_config", "inference_mode"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+}
+# Under these the weight change B A is zero at the start, and the base weights are left alone.
+EXACT_INITS = (True, "gaussian", "eva", "orthogonal", "mica")
+# init_lora_weights -> why it is refused. Values that continue one of these (pissa_niter_4) are refused with it.
+REFUSED_INITS = {
+    False: "it starts from a random weight change",
+    "olora": "it changes the base weights",
+    "pissa": "it changes the base weights",
+    "corda": "it changes the base weights",
+    "lora_ga": "it changes the base weights",
+    "loftq": "it quantises the base weights",
+}
+
+# Part of an optimizer's name -> why full fine-tuning refuses it.
+REFUSED_OPTIMIZERS = {
+    "layerwise": "updates weights during the backward pass",
+    "lomo": "updates weights during the backward pass",
+    "schedule_free": "keeps a second copy of the weights, which takes their place at evaluations and saves",
+}
 
 
 def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronMask:
@@ -49,6 +81,12 @@ def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronM
         FNSFTError: nothing, or with `"unselected"` everything, would be trained.
     """
     widths = {site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)}
+    for layer, members in mask.layers.items():
+        if widths.get(layer) != len(members):
+            raise FNSFTError(
+                f"the mask has {len(members)} neurons in layer {layer}, the model "
+                f"{widths.get(layer, 'no such layer')}; it was made for another model"
+            )
     selected = NeuronMask.from_ranges(mask.to_ranges(), widths, mask.site)
     trainable = {"selected": selected, "unselected": ~selected, "all": selected | ~selected}[train]
     if trainable.count == 0:
@@ -64,16 +102,21 @@ def check_lora_config(config: LoraConfig, model: nn.Module, site: str) -> None:
     Raises:
         FNSFTError: a variant that cannot be exact, with the reason.
     """
-    for field, reason in _REFUSED_LORA_FIELDS.items():
-        if getattr(config, field, None):
+    plain = LoraConfig()
+    for name in (field.name for field in fields(config)):
+        if name not in HELD_LORA_FIELDS and getattr(config, name) != getattr(plain, name):
+            reason = REFUSED_LORA_FIELDS.get(name, "this version of fnsft_trl does not know it")
             raise FNSFTError(
-                f"LoRA with {field} cannot be held to a set of neurons: {reason}; drop {field}, or use "
+                f"LoRA with {name} cannot be held to a set of neurons: {reason}; drop {name}, or use "
                 "train_method=neuron_delta"
             )
-    if config.init_lora_weights not in _EXACT_INITS:
+    init = config.init_lora_weights
+    if init not in EXACT_INITS:
+        known = (why for name, why in REFUSED_INITS.items() if init == name or str(init).startswith(f"{name}_"))
         raise FNSFTError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights or starts from a lora_B that is "
-            f"not zero; use one of: {', '.join(map(str, _EXACT_INITS))}"
+            f"init_lora_weights={init!r} cannot be held to a set of neurons: "
+            f"{next(known, 'this version of fnsft_trl does not know it')}; use one of: "
+            f"{', '.join(map(str, EXACT_INITS))}"
         )
     if config.bias != "none":
         raise FNSFTError(f"LoRA with bias={config.bias!r} trains biases of frozen neurons; use bias='none'")
@@ -107,7 +150,7 @@ def set_lora_targets(config: LoraConfig, model: nn.Module, trainable: NeuronMask
         )
 
 
-def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str = "default") -> None:
+def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str = "default") -> "FrozenSlices":
     """Hold an unmerged LoRA adapter to a set of neurons. Other targets of the adapter (attention) train as usual.
 
     Args:
@@ -115,36 +158,71 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
         trainable: the neurons that may change. Layers it does not cover are frozen.
         adapter_name: the adapter.
 
+    Returns:
+        The frozen slices of its factors. An optimizer with state in 8 bits moves zeros that have no gradient: `attach`
+        the result to it. For that, the model must be on its device when this is called.
+
     Raises:
         FNSFTError: the adapter has no MLP module, is of a variant that cannot be held, or already changes a neuron
             that should be frozen.
     """
     check_lora_config(model.peft_config[adapter_name], model, trainable.site)
-    held = 0
+    held = FrozenSlices()
+    adapted = trained = 0
     for site, frozen in _frozen_by_site(model, trainable):
         if len(frozen) < site.width:
             site.check_no_experts("LoRA")
         for part, layer in _weight_slices(model, site):
             if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
                 continue
-            held += 1
+            adapted += 1
+            trained += site.width - len(frozen)
             positions = part.indices(frozen)
             lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             size = layer.out_features if part.side == "output" else layer.in_features
             is_frozen = torch.zeros(size, dtype=torch.bool)
             is_frozen[positions] = True
             with torch.no_grad():
+                a, b = lora_a.weight, lora_b.weight  # (rank, in), (out, rank)
                 if part.side == "output":
-                    if lora_b.weight[is_frozen].any():
+                    if _changes_anything(a, b[is_frozen]):
                         raise _already_changed(part.module_name)
+                    b[is_frozen] = 0
+                    held.keep(b, (0,), positions)
                     lora_b.register_forward_hook(_mask_output(is_frozen))
                 else:
-                    if lora_b.weight.any() and lora_a.weight[:, is_frozen].any():
+                    if _changes_anything(a[:, is_frozen], b):
                         raise _already_changed(part.module_name)
-                    lora_a.weight[:, is_frozen] = 0
+                    a[:, is_frozen] = 0
+                    held.keep(a, (1,), positions)
                     lora_a.register_forward_pre_hook(_mask_input(is_frozen))
-    if held == 0:
+            if not layer.get_base_layer().weight.is_floating_point():
+                layer.merge = _refuse_merge(part.module_name)
+    if adapted == 0:
         raise FNSFTError(f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train")
+    if trained == 0:
+        raise FNSFTError(
+            f"no trainable neuron lies in a layer that adapter {adapter_name!r} adapts, so none could train; adapt "
+            "other layers, or select other neurons"
+        )
+    return held
+
+
+def _changes_anything(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the weight change B A is more than the rounding of factors that are orthogonal to each other."""
+    if not (a.any() and b.any()):
+        return False
+    return bool((b @ a).norm() > 1e-5 * a.norm() * b.norm())
+
+
+def _refuse_merge(name: str):
+    def merge(*args, **kwargs):
+        raise FNSFTError(
+            f"LoRA cannot be merged into {name}, which is quantised: it would be quantised anew, frozen neurons "
+            "included; load the base model unquantised, load the adapter, then merge"
+        )
+
+    return merge
 
 
 def _already_changed(name: str) -> FNSFTError:
@@ -164,7 +242,13 @@ def _mask_output(is_frozen: torch.Tensor):
 
 def _frozen_by_site(model: nn.Module, trainable: NeuronMask):
     """(site, numbers of its frozen neurons) for every site of the model."""
-    for site in find_neuron_sites(model, kind=trainable.site):
+    sites = find_neuron_sites(model, kind=trainable.site)
+    if unknown := sorted(trainable.layers.keys() - {site.layer for site in sites}):
+        raise FNSFTError(
+            f"the mask has neurons in layer {unknown[0]}, the model ends at layer {sites[-1].layer}; it was made for "
+            "another model"
+        )
+    for site in sites:
         members = trainable.layers.get(site.layer)
         if members is None:
             members = torch.zeros(site.width, dtype=torch.bool)
@@ -182,32 +266,52 @@ def _weight_slices(model: nn.Module, site: NeuronSite):
             yield part, model.get_submodule(part.module_name)
 
 
+# Names of the optimizer state that moves a weight even where its gradient is zero; state1 is bitsandbytes' name.
+_MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
+
+
 class FrozenSlices:
-    """Full fine-tuning in which frozen neurons stay bit-identical. Made by [`constrain_full`].
+    """Slices of parameters that stay bit-identical. Made by [`constrain_full`] and [`constrain_lora`].
 
     Attributes:
-        slices (`list`): (parameter, part, frozen positions, their values) of every partly frozen parameter.
+        slices (`list`): (parameter, dimensions, frozen positions along them, their values) of every partly frozen
+            parameter. Of a sharded parameter (`DTensor`), positions and values are those of this process's shard.
     """
 
     def __init__(self) -> None:
-        self.slices: list[tuple[nn.Parameter, WeightSlice, torch.Tensor, torch.Tensor]] = []
+        self.slices: list[tuple[nn.Parameter, tuple[int, ...], torch.Tensor, torch.Tensor]] = []
+        self._hooks = []
 
-    def hold(self, parameter: nn.Parameter, part: WeightSlice, frozen: torch.Tensor) -> None:
-        """Freeze those of a site's neurons that have a part in one parameter."""
+    def hold(
+        self, parameter: nn.Parameter, part: WeightSlice, frozen: torch.Tensor, *, for_a_while: bool = False
+    ) -> None:
+        """Freeze those of a site's neurons that have a part in one parameter.
+
+        Args:
+            parameter: the parameter.
+            part: which of its entries belong to which neuron.
+            frozen: numbers of the neurons, shape (m,).
+            for_a_while: whether they are to be released again.
+        """
         count = len(part.held(frozen))
-        if count == part.count:
+        if count == part.count and not for_a_while:
             parameter.requires_grad_(False)
             return
         if count == 0:
             return
-        positions = part.indices(frozen).to(parameter.device)
-        self.slices.append((parameter, part, positions, part.select(parameter.detach(), positions)))
-        mask = part.mask(frozen, parameter)
+        mask = self.keep(parameter, part.dims, part.indices(frozen))
 
         def zero_gradient(parameter: nn.Parameter) -> None:
-            parameter.grad.masked_fill_(mask, 0)
+            _local(parameter.grad).masked_fill_(mask, 0)
 
-        parameter.register_post_accumulate_grad_hook(zero_gradient)
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(zero_gradient))
+
+    def keep(self, parameter: nn.Parameter, dims: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:
+        """Note the values of some positions, to be put back; returns their mask within this process's shard."""
+        positions = _local_positions(parameter, dims, positions.to(parameter.device))
+        local = _local(parameter.detach())
+        self.slices.append((parameter, dims, positions, select_positions(local, dims, positions)))
+        return mask_positions(local, dims, positions)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the frozen values back after every step of this optimizer."""
@@ -216,8 +320,62 @@ class FrozenSlices:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the frozen values back."""
-        for parameter, part, positions, values in self.slices:
-            part.write(parameter, positions, values)
+        for parameter, dims, positions, values in self.slices:
+            write_positions(_local(parameter), dims, positions, values)
+
+    def release(self) -> None:
+        """Let all positions train again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.slices, self._hooks = [], []
+
+    @torch.no_grad()
+    def clear_momentum(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the momentum of the frozen positions.
+
+        Running means of squared gradients stay: without them the first steps after a release would be many times
+        too large.
+        """
+        for parameter, dims, positions, _ in self.slices:
+            mask = mask_positions(_local(parameter), dims, positions)
+            state = optimizer.state.get(parameter, {})
+            for name in state.keys() & set(_MOMENTA):
+                momentum = _local(state[name])  # AdEMAMix stacks two of the parameter's shape
+                # Momentum in 8 bits holds indices into a table of values.
+                zero = int(state["qmap1"].abs().argmin()) if momentum.dtype == torch.uint8 else 0
+                momentum.masked_fill_(mask, zero)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_positions(parameter: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:
+    """The positions that lie in this process's shard, counted within it."""
+    if not isinstance(parameter, DTensor):
+        return positions
+    if len(dims) > 1:
+        raise FNSFTError(
+            "expert weights that are sharded (FSDP) cannot be held to neurons yet; use plain data parallelism"
+        )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local = positions - offset[dims[0]]
+    return local[(local >= 0) & (local < shape[dims[0]])]
+
+
+def hold_neurons(held: FrozenSlices, model: nn.Module, frozen: NeuronMask) -> None:
+    """Freeze neurons for a while, on top of those that a run freezes throughout.
+
+    Args:
+        held: takes the frozen slices; `held.release()` ends it.
+        model: a model held by [`constrain_full`].
+        frozen: the neurons to freeze.
+    """
+    for site, neurons in _frozen_by_site(model, ~frozen):
+        for part in site.layout.slices:
+            parameter = part.tensor(model)
+            if parameter.requires_grad:
+                held.hold(parameter, part, neurons, for_a_while=True)
 
 
 def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool) -> FrozenSlices:
@@ -254,13 +412,14 @@ def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool
 
 
 def check_optimizer_name(name: str) -> None:
-    """Refuse optimizers that step during the backward pass, before frozen gradients could be masked.
+    """Refuse optimizers that write weights at other times than their step, after which frozen ones are put back.
 
     Raises:
         FNSFTError: for such an optimizer.
     """
-    if "layerwise" in name or "lomo" in name:
-        raise FNSFTError(
-            f"optim={name} updates weights during the backward pass, so frozen neurons could not be held exactly; use "
-            "one that steps after it, such as adamw_torch"
-        )
+    for part, reason in REFUSED_OPTIMIZERS.items():
+        if part in name:
+            raise FNSFTError(
+                f"optim={name} {reason}, so frozen neurons could not be held exactly; use one that steps after the "
+                "backward pass, such as adamw_torch, or train_method=neuron_delta"
+            )

@@ -12,7 +12,6 @@ from .ica import TOLERANCE, fast_ica
 from .sketch import COLUMNS, ActivationSketch, eigh_descending
 
 
-_RESTARTS = 4  # of FastICA, all at once: a single start now and then ends in a poor optimum
 # ICA unmixes this many times k principal directions and the k strongest components stay. With exactly k, the space cut
 # off at k differs from one half of the tokens to the other, and every component with it.
 _OVERSAMPLING = 1.5
@@ -58,6 +57,7 @@ def decompose(
     contrast: str = "logcosh",
     seed: int = 0,
     excluded: torch.Tensor | None = None,
+    restarts: int = 4,
     max_iterations: int = 400,
 ) -> Decomposition:
     """Decompose the union of all sketches, and each half alone for the reliability.
@@ -70,6 +70,7 @@ def decompose(
         contrast: FastICA's `"logcosh"`, `"cube"` or `"exp"`.
         seed: seed of FastICA's starts.
         excluded: bool, shape (neurons,): neurons that take no part; their loadings are zero.
+        restarts: of FastICA; a single start now and then ends in a poor optimum.
         max_iterations: of FastICA.
 
     Raises:
@@ -82,8 +83,9 @@ def decompose(
                 f"{total} tokens were read, {count} in one half: more than {components} (ica_components) are needed "
                 "in each; give more text or lower ica_components"
             )
+    settings = {"contrast": contrast, "seed": seed, "restarts": restarts, "max_iterations": max_iterations}
     runs = [
-        _components(part, components, variant, standardize, contrast, seed, excluded, max_iterations)
+        _components(part, components, variant, standardize, excluded, settings)
         for part in ([sketch for half in halves for sketch in half], *halves)
     ]
     whole, first, second = runs
@@ -145,7 +147,7 @@ def _strips(sketches, moments: Moments, scale: torch.Tensor) -> Iterator[tuple[s
         yield columns, torch.cat(rows + offsets)
 
 
-def _components(sketches, k, variant, standardize, contrast, seed, excluded, max_iterations) -> _Run:
+def _components(sketches, k: int, variant: str, standardize: str, excluded, settings: dict) -> _Run:
     sketches = [sketch for sketch in sketches if sketch.count]
     moments = Moments(sketches)
     scale = torch.ones_like(moments.mean)
@@ -176,16 +178,14 @@ def _components(sketches, k, variant, standardize, contrast, seed, excluded, max
         start += r
     scores = torch.cat(scores).float()  # (tokens, m)
 
-    settings = {"contrast": contrast, "seed": seed, "restarts": _RESTARTS, "needed": k}
-    settings["max_iterations"] = max_iterations
     if variant == "temporal":
         if len(scores) <= len(singular):
             raise FNSFTError(f"{len(scores)} tokens were sampled for {len(singular)} directions; raise ica_reservoir")
-        ica = fast_ica(scores, **settings)
+        ica = fast_ica(scores, needed=k, **settings)
         loadings = ica.mixing.T.to(basis) @ basis  # (m, neurons)
     else:
         deviations = (singular / moments.count**0.5).to(basis)
-        ica = fast_ica((basis * deviations[:, None]).T.cpu(), **settings)
+        ica = fast_ica((basis * deviations[:, None]).T.cpu(), needed=k, **settings)
         # With unit-variance maps the time course of component c is (white scores) @ mixing[:, c].
         loadings = (ica.sources * ica.mixing.norm(dim=0).float()).T
     loadings = loadings.float().cpu()
@@ -254,7 +254,7 @@ class ShuffledNull:
         tokens: largest number of tokens kept.
     """
 
-    def __init__(self, width: int, *, columns_seed: int, seed: int, neurons: int = 1024, tokens: int = 4096) -> None:
+    def __init__(self, width: int, *, columns_seed: int, seed: int, neurons: int = 512, tokens: int = 4096) -> None:
         shuffle = torch.Generator().manual_seed(columns_seed)
         self.columns = torch.randperm(width, generator=shuffle)[:neurons].sort().values
         self.tokens = tokens
@@ -310,5 +310,6 @@ def null_reliability(
         sketch.update(shuffled)
         sketch.finish()
         halves.append([sketch])
-    result = decompose(halves, components, standardize=standardize, seed=seed, max_iterations=100, **settings)
+    settings |= {"standardize": standardize, "seed": seed, "restarts": 1, "max_iterations": 50}
+    result = decompose(halves, components, **settings)
     return {"reliability": sum(result.reliability) / components, "jaccard": sum(result.jaccard) / components}

@@ -81,29 +81,11 @@ class WeightSlice:
 
     def mask(self, neurons: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """`True` at every entry of the given neurons; of a shape that broadcasts to the parameter's."""
-        shape = [size if dim in self.dims else 1 for dim, size in enumerate(parameter.shape)]
-        mask = torch.zeros(shape, dtype=torch.bool)
-        mask.view(-1)[self.indices(neurons)] = True
-        return mask.to(parameter.device)
+        return mask_positions(parameter, self.dims, self.indices(neurons))
 
     def select(self, parameter: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A copy of the entries at some positions, shape (positions, ...)."""
-        if len(self.dims) == 1:
-            return parameter.index_select(self.dims[0], positions).movedim(self.dims[0], 0)
-        front, index = self._index(parameter, positions)
-        return front[index]
-
-    def write(self, parameter: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the entries at some positions with values of the shape that `select` gives."""
-        if len(self.dims) == 1:  # where neurons are columns, several times faster than the general way
-            parameter.index_copy_(self.dims[0], positions, values.movedim(0, self.dims[0]))
-        else:
-            front, index = self._index(parameter, positions)
-            front.index_put_(index, values)
-
-    def _index(self, parameter: torch.Tensor, positions: torch.Tensor):
-        front = parameter.movedim(self.dims, tuple(range(len(self.dims))))
-        return front, torch.unravel_index(positions, front.shape[: len(self.dims)])
+        return select_positions(parameter, self.dims, positions)
 
     def touched(self, entries: torch.Tensor) -> torch.Tensor:
         """Numbers of the neurons that have any of the entries.
@@ -118,6 +100,38 @@ class WeightSlice:
         rows = self.select(entries, self.indices(neurons).to(entries.device))  # (offsets * neurons, ...)
         any_entry = rows.reshape(len(self.offsets), self.count, -1).any(-1).any(0)  # (neurons,)
         return neurons[any_entry.cpu()]
+
+
+def mask_positions(tensor: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:
+    """`True` at some positions along (flattened) dimensions; of a shape that broadcasts to the tensor's."""
+    shape = [size if dim in dims else 1 for dim, size in enumerate(tensor.shape)]
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[positions.cpu()] = True
+    return mask.to(tensor.device)
+
+
+def select_positions(tensor: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:
+    """A copy of the entries at some positions along (flattened) dimensions, shape (positions, ...)."""
+    if len(dims) == 1:
+        return tensor.index_select(dims[0], positions).movedim(dims[0], 0)
+    front, index = _front(tensor, dims, positions)
+    return front[index]
+
+
+def write_positions(
+    tensor: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Overwrite the entries at some positions with values of the shape that [`select_positions`] gives."""
+    if len(dims) == 1:  # where neurons are columns, several times faster than the general way
+        tensor.index_copy_(dims[0], positions, values.movedim(0, dims[0]))
+    else:
+        front, index = _front(tensor, dims, positions)
+        front.index_put_(index, values)
+
+
+def _front(tensor: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor):
+    front = tensor.movedim(dims, tuple(range(len(dims))))
+    return front, torch.unravel_index(positions, front.shape[: len(dims)])
 
 
 @dataclass(frozen=True)

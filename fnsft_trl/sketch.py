@@ -10,7 +10,7 @@ import torch
 
 
 _FRESH_ROWS = 2048  # newest scores that are rotated one by one; older ones wait for the product of the rotations
-COLUMNS = 16_384  # neurons that are worked on at a time where a temporary copy is needed
+COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
 
 
 def eigh_descending(gram: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,12 +140,15 @@ class ActivationSketch:
         r, c, n = len(self.singular), self._waiting, self.count
         self._waiting = 0
         block = self._buffer[r : r + c]  # (c, neurons)
-        variance, mean = torch.var_mean(block, 0, correction=0)
+        mean = block.mean(0)
         block.sub_(mean)
         # The old mean enters as one more row, so that the sketch stays centred (Ross et al. 2008, eq. 9).
         weight = (n * c / (n + c)) ** 0.5
         shift = (self.mean - mean) * weight
-        self.m2 += variance * c + shift.square()
+        self.m2 += shift.square()
+        for columns in range(0, self.width, COLUMNS):
+            strip = block[:, columns : columns + COLUMNS]
+            self.m2[columns : columns + COLUMNS] += (strip * strip).sum(0)
         self.mean += (mean - self.mean) * (c / (n + c))
         self.count += c
         if self.prescale and self.count >= self._next_rescale:

@@ -8,16 +8,19 @@ from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
+import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .baking import lesion_note
 from .callbacks import FrozenNeuronGuard
 from .config import FunctionalNetworkConfig
 from .constraints import (
@@ -124,8 +127,11 @@ class FNSFTTrainer(SFTTrainer):
         if train_args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
+        optim = OptimizerNames(train_args.optim).value
         if plan.method == "full":
-            check_optimizer_name(OptimizerNames(train_args.optim).value)
+            check_optimizer_name(optim)
+        if getattr(train_args, "activation_offloading", False) and not torch.accelerator.is_available():
+            raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
 
         # The networks must be known before PEFT wraps the model, so what SFTTrainer does first is done here: seed,
         # model, tokenizer.
@@ -186,7 +192,13 @@ class FNSFTTrainer(SFTTrainer):
             if isinstance(module, NeuronDeltaLayer):
                 module.float_deltas()  # SFTTrainer casts every adapter on a quantised base to bfloat16
         if plan.method == "lora" and is_held:
-            constrain_lora(self.model, self.trainable_neurons, adapter_name=_only_adapter(self.model))
+            held = constrain_lora(self.model, self.trainable_neurons, adapter_name=_only_adapter(self.model))
+            self._frozen_slices = None if sharded else held  # sharding puts other tensors in the place of these
+            if sharded and "8bit" in optim:
+                raise FNSFTError(
+                    f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={optim}, whose "
+                    "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
+                )
         if plan.mask_mode is not None:
             intervene = lesion if plan.mask_mode == "lesion" else preserve
             self.mask_handle = intervene(self.model, self.neuron_mask)
@@ -197,7 +209,7 @@ class FNSFTTrainer(SFTTrainer):
                 self.add_callback(FrozenNeuronGuard(self.model, self.trainable_neurons))
 
     def create_optimizer(self, *args, **kwargs):
-        """As the parent's; frozen neurons are put back after every step of full fine-tuning."""
+        """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._frozen_slices is not None and optimizer is not self._held_optimizer:
             self._frozen_slices.attach(optimizer)
@@ -258,8 +270,11 @@ class FNSFTTrainer(SFTTrainer):
         if self.plan.mask_mode is not None:
             lines.append(
                 f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
-                f"{self.neuron_mask.count} selected neurons. The mask is not part of these weights."
+                f"{self.neuron_mask.count} selected neurons. "
+                + (lesion_note(self.model) or "The mask is not part of these weights.")
             )
+        elif note := lesion_note(self.model):
+            lines.append(f"\n{note}")
         if self.plan.method == "neuron_delta":
             lines.append(
                 "\nThe adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before "
@@ -370,6 +385,11 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
         raise FNSFTError(
             f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
             f"the networks are 0-{config.ica_components - 1}"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise FNSFTError(
+            "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "
+            "ica_template_path"
         )
     if config.ica_datasets:
         datasets = load_texts(config.ica_datasets)

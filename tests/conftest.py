@@ -16,13 +16,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
-from helpers import FAMILIES, tiny_model, tiny_rows, tiny_tokenizer
+from helpers import FAMILIES, medium_model, tiny_model, tiny_rows, tiny_tokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.neurons import SITES
 
 
-torch.set_num_threads(2)
+# Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,6 +82,14 @@ def site_templates(tokenizer, rows):
 def templates(site_templates):
     """Networks of neurons: family -> template."""
     return site_templates["mlp_intermediate"]
+
+
+@pytest.fixture(scope="session")
+def medium_template(tokenizer, rows):
+    """Networks of `medium_model`."""
+    config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    return discover_networks(medium_model(), tokenizer, texts, config)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from trl import SFTConfig
 
 from fnsft_trl import NeuronMask, find_neuron_sites
+from fnsft_trl.export import changed_neurons
 
 
 FAMILIES = ("llama", "gpt2", "phi3", "opt")
@@ -53,6 +54,14 @@ def tiny_model(family: str, *, seed: int = 0) -> torch.nn.Module:
             elif parameter.dim() == 2:
                 parameter.mul_(4)
     return model.eval()
+
+
+def medium_model(dtype=torch.float32) -> torch.nn.Module:
+    """A random Llama of 2 layers, wide enough for optimizer state in 8 bits (from 4,096 entries a parameter on)."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(mlp_bias=True, **shape, **tokens)).to(dtype).eval()
 
 
 def tiny_tokenizer() -> tf.PreTrainedTokenizerFast:
@@ -103,6 +112,13 @@ def sft_config(directory, **changes) -> SFTConfig:
         "seed": 3,
     }
     return SFTConfig(**{**settings, **changes})
+
+
+def assert_only_these_changed(before: dict, after: dict, sites: list, trainable: NeuronMask) -> None:
+    """The neurons that changed are the trainable ones, and no other weight differs in a single bit."""
+    changed, others = changed_neurons(sites, before, after)
+    assert others == []
+    assert changed == trainable
 
 
 def changed_entries(before: dict, after: dict) -> dict[str, torch.Tensor]:

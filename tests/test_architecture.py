@@ -32,6 +32,7 @@ STAGES = [
     "discovery",
     "selection",
     "masking",
+    "baking",
     "tuner",
     "constraints",
     "data",

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig, RetentionCallback
-from fnsft_trl.callbacks import FrozenNeuronMoved
+from fnsft_trl.callbacks import FrozenNeuronMoved, _row_checksums
 
 
 class Vandal(TrainerCallback):
@@ -53,11 +53,25 @@ def test_guard_names_the_module_and_the_neuron_that_moved(templates, rows, token
 
 def test_guard_watches_the_frozen_slices_of_lora_factors(templates, rows, tokenizer, tmp_path):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], "lora")
+    trainer._frozen_slices.slices.clear()  # or it would put the entry back after the step
     neuron = int((~trainer.neuron_mask).indices(2)[0])
     module = trainer.model.get_submodule("base_model.model.model.layers.2.mlp.up_proj")
     trainer.add_callback(Vandal(module.lora_B["default"].weight, (neuron, 1)))
     with pytest.raises(FrozenNeuronMoved, match=rf"up_proj\.lora_B\.default .*neuron {neuron};"):
         trainer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 8, 33])
+def test_a_checksum_shows_every_flipped_bit(dtype, width):
+    storage = torch.randint(-100, 100, (5 * width + 1,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = storage[1:].view(5, width)  # not aligned to words of 64 bits
+    sums = _row_checksums(rows)
+    assert torch.equal(_row_checksums(rows.clone()), sums)
+    for entry in range(width):
+        changed = rows.clone()
+        changed.view(torch.uint8).view(5, width, -1)[2, entry, 0] ^= 1
+        assert (_row_checksums(changed) != sums).tolist() == [False, False, True, False, False]
 
 
 def test_guard_stops_at_the_first_save_after_the_damage(templates, rows, tokenizer, tmp_path):

@@ -71,11 +71,53 @@ def test_inspect_shows_networks_reliability_and_provenance(template, capsys):
 def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     arguments = ["--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "200", "--ica_percentile", "80"]
     target = tmp_path / "made"
-    assert main(["discover", str(model_dir), str(data), str(data), "--output_dir", str(target), *arguments]) == 0
-    assert "Component 1: 24 neurons across" in capsys.readouterr().out
+    assert main(["discover", str(model_dir), str(data), "--output_dir", str(target), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "Component 1: 24 neurons across" in text
+    assert "Shuffled in time" in text
     template = FunctionalNetworkTemplate.from_pretrained(target)
-    assert template.calibration["sources"] == [str(data), str(data)]
+    assert template.calibration["sources"] == [str(data)]
     assert template.threshold == ThresholdRule("percentile", 80)
+    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "template.safetensors"]
+
+
+def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.discovery._FIRST_CHECK", 100)
+    other = tmp_path / "other rows.jsonl"
+    other.write_text(data.read_text().replace("Say", "Tell"))
+    target = tmp_path / "made"
+    arguments = ["--components", "2", "--ica_rank", "8", "--max_tokens", "600", "--until-reliable", "0.99"]
+    arguments += ["--ica-skip-special", "false", "--output_dir", str(target)]
+    assert main(["discover", str(model_dir), str(data), str(other), *arguments]) == 0
+    assert f"in {other}" in capsys.readouterr().out
+    template = FunctionalNetworkTemplate.from_pretrained(target)
+    assert template.settings["ica_until_reliable"] == 0.99
+    assert template.settings["ica_skip_special"] is False
+    assert len(template.calibration["curve"]) > 1
+    assert [path.name for path in sorted((target / "datasets").iterdir())][1].endswith("other-rows-jsonl")
+    for directory in (target / "datasets").iterdir():
+        assert len(FunctionalNetworkTemplate.from_pretrained(directory).components) == 2
+    assert main(["inspect", str(target)]) == 0
+    text = capsys.readouterr().out
+    assert "mean reliability over tokens: " in text
+    assert "shuffled in time" in text
+    assert f"recur in {other}" in text or f"recurs in {other}" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--resume"], "no interrupted discovery"),
+        (["--until-reliable", "1.5"], "ica_until_reliable is 1.5; it must be between 0 and 1"),
+        (["--skip_special", "perhaps"], "'perhaps' is neither true nor false"),
+        (["--drop_massive", "0.5"], "ica_drop_massive is 0.5; it must be above 1"),
+    ],
+    ids=str,
+)
+def test_discover_refuses(model_dir, data, tmp_path, capsys, extra, message):
+    assert message in refused(
+        ["discover", str(model_dir), str(data), "--output_dir", str(tmp_path / "t"), *extra], capsys, tmp_path
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from helpers import VOCABULARY, changed_entries, state, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronMask, constrain_full, constrain_lora, find_neuron_sites
-from fnsft_trl.constraints import check_optimizer_name, set_lora_targets, trainable_neurons
+from fnsft_trl.constraints import set_lora_targets, trainable_neurons
 
 
 def mask(share=0.3, seed=0, site="mlp_intermediate", family="llama"):
@@ -145,11 +145,29 @@ def test_trainable_neurons_span_all_layers():
             trainable_neurons(model, empty, train)
 
 
-@pytest.mark.parametrize("name", ["galore_adamw_layerwise", "lomo", "adalomo"])
-def test_optimizers_that_step_in_the_backward_pass_are_refused(name):
-    with pytest.raises(FNSFTError, match=name):
-        check_optimizer_name(name)
-    check_optimizer_name("adamw_torch")
+def test_a_mask_from_another_model_is_refused():
+    """One of other widths, and one of more layers."""
+    wider = NeuronMask({layer: torch.ones(48, dtype=torch.bool) for layer in range(3)})
+    longer = NeuronMask({layer: torch.ones(40, dtype=torch.bool) for layer in range(4)})
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["up_proj"]))
+    before = state(adapted)
+    for other in (wider, longer):
+        for attempt in (
+            lambda other=other: trainable_neurons(tiny_model("llama"), other, "selected"),
+            lambda other=other: constrain_lora(adapted, other),
+            lambda other=other: constrain_full(tiny_model("llama"), other, train_other=False),
+        ):
+            with pytest.raises(FNSFTError, match="made for another model"):
+                attempt()
+    assert changed_entries(before, state(adapted)) == {}
+
+
+def test_an_adapter_in_other_layers_than_the_trainable_neurons_is_refused():
+    targets = r".*layers\.0\.mlp\.(up|down)_proj"
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=targets))
+    last_layer = NeuronMask({2: torch.ones(40, dtype=torch.bool)})
+    with pytest.raises(FNSFTError, match="no trainable neuron lies in a layer that adapter 'default' adapts"):
+        constrain_lora(model, last_layer)
 
 
 def test_quantised_weights_cannot_be_fully_trained():

@@ -1,4 +1,5 @@
 import json
+from functools import wraps
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from trl import SFTTrainer
 
 from fnsft_trl import (
     FNSFTError,
@@ -160,60 +162,6 @@ def test_held_by_the_forward_mask_alone_when_anti_drift_is_off(templates, rows, 
         columns = [weights[name].index_select(part.dim, lesioned) for weights in (before, after)]
         assert torch.equal(*columns) == stays
         assert not torch.equal(before[name], after[name])
-
-
-@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
-@pytest.mark.parametrize(
-    "args",
-    [
-        {"packing": True, "max_length": 48, "attn_implementation": None},
-        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"optim": "adafactor"},
-        {"optim": "sgd"},
-        {"neftune_noise_alpha": 5},
-        {"completion_only_loss": False},
-        {"bf16": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-    ],
-    ids=lambda args: next(iter(args)) + str(len(args)),
-)
-def test_frozen_neurons_stay_under_the_options_of_sfttrainer(templates, rows, tokenizer, tmp_path, method, args):
-    args = {key: value for key, value in args.items() if key != "attn_implementation"}
-    model = tiny_model("llama")
-    before = state(model)
-    peft_config = LoraConfig(r=2) if method == "lora" else None
-    trainer = make(
-        tmp_path, rows, tokenizer, templates["llama"], model=model, args=args, peft_config=peft_config,
-        train_method=method,
-    )  # fmt: skip
-    trainer.train()
-    after = state(trainer.model if method == "full" else trainer.model.merge_and_unload())
-    changed = changed_entries(before, after)
-    assert changed
-    allowed = {}
-    for site in find_neuron_sites(tiny_model("llama")):
-        for part in site.layout.slices:
-            entries = torch.zeros_like(before[f"{part.module_name}.{part.parameter}"], dtype=torch.bool)
-            entries.index_fill_(part.dim, part.indices(trainer.neuron_mask.indices(site.layer)), True)
-            allowed[f"{part.module_name}.{part.parameter}"] = entries
-    for name, entries in changed.items():
-        assert not (entries & ~allowed[name]).any()
-
-
-def test_without_the_constraint_the_same_check_fails(templates, rows, tokenizer, tmp_path):
-    """The control: with the mechanism switched off, frozen neurons do move."""
-    model = tiny_model("llama")
-    before = state(model)
-    trainer = make(tmp_path, rows, tokenizer, templates["llama"], model=model, train_method="full", frozen_guard=False)
-    trainer._frozen_slices.slices.clear()
-    for parameter in trainer.model.parameters():
-        parameter._post_accumulate_grad_hooks = None
-    trainer.train()
-    name = "model.layers.1.mlp.down_proj.weight"
-    frozen = (~trainer.neuron_mask).indices(1)
-    assert not torch.equal(before[name][:, frozen], state(trainer.model)[name][:, frozen])
 
 
 def test_an_existing_peft_model_is_held_too(templates, rows, tokenizer, tmp_path):
@@ -387,9 +335,42 @@ def test_retention_is_logged_at_each_evaluation(templates, rows, tokenizer, tmp_
     ],
 )
 def test_bad_combinations_are_errors_before_the_first_step(templates, rows, tokenizer, tmp_path, arguments, message):
-    with pytest.raises(FNSFTError, match=message):
+    with pytest.raises(FNSFTError, match=message) as error:
         make(tmp_path / "out", rows, tokenizer, templates["llama"], **arguments)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "optim", "message"),
+    [
+        ("full", "adamw_torch", "does not run sharded"),
+        ("lora", "adamw_8bit", "with optim=adamw_8bit"),
+    ],
+)
+def test_what_does_not_run_sharded_is_refused(
+    templates, rows, tokenizer, tmp_path, monkeypatch, method, optim, message
+):
+    plain = SFTTrainer.__init__
+
+    @wraps(plain)
+    def sharded(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
+    peft_config = LoraConfig(r=2) if method == "lora" else None
+    with pytest.raises(FNSFTError, match=message):
+        make(
+            tmp_path, rows, tokenizer, templates["llama"], args={"optim": optim}, peft_config=peft_config,
+            train_method=method,
+        )  # fmt: skip
+
+
+def test_no_discovery_on_weights_that_zero3_has_sharded(rows, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(FNSFTError, match="run fnsft discover first"):
+        make(tmp_path, rows, tokenizer, **DISCOVERY)
 
 
 def test_an_adapter_that_already_moved_frozen_neurons_is_refused(templates, rows, tokenizer, tmp_path):

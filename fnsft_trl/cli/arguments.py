@@ -45,8 +45,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, names: list[str]) -> N
     for name in names:
         field = by_name[name]
         (kind,) = {*(get_args(field.type) or (field.type,))} - {NoneType}
+        short = name if name == "ica_dtype" else name.removeprefix("ica_")  # --dtype is the model's
         parser.add_argument(
-            *dict.fromkeys((f"--{name}", f"--{name.removeprefix('ica_')}")),
+            *dict.fromkeys((f"--{name}", f"--{short}")),
             dest=name,
             type=_truth if kind is bool else kind,
             default=field.default,

@@ -1,0 +1,148 @@
+"""One process of a distributed run, for tests/test_distributed.py.
+
+    python distributed_run.py RANK PROCESSES KIND FOLDER
+
+Trains a small model by each method, in float64 (so that the order of additions does not show), and writes what this
+process holds at the end to FOLDER/METHOD-RANK.safetensors.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from helpers import medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from fnsft_trl import (
+    FNSFTTrainer,
+    FunctionalNetworkConfig,
+    NeuronTunerConfig,
+    constrain_full,
+    constrain_lora,
+)
+from fnsft_trl.constraints import FrozenSlices, set_lora_targets
+
+
+METHODS = ("neuron_delta", "lora", "full")
+
+
+def whole(model) -> dict[str, torch.Tensor]:
+    """The weights as this process sees them, gathered where they are sharded."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        weights[name.removeprefix("module.")] = value.detach().clone().contiguous()
+    return weights
+
+
+def run_trainer(method: str, folder: Path, rank: int, processes: int) -> dict[str, torch.Tensor]:
+    """FNSFTTrainer under DDP; with several processes, a batch is split over them."""
+
+    args = sft_config(
+        folder / f"{method}-out-{rank}",
+        per_device_train_batch_size=4 // processes,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.1,
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    assert args.world_size == processes
+    trainer = FNSFTTrainer(
+        model=medium_model(torch.float64),
+        args=args,
+        train_dataset=Dataset.from_list(tiny_rows()),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4) if method == "lora" else None,
+        network_config=FunctionalNetworkConfig(
+            train_method=method,
+            ica_components=2,
+            ica_rank=8,
+            ica_max_tokens=200,
+            ica_max_length=32,
+            ica_select="random",  # the same neurons however the discovery is shared among processes
+            ica_fraction=0.5,
+        ),
+    )
+    trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel) == (processes > 1)
+    model = trainer.model if method == "full" else trainer.model.merge_and_unload()
+    weights = whole(model)
+    for layer, members in trainer.trainable_neurons.layers.items():
+        weights[f"trainable.{layer}"] = members
+    return weights
+
+
+def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
+    """A plain loop over a model sharded by `fully_shard`."""
+    base = medium_model(torch.float64)
+    mask = random_mask(base, "mlp_intermediate")
+    torch.manual_seed(1)
+    if method == "neuron_delta":
+        model = get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges()))
+    elif method == "lora":
+        config = LoraConfig(r=4)
+        set_lora_targets(config, base, mask)
+        model = get_peft_model(base, config)
+        constrain_lora(model, mask)
+    else:
+        model = base
+    if processes > 1:
+        inner = base.model
+        for block in inner.layers:
+            fully_shard(block)
+        fully_shard(model)
+        assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters())
+    held = constrain_full(model, mask, train_other=False) if method == "full" else FrozenSlices()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
+    held.attach(optimizer)
+    rank = dist.get_rank() if processes > 1 else 0
+    rows = torch.randint(3, 120, (5, 4, 9), generator=torch.Generator().manual_seed(0))
+    for batch in rows:
+        batch = batch.chunk(processes)[rank]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = whole(model)
+    if method != "full":  # merged by a process of its own, as after a training on many devices
+        fresh = medium_model(torch.float64)
+        if method == "lora":
+            model = get_peft_model(fresh, config)
+        else:
+            model = get_peft_model(fresh, NeuronTunerConfig(neurons=mask.to_ranges()))
+        model.load_state_dict(weights)
+        weights = whole(model.merge_and_unload())
+    for layer, members in mask.layers.items():
+        weights[f"trainable.{layer}"] = members
+    return weights
+
+
+def main(rank: str, processes: str, kind: str, folder: str) -> None:
+    """Train by each method, and write the results."""
+    if int(processes) > 1 and kind == "fsdp2":
+        dist.init_process_group("gloo", rank=int(rank), world_size=int(processes))
+    for method in METHODS:
+        if kind == "fsdp2":
+            weights = run_fsdp2(method, int(processes))
+        else:
+            weights = run_trainer(method, Path(folder), int(rank), int(processes))
+        save_file(weights, Path(folder) / f"{method}-{rank}.safetensors")
+    if int(processes) > 1:
+        assert dist.get_backend() == "gloo"
+        assert dist.get_world_size() == int(processes)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
