@@ -25,6 +25,18 @@ class HubFile(NamedTuple):
     commit: str
 
 
+class UnsavedToken(str):
+    """A token that is used like any string and pickled as `None`: the Trainer pickles and pushes its arguments."""
+
+    __slots__ = ()
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form `org/name` and is no local path."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None and not name.startswith(".")

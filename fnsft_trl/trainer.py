@@ -35,6 +35,7 @@ from .constraints import (
 from .data import load_texts
 from .discovery import discover_networks
 from .errors import FNSFTError
+from .hub import UnsavedToken
 from .masking import lesion, masks_off, preserve
 from .selection import NeuronMask, select_neurons
 from .template import FunctionalNetworkTemplate
@@ -80,8 +81,8 @@ class FNSFTTrainer(SFTTrainer):
         network_config ([`FunctionalNetworkConfig`], *optional*):
             What to select, train and mask.
         network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
-            The networks, or their directory or Hub id; overrides `network_config.ica_template_path`. Without either, they
-            are discovered on `network_config.ica_datasets` or on the training data.
+            The networks, their directory or their Hub id; overrides `network_config.ica_template_path`. Without
+            either, they are discovered on `network_config.ica_datasets` or on the training data.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -111,6 +112,7 @@ class FNSFTTrainer(SFTTrainer):
             if network_template is not None:
                 raise FNSFTError("network_template without network_config has no effect; give a network_config too")
             super().__init__(*args, **kwargs)
+            self._keep_token_unsaved()
             return
 
         given = signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -175,6 +177,7 @@ class FNSFTTrainer(SFTTrainer):
         given.update(model=model, args=train_args, processing_class=processing_class, peft_config=peft_config)
         with _without_model_init_kwargs(train_args):
             super().__init__(**given)
+        self._keep_token_unsaved()
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if plan.method == "full":
@@ -207,6 +210,10 @@ class FNSFTTrainer(SFTTrainer):
                 logger.warning("frozen_guard is off: it cannot read sharded weights (FSDP, DeepSpeed) yet")
             else:
                 self.add_callback(FrozenNeuronGuard(self.model, self.trainable_neurons))
+
+    def _keep_token_unsaved(self) -> None:
+        if self.args.hub_token is not None:
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""

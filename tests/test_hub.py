@@ -1,11 +1,13 @@
 """Templates on the Hub: pushed, pulled and pinned, against the loopback Hub."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 from hub import ALICE, BOB
 
 from fnsft_trl import FNSFTError, FunctionalNetworkTemplate
@@ -241,3 +243,104 @@ def test_cards_of_equal_templates_are_equal_and_name_what_is_unknown(template, t
     assert template_card(config) == template_card(template._config("0" * 64))
     config = {**config, "components": [{**c, "reliability": None} for c in config["components"]]}
     assert "Reliability is unknown" in template_card(config)
+
+
+@pytest.fixture
+def data(tmp_path, rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_discover_pushes(hub, model_dir, data, tmp_path, capsys):
+    arguments = ["discover", str(model_dir), str(data), "--output_dir", str(tmp_path / "made"), "--license", "mit"]
+    arguments += ["--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "200", "--ica_percentile", "80"]
+    push = ["--push_to_hub", "alice/made", "--private", "--hub_revision", "first", "--hub_token", ALICE]
+    assert main([*arguments, *push]) == 0
+    assert hub.repos["alice/made"].private
+    assert "Pushed to: http" in capsys.readouterr().out
+    pushed = hub.files("alice/made", "first")
+    local = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    assert all(pushed[name] == local[name] for name in FILES if name != "README.md")
+    assert b"license: mit" in pushed["README.md"]
+    assert not any(ALICE.encode() in content for content in (*local.values(), *pushed.values()))
+    for wrong, message in ((["--push_to_hub", "nowhere"], "org/name"), (["--private"], "go with --push_to_hub")):
+        assert main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_names_the_commit_of_its_template_and_is_pushed_without_tokens(hub, template, model_dir, data, tmp_path):
+    old = template.push_to_hub("alice/networks").rsplit("/", 1)[1]
+    hub.put("alice/networks", {"config.json": b"{}"})  # main moved on, and is no template any more
+    output = tmp_path / "tuned"
+    settings = {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(data),
+        "ica_template_path": "alice/networks",
+        "ica_template_revision": old[:40],
+        "output_dir": str(output),
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_length": 32,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "push_to_hub": True,
+        "hub_model_id": "alice/tuned",
+        "hub_token": ALICE,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    selection = json.loads((output / "functional_networks" / "selection.json").read_text())
+    assert selection["template"] == {"hub_id": "alice/networks", "commit": old, "base_model": template.base_model}
+    pushed = hub.files("alice/tuned")
+    assert f"at commit `{old}`" in pushed["README.md"].decode()
+    assert "alice/networks" in pushed["README.md"].decode()
+    assert {"adapter_config.json", "functional_networks/config.json"} <= set(pushed)
+    assert not any(ALICE.encode() in content for content in pushed.values())
+    assert not [path for path in output.rglob("*") if path.is_file() and ALICE.encode() in path.read_bytes()]
+
+
+def test_the_trainer_discovers_trains_and_pushes(hub, model_dir, rows, tokenizer, tmp_path):
+    from datasets import Dataset
+    from helpers import sft_config
+
+    from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig
+
+    config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_fraction=0.2)
+    trainer = FNSFTTrainer(
+        model=str(model_dir),
+        args=sft_config(tmp_path / "out", max_steps=1, push_to_hub=True, hub_model_id="alice/python"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        network_config=config,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    pushed = hub.files("alice/python")
+    assert {"adapter_model.safetensors", "functional_networks/template.safetensors"} <= set(pushed)
+    (tmp_path / "pulled").mkdir()
+    for name in ("config.json", "template.safetensors"):
+        (tmp_path / "pulled" / name).write_bytes(pushed[f"functional_networks/{name}"])
+    pulled = FunctionalNetworkTemplate.from_pretrained(tmp_path / "pulled")
+    assert pulled.components == trainer.network_template.components
+
+
+def test_a_revision_without_a_template_is_refused():
+    from fnsft_trl import FunctionalNetworkConfig
+
+    with pytest.raises(FNSFTError, match="ica_template_revision without ica_template_path"):
+        FunctionalNetworkConfig(ica_template_revision="v1")
+
+
+def test_a_token_is_used_but_not_pickled():
+    import copy
+    import pickle
+
+    from fnsft_trl.hub import UnsavedToken
+
+    token = UnsavedToken(ALICE)
+    assert token == ALICE
+    assert copy.deepcopy([token]) == [ALICE]
+    assert pickle.loads(pickle.dumps({"hub_token": token})) == {"hub_token": None}

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_damaged_tensors_are_refused(saved):
     with pytest.raises(FNSFTError, match=r"layers\.2\.rms.*found nothing"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FNSFTError, match="cannot be read"):
+    with pytest.raises(FNSFTError, match="its header asks for"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     path.unlink()
     with pytest.raises(FNSFTError, match="cannot be read"):
@@ -141,3 +143,47 @@ def test_no_path_of_this_machine_in_a_template(model_dir, tokenizer, rows, tmp_p
     template.save_pretrained(tmp_path / "template")
     for file in (tmp_path / "template").iterdir():
         assert str(model_dir.parent).encode() not in file.read_bytes()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What `check_model` warns of."""
+    from transformers.utils import logging
+
+    said = []
+    monkeypatch.setattr(logging.get_logger("fnsft_trl.template"), "warning", said.append)
+    return said
+
+
+def test_weights_that_moved_are_a_warning_with_the_measured_difference(templates, warnings):
+    for family, template in templates.items():
+        template.check_model(tiny_model(family))
+        template.check_model(tiny_model(family).to(torch.bfloat16))  # the precision does not count
+    assert warnings == []
+    for share in (0.01, 0.2):
+        model = tiny_model("llama")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if ".mlp." in name:
+                    change = torch.randn_like(weight)
+                    weight.add_(change * (share * weight.norm() / change.norm()))
+        templates["llama"].check_model(model)
+        measured = float(re.search(r"differ from those by ([\d.]+)% of their norm", warnings.pop())[1]) / 100
+        assert measured == pytest.approx(share, rel=0.35)  # 3 layers of 16 probes
+
+
+def test_the_layer_that_moved_most_is_named_and_unreadable_weights_are_left_alone(templates, warnings):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    templates["llama"].check_model(model)
+    assert "most in layer 1" in warnings.pop()
+    templates["llama"].check_model(model.to("meta"))
+    assert warnings == []
+
+
+def test_without_probes_another_name_is_a_warning(templates, warnings):
+    nameless = dataclasses.replace(templates["llama"], weights=None, base_model="org/other")
+    nameless.check_model(tiny_model("llama"))
+    assert "was made from org/other" in warnings.pop()

@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     return run_verb(verb, rest)
 
 
+def buildtemplates() -> int:
+    """`fnsft discover` under the name it has in the original project."""
+    return run_verb("discover", sys.argv[1:])
+
+
 def run_verb(verb: str, argv: list[str]) -> int:
     """Run a verb with its arguments; an [`FNSFTError`] becomes one line on standard error and status 2."""
     try:
