@@ -34,6 +34,9 @@ _HOMES = {
     "MaskScheduleCallback": "callbacks",
     "RetentionCallback": "callbacks",
     "FNSFTTrainer": "trainer",
+    "to_merged": "export",
+    "to_plain_lora": "export",
+    "verify_merge": "export",
 }
 
 __all__ = sorted(_HOMES)

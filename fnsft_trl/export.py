@@ -1,11 +1,194 @@
-"""What left training: which neurons differ between two sets of weights."""
+"""What left training: a merged checkpoint or a plain LoRA, and which neurons differ between two sets of weights."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
-from .neurons import NeuronSite
+from .errors import FNSFTError
+from .neurons import NeuronSite, base_linear, find_neuron_sites, linear_shape
 from .selection import NeuronMask
+from .tuner import NeuronTunerConfig
+
+
+_PREFIX = "base_model.model."
+_DELTA = {"weight": "neuron_delta_weight", "bias": "neuron_delta_bias"}
+# Arguments of LoRA beside the deltas that have a counterpart in one LoRA for all modules.
+_PLAIN_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "alpha_pattern", "rank_pattern"}
+
+
+def _any_adapter_config(directory: str | os.PathLike) -> PeftConfig:
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
+    config = PeftConfig.from_pretrained(str(directory))
+    if not config.base_model_name_or_path:
+        raise FNSFTError(f"{directory}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    return config
+
+
+def _adapter_config(directory: str | os.PathLike) -> NeuronTunerConfig:
+    config = _any_adapter_config(directory)
+    if not isinstance(config, NeuronTunerConfig):
+        raise FNSFTError(f"{directory} holds an adapter of type {config.peft_type}; one of neuron deltas was expected")
+    return config
+
+
+def _load(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None = None):
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error
+
+
+def _mask(config: NeuronTunerConfig, sites: Sequence[NeuronSite]) -> NeuronMask:
+    return NeuronMask.from_ranges(config.neurons, {site.layer: site.width for site in sites}, config.site)
+
+
+def to_plain_lora(
+    model_or_adapter: PeftModel | str | os.PathLike, output_dir: str | os.PathLike, *, adapter_name: str = "default"
+) -> LoraConfig:
+    """Write neuron deltas as an ordinary LoRA, which PEFT loads without this package.
+
+    A delta D of the positions S is the product of two factors of rank |S|, one of which is one-hot:
+
+        neurons are outputs:  B = one-hot of S, shape (out, |S|);  A = D, shape (|S|, in)
+        neurons are inputs:   B = D^T, shape (out, |S|);           A = one-hot of S, shape (|S|, in)
+
+    with a scaling of 1. Deltas of biases become the bias of `lora_B`, which PEFT then gives to all modules of the
+    adapter; it merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
+    token rows saved as a whole go along. The one-hot factors make the files larger than those of the deltas.
+
+    Args:
+        model_or_adapter: a `PeftModel` with neuron deltas, or the directory of a saved one.
+        output_dir: where `adapter_config.json` and `adapter_model.safetensors` are written.
+        adapter_name: which adapter of a `PeftModel`.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        FNSFTError: it is no adapter of neuron deltas, or LoRA beside them is of a variant that cannot go along.
+    """
+    if isinstance(model_or_adapter, PeftModel):
+        config = model_or_adapter.peft_config[adapter_name]
+        if not isinstance(config, NeuronTunerConfig):
+            raise FNSFTError(f"adapter {adapter_name!r} is of type {config.peft_type}, not one of neuron deltas")
+        state = get_peft_model_state_dict(model_or_adapter, adapter_name=adapter_name)
+        base = model_or_adapter.get_base_model()
+    else:
+        config = _adapter_config(model_or_adapter)
+        state = load_peft_weights(str(model_or_adapter), device="cpu")
+        with torch.device("meta"):  # only its structure is read
+            base = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+            )
+    refused = set(config.lora or {}) - _PLAIN_LORA
+    if refused:
+        raise FNSFTError(
+            f"LoRA beside the deltas has {', '.join(sorted(refused))}, which one plain LoRA for all modules cannot "
+            "express; export it merged"
+        )
+    factors = _lora_factors(config, state, find_neuron_sites(base, kind=config.site))
+    has_bias = any(key.endswith(_DELTA["bias"]) for key in state)
+    tensors = {key: value for key, value in state.items() if "neuron_delta_" not in key and ".lora_" not in key}
+    for name, (a, b, bias) in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
+        if has_bias:
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
+    ranks = {name: len(a) for name, (a, _, _) in factors.items()}
+    largest = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != largest}
+    lora = LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(factors),
+        lora_bias=has_bias,
+        fan_in_fan_out=any(isinstance(base_linear(base.get_submodule(name)), Conv1D) for name in factors),
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    output_dir = Path(output_dir)
+    lora.save_pretrained(str(output_dir))
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(tensors, output_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    return lora
+
+
+def _lora_factors(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor], sites: Sequence[NeuronSite]):
+    """Module name -> (A, B, bias of B or `None`), with a scaling of 1."""
+    factors = {}
+    mask = _mask(config, sites)
+    for site in sites:
+        for part in site.layout.slices:
+            delta = state.get(f"{_PREFIX}{part.module_name}.{_DELTA['weight']}")
+            if delta is None or part.parameter != "weight":
+                continue
+            n_in, n_out = linear_shape(site.down if part.module_name == site.name else site.ups[0])
+            positions = part.indices(mask.indices(site.layer)).to(delta.device)
+            if part.side == "output":
+                one_hot = delta.new_zeros(n_out, len(positions))
+                one_hot[positions, torch.arange(len(positions))] = 1
+                bias = state.get(f"{_PREFIX}{part.module_name}.{_DELTA['bias']}")
+                if bias is not None:
+                    bias = bias.new_zeros(n_out).index_copy_(0, positions, bias.detach())
+                factors[part.module_name] = (delta, one_hot, bias)
+            else:
+                one_hot = delta.new_zeros(len(positions), n_in)
+                one_hot[torch.arange(len(positions)), positions] = 1
+                factors[part.module_name] = (one_hot, delta.T, None)
+    lora = LoraConfig(**config.lora) if config.lora else None
+    for key, a in state.items():
+        name, found, _ = key.removeprefix(_PREFIX).partition(".lora_A.")
+        if found:
+            alpha_key = get_pattern_key(lora.alpha_pattern, name)
+            alpha = lora.alpha_pattern.get(alpha_key, lora.lora_alpha)
+            scaling = alpha / (math.sqrt(len(a)) if lora.use_rslora else len(a))
+            factors[name] = (a, state[key.replace("lora_A", "lora_B")] * scaling, None)
+    return factors
+
+
+def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto") -> PeftConfig:
+    """Merge a saved adapter into its base model and save the result as an ordinary checkpoint, with its tokenizer.
+
+    Args:
+        adapter_dir: directory of a saved adapter, of neuron deltas or any other PEFT method that merges.
+        output_dir: where the checkpoint is written.
+        dtype: precision to load the base model in; `"auto"` is that of its checkpoint.
+
+    Returns:
+        The configuration of the adapter.
+
+    Raises:
+        FNSFTError: it is no adapter, or the base is quantised.
+        ValueError: the merged weights are not finite.
+    """
+    config = _any_adapter_config(adapter_dir)
+    base = _load(config.base_model_name_or_path, dtype=dtype, revision=config.revision)
+    merged = PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output_dir)
+    has_tokenizer = (Path(adapter_dir) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(
+        adapter_dir if has_tokenizer else config.base_model_name_or_path,
+        revision=None if has_tokenizer else config.revision,
+    )
+    tokenizer.save_pretrained(output_dir)
+    return config
 
 
 def changed_neurons(
@@ -31,3 +214,89 @@ def changed_neurons(
                 members[part.touched(entries)] = True
         layers[site.layer] = members
     return NeuronMask(layers, sites[0].kind), sorted(differing)
+
+
+def verify_merge(
+    before: str | os.PathLike | Mapping[str, torch.Tensor],
+    after: str | os.PathLike | Mapping[str, torch.Tensor],
+    adapter: str | os.PathLike | NeuronMask | None = None,
+    *,
+    sites: Sequence[NeuronSite] | None = None,
+) -> NeuronMask:
+    """Find the neurons that differ between two checkpoints, and check that they are those an adapter says.
+
+    With the directory of an adapter, every weight of its neurons must be, bit for bit, the base value plus the delta
+    in the precision of the checkpoint, and nothing else may differ but what the adapter trains besides. With a
+    NeuronMask, the neurons that differ must be exactly its members, and nothing else may differ.
+
+    Args:
+        before, after: directories of checkpoints, or parameter name -> tensor.
+        adapter: what should have changed; nothing is checked without it.
+        sites: the model's sites; needed when `before` is not a directory.
+
+    Returns:
+        The neurons any of whose weights differ.
+
+    Raises:
+        FNSFTError: another weight differs, or one does not hold what it should; with the module and the neuron.
+    """
+    config = None if adapter is None or isinstance(adapter, NeuronMask) else _adapter_config(adapter)
+    kind = config.site if config else adapter.site if isinstance(adapter, NeuronMask) else "mlp_intermediate"
+    if isinstance(before, Mapping):
+        if sites is None:
+            raise FNSFTError("two sets of tensors say nothing of the model's structure; give sites too")
+    else:
+        model = _load(before)
+        before, sites = dict(model.named_parameters()), find_neuron_sites(model, kind=kind)
+    if not isinstance(after, Mapping):
+        after = dict(_load(after).named_parameters())
+    for name in before:
+        if name not in after or before[name].shape != after[name].shape:
+            raise FNSFTError(f"{name} is missing after, or of another shape; the checkpoints are of different models")
+        if before[name].dtype != after[name].dtype:
+            raise FNSFTError(f"{name} is {before[name].dtype} before and {after[name].dtype} after; use one precision")
+    changed, others = changed_neurons(sites, before, after)
+    if adapter is None:
+        return changed
+
+    state: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu") if config else {}
+    expected = _mask(config, sites) if config else adapter
+    for site in sites:
+        extra = changed.layers[site.layer] & ~expected.layers[site.layer]
+        if extra.any():
+            neuron = int(extra.nonzero()[0])
+            raise FNSFTError(
+                f"{int(extra.sum())} neurons of layer {site.layer} ({site.name}) differ that should not; the first is "
+                f"neuron {neuron}"
+            )
+        missing = expected.layers[site.layer] & ~changed.layers[site.layer]
+        if config is None and missing.any():
+            neuron = int(missing.nonzero()[0])
+            raise FNSFTError(f"neuron {neuron} of layer {site.layer} ({site.name}) should differ, but does not")
+        if config is not None:
+            _check_values(site, expected.indices(site.layer), state, before, after)
+    trained = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in state if "neuron_delta_" not in key}
+    trained = {name.partition(".lora_")[0].partition(".token_adapter")[0] for name in trained}
+    for name in others:
+        if name.rpartition(".")[0] not in trained:
+            raise FNSFTError(
+                f"{name} differs in a weight that belongs to no neuron and that the adapter does not train"
+            )
+    return changed
+
+
+def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after) -> None:
+    for part in site.layout.slices:
+        delta = state.get(f"{_PREFIX}{part.module_name}.{_DELTA[part.parameter]}")
+        if delta is None:
+            continue
+        name = f"{part.module_name}.{part.parameter}"
+        positions = part.indices(neurons)
+        rows, found = (values[name].detach().movedim(part.dim, 0)[positions] for values in (before, after))
+        wrong = (rows + delta).to(rows.dtype) != found
+        if wrong.any():
+            first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
+            raise FNSFTError(
+                f"{name} of neuron {int(neurons.repeat(len(part.offsets))[first])} (layer {site.layer}) is not the "
+                "base value plus the adapter's delta"
+            )

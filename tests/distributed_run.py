@@ -1,6 +1,6 @@
 """One process of a distributed run, for tests/test_distributed.py.
 
-    python distributed_run.py RANK PROCESSES KIND FOLDER
+    python distributed_run.py PROCESSES KIND FOLDER
 
 Trains a small model by each method, in float64 (so that the order of additions does not show), and writes what this
 process holds at the end to FOLDER/METHOD-RANK.safetensors.
@@ -126,10 +126,11 @@ def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def main(rank: str, processes: str, kind: str, folder: str) -> None:
+def main(processes: str, kind: str, folder: str) -> None:
     """Train by each method, and write the results."""
+    rank = os.environ.get("RANK", "0")
     if int(processes) > 1 and kind == "fsdp2":
-        dist.init_process_group("gloo", rank=int(rank), world_size=int(processes))
+        dist.init_process_group("gloo")
     for method in METHODS:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))

@@ -228,7 +228,7 @@ each["b"].save_pretrained(f"{out}/{rank}b")
 def test_two_processes_find_the_networks_of_one(tmp_path):
     """Each reads half of the batches; both get the same template."""
     for processes in (1, 2):
-        run_processes(DISTRIBUTED, processes, tmp_path / str(processes), processes)
+        run_processes(processes, "-c", DISTRIBUTED, tmp_path / str(processes), processes)
     for name in ("", "b"):
         one = FunctionalNetworkTemplate.from_pretrained(tmp_path / f"1/0{name}")
         two = FunctionalNetworkTemplate.from_pretrained(tmp_path / f"2/0{name}")

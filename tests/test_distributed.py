@@ -1,16 +1,12 @@
 """Two processes on a CPU (gloo): the same weights in each, frozen ones bit-identical, the result that of one."""
 
-import os
 import shlex
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import assert_only_these_changed, medium_model, state
+from helpers import assert_only_these_changed, medium_model, run_processes, state
 from safetensors.torch import load_file
 
 from fnsft_trl import NeuronMask, find_neuron_sites
@@ -20,32 +16,14 @@ SCRIPT = Path(__file__).parent / "distributed_run.py"
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
 
 
-def run(kind: str, processes: int, folder: Path) -> None:
-    """Run the script in so many processes."""
-    folder.mkdir()
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    running = []
-    for rank in range(processes):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment |= {"ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, SCRIPT, str(rank), str(processes), kind, folder]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    for process, error in zip(running, errors, strict=True):
-        assert process.returncode == 0, error
-
-
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def runs(request, tmp_path_factory):
     """The kind, and the folder in which one process, and two, have left their results."""
     root = tmp_path_factory.mktemp(request.param)
     for processes in (1, 2):
-        run(request.param, processes, root / str(processes))
+        folder = root / str(processes)
+        folder.mkdir()
+        run_processes(processes, SCRIPT, processes, request.param, folder)
     return request.param, root
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from architectures import architectures_table
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
+from fnsft_trl import NeuronTunerConfig
 from fnsft_trl.cli import main
 from fnsft_trl.config import COMBINATIONS
 
@@ -41,6 +44,13 @@ def test_no_command_is_shown_that_is_not_run():
     assert programs <= {"make", "fnsft"}
 
 
+def _adapter(model_dir: Path, directory: Path) -> Path:
+    """A saved adapter of the small model."""
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    get_peft_model(base, NeuronTunerConfig(neurons={"0": "1-3"}, task_type="CAUSAL_LM")).save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monkeypatch):
     """As shown, with the model, the data and the amount of work replaced by small local ones."""
@@ -54,6 +64,8 @@ def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monke
         verb, arguments = words[1], list(words[2:])
         if verb == "discover":
             arguments[:2] = [str(model_dir), str(data)]
+        if verb == "export":
+            arguments[0] = str(_adapter(model_dir, tmp_path / "adapter"))
         if verb == "train":
             arguments += ["--model_name_or_path", str(model_dir), "--dataset_name", str(data)]
             arguments += ["--ica_datasets", str(data), "--use_cpu", "--bf16", "false", "--report_to", "none"]

@@ -4,10 +4,12 @@ import pytest
 import torch
 from helpers import VOCABULARY, changed_entries, state, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, find_neuron_sites
 from fnsft_trl.neurons import SITES
+from fnsft_trl.tuner import NeuronDeltaLayer
 
 
 NEURONS = {"0": "0-4,9", "2": "3"}
@@ -148,6 +150,27 @@ def test_a_quantised_base_is_not_touched_and_not_merged(ids):
         model.merge_adapter()
 
 
+def test_an_eight_bit_base_is_not_touched_and_not_merged(ids):
+    bnb = pytest.importorskip("bitsandbytes")
+    base = tiny_model("llama")
+    for block in base.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            layer = getattr(block.mlp, name)
+            packed = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+            packed.load_state_dict(layer.state_dict())
+            setattr(block.mlp, name, packed.to("cpu"))
+    plain = logits(base.train(), ids)  # the 8-bit kernel, too, rounds otherwise in inference
+    before = parameters_of(base)
+    model = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
+    fit(model, ids).train()
+    assert not torch.allclose(logits(model, ids), plain, atol=1e-3)
+    assert changed_entries(before, base_values(model)) == {}
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), plain)
+    with pytest.raises(FNSFTError, match="cannot be merged into a Linear8bitLt"):
+        model.merge_adapter()
+
+
 def test_safe_merge_refuses_broken_deltas_and_leaves_the_weights(ids):
     model = wrap("llama")
     with torch.no_grad():
@@ -199,3 +222,505 @@ def test_lora_on_the_same_model_type_is_unaffected(ids):
     """The tables of PEFT keep their own entries."""
     model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).eval()
     assert torch.equal(logits(model, ids), logits(tiny_model("llama"), ids))
+
+
+# The two forms: deltas held in the base weight, and deltas added to the output.
+
+
+def randomize(model, seed=0):
+    """Deltas as after training, and every other adapter weight too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "neuron_delta" in name or "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def base_values(model):
+    """The base model's parameters as they lie in memory, under their names without adapters."""
+    parameters = model.get_base_model().named_parameters()
+    values = {name: p.detach().clone() for name, p in parameters if "neuron_delta" not in name and "lora_" not in name}
+    return {name.replace(".base_layer", ""): value for name, value in values.items()}
+
+
+def parameters_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def additive(monkeypatch):
+    """Switches all layers to the additive form."""
+
+    def switch():
+        monkeypatch.setattr(NeuronDeltaLayer, "_can_hold", lambda self: False)
+
+    return switch
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_both_forms_give_the_same_logits_and_gradients(family, site, ids, additive):
+    model = randomize(wrap(family, site))
+    held = logits(model, ids), gradients(model, ids)
+    additive()
+    added = logits(model, ids), gradients(model, ids)
+    assert torch.allclose(held[0], added[0], atol=1e-4)
+    for name, gradient in added[1].items():
+        assert torch.allclose(held[1][name], gradient, atol=1e-4 * gradient.abs().max())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_weight_holds_the_deltas_in_a_forward_pass_and_the_base_values_for_everyone_else(family, site, ids):
+    original = parameters_of(tiny_model(family))
+    model = randomize(wrap(family, site)).eval()
+
+    def run():
+        logits(model, ids)
+        assert changed_entries(original, base_values(model))  # else the rest would show nothing
+
+    run()
+    model.state_dict()
+    assert changed_entries(original, base_values(model)) == {}
+    run()
+    first = find_neuron_sites(tiny_model(family), kind=site)[0].name
+    assert torch.equal(model.get_base_model().get_submodule(first).weight, original[f"{first}.weight"])
+    run()
+    with model.disable_adapter():
+        assert changed_entries(original, base_values(model)) == {}
+    run()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert changed_entries(original, base_values(model)) == {}
+    run()
+    model.base_model.release()
+    assert changed_entries(original, base_values(model)) == {}
+    run()
+    assert changed_entries(original, parameters_of(model.unload())) == {}
+
+
+def test_merged_weights_are_those_of_the_forward_pass_bit_for_bit(family, ids):
+    model = randomize(wrap(family)).eval()
+    adapted = logits(model, ids)
+    held = base_values(model)
+    model.merge_adapter()
+    assert changed_entries(held, base_values(model)) == {}
+    assert torch.equal(logits(model, ids), adapted)
+    assert torch.equal(logits(model.merge_and_unload(safe_merge=True), ids), adapted)
+
+
+def without_trace(how, delta):
+    """Change a delta in a way that leaves its version counter alone."""
+    version = delta._version
+    if how == "data, in place":
+        delta.data.add_(0.1)
+    elif how == "data, replaced":
+        delta.data = delta.data + 0.1
+    assert delta._version == version
+
+
+@pytest.mark.parametrize("how", ["data, in place", "data, replaced"])
+def test_deltas_written_without_a_trace_are_seen_in_training(how, ids):
+    model = randomize(wrap("llama")).train()
+    before = logits(model, ids)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            without_trace(how, parameter)
+    after = logits(model, ids)
+    assert not torch.equal(after, before)
+    fresh = wrap("llama")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits(fresh, ids), after)
+
+
+def _optimizers():
+    """Every optimizer of TrainingArguments that can be made here from parameters alone."""
+    for name in OptimizerNames:
+        try:
+            arguments = TrainingArguments(output_dir="unused", optim=name, use_cpu=True, learning_rate=1e-2)
+            make, options = Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
+            make([torch.nn.Parameter(torch.ones(2, 2))], **options)
+        except (ImportError, ValueError, RuntimeError, TypeError):
+            continue
+        if not options.get("optimizer_dict"):
+            yield pytest.param(make, options, id=name.value)
+
+
+@pytest.mark.parametrize(("make", "options"), _optimizers())
+def test_every_step_of_every_optimizer_is_seen_and_moves_nothing_else(make, options, ids):
+    """In training mode and in evaluation mode; some optimizers leave no trace in the parameters they change."""
+    original = parameters_of(tiny_model("llama"))
+    model = randomize(wrap("llama"))
+    optimizer = make([p for p in model.parameters() if p.requires_grad], **options)
+    twin = wrap("llama")
+    for training in (True, False):
+        model.train(training)
+        before = logits(model, ids)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = logits(model, ids)
+        assert not torch.equal(after, before)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(logits(twin, ids), after)
+    model.base_model.release()
+    assert changed_entries(original, base_values(model)) == {}
+
+
+def test_adapters_may_be_switched_off_between_forward_and_backward(ids):
+    """The way of a preference loss: the reference model is the same model without its adapter."""
+    model = randomize(wrap("llama"))
+    expected = gradients(model, ids)
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    with model.disable_adapter():
+        reference = model(input_ids=ids).logits
+    assert torch.equal(reference, logits(tiny_model("llama"), ids))
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert changed_entries(expected, found) == {}
+
+
+def test_a_gradient_through_the_disabled_model_is_the_base_models(ids):
+    model = randomize(wrap("llama"))
+    embedded = tiny_model("llama").get_input_embeddings()(ids).detach().requires_grad_(True)
+    with model.disable_adapter():
+        off = model(inputs_embeds=embedded).logits
+    model(inputs_embeds=embedded.detach()).logits.sum().backward()  # writes the deltas into the weights
+    (gradient,) = torch.autograd.grad(off.square().sum(), embedded)
+    base = tiny_model("llama")
+    (expected,) = torch.autograd.grad(base(inputs_embeds=embedded).logits.square().sum(), embedded)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, ids):
+    model = randomize(wrap(family)).train()
+    expected = gradients(model, ids)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert changed_entries(expected, gradients(model, ids)) == {}
+
+
+def test_compiled_without_a_graph_break_and_in_turn_with_the_plain_model(ids):
+    model = randomize(wrap("llama")).eval()
+    expected, expected_gradients = logits(copy.deepcopy(model), ids), gradients(copy.deepcopy(model), ids)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for _ in range(2):
+        assert torch.equal(logits(model, ids), expected)  # leaves the deltas in the weights
+        assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
+    for name, gradient in gradients(compiled, ids).items():
+        expected_gradient = expected_gradients[name.removeprefix("_orig_mod.")]
+        assert torch.allclose(gradient, expected_gradient, atol=1e-4 * expected_gradient.abs().max())
+
+
+@pytest.mark.parametrize("reference", ["float32", "bfloat16 weights"])
+def test_bfloat16_autocast_and_weights(reference, ids):
+    """Half precision costs accuracy, not correctness: gradients stay close to those in float32."""
+    model = randomize(wrap("llama"))
+    expected = gradients(model, ids)
+    if reference == "float32":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model, ids)
+    else:
+        base = tiny_model("llama").to(torch.bfloat16)
+        half = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
+        found = gradients(randomize(half), ids)
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.97, name
+
+
+def test_a_bfloat16_weight_holds_the_rounded_sum_and_gets_its_own_bits_back(ids):
+    base = tiny_model("llama").to(torch.bfloat16)
+    original = parameters_of(base)
+    model = get_peft_model(base, NeuronTunerConfig(neurons={"0": "3"}, task_type="CAUSAL_LM")).eval()
+    randomize(model)
+    logits(model, ids)
+    name = "model.layers.0.mlp.down_proj.weight"
+    delta = model.get_base_model().model.layers[0].mlp.down_proj.neuron_delta_weight["default"][0]
+    expected = (original[name][:, 3].float() + delta).to(torch.bfloat16)
+    assert torch.equal(base_values(model)[name][:, 3], expected)
+    model.base_model.release()
+    assert changed_entries(original, base_values(model)) == {}
+
+
+def test_inference_mode_leaves_a_model_that_still_trains(ids):
+    model = randomize(wrap("llama"))
+    expected = gradients(copy.deepcopy(model), ids)
+    with torch.inference_mode():
+        model.eval()(input_ids=ids)
+    assert changed_entries(expected, gradients(model, ids)) == {}
+
+
+def test_copies_and_casts_of_a_model_that_has_run(ids, tmp_path):
+    original = parameters_of(tiny_model("llama"))
+    model = randomize(wrap("llama")).eval()
+    expected = logits(model, ids)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, ids), expected)
+    twin.base_model.release()
+    assert changed_entries(original, base_values(twin)) == {}
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False), ids), expected)
+    for merged in (False, True):
+        twin = copy.deepcopy(model)
+        if merged:
+            twin.merge_adapter()
+        twin.double()
+        assert torch.allclose(logits(twin, ids), expected.double(), atol=1e-5)
+        twin.unmerge_adapter()
+        assert changed_entries({n: v.double() for n, v in original.items()}, base_values(twin)) == {}
+
+
+def test_new_base_weights_loaded_into_a_model_that_has_run(ids):
+    model, other = randomize(wrap("llama")).eval(), tiny_model("llama", seed=5)
+    logits(model, ids)
+    names = {name.replace(".base_layer", ""): name for name in model.get_base_model().state_dict()}
+    values = {names[name]: value for name, value in other.state_dict().items()}
+    model.get_base_model().load_state_dict(values, strict=False)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(other, ids))
+    expected = get_peft_model(other, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model, ids), logits(randomize(expected).eval(), ids))
+
+
+def saved_bytes(model, ids):
+    """Bytes of all distinct tensors kept for the backward pass that are not parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # keeps it alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids).loss.backward()
+    return sum(size for size, _ in kept.values())
+
+
+def test_memory_is_that_of_the_selection(ids):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape))
+    ids = ids.repeat(4, 4)
+    modules = ["gate_proj", "up_proj", "down_proj"]
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=16, target_modules=modules))
+    config = NeuronTunerConfig(neurons={"0": "0-15", "1": "7-22"}, task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base), config)
+    assert saved_bytes(model, ids) < saved_bytes(lora, ids)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer.step()
+    trained = 2 * 16 * 3 * 64 * 4  # layers, neurons, matrices, weights of a neuron in each, bytes
+    held = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    held += sum(v.nbytes for entry in optimizer.state.values() for v in entry.values())
+    assert held <= 1.05 * 3 * trained
+
+
+def test_a_second_derivative_is_refused(ids):
+    model = wrap("llama")
+    loss = model(input_ids=ids, labels=ids).loss
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, trained, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.sum() for g in first).backward()
+
+
+# Several adapters
+
+
+def several(family="llama", first=None, second=None, site="mlp_intermediate"):
+    """A model with the adapters `default` and `other`, both with random deltas."""
+    model = wrap(family, site, neurons=first or {"0": "0-4", "1": "2-9"})
+    second = second or {"0": "7", "1": "8-12", "2": "1"}
+    model.add_adapter("other", NeuronTunerConfig(neurons=second, site=site, task_type="CAUSAL_LM"))
+    return randomize(model).eval()
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_adapters_active_together_add_up(family, site, ids, additive):
+    """They share neurons in layer 1, none in layer 0, and only one has any in layer 2."""
+    model = several(family, site=site)
+    model.base_model.set_adapter(["default", "other"])
+    together, found = logits(model, ids), gradients(model, ids)
+    assert {name.rpartition(".")[2] for name in found} == {"default", "other"}
+    model.merge_adapter()
+    assert torch.equal(logits(model, ids), together)
+    model.unmerge_adapter()
+    model.base_model.release()
+    assert changed_entries(parameters_of(tiny_model(family)), base_values(model)) == {}
+    additive()
+    assert torch.allclose(logits(model, ids), together, atol=1e-4)
+    for name, gradient in gradients(model, ids).items():
+        assert torch.allclose(found[name], gradient, atol=1e-4 * gradient.abs().max())
+
+
+def test_merging_one_after_the_other(ids):
+    model = several()
+    model.base_model.set_adapter(["default", "other"])
+    together = logits(model, ids)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["other"], safe_merge=True)
+    assert torch.equal(logits(model, ids), together)
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.neuron_delta_weight["other"].fill_(float("inf"))
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    alone = logits(model, ids)
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="adapter other"):
+        model.merge_adapter(["other"], safe_merge=True)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), alone)
+
+
+def test_switching_and_deleting_adapters(ids):
+    model = several()
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = logits(model, ids)
+    assert not torch.equal(alone["default"], alone["other"])
+    model.set_adapter("default")
+    assert torch.equal(logits(model, ids), alone["default"])
+    model.delete_adapter("default")
+    assert list(model.peft_config) == ["other"]
+    assert torch.equal(logits(model, ids), alone["other"])
+    assert not any(".default" in name for name in model.state_dict())
+    model.delete_adapter("other")
+    assert torch.equal(logits(model.base_model, ids), logits(tiny_model("llama"), ids))
+
+
+def test_an_inactive_adapter_deleted_leaves_the_active_one(ids):
+    model = several()
+    before = logits(model, ids)
+    model.delete_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("names", [["default", "other"], ["other"]])
+def test_only_active_adapters_train(names, ids):
+    model = several()
+    model.base_model.set_adapter(names)
+    before = parameters_of(model)
+    fit(model, ids)
+    model.base_model.release()
+    changed = changed_entries(before, parameters_of(model))
+    assert {name.rpartition(".")[2] for name in changed} == set(names)
+
+
+def test_each_adapter_is_saved_alone_and_reloads(ids, tmp_path):
+    model = several()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    loaded.load_adapter(tmp_path / "other", "other")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded.eval(), ids), logits(model, ids))
+    lean = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "other", low_cpu_mem_usage=True)
+    assert torch.equal(logits(lean.eval(), ids), logits(model, ids))
+
+
+def test_weighted_combination(family, ids):
+    model = several(family)
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "neuron_delta" in name and not name.endswith("sum"):
+                parameter.mul_(0.5 if name.endswith("default") else -2.0)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model, ids)
+    model.set_adapter("sum")
+    assert torch.allclose(logits(model, ids), expected, atol=1e-5)
+    assert model.peft_config["sum"].neurons == {"0": "0-4,7", "1": "2-12", "2": "1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default"], [1.0, 2.0], "sum"), "one weight for each"),
+        ((["default", "nobody"], [1.0, 1.0], "sum"), "no adapter 'nobody'"),
+        ((["default"], [1.0], "other"), "already"),
+        ((["default"], [1.0], "sum", "svd"), "unknown"),
+        ((["default", "tokens"], [1.0, 1.0], "sum"), "'tokens' trains more than neurons"),
+    ],
+)
+def test_combinations_that_cannot_be_carried_out(arguments, message):
+    model = several()
+    model.add_adapter("tokens", NeuronTunerConfig(neurons=NEURONS, trainable_token_indices={"embed_tokens": [5]}))
+    with pytest.raises(FNSFTError, match=message):
+        model.add_weighted_adapter(*arguments)
+
+
+def test_adapters_of_two_sites_are_refused():
+    model = wrap("llama")
+    with pytest.raises(FNSFTError, match="must have one site"):
+        model.add_adapter("other", NeuronTunerConfig(neurons=NEURONS, site="mlp_output"))
+
+
+# LoRA on attention beside the deltas
+
+
+ATTENTION = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def with_lora(neurons=NEURONS):
+    torch.manual_seed(0)
+    config = NeuronTunerConfig(neurons=neurons, lora=ATTENTION, task_type="CAUSAL_LM")
+    return get_peft_model(tiny_model("llama"), config)
+
+
+def test_lora_beside_the_deltas_trains_and_nothing_else_does(ids):
+    original = parameters_of(tiny_model("llama"))
+    model = fit(with_lora(), ids)
+    model.base_model.release()
+    assert changed_entries(original, base_values(model)) == {}
+    adapted = logits(model, ids)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(tiny_model("llama"), ids))
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged, ids), adapted, atol=1e-5)
+    changed = {name for name in changed_entries(original, parameters_of(merged)) if ".mlp." not in name}
+    assert changed == {f"model.layers.{i}.self_attn.{m}_proj.weight" for i in range(3) for m in "qv"}
+
+
+def test_lora_beside_the_deltas_is_saved_switched_and_deleted_with_them(ids, tmp_path):
+    model = fit(with_lora(), ids)
+    adapted = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded, ids), adapted)
+    loaded.add_adapter("other", NeuronTunerConfig(neurons={"1": "3"}, task_type="CAUSAL_LM"))
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded, ids), logits(tiny_model("llama"), ids))
+    loaded.set_adapter("default")
+    assert torch.equal(logits(loaded, ids), adapted)
+    loaded.delete_adapter("default")
+    assert torch.equal(logits(loaded, ids), logits(tiny_model("llama"), ids))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"r": 4}, "needs target_modules"),
+        ({"rank": 4, "target_modules": ["q_proj"]}, "no arguments of a LoraConfig"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "up_proj, a part of an MLP"),
+        ({"target_modules": "all-linear"}, "match no linear layer"),
+    ],
+)
+def test_lora_beside_the_deltas_that_is_refused(lora, message):
+    with pytest.raises(FNSFTError, match=message):
+        get_peft_model(tiny_model("llama"), NeuronTunerConfig(neurons=NEURONS, lora=lora))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from peft import LoraConfig
 from peft.config import PeftConfig
 
 from ..errors import FNSFTError
@@ -37,9 +38,13 @@ class NeuronTunerConfig(PeftConfig):
             Modules that hold a part of the MLPs are refused.
         trainable_token_indices (`dict[str, list[int]]`, *optional*):
             Rows of the embedding that train too, for tokens added to the tokenizer.
+        lora (`dict`, *optional*):
+            LoRA beside the deltas, on modules outside the MLPs: the arguments of a [`~peft.LoraConfig`], for instance
+            `{"r": 8, "target_modules": ["q_proj", "v_proj"]}`. It is part of the adapter: switched, saved, loaded and
+            merged with it.
 
     Raises:
-        FNSFTError: no neuron is selected.
+        FNSFTError: no neuron is selected, or `lora` is no LoRA configuration with `target_modules`.
     """
 
     neurons: dict[str, str] = field(
@@ -54,9 +59,20 @@ class NeuronTunerConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding that train too, for added tokens."}
     )
 
+    lora: dict | None = field(
+        default=None, metadata={"help": "LoRA beside the deltas, outside the MLPs: arguments of a LoraConfig."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NeuronPeftType.NEURON_DELTA
         self.neurons = {str(layer): spec for layer, spec in self.neurons.items()}
         if not self.neurons:
             raise FNSFTError("NeuronTunerConfig selects no neuron; give neurons=mask.to_ranges()")
+        if self.lora is not None:
+            if not self.lora.get("target_modules"):
+                raise FNSFTError('lora needs target_modules, for instance ["q_proj", "v_proj"]')
+            try:
+                LoraConfig(**self.lora)
+            except TypeError as error:
+                raise FNSFTError(f"lora holds no arguments of a LoraConfig: {error}") from error

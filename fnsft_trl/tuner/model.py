@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..neurons import WeightSlice, check_modules_to_save, find_neuron_sites
+from ..errors import FNSFTError
+from ..neurons import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites, linear_shape
 from ..selection import NeuronMask
 from .config import NeuronTunerConfig
 from .layer import NeuronDeltaLayer
 
 
 class NeuronTunerModel(BaseTuner):
-    """A model with neuron deltas.
+    """A model with neuron deltas, and LoRA on modules outside the MLPs where the configuration asks for it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to adapt.
@@ -21,16 +27,24 @@ class NeuronTunerModel(BaseTuner):
         adapter_name (`str`): name of the adapter.
 
     Raises:
-        FNSFTError: the selected neurons do not exist in the model, or `modules_to_save` holds a part of an MLP.
+        FNSFTError: the selected neurons do not exist in the model, `modules_to_save` or the targets of LoRA hold a
+            part of an MLP, or another adapter of the model has another site.
     """
 
     prefix: str = "neuron_delta_"
-    tuner_layer_cls = NeuronDeltaLayer
+    tuner_layer_cls = (NeuronDeltaLayer, LoraLayer)
+    # LoRA layers are made by PEFT's own code, as its mixed models do.
+    _create_new_module = staticmethod(LoraModel._create_new_module)
+
+    def _check_new_adapter_config(self, config: NeuronTunerConfig) -> None:
+        super()._check_new_adapter_config(config)
+        sites = sorted({config.site for config in self.peft_config.values()})
+        if len(sites) > 1:
+            raise FNSFTError(f"the adapters of one model must have one site, not {' and '.join(sites)}")
 
     def _prepare_adapter_config(self, peft_config: NeuronTunerConfig, model_config: dict) -> NeuronTunerConfig:
         sites = find_neuron_sites(self.model, kind=peft_config.site)
-        widths = {site.layer: site.width for site in sites}
-        mask = NeuronMask.from_ranges(peft_config.neurons, widths, peft_config.site)
+        mask = self._mask(peft_config, sites)
         # module name -> (the neurons it holds a part of, where)
         self._parts: dict[str, tuple[torch.Tensor, list[WeightSlice]]] = {}
         for site in sites:
@@ -41,8 +55,37 @@ class NeuronTunerModel(BaseTuner):
                     slices = [part for part in site.layout.slices if part.module_name == name]
                     self._parts[name] = (neurons, slices)
         check_modules_to_save(peft_config.modules_to_save, list(self._parts))
-        peft_config.target_modules = sorted(self._parts)
+        targets = self._lora_targets(peft_config.lora, sites) if peft_config.lora else []
+        peft_config.target_modules = sorted([*self._parts, *targets])
         return peft_config
+
+    @staticmethod
+    def _mask(peft_config: NeuronTunerConfig, sites: list[NeuronSite]) -> NeuronMask:
+        return NeuronMask.from_ranges(
+            peft_config.neurons, {site.layer: site.width for site in sites}, peft_config.site
+        )
+
+    def _lora_targets(self, lora: dict, sites: list[NeuronSite]) -> list[str]:
+        """Names of the linear layers that get LoRA."""
+        config = LoraConfig(**lora)
+        inner = tuple(f"{n}." for n, module in self.model.named_modules() if isinstance(module, BaseTunerLayer))
+        targets = [
+            name
+            for name, module in self.model.named_modules()
+            if linear_shape(module) is not None
+            and not name.startswith(inner)
+            and check_target_module_exists(config, name)
+        ]
+        held = {name for site in sites for name in (site.name, *site.up_names)}
+        taken = next((name for name in targets if name in held), None)
+        if taken:
+            raise FNSFTError(
+                f"the targets of LoRA hold {taken}, a part of an MLP, whose neurons would all change; name attention "
+                "modules alone"
+            )
+        if not targets:
+            raise FNSFTError(f"the targets of LoRA ({lora['target_modules']}) match no linear layer of the model")
+        return targets
 
     def _create_and_replace(
         self,
@@ -53,6 +96,10 @@ class NeuronTunerModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        if current_key not in self._parts:
+            lora_config = LoraConfig(**peft_config.lora)
+            LoraModel._create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key)
+            return
         neurons, slices = self._parts[current_key]
         layer = target if isinstance(target, NeuronDeltaLayer) else NeuronDeltaLayer(target)
         layer.update_layer(adapter_name, slices, neurons, inference_mode=peft_config.inference_mode)
@@ -60,3 +107,75 @@ class NeuronTunerModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained until it is made active
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # New layers hold the module they replace and have put themselves on its device. The parent's method would
+        # also assign the weight of a module with trainable tokens, which is a computed tensor and no parameter.
+        setattr(parent, child_name, new_module)
+
+    def _layers(self) -> Iterator[NeuronDeltaLayer]:
+        return (module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer))
+
+    def release(self) -> None:
+        """Put the base values back into all weights until the next forward pass.
+
+        Reading weights through `state_dict`, `layer.weight` or PEFT's methods does this by itself. It is needed before
+        something reads or shards the bare parameters of a model that has already run.
+        """
+        for layer in self._layers():
+            layer.release()
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        self.release()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If none of the active ones remains, the first of the others becomes active.
+
+        Args:
+            adapter_name (`str`): its name.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        # A layer in which only the deleted adapter had neurons knows of no other one: choose for all layers at once.
+        self.set_adapter(active or list(self.peft_config)[:1])
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is a weighted sum of others: its neurons are all of theirs, its deltas
+        `sum_i weights[i] * delta_i`. The sum is exact, there is no rank to truncate.
+
+        Args:
+            adapters (`list[str]`): names of the adapters to combine.
+            weights (`list[float]`): their weights, of any sign.
+            adapter_name (`str`): name of the new adapter.
+            combination_type (`str`, *optional*, defaults to `"linear"`): the only one there is.
+
+        Raises:
+            FNSFTError: names, weights or type do not fit, or an adapter trains more than neurons.
+        """
+        if combination_type != "linear":
+            raise FNSFTError(f"combination_type={combination_type!r} is unknown; neuron deltas combine by 'linear'")
+        if len(adapters) != len(weights) or not adapters:
+            raise FNSFTError(f"{len(adapters)} adapters and {len(weights)} weights were given; one weight for each")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or adapter_name in self.peft_config:
+            raise FNSFTError(
+                f"there is no adapter {unknown[0]!r}" if unknown else f"there is an adapter {adapter_name!r} already"
+            )
+        configs = [self.peft_config[name] for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.lora or config.modules_to_save or config.trainable_token_indices:
+                raise FNSFTError(f"adapter {name!r} trains more than neurons, which does not combine by a sum")
+        sites = find_neuron_sites(self.model, kind=configs[0].site)
+        mask = self._mask(configs[0], sites)
+        for config in configs[1:]:
+            mask |= self._mask(config, sites)
+        self.peft_config[adapter_name] = replace(configs[0], neurons=mask.to_ranges(), target_modules=None)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self._layers():
+            for name, weight in zip(adapters, weights, strict=True):
+                if name in layer.slices:
+                    layer.add_scaled(name, weight, to=adapter_name)
+        self.set_requires_grad(adapter_name, False)

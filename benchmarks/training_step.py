@@ -1,0 +1,274 @@
+"""Cost of a training step against its peers, on stacks of blocks of SmolLM2-135M's and of Llama-3.2-1B's shape.
+
+    python benchmarks/training_step.py --output benchmarks/results/training_step.json
+
+Arms, all built in one process and stepped in turn, so that a slow moment of the machine meets all of them:
+  floor             forward pass and input gradients, nothing trains
+  full              all weights
+  full mlp          the weights of gate, up and down
+  lora              PEFT's LoRA, rank 16, on gate, up and down
+  shira             PEFT's SHiRA of as many weights as that LoRA, on the same modules
+  osf               PEFT's OSF on the same modules
+  parametrize       the original project's way: torch's parametrize, frozen + mask * delta, 10% of the neurons
+  additive          neuron deltas added to the output, 10% of the neurons
+  delta 2%, 10%, 30%  neuron deltas as they are
+
+A step is a forward pass, a backward pass from a fixed gradient of the output, a step of fused AdamW (the Trainer's
+default) and zero_grad, in float32 on one thread. `step`, and `forward_backward` without the optimizer, are medians of
+the rounds' ratios to the floor of the same round, in CPU seconds; `quartiles` show the spread of `step`.
+`parameters_mib` includes buffers and kept base values. `saved_mib` is what autograd keeps for the backward pass and is
+no parameter, each storage once. `peak_mib` is the highest resident memory during a step, above that of the process
+before the arm was built.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from peft import LoraConfig, OSFConfig, ShiraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import LlamaConfig, LlamaModel
+
+from fnsft_trl import NeuronMask, NeuronTunerConfig, find_neuron_sites
+from fnsft_trl.tuner import NeuronDeltaLayer
+
+
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "num_hidden_layers": 4,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_hidden_layers": 1,
+    },
+}  # fmt: skip
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ROUNDS = {"smollm2-135m": 12, "llama-3.2-1b": 6}
+TOKENS = {"smollm2-135m": 768, "llama-3.2-1b": 512}
+SEQUENCE = 256
+
+
+class _Masked(nn.Module):
+    """frozen + mask * delta, as a parametrization of a frozen weight."""
+
+    def __init__(self, weight: torch.Tensor, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros_like(weight))
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.mask * self.delta
+
+
+def random_neurons(model: nn.Module, fraction: float) -> NeuronMask:
+    """A random share of the neurons of every layer."""
+    draw = torch.Generator().manual_seed(0)
+    layers = {}
+    for site in find_neuron_sites(model):
+        layers[site.layer] = torch.zeros(site.width, dtype=torch.bool)
+        layers[site.layer][torch.randperm(site.width, generator=draw)[: round(fraction * site.width)]] = True
+    return NeuronMask(layers)
+
+
+def neuron_deltas(model: nn.Module, fraction: float, *, additive: bool = False) -> nn.Module:
+    """Neuron deltas for a random share of the neurons."""
+    tuned = get_peft_model(model, NeuronTunerConfig(neurons=random_neurons(model, fraction).to_ranges()))
+    if additive:
+        for layer in tuned.modules():
+            if isinstance(layer, NeuronDeltaLayer):
+                layer._can_hold = lambda: False
+    return tuned
+
+
+def parametrized(model: nn.Module, fraction: float) -> nn.Module:
+    """The original project's parametrization of the same neurons."""
+    mask = random_neurons(model, fraction)
+    for site in find_neuron_sites(model):
+        for part in site.layout.slices:
+            module = model.get_submodule(part.module_name)
+            members = torch.zeros_like(module.weight)
+            members.index_fill_(part.dim, part.indices(mask.indices(site.layer)), 1)
+            parametrize.register_parametrization(module, "weight", _Masked(module.weight, members))
+    return model
+
+
+def mlp_only(model: nn.Module) -> nn.Module:
+    """The MLP weights themselves train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    return model
+
+
+def shira(model: nn.Module) -> nn.Module:
+    """SHiRA with the number of weights of LoRA r16."""
+    return get_peft_model(model, ShiraConfig(r=16, target_modules=MLP))
+
+
+ARMS = {
+    "floor": lambda model: model,
+    "full": lambda model: model.requires_grad_(True),
+    "full mlp": mlp_only,
+    "lora": lambda model: get_peft_model(model, LoraConfig(r=16, target_modules=MLP)),
+    "shira": shira,
+    "osf": lambda model: get_peft_model(model, OSFConfig(target_modules=MLP)),
+    "parametrize": lambda model: parametrized(model, 0.1),
+    "additive": lambda model: neuron_deltas(model, 0.1, additive=True),
+    "delta 2%": lambda model: neuron_deltas(model, 0.02),
+    "delta 10%": lambda model: neuron_deltas(model, 0.1),
+    "delta 30%": lambda model: neuron_deltas(model, 0.3),
+}
+
+
+class Arm:
+    """One way to train a copy of the model."""
+
+    def __init__(self, build, model: nn.Module, x: torch.Tensor) -> None:
+        self.model = build(copy.deepcopy(model)).train()
+        self.x = x
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if self.trained else None
+
+    def step(self) -> tuple[float, float]:
+        """CPU seconds of forward and backward pass, and of the whole step."""
+        x = self.x.clone().requires_grad_(True)
+        start = time.process_time()
+        y = self.model(inputs_embeds=x).last_hidden_state
+        y.backward(torch.full_like(y, 1e-3))
+        middle = time.process_time()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return middle - start, time.process_time() - start
+
+    def memory(self) -> dict[str, float]:
+        """MiB of everything that a step holds, by kind."""
+        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+        saved: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            parts = [tensor] if tensor.layout == torch.strided else [tensor._indices(), tensor._values()]
+            for part in parts:
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in own:
+                    saved[storage.data_ptr()] = (storage.nbytes(), part)  # kept alive: an address is one storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            x = self.x.clone().requires_grad_(True)
+            y = self.model(inputs_embeds=x).last_hidden_state
+            y.backward(torch.full_like(y, 1e-3))
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        layers = [module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer)]
+        originals = [rows for layer in layers for rows in layer._originals.values()]
+        held = {
+            "parameters": sum(t.nbytes for t in [*self.model.parameters(), *self.model.buffers(), *originals]),
+            "trained": sum(p.nbytes for p in self.trained),
+            "gradients": sum(p.grad.nbytes for p in self.trained if p.grad is not None),
+            "optimizer": sum(v.nbytes for state in states for v in state.values()),
+            "saved": sum(size for size, _ in saved.values()),
+        }
+        return {f"{name}_mib": round(size / 2**20, 2) for name, size in held.items()}
+
+
+def memory_of(name: str, model: nn.Module, x: torch.Tensor) -> dict[str, float]:
+    """Memory of one arm, in a process of its own that is forked from this one."""
+
+    def work(pipe) -> None:
+        before = psutil.Process().memory_info().rss
+        arm = Arm(ARMS[name], model, x)
+        arm.step()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory starts anew
+        arm.step()
+        status = Path("/proc/self/status").read_text()
+        highest = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        pipe.send({**arm.memory(), "peak_mib": round((highest - before) / 2**20, 1)})
+
+    fork = multiprocessing.get_context("fork")
+    mine, theirs = fork.Pipe()
+    process = fork.Process(target=work, args=(theirs,))
+    process.start()
+    result = mine.recv()
+    process.join()
+    return result
+
+
+def measure(shape: str, names: list[str], rounds: int, tokens: int) -> dict[str, dict]:
+    """Step all arms in turn, `rounds` times, after one step each that is not counted."""
+    torch.manual_seed(0)
+    model = LlamaModel(LlamaConfig(vocab_size=8, **SHAPES[shape])).requires_grad_(False)
+    x = torch.randn(max(1, tokens // SEQUENCE), min(SEQUENCE, tokens), SHAPES[shape]["hidden_size"])
+    memory = {name: memory_of(name, model, x) for name in names}
+    arms = {}
+    for name in names:
+        arms[name] = Arm(ARMS[name], model, x)
+        arms[name].step()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in [*names[first:], *names[:first]]:  # each arm starts a round in turn
+            seconds[name].append(arms[name].step())
+    summary = {}
+    for name in names:
+        steps = [mine[1] / floor[1] for mine, floor in zip(seconds[name], seconds["floor"], strict=True)]
+        passes = [mine[0] / floor[0] for mine, floor in zip(seconds[name], seconds["floor"], strict=True)]
+        summary[name] = {
+            "step": round(statistics.median(steps), 3),
+            "forward_backward": round(statistics.median(passes), 3),
+            "quartiles": [round(q, 3) for q in statistics.quantiles(steps, n=4)[::2]] if rounds > 1 else None,
+            "cpu_seconds": round(statistics.median(total for _, total in seconds[name]), 3),
+            **memory[name],
+        }
+        print(f"{shape} {name}: {summary[name]}", flush=True)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--rounds", type=int, help="default: 12 for the small shape, 6 for the large one")
+    parser.add_argument("--tokens", type=int, help="default: 768 for the small shape, 512 for the large one")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    names = ["floor", *(name for name in args.arms if name != "floor")]
+    result = {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30),
+            "torch": torch.__version__,
+            "load_average": round(os.getloadavg()[0], 1),
+        },
+        "shapes": {
+            shape: {
+                "model": SHAPES[shape],
+                "tokens": args.tokens or TOKENS[shape],
+                "rounds": args.rounds or ROUNDS[shape],
+                "arms": measure(shape, names, args.rounds or ROUNDS[shape], args.tokens or TOKENS[shape]),
+            }
+            for shape in args.shapes
+        },
+    }
+    result["benchmark_cpu_seconds"] = round(time.process_time() - started)
+    print(json.dumps(result, indent=2))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
