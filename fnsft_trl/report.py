@@ -173,6 +173,26 @@ def networks_figure(template: FunctionalNetworkTemplate) -> bytes:
     return _png(figure)
 
 
+def comparison_figure(values: Sequence[Sequence[float]], measure: str) -> bytes:
+    """How much alike the networks of two templates are, as a heat map in PNG.
+
+    Args:
+        values: one row for each network of A, one value in [0, 1] for each network of B.
+        measure: what the values are.
+    """
+    pyplot = _pyplot()
+    rows, columns = len(values), len(values[0])
+    figure, axes = pyplot.subplots(figsize=(2.4 + 0.34 * columns, 1.4 + 0.34 * rows), layout="constrained")
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+    axes.set_xticks(range(columns))
+    axes.set_yticks(range(rows))
+    axes.set_xlabel("network of B")
+    axes.set_ylabel("network of A")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=measure)
+    return _png(figure)
+
+
 def trade_off_figure(points: Sequence[tuple[str, float, float]], *, learning: str, forgetting: str) -> bytes:
     """Learning against forgetting, as PNG: one labelled point for each arm.
 

@@ -28,6 +28,7 @@ STAGES = [
     "decomposition",
     "template",
     "similarity",
+    "fingerprint",
     "progress",
     "discovery",
     "selection",

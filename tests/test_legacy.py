@@ -113,7 +113,7 @@ def test_the_original_s_build_command_writes_the_original_s_form(model_dir, rows
     target = tmp_path / "made"
     arguments = ["--model_name_or_path", str(model_dir), "--ica_build_templates_from", str(data)]
     arguments += ["--ica_template_output", str(target), "--ica_components", "2", "--ica_percentile", "80"]
-    arguments += ["--ica_max_tokens", "200", "--ica_rank", "8", "--ica_site", "mlp_output"]
+    arguments += ["--ica_max_tokens", "200", "--ica_rank", "8", "--ica_site", "mlp_output", "--max_seq_length", "32"]
     assert main(["discover", *arguments]) == 0
     made = json.loads((target / "global_templates.json").read_text())
     assert made["layout"] == {"captured_layers_sorted": [0, 1, 2], "hidden_size": 16}
@@ -122,6 +122,7 @@ def test_the_original_s_build_command_writes_the_original_s_form(model_dir, rows
     lists = FunctionalNetworkTemplate.from_pretrained(target / "global_templates.json")
     assert lists.listed() == whole.listed()
     assert lists.site == whole.site == "mlp_output"
+    assert whole.settings["ica_max_length"] == 32
 
 
 def test_the_original_s_training_command_takes_the_file(model_dir, rows, file, tmp_path):

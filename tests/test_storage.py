@@ -4,6 +4,8 @@ import hashlib
 import json
 import random
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -240,3 +242,29 @@ def test_the_first_version_is_read_and_saved_in_the_current_one(files, tmp_path)
     old.save_pretrained(tmp_path / "new")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 2
     assert (tmp_path / "new" / "template.safetensors").read_bytes() == files["template.safetensors"]
+
+
+def test_a_template_of_an_8b_model_loads_in_less_than_a_gibibyte(tmp_path):
+    """32 layers of 14,336 neurons, 20 networks; in a process of its own, torch's own memory included."""
+    code = """
+import resource, sys, torch
+from fnsft_trl import FunctionalNetworkTemplate, ThresholdRule, select_neurons
+from fnsft_trl.template import Component
+if sys.argv[2] == "save":
+    loadings = {layer: torch.randn(20, 14336) for layer in range(32)}
+    FunctionalNetworkTemplate(
+        base_model="org/model", revision=None, architecture="LlamaForCausalLM", site="mlp_intermediate", settings={},
+        calibration={"sources": ["text"], "tokens": 1, "sha256": None}, threshold=ThresholdRule(), null=None,
+        components=[Component(0.01, 1.0, 0.5, 0.5) for _ in range(20)], loadings=loadings,
+        mean={layer: torch.zeros(14336) for layer in loadings}, rms={layer: torch.ones(14336) for layer in loadings},
+    ).save_pretrained(sys.argv[1])
+else:
+    mask = select_neurons(FunctionalNetworkTemplate.from_pretrained(sys.argv[1]), [0])
+    print(mask.count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    for step in ("save", "load"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), step], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    count, kibibytes = map(int, done.stdout.split())
+    assert count == pytest.approx(0.02 * 32 * 14336, abs=1)
+    assert kibibytes < 2**20

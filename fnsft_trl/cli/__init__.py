@@ -12,6 +12,7 @@ VERBS = {
     "train": "fine-tune with functional networks (the default when the first argument is an option)",
     "discover": "find the functional networks of a model and save them as a template",
     "inspect": "show what a template holds",
+    "compare": "find the networks of one template in another",
     "export": "write a trained adapter as a merged model or a plain LoRA",
     "demo": "the whole way on the embedded model, in minutes",
 }

@@ -1,6 +1,7 @@
 """fnsft discover MODEL DATASET...: find functional networks and save them as a template."""
 
 import re
+from argparse import SUPPRESS
 
 from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
@@ -49,6 +50,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted discovery in --output_dir")
     parser.add_argument("--dtype", default="float32", help="precision of the model: float32, bfloat16, float16, auto")
     add_config_arguments(parser, _DISCOVERY_FIELDS)
+    parser.add_argument(
+        "--max_seq_length", type=int, dest="ica_max_length", default=SUPPRESS, help="another name of --ica_max_length"
+    )
     args = parser.parse_args(argv)
     named = [args.model_name_or_path] if args.model_name_or_path else []
     model_name, *datasets = [*named, *([args.model] if args.model else []), *args.datasets] or [None]
