@@ -141,6 +141,7 @@ class FNSFTTrainer(SFTTrainer):
         model_init_kwargs = train_args.model_init_kwargs if isinstance(train_args, SFTConfig) else None
         if isinstance(model, str):
             model = _load_model(model, train_args, model_init_kwargs, given.pop("quantization_config", None))
+        _keep_4bit_layers_differentiable(model)
         processing_class = given.get("processing_class")
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(
@@ -337,6 +338,24 @@ def _load_model(name: str, args, model_init_kwargs: dict | None, quantization_co
         options["device_map"] = None
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     return create_model_from_path(name, **options)
+
+
+def _keep_4bit_layers_differentiable(model) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
+
+    It does so in the first forward pass of a discovery or an evaluation and does not undo it in training, where no
+    gradient passes through a packed layer.
+    """
+    for name, module in model.named_modules():
+        if "support_avx512bf16_for_cpu" not in vars(module):
+            continue
+        quant_state = module.weight.quant_state
+        if quant_state is not None and vars(quant_state).get("packing_format_for_cpu"):
+            raise FNSFTError(
+                f"the 4-bit weights of {name} are packed for inference on a CPU, and no gradient would pass through "
+                "them; load the model anew, and train it before any inference"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monke
     """As shown, with the model, the data and the amount of work replaced by small local ones."""
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "second.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:24]))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     for words in commands(page):

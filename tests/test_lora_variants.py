@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VOCABULARY, random_mask, state, tiny_model
+from datasets import Dataset
+from helpers import VOCABULARY, random_mask, sft_config, state, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from fnsft_trl import FNSFTError, NeuronMask, constrain_lora, find_neuron_sites
+from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, NeuronMask, constrain_lora, find_neuron_sites
 from fnsft_trl.constraints import (
     EXACT_INITS,
     HELD_LORA_FIELDS,
@@ -170,22 +171,25 @@ def test_without_the_masks_the_same_check_fails(name):
 
 
 def test_several_adapters_are_each_held_to_a_mask_of_their_own():
-    masks = {name: random_mask(tiny_model("llama"), "mlp_intermediate", seed=i) for i, name in enumerate("ab")}
+    masks = {
+        name: random_mask(tiny_model("llama"), "mlp_intermediate", seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    }
     before = state(tiny_model("llama"))
     base = tiny_model("llama")
     config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["up_proj", "gate_proj", "down_proj"])
-    model = get_peft_model(base, config, adapter_name="a")
-    model.add_adapter("b", LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["up_proj", "down_proj"]))
+    model = get_peft_model(base, config, adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["up_proj", "down_proj"]))
     for name, mask in masks.items():
         constrain_lora(model, mask, adapter_name=name)
-    model.set_adapter("a")
+    model.set_adapter("one")
     train(model)
-    model.set_adapter("b")
+    model.set_adapter("two")
     train(model)
-    model.base_model.set_adapter(["a", "b"])
+    model.base_model.set_adapter(["one", "two"])
     train(model)
     sites = find_neuron_sites(tiny_model("llama"))
-    for names in (["a"], ["b"], ["a", "b"]):
+    for names in (["one"], ["two"], ["one", "two"]):
         model.base_model.merge_adapter(names)
         merged = {key.replace(".base_layer", ""): v for key, v in state(model.get_base_model()).items()}
         changed, _ = changed_neurons(sites, before, {key: merged[key] for key in before})
@@ -234,3 +238,22 @@ def test_lora_on_a_quantised_base_is_exact_and_does_not_merge(base_dir, name):
             assert change.index_select(part.dim, trained).flatten().any()
     with pytest.raises(FNSFTError, match="cannot be merged into"):
         model.merge_and_unload()
+
+
+def test_4bit_weights_that_are_packed_for_inference_are_refused(base_dir, rows, tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=config, dtype=torch.float32)
+    with torch.no_grad():
+        model(batch())
+    quant_state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    if not vars(quant_state).get("packing_format_for_cpu"):
+        pytest.skip("bitsandbytes does not pack for this processor")
+    with pytest.raises(FNSFTError, match="packed for inference on a CPU"):
+        FNSFTTrainer(
+            model=model,
+            args=sft_config(tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(),
+        )

@@ -272,6 +272,10 @@ def test_a_quantised_model_is_trained_without_touching_its_weights(rows, tokeniz
     before = dequantize_4bit(down.base_layer.weight.data.clone(), down.base_layer.weight.quant_state)
     trainer.train()
     trainer.model.train()
+    # After discovery and evaluation, which are inference, gradients still pass through the quantised layers.
+    inputs = torch.ones(1, 3, 128, requires_grad=True)
+    down.base_layer(inputs).sum().backward()
+    assert inputs.grad.any()
     weight = down.base_layer.weight
     assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), before)
     if method == "lora":
