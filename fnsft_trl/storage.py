@@ -183,6 +183,19 @@ def _is_model_name(value: Any) -> bool:
     return is_name and all(part.strip(". ") for part in value.split("/"))
 
 
+def clean_model_name(name: str) -> str:
+    """A model's name as `config.json` may hold it: its last parts, other characters replaced."""
+    if _is_model_name(name):
+        return name
+    cleaned = re.sub(r"[^\w. -]", "-", name.strip("/").split("/")[-1])[:200]
+    return cleaned if _is_model_name(cleaned) else UNKNOWN
+
+
+def clean_text(text: str) -> str:
+    """A name of a dataset as `config.json` may hold it: on one line, not too long."""
+    return "".join(char if char.isprintable() else " " for char in text)[:500].strip() or UNKNOWN
+
+
 def _is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 

@@ -28,6 +28,8 @@ from .storage import (
     TENSOR_FILE,
     UNKNOWN,
     check_config,
+    clean_model_name,
+    clean_text,
     dump_config,
     read_config,
     read_json,
@@ -358,11 +360,13 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         components = [asdict(component) for component in self.components]
         for component in components:
             component["layers"] = {str(layer): count for layer, count in component["layers"].items()}
+            component["recurrence"] = {clean_text(name): found for name, found in component["recurrence"].items()}
+        sources = [clean_text(source) for source in self.calibration["sources"]]
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "fnsft_trl_version": __version__,
-            "base_model": self.base_model,
+            "base_model": clean_model_name(self.base_model),
             "revision": self.revision,
             "architecture": self.architecture,
             "site": self.site,
@@ -371,7 +375,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             "statistics": bool(self.mean),
             "threshold": asdict(self.threshold) if self.threshold else None,
             "settings": self.settings,
-            "calibration": self.calibration,
+            "calibration": {**self.calibration, "sources": sources},
             "null": self.null,
             "weights": {str(i): layer for i, layer in self.weights.items()} if self.weights else None,
             "tensors_sha256": tensors_sha256,
@@ -438,4 +442,4 @@ def _membership_tensors(config: dict[str, Any], members: Members) -> dict[str, t
 def model_name(model: nn.Module) -> str:
     """The id of a model, or the name of the directory it was loaded from; empty when it was made in memory."""
     name = model.config._name_or_path
-    return Path(name).name if Path(name).exists() else name
+    return clean_model_name(Path(name).name if Path(name).exists() else name)

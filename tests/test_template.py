@@ -187,3 +187,21 @@ def test_without_probes_another_name_is_a_warning(templates, warnings):
     nameless = dataclasses.replace(templates["llama"], weights=None, base_model="org/other")
     nameless.check_model(tiny_model("llama"))
     assert "was made from org/other" in warnings.pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("org/model-1.0", "org/model-1.0"),
+        ("/home/me/my model (2)", "my model -2-"),
+        ("..\\evil\n# heading", "..-evil-- heading"),
+        ("..", "unknown"),
+    ],
+)
+def test_whatever_a_model_and_its_text_are_called_the_template_can_be_saved(templates, tmp_path, name, kept):
+    source = "lines\n# of text " + "x" * 900
+    calibration = {**templates["llama"].calibration, "sources": [source]}
+    dataclasses.replace(templates["llama"], base_model=name, calibration=calibration).save_pretrained(tmp_path)
+    loaded = FunctionalNetworkTemplate.from_pretrained(tmp_path)
+    assert loaded.base_model == kept
+    assert loaded.calibration["sources"] == ["lines # of text " + "x" * 484]
