@@ -171,7 +171,10 @@ class FunctionalNetworkConfig:
 
     Args:
         ica_template_path (`str`, *optional*):
-            Directory of a saved template. `None`: the networks are discovered before training.
+            Directory of a saved template, a JSON file of the original project, or `org/name` on the Hub. `None`: the
+            networks are discovered before training.
+        ica_template_revision (`str`, *optional*):
+            Branch, tag or commit of a template on the Hub; the newest of `main` by default.
         ica_components (`int`, *optional*, defaults to `10`):
             Number of independent components k to discover.
         ica_percentile (`float`, *optional*):
@@ -254,7 +257,8 @@ class FunctionalNetworkConfig:
         FNSFTError: a value or a combination of values that has no meaning, with what to do instead.
     """
 
-    ica_template_path: str | None = _help("Directory of a saved template; without one, networks are discovered.", None)
+    ica_template_path: str | None = _help("Directory, JSON file or Hub id of a template; discovered if none.", None)
+    ica_template_revision: str | None = _help("Branch, tag or commit of a template on the Hub.", None)
     ica_components: int = _help("Number of independent components (networks) to discover.", 10)
     ica_percentile: float | None = _help("A network holds the neurons whose |loading| exceeds it (98.0).", None)
     ica_threshold: str | None = _help("percentile, layer_percentile, zscore or zscore_positive.", None)
@@ -310,6 +314,8 @@ class FunctionalNetworkConfig:
             if value not in choices:
                 listed = ", ".join("null" if choice is None else choice for choice in choices)
                 raise FNSFTError(f"{name} is {value!r}; it must be one of: {listed}")
+        if self.ica_template_revision is not None and self.ica_template_path is None:
+            raise FNSFTError("ica_template_revision without ica_template_path has no effect; give both or drop it")
         if isinstance(self.ica_layers, int):
             self.ica_layers = [self.ica_layers]
         if isinstance(self.ica_layers, (list, tuple)):

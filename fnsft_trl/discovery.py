@@ -24,6 +24,7 @@ from .progress import DiscoveryProgress
 from .similarity import recurrence
 from .sketch import ActivationSketch
 from .template import Component, FunctionalNetworkTemplate, model_name
+from .weights import weight_probes
 
 
 logger = logging.get_logger(__name__)
@@ -103,6 +104,7 @@ class _Discovery:
         self.config, self.names = config, list(datasets)
         self.model = base_model(model)
         sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
+        self.weights = weight_probes(self.model, sites)
         self.dtype = torch.float64 if config.ica_dtype == "float64" else torch.float32
         self.reader = ActivationReader(
             model,
@@ -348,4 +350,5 @@ class _Discovery:
             loadings={layer: result.loadings[:, part].clone() for layer, part in columns.items()},
             mean={layer: result.mean[part].clone() for layer, part in columns.items()},
             rms={layer: result.rms[part].clone() for layer, part in columns.items()},
+            weights=self.weights,
         )

@@ -162,13 +162,34 @@ def networks_figure(template: FunctionalNetworkTemplate) -> bytes:
     left.set_ylabel("network")
     left.set_title("share of each layer's neurons in the network", fontsize=11, loc="left")
     figure.colorbar(image, ax=left, label="% of the layer", pad=0.01)
-    right.barh(range(count), [c.reliability for c in template.components], color="#3b6ea5", height=0.65)
+    reliability = [float("nan") if c.reliability is None else c.reliability for c in template.components]
+    right.barh(range(count), reliability, color="#3b6ea5", height=0.65)
     right.set_xlim(0, 1)
     right.set_xticks([0, 0.5, 1])
     right.set_title("reliability", fontsize=11, loc="left")
     right.tick_params(left=False)
     for axes in (left, right):
         axes.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def comparison_figure(values: Sequence[Sequence[float]], measure: str) -> bytes:
+    """How much alike the networks of two templates are, as a heat map in PNG.
+
+    Args:
+        values: one row for each network of A, one value in [0, 1] for each network of B.
+        measure: what the values are.
+    """
+    pyplot = _pyplot()
+    rows, columns = len(values), len(values[0])
+    figure, axes = pyplot.subplots(figsize=(2.4 + 0.34 * columns, 1.4 + 0.34 * rows), layout="constrained")
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+    axes.set_xticks(range(columns))
+    axes.set_yticks(range(rows))
+    axes.set_xlabel("network of B")
+    axes.set_ylabel("network of A")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=measure)
     return _png(figure)
 
 

@@ -165,9 +165,14 @@ def select_neurons(
         )
 
     if selector == "networks" and min_reliability > 0:
-        ids = [number for number in ids if template.components[number].reliability >= min_reliability]
+        known = {n: c.reliability for n, c in enumerate(template.components) if c.reliability is not None}
+        if not known:
+            raise FNSFTError(
+                "the template was converted from lists of neurons, so its reliability is unknown; drop min_reliability"
+            )
+        ids = [number for number in ids if known.get(number, 0) >= min_reliability]
         if not ids:
-            best = max(component.reliability for component in template.components)
+            best = max(known.values())
             raise FNSFTError(
                 f"no network has a reliability of {min_reliability:g}; the highest is {best:.2f}: lower "
                 "min_reliability, or discover on more tokens"
@@ -199,6 +204,11 @@ def _scores(template, ids, selector, seed) -> dict[int, torch.Tensor]:
     if selector == "networks":
         return {layer: values[ids].abs().amax(0) for layer, values in template.loadings.items()}
     if selector == "activation":
+        if not template.rms:
+            raise FNSFTError(
+                "selector='activation' needs each neuron's RMS, which this template (converted from lists of neurons) "
+                "does not know; discover the networks again"
+            )
         return template.rms
     random = torch.Generator().manual_seed(seed)
     return {layer: torch.rand(width, generator=random) for layer, width in template.widths.items()}

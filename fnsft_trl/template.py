@@ -1,30 +1,48 @@
-"""FunctionalNetworkTemplate: all networks of one model, on disk as config.json, template.safetensors and README.md.
+"""FunctionalNetworkTemplate: all networks of one model, on disk or on the Hub.
 
 This module does not import torch by itself, so that a template's description can be read without it.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub import HfApi, ModelHubMixin
+
+from .card import TAGS, networks_svg, template_card
 from .config import ThresholdRule
 from .errors import FNSFTError
+from .hub import fetch_file, hub_errors, is_hub_id
+from .legacy import Members, read_legacy
+from .storage import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FIGURE_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    TENSOR_FILE,
+    UNKNOWN,
+    check_config,
+    clean_model_name,
+    clean_text,
+    dump_config,
+    read_config,
+    read_json,
+    read_tensors,
+    write_files,
+)
 
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = "fnsft_trl.template"
-FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
-TENSOR_FILE = "template.safetensors"
-CARD_FILE = "README.md"
-_READY = ".template.ready"  # while it exists, a newer template waits beside the old one
+_NOTEWORTHY = 1e-3  # relative difference of weights from which on a model counts as another one
 
 
 @dataclass
@@ -32,28 +50,32 @@ class Component:
     """What is known of one network.
 
     Attributes:
-        explained_variance (`float`): share of the activations' variance, in [0, 1].
-        kurtosis (`float`): excess kurtosis of the component.
-        reliability (`float`): |correlation| of its loadings between two disjoint halves of the tokens, in [0, 1].
-        jaccard (`float`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
+        explained_variance (`float` or `None`): share of the activations' variance, in [0, 1]; `None` where unknown.
+        kurtosis (`float` or `None`): excess kurtosis of the component.
+        reliability (`float` or `None`): |correlation| of its loadings between two disjoint halves of the tokens, in
+            [0, 1].
+        jaccard (`float` or `None`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
         neurons (`int`): number of neurons over the threshold.
         layers (`dict[int, int]`): number of them in each layer that has any.
         recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
             that dataset's own, see [`~fnsft_trl.similarity.recurrence`].
     """
 
-    explained_variance: float
-    kurtosis: float
-    reliability: float
-    jaccard: float
+    explained_variance: float | None
+    kurtosis: float | None
+    reliability: float | None
+    jaccard: float | None
     neurons: int = 0
     layers: dict[int, int] | None = None
     recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
-class FunctionalNetworkTemplate:
+class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=list(TAGS)):
     """All networks of one model with their loadings, provenance and reliability.
+
+    Saved, loaded and pushed like a model of the Hub: [`~FunctionalNetworkTemplate.save_pretrained`],
+    [`~FunctionalNetworkTemplate.from_pretrained`], [`~FunctionalNetworkTemplate.push_to_hub`].
 
     Attributes:
         base_model (`str`): the model's id or the name of its directory.
@@ -62,13 +84,19 @@ class FunctionalNetworkTemplate:
         site (`str`): `"mlp_intermediate"` or `"mlp_output"`.
         settings (`dict`): every ICA setting that led here.
         calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
-        threshold (`ThresholdRule`): which neurons belong to a network.
+        threshold (`ThresholdRule` or `None`): which neurons belong to a network. `None`: those with a loading above 0,
+            in a template that was converted from lists of neurons.
         null (`dict[str, float]` or `None`): mean `reliability` and `jaccard` of as many components of the same
             activations shuffled in time, which those of the components are to be compared with.
         components (`list[Component]`): one entry per network.
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
-            calibration text.
+            calibration text. Empty where they are unknown.
+        weights (`dict` or `None`): by which to measure how far a model is from the base model, see
+            [`~fnsft_trl.weights.weight_probes`].
+        license (`str` or `None`): id of a license, for the model card.
+        hub_id (`str` or `None`): the repository that the template was loaded from.
+        commit (`str` or `None`): the commit there.
     """
 
     base_model: str
@@ -77,12 +105,18 @@ class FunctionalNetworkTemplate:
     site: str
     settings: dict[str, Any]
     calibration: dict[str, Any]
-    threshold: ThresholdRule
+    threshold: ThresholdRule | None
     null: dict[str, float] | None
     components: list[Component]
     loadings: dict[int, torch.Tensor]
     mean: dict[int, torch.Tensor]
     rms: dict[int, torch.Tensor]
+    weights: dict[int, dict] | None = None
+    license: str | None = None
+    hub_id: str | None = field(default=None, compare=False)
+    commit: str | None = field(default=None, compare=False)
+
+    _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
 
     def __post_init__(self) -> None:
         for number, component in enumerate(self.components):
@@ -100,6 +134,8 @@ class FunctionalNetworkTemplate:
         import numpy as np
 
         loadings = {layer: values[number] for layer, values in self.loadings.items()}
+        if self.threshold is None:
+            return {layer: values > 0 for layer, values in loadings.items()}
         pooled = np.concatenate([values.numpy() for values in loadings.values()])  # (neurons of all layers,)
         value = self.threshold.value
         if self.threshold.rule == "percentile":
@@ -114,22 +150,33 @@ class FunctionalNetworkTemplate:
         return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
 
     def with_threshold(self, threshold: ThresholdRule) -> FunctionalNetworkTemplate:
-        """The same networks with another threshold; no discovery is needed."""
+        """The same networks with another threshold; no discovery is needed.
+
+        Raises:
+            FNSFTError: the template knows which neurons are members, but not how strongly they load.
+        """
+        if self.threshold is None:
+            raise FNSFTError(
+                "the template was converted from lists of neurons, so no threshold applies; drop ica_threshold, "
+                "ica_percentile and ica_zscore, or discover the networks again"
+            )
         return replace(self, threshold=threshold, components=[replace(component) for component in self.components])
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that this template was not made from.
+        """Refuse a model that this template was not made from; warn of one whose weights have moved away from it.
 
         Raises:
             FNSFTError: the architecture, a layer or a width differs; the message names the first difference.
         """
         from .neurons import base_model, find_neuron_sites
+        from .weights import weight_difference, weight_probes
 
         base = base_model(model)
-        made_from = f"the template was made from {self.base_model} ({self.architecture})"
-        if type(base).__name__ != self.architecture:
+        made_from = f"the template was made from {self.base_model or 'a model without a name'} ({self.architecture})"
+        if self.architecture not in (UNKNOWN, type(base).__name__):
             raise FNSFTError(f"{made_from}, but the model is a {type(base).__name__}; use a template of this model")
-        widths = {site.layer: site.width for site in find_neuron_sites(model, kind=self.site)}
+        sites = [site for site in find_neuron_sites(model, kind=self.site) if site.layer in self.widths]
+        widths = {site.layer: site.width for site in sites}
         for layer, width in self.widths.items():
             if widths.get(layer) != width:
                 found = f"{widths[layer]} neurons in layer {layer}" if layer in widths else f"no layer {layer}"
@@ -137,185 +184,262 @@ class FunctionalNetworkTemplate:
                     f"{made_from}, with {width} neurons in layer {layer}, but the model has {found}; use a template "
                     "of this model"
                 )
-        name = model_name(base)
-        if name and self.base_model and name != self.base_model:
-            from transformers.utils import logging
+        from transformers.utils import logging
 
-            logging.get_logger(__name__).warning(
-                f"{made_from}, the model is called {name}: the shapes agree, but other weights have other networks"
+        logger, name = logging.get_logger(__name__), model_name(base)
+        probes = weight_probes(base, sites) if self.weights else None
+        if probes is not None:
+            difference, layer = weight_difference(self.weights, probes)
+            if difference > _NOTEWORTHY:
+                logger.warning(
+                    f"{made_from}; the MLP weights of the model differ from those by {difference:.1%} of their norm, "
+                    f"most in layer {layer}: networks move when weights do, see `fnsft compare`"
+                )
+        elif self.base_model not in ("", UNKNOWN, name):
+            logger.warning(
+                f"{made_from}, the model is called {name or 'by no name'}: the shapes agree, but other weights have "
+                "other networks"
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `config.json`, `template.safetensors` and `README.md`.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs,
+    ) -> str | None:
+        """Write `config.json`, `template.safetensors`, and the model card `README.md` with its figure `networks.svg`.
 
-        Whoever is interrupted leaves the old template or the new one, whole: all three are written under other names
-        first, and a template found between two renames is completed before it is read.
+        Whoever is interrupted leaves the old template or the new one, whole. The same template gives the same bytes.
+
+        Args:
+            save_directory: made where it does not exist.
+            repo_id: `org/name`, for `push_to_hub`; defaults to the name of the directory.
+            push_to_hub: whether to push as well, with the other arguments of
+                [`~FunctionalNetworkTemplate.push_to_hub`].
+            model_card_kwargs: `repo_id`, by which the card says to load the template.
+
+        Returns:
+            The address of the commit on the Hub, or `None`.
         """
         from safetensors.torch import save
 
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        push_to_hub_kwargs.pop("config", None)  # what the mixin would write, were it not written here
         tensors = {}
         for layer in self.loadings:
             tensors[f"layers.{layer}.loadings"] = self.loadings[layer].contiguous()
-            tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
-            tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
+            if self.mean:
+                tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
+                tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
         # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
         data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
-        config = (json.dumps(self._config(), indent=2) + "\n").encode()
-        (directory / _READY).unlink(missing_ok=True)
-        for name, content in ((TENSOR_FILE, data), (CARD_FILE, self._card().encode()), (CONFIG_FILE, config)):
-            _partial(directory, name).write_bytes(content)
-        (directory / _READY).touch()
-        _complete(directory)
+        config = self._config(hashlib.sha256(data).hexdigest())
+        directory = Path(save_directory)
+        name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
+        files = {
+            TENSOR_FILE: data,
+            CARD_FILE: template_card(config, name).encode(),
+            FIGURE_FILE: networks_svg(config).encode(),
+            CONFIG_FILE: dump_config(config),
+        }
+        write_files(directory, files)
+        return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike) -> FunctionalNetworkTemplate:
-        """Load a template from a local directory.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> FunctionalNetworkTemplate:
+        """Load a template.
+
+        Args:
+            pretrained_model_name_or_path: a directory, the original project's JSON file, or `org/name` on the Hub, of
+                which only `config.json` and `template.safetensors` are fetched.
+            revision: branch, tag or commit on the Hub; the newest of `main` by default.
+            token: for the Hub; by default `HF_TOKEN`, or the token saved by `hf auth login`.
+            cache_dir, force_download, local_files_only: as for `huggingface_hub.hf_hub_download`.
 
         Raises:
-            FNSFTError: the directory holds no template, or one that cannot be read.
+            FNSFTError: there is no template, it cannot be had, or its files are not what a template must be.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        config = read_template_config(directory)
-        path = Path(directory) / TENSOR_FILE
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise FNSFTError(f"{path} cannot be read ({error}); save the template again") from error
+        stored = StoredTemplate.open(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        config = stored.config
+        tensors = stored.read()
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
-        for layer, width in ((int(layer), width) for layer, width in config["widths"].items()):
+        for layer in config["widths"]:
             for part, values in parts.items():
-                name = f"layers.{layer}.{part}"
-                shape = (len(config["components"]), width) if part == "loadings" else (width,)
-                if name not in tensors or tuple(tensors[name].shape) != shape:
-                    found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
-                    raise FNSFTError(
-                        f"{path}: {name} should have shape {shape}, found {found}; save the template again"
-                    )
-                values[layer] = tensors[name]
-        known = {"explained_variance", "kurtosis", "reliability", "jaccard"}
+                if part == "loadings" or config["statistics"]:
+                    values[int(layer)] = tensors[f"layers.{layer}.{part}"]
+        known = ("explained_variance", "kurtosis", "reliability", "jaccard")
+        kept = ("base_model", "revision", "architecture", "site", "settings", "calibration", "null", "license")
         return cls(
             components=[
                 Component(**{key: c[key] for key in known}, recurrence=c.get("recurrence", {}))
                 for c in config["components"]
             ],
-            null=config.get("null"),
-            **{key: config[key] for key in ("base_model", "revision", "architecture", "site", "settings")},
-            calibration=config["calibration"],
-            threshold=ThresholdRule(**config["threshold"]),
+            threshold=ThresholdRule(**config["threshold"]) if config["threshold"] else None,
+            weights={int(i): layer for i, layer in config["weights"].items()} if config["weights"] else None,
+            hub_id=stored.hub_id,
+            commit=stored.commit,
+            **{key: config[key] for key in kept},
             **parts,
         )
 
-    def _config(self) -> dict[str, Any]:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload functional networks",
+        create_pr: bool = False,
+        **kwargs,
+    ) -> str:
+        """Push the template to the Hub: a commit of its four files.
+
+        Args:
+            repo_id: `org/name`; made where it does not exist.
+            private: whether the repository is made private.
+            token: to write with; by default `HF_TOKEN`, or the token saved by `hf auth login`.
+            branch: where to; made where it does not exist. `main` by default. `revision` is another name of it.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing to the branch.
+            kwargs: further arguments of `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        """
+        branch = branch or revision
+        with hub_errors(repo_id, branch):
+            api = HfApi(token=token, library_name="fnsft_trl")
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if branch is not None and not branch.startswith("refs/"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            commit = super().push_to_hub(
+                repo_id,
+                token=token,
+                branch=branch,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                model_card_kwargs={"repo_id": repo_id},
+                **kwargs,
+            )
+        return str(commit)
+
+    def listed(self) -> Members:
+        """The neurons of every network as numbers: for each network, layer -> ascending list."""
+        networks = []
+        for number in range(len(self.components)):
+            members = self.members(number).items()
+            networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
+        return networks
+
+    def _config(self, tensors_sha256: str) -> dict[str, Any]:
         from . import __version__
 
-        return {
+        components = [asdict(component) for component in self.components]
+        for component in components:
+            component["layers"] = {str(layer): count for layer, count in component["layers"].items()}
+            component["recurrence"] = {clean_text(name): found for name, found in component["recurrence"].items()}
+        sources = [clean_text(source) for source in self.calibration["sources"]]
+        config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "fnsft_trl_version": __version__,
-            "base_model": self.base_model,
+            "base_model": clean_model_name(self.base_model),
             "revision": self.revision,
             "architecture": self.architecture,
             "site": self.site,
-            "widths": self.widths,
-            "threshold": asdict(self.threshold),
+            "license": self.license,
+            "widths": {str(layer): width for layer, width in self.widths.items()},
+            "statistics": bool(self.mean),
+            "threshold": asdict(self.threshold) if self.threshold else None,
             "settings": self.settings,
-            "calibration": self.calibration,
+            "calibration": {**self.calibration, "sources": sources},
             "null": self.null,
-            "components": [asdict(component) for component in self.components],
+            "weights": {str(i): layer for i, layer in self.weights.items()} if self.weights else None,
+            "tensors_sha256": tensors_sha256,
+            "components": components,
         }
+        return check_config(config, Path(CONFIG_FILE))
 
-    def _card(self) -> str:
-        rows = "\n".join(
-            f"| {i} | {c.neurons} | {len(c.layers)} | {c.explained_variance:.4f} | {c.kurtosis:.1f} | "
-            f"{c.reliability:.2f} | {c.jaccard:.2f} |"
-            for i, c in enumerate(self.components)
-        )
-        total = sum(self.widths.values())
-        null = ""
-        if self.null is not None:
-            null = (
-                f" The same activations shuffled in time give a reliability of {self.null['reliability']:.2f} and an "
-                f"overlap of {self.null['jaccard']:.2f}."
-            )
-        return f"""---
-library_name: fnsft_trl
-tags:
-- functional-networks
-- fnsft
----
 
-# Functional networks of {self.base_model}
+@dataclass
+class StoredTemplate:
+    """A template where it lies: its description is read and checked, its tensors wait. Free of torch until then.
 
-{len(self.components)} groups of co-activating MLP neurons of `{self.base_model}` ({self.architecture}), found by
-independent component analysis of its activations at `{self.site}`: {total} neurons in {len(self.widths)} layers,
-{self.calibration["tokens"]} tokens of {", ".join(self.calibration["sources"])}.
+    Attributes:
+        config (`dict`): the description, see [`~fnsft_trl.storage.check_config`].
+        read (`Callable[[], dict[str, torch.Tensor]]`): gives the tensors, checked.
+        hub_id (`str` or `None`), commit (`str` or `None`): where on the Hub.
+    """
 
-| network | neurons | layers | explained variance | kurtosis | reliability | overlap |
-|---|---|---|---|---|---|---|
-{rows}
+    config: dict[str, Any]
+    read: Callable[[], dict[str, torch.Tensor]]
+    hub_id: str | None = None
+    commit: str | None = None
 
-Reliability is the correlation of a network's loadings between two disjoint halves of the tokens, overlap the Jaccard
-index of its 2% strongest neurons between them. A network for which they are low is not expected to be found again on
-other text.{null}
+    @classmethod
+    def open(cls, reference: str | os.PathLike, **options) -> StoredTemplate:
+        """Find a template by its directory, its JSON file or its id on the Hub.
 
-```python
-from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons
+        Args:
+            reference: which one.
+            options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` of
+                [`~fnsft_trl.hub.fetch_file`].
 
-template = FunctionalNetworkTemplate.from_pretrained("this directory")
-mask = select_neurons(template, component_ids=[0])
-with lesion(model, mask):
-    ...
-```
-"""
+        Raises:
+            FNSFTError: it is not there, or its description is not that of a template.
+        """
+        path, name = Path(reference), os.fspath(reference)
+        if path.is_file():
+            config, members = read_legacy(path)
+            return cls(config, lambda: _membership_tensors(config, members))
+        if path.exists() or not is_hub_id(name):
+            if options.get("revision") is not None:
+                raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
+            config = read_config(path)
+            return cls(config, lambda: read_tensors(path / TENSOR_FILE, config))
+        file, commit = fetch_file(name, CONFIG_FILE, **options)
+        config = check_config(read_json(file), file)
+        # Of the same commit, whatever happens to the branch meanwhile.
+        options = {**options, "revision": commit}
+        return cls(config, lambda: read_tensors(fetch_file(name, TENSOR_FILE, **options).path, config), name, commit)
+
+
+def _membership_tensors(config: dict[str, Any], members: Members) -> dict[str, torch.Tensor]:
+    import torch
+
+    tensors = {}
+    for layer, width in config["widths"].items():
+        loadings = torch.zeros(len(members), width)
+        for number, of_network in enumerate(members):
+            loadings[number, of_network.get(int(layer), [])] = 1.0
+        tensors[f"layers.{layer}.loadings"] = loadings
+    return tensors
 
 
 def model_name(model: nn.Module) -> str:
     """The id of a model, or the name of the directory it was loaded from; empty when it was made in memory."""
     name = model.config._name_or_path
-    return Path(name).name if Path(name).exists() else name
-
-
-def read_template_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """Read and check a template's `config.json`, without torch.
-
-    Raises:
-        FNSFTError: there is no template in the directory, or one that this version cannot read.
-    """
-    _complete(Path(directory))
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise FNSFTError(f"no template at {directory}: {CONFIG_FILE} is missing; make one with `fnsft discover`")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FNSFTError(f"{path} is not valid JSON ({error}); save the template again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise FNSFTError(f"{path} does not describe a template of functional networks (no format {FORMAT!r})")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise FNSFTError(
-            f"{path} has format version {config.get('format_version')!r}, this package reads {FORMAT_VERSION}; "
-            "upgrade fnsft-trl"
-        )
-    required = ("base_model", "revision", "architecture", "site", "widths", "threshold", "settings", "calibration")
-    missing = [key for key in (*required, "components") if key not in config]
-    if missing:
-        raise FNSFTError(f"{path} lacks {', '.join(missing)}; save the template again")
-    return config
-
-
-def _partial(directory: Path, name: str) -> Path:
-    return directory / f".{name}.partial"
-
-
-def _complete(directory: Path) -> None:
-    """Put files that were written completely in the place of the old ones."""
-    if not (directory / _READY).exists():
-        return
-    for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE):
-        if _partial(directory, name).exists():
-            os.replace(_partial(directory, name), directory / name)
-    (directory / _READY).unlink()
+    return clean_model_name(Path(name).name if Path(name).exists() else name)

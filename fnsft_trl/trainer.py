@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from .constraints import (
 from .data import load_texts
 from .discovery import discover_networks
 from .errors import FNSFTError
+from .hub import UnsavedToken
 from .masking import lesion, masks_off, preserve
 from .selection import NeuronMask, select_neurons
 from .template import FunctionalNetworkTemplate
@@ -79,8 +81,8 @@ class FNSFTTrainer(SFTTrainer):
         network_config ([`FunctionalNetworkConfig`], *optional*):
             What to select, train and mask.
         network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
-            The networks, or a directory of them; overrides `network_config.ica_template_path`. Without either, they
-            are discovered on `network_config.ica_datasets` or on the training data.
+            The networks, their directory or their Hub id; overrides `network_config.ica_template_path`. Without
+            either, they are discovered on `network_config.ica_datasets` or on the training data.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -110,6 +112,7 @@ class FNSFTTrainer(SFTTrainer):
             if network_template is not None:
                 raise FNSFTError("network_template without network_config has no effect; give a network_config too")
             super().__init__(*args, **kwargs)
+            self._keep_token_unsaved()
             return
 
         given = signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -147,14 +150,18 @@ class FNSFTTrainer(SFTTrainer):
                 trust_remote_code=getattr(train_args, "trust_remote_code", False),
             )
         is_held = plan.train != "all"
+        template = _given_template(network_config, network_template)
+        if template is not None and template.threshold is None and template.site != network_config.ica_site:
+            # The original's commands name no site: their templates are of the MLPs' outputs.
+            logger.warning(f"ica_site is {template.site}, the site of the converted template")
+            self.network_config = network_config = replace(network_config, ica_site=template.site)
         if plan.method == "lora" and is_held:
             check_lora_config(adapter, model, network_config.ica_site)
 
-        template = network_template if network_template is not None else network_config.ica_template_path
         if template is None:
             template = _discover(network_config, model, processing_class, train_args, given)
         else:
-            template = _load_template(network_config, model, template)
+            template = _check_template(network_config, model, template)
         self.network_template = template
         self.neuron_mask = _select(template, network_config)
         self.trainable_neurons = trainable_neurons(model, self.neuron_mask, plan.train)
@@ -171,6 +178,7 @@ class FNSFTTrainer(SFTTrainer):
         given.update(model=model, args=train_args, processing_class=processing_class, peft_config=peft_config)
         with _without_model_init_kwargs(train_args):
             super().__init__(**given)
+        self._keep_token_unsaved()
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if plan.method == "full":
@@ -203,6 +211,10 @@ class FNSFTTrainer(SFTTrainer):
                 logger.warning("frozen_guard is off: it cannot read sharded weights (FSDP, DeepSpeed) yet")
             else:
                 self.add_callback(FrozenNeuronGuard(self.model, self.trainable_neurons))
+
+    def _keep_token_unsaved(self) -> None:
+        if self.args.hub_token is not None:
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
@@ -252,10 +264,15 @@ class FNSFTTrainer(SFTTrainer):
                 f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
                 "are bit-identical to the base model."
             )
+        origin = "were converted from lists of neurons"
+        if sources := ", ".join(template.calibration["sources"]):
+            origin = f"were found on {template.calibration['tokens']} tokens of {sources}"
+        if template.hub_id is not None:
+            origin += f", come from [{template.hub_id}](https://huggingface.co/{template.hub_id}) at commit "
+            origin += f"`{template.commit}`"
         lines = [
             f"\n{_CARD_HEADING}\n",
-            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks were found on "
-            f"{template.calibration['tokens']} tokens of {', '.join(template.calibration['sources'])}; they are in "
+            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks {origin}; they are in "
             f"`{NETWORK_DIR}/`.",
         ]
         if self.plan.mask_mode is not None:
@@ -296,6 +313,11 @@ class FNSFTTrainer(SFTTrainer):
         self.network_template.save_pretrained(directory)
         selection = {
             "network_config": self.network_config.to_dict(),
+            "template": {
+                "hub_id": self.network_template.hub_id,
+                "commit": self.network_template.commit,
+                "base_model": self.network_template.base_model,
+            },
             "train_method": self.plan.method,
             "train_neurons": self.plan.train,
             "mask_mode": self.plan.mask_mode,
@@ -358,15 +380,27 @@ def _only_adapter(model: PeftModel) -> str:
     return model.active_adapters[0]
 
 
-def _load_template(config: FunctionalNetworkConfig, model, given) -> FunctionalNetworkTemplate:
-    """The template that was given, checked against model and config, with the threshold that the config asks for."""
-    template = given
-    if not isinstance(given, FunctionalNetworkTemplate):
-        template = FunctionalNetworkTemplate.from_pretrained(given)
+def _given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkTemplate | None:
+    """The template that was given to the trainer or named in its config, if any."""
+    if isinstance(given, FunctionalNetworkTemplate):
+        return given
+    reference = given if given is not None else config.ica_template_path
+    if reference is None:
+        return None
+    return FunctionalNetworkTemplate.from_pretrained(reference, revision=config.ica_template_revision)
+
+
+def _check_template(config: FunctionalNetworkConfig, model, template: FunctionalNetworkTemplate):
+    """The template, checked against model and config, with the threshold that the config asks for."""
     if template.site != config.ica_site:
         raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
     template.check_model(model)
     rule = config.threshold_rule()
+    if rule is not None and template.threshold is None:
+        logger.warning(
+            "the template lists its neurons, so ica_threshold, ica_percentile and ica_zscore have no effect"
+        )
+        return template
     return template if rule is None else template.with_threshold(rule)
 
 

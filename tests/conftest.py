@@ -1,7 +1,16 @@
 import os
+import shutil
+import tempfile
+
+from hub import ALICE, HUB
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# All tests, and the processes they start, talk to this Hub. huggingface_hub reads these names when it is imported.
+os.environ["HF_ENDPOINT"] = HUB.endpoint
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "0"
+os.environ.pop("HF_TOKEN", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -16,6 +25,22 @@ from fnsft_trl.neurons import SITES
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub_home():
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The loopback Hub, empty, with the token of a user who may write to repositories under `alice/`."""
+    HUB.repos.clear()
+    HUB.requests.clear()
+    HUB.cut = 0
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    return HUB
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from fnsft_trl import FunctionalNetworkTemplate
 from fnsft_trl.cli import VERBS, main
 from fnsft_trl.config import ThresholdRule
+from fnsft_trl.legacy import LEGACY_FILE
+from fnsft_trl.storage import FILES
 
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +80,7 @@ def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     template = FunctionalNetworkTemplate.from_pretrained(target)
     assert template.calibration["sources"] == [str(data)]
     assert template.threshold == ThresholdRule("percentile", 80)
-    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "template.safetensors"]
+    assert {path.name for path in target.iterdir()} == {*FILES, LEGACY_FILE}
 
 
 def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, data, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
+    "compare": "--permutations 9",
     "train": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_rank 8 --max_length 32 --disable_tqdm true",
 }
 
@@ -52,7 +53,7 @@ def _adapter(model_dir: Path, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monkeypatch):
+def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monkeypatch, hub):
     """As shown, with the model, the data and the amount of work replaced by small local ones."""
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
@@ -62,7 +63,7 @@ def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monke
     for words in commands(page):
         if words[0] != "fnsft" or words[1] == "demo":
             continue
-        verb, arguments = words[1], list(words[2:])
+        verb, arguments = words[1], [re.sub("^org/", "alice/", word) for word in words[2:]]
         if verb == "discover":
             arguments[:2] = [str(model_dir), str(data)]
         if verb == "export":
@@ -70,12 +71,17 @@ def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monke
         if verb == "train":
             arguments += ["--model_name_or_path", str(model_dir), "--dataset_name", str(data)]
             arguments += ["--ica_datasets", str(data), "--use_cpu", "--bf16", "false", "--report_to", "none"]
+        if "--texts" in arguments:
+            shared = tmp_path / "shared.jsonl"
+            shared.write_text(json.dumps({"text": " ".join(row["completion"] for row in rows) * 20}))
+            arguments[arguments.index("--texts") + 1] = str(shared)
+            arguments += ["--model_a", str(model_dir), "--model_b", str(model_dir)]
         arguments += shlex.split(QUICK.get(verb, ""))
         assert main([verb, *arguments]) == 0, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_python_block_runs(page, model_dir, rows, templates, tmp_path, monkeypatch):
+def test_every_python_block_runs(page, model_dir, rows, templates, tmp_path, monkeypatch, hub):
     """In turn, in one namespace, with the names of model and data replaced by local ones."""
     from datasets import Dataset
     from helpers import sft_config
@@ -90,6 +96,7 @@ def test_every_python_block_runs(page, model_dir, rows, templates, tmp_path, mon
     }
     for block in blocks(page, "python"):
         code = re.sub(r'"[\w.-]+/[\w.-]+-Instruct"', repr(str(model_dir)), block)
+        code = code.replace('"org/', '"alice/')
         code = code.replace('SFTConfig(output_dir="output")', "small_config").replace("[0, 3]", "[0, 2]")
         namespace["small_config"] = sft_config(tmp_path / "output")
         exec(compile(code, page.name, "exec"), namespace)

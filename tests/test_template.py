@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.config import ThresholdRule
-from fnsft_trl.template import read_template_config
+from fnsft_trl.template import StoredTemplate
 
 
 @pytest.fixture
@@ -27,11 +29,12 @@ def test_save_and_load_give_everything_back_and_the_same_bytes(family, templates
     template.save_pretrained(tmp_path / "one")
     loaded = FunctionalNetworkTemplate.from_pretrained(tmp_path / "one")
     loaded.save_pretrained(tmp_path / "two")
-    for name in ("config.json", "template.safetensors", "README.md"):
+    for name in ("config.json", "template.safetensors", "README.md", "networks.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
         "README.md",
         "config.json",
+        "networks.svg",
         "template.safetensors",
     ]
     assert loaded.components == template.components
@@ -56,7 +59,7 @@ def test_shapes_thresholds_and_provenance(templates):
 
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
     with safe_open(saved / "template.safetensors", framework="pt") as file:
-        assert file.metadata() == {"fnsft_trl.template": "1"}
+        assert file.metadata() == {"fnsft_trl.template": "2"}
 
 
 def test_thresholds_change_without_discovery(templates, tmp_path):
@@ -101,8 +104,8 @@ def test_other_widths_or_fewer_layers_are_refused(templates):
 
 def test_files_that_are_not_a_template_are_refused(saved, tmp_path):
     with pytest.raises(FNSFTError, match=r"config\.json is missing"):
-        read_template_config(tmp_path)
-    edit(saved, format_version=2)
+        StoredTemplate.open(tmp_path)
+    edit(saved, format_version=3)
     with pytest.raises(FNSFTError, match="upgrade fnsft-trl"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     edit(saved, format="something else")
@@ -125,7 +128,7 @@ def test_damaged_tensors_are_refused(saved):
     with pytest.raises(FNSFTError, match=r"layers\.2\.rms.*found nothing"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FNSFTError, match="cannot be read"):
+    with pytest.raises(FNSFTError, match="its header asks for"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     path.unlink()
     with pytest.raises(FNSFTError, match="cannot be read"):
@@ -140,3 +143,65 @@ def test_no_path_of_this_machine_in_a_template(model_dir, tokenizer, rows, tmp_p
     template.save_pretrained(tmp_path / "template")
     for file in (tmp_path / "template").iterdir():
         assert str(model_dir.parent).encode() not in file.read_bytes()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What `check_model` warns of."""
+    from transformers.utils import logging
+
+    said = []
+    monkeypatch.setattr(logging.get_logger("fnsft_trl.template"), "warning", said.append)
+    return said
+
+
+def test_weights_that_moved_are_a_warning_with_the_measured_difference(templates, warnings):
+    for family, template in templates.items():
+        template.check_model(tiny_model(family))
+        template.check_model(tiny_model(family).to(torch.bfloat16))  # the precision does not count
+    assert warnings == []
+    for share in (0.01, 0.2):
+        model = tiny_model("llama")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if ".mlp." in name:
+                    change = torch.randn_like(weight)
+                    weight.add_(change * (share * weight.norm() / change.norm()))
+        templates["llama"].check_model(model)
+        measured = float(re.search(r"differ from those by ([\d.]+)% of their norm", warnings.pop())[1]) / 100
+        assert measured == pytest.approx(share, rel=0.35)  # 3 layers of 16 probes
+
+
+def test_the_layer_that_moved_most_is_named_and_unreadable_weights_are_left_alone(templates, warnings):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    templates["llama"].check_model(model)
+    assert "most in layer 1" in warnings.pop()
+    templates["llama"].check_model(model.to("meta"))
+    assert warnings == []
+
+
+def test_without_probes_another_name_is_a_warning(templates, warnings):
+    nameless = dataclasses.replace(templates["llama"], weights=None, base_model="org/other")
+    nameless.check_model(tiny_model("llama"))
+    assert "was made from org/other" in warnings.pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("org/model-1.0", "org/model-1.0"),
+        ("/home/me/my model (2)", "my model -2-"),
+        ("..\\evil\n# heading", "..-evil-- heading"),
+        ("..", "unknown"),
+    ],
+)
+def test_whatever_a_model_and_its_text_are_called_the_template_can_be_saved(templates, tmp_path, name, kept):
+    source = "lines\n# of text " + "x" * 900
+    calibration = {**templates["llama"].calibration, "sources": [source]}
+    dataclasses.replace(templates["llama"], base_model=name, calibration=calibration).save_pretrained(tmp_path)
+    loaded = FunctionalNetworkTemplate.from_pretrained(tmp_path)
+    assert loaded.base_model == kept
+    assert loaded.calibration["sources"] == ["lines # of text " + "x" * 484]

@@ -12,6 +12,7 @@ VERBS = {
     "train": "fine-tune with functional networks (the default when the first argument is an option)",
     "discover": "find the functional networks of a model and save them as a template",
     "inspect": "show what a template holds",
+    "compare": "find the networks of one template in another",
     "export": "write a trained adapter as a merged model or a plain LoRA",
     "demo": "the whole way on the embedded model, in minutes",
 }
@@ -36,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = ("train", argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     return run_verb(verb, rest)
+
+
+def buildtemplates() -> int:
+    """`fnsft discover` under the name it has in the original project."""
+    return run_verb("discover", sys.argv[1:])
 
 
 def run_verb(verb: str, argv: list[str]) -> int:

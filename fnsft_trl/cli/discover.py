@@ -1,8 +1,12 @@
 """fnsft discover MODEL DATASET...: find functional networks and save them as a template."""
 
 import re
+from argparse import SUPPRESS
 
 from ..config import FunctionalNetworkConfig
+from ..errors import FNSFTError
+from ..hub import is_hub_id
+from ..legacy import LEGACY_FILE, legacy_bytes
 from .arguments import ArgumentParser, add_config_arguments, check_writable
 
 
@@ -14,6 +18,7 @@ _DISCOVERY_FIELDS = [
     not in (
         "ica_min_reliability",
         "ica_template_path",
+        "ica_template_revision",
         "ica_component_ids",
         "ica_datasets",
         "ica_select",
@@ -27,14 +32,37 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(
         prog="fnsft discover", description="Find the functional networks of a model and save them as a template."
     )
-    parser.add_argument("model", help="Hub id or directory of a model, or `embedded`")
-    parser.add_argument("datasets", nargs="+", help="Hub ids or files (.json, .jsonl, .csv, .parquet, .txt)")
-    parser.add_argument("--output_dir", default="ica_templates", help="where to save the template")
+    parser.add_argument("model", nargs="?", help="Hub id or directory of a model, or `embedded`")
+    parser.add_argument("datasets", nargs="*", help="Hub ids or files (.json, .jsonl, .csv, .parquet, .txt)")
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help="the model, by name")
+    parser.add_argument(
+        "--ica_build_templates_from", nargs="+", default=[], metavar="DATASET", help="the datasets, by name"
+    )
+    parser.add_argument(
+        "--output_dir", "--ica_template_output", default="ica_templates", help="where to save the template"
+    )
+    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="also push the template to this repository")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
+    parser.add_argument("--hub_revision", metavar="BRANCH", help="with --push_to_hub: the branch to push to")
+    parser.add_argument("--hub_token", help="with --push_to_hub: instead of HF_TOKEN or the token of `hf auth login`")
+    parser.add_argument("--license", help="id of a license for the model card, for instance mit")
     parser.add_argument("--dataset_split", default="train", help="split of the datasets to read")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted discovery in --output_dir")
     parser.add_argument("--dtype", default="float32", help="precision of the model: float32, bfloat16, float16, auto")
     add_config_arguments(parser, _DISCOVERY_FIELDS)
+    parser.add_argument(
+        "--max_seq_length", type=int, dest="ica_max_length", default=SUPPRESS, help="another name of --ica_max_length"
+    )
     args = parser.parse_args(argv)
+    named = [args.model_name_or_path] if args.model_name_or_path else []
+    model_name, *datasets = [*named, *([args.model] if args.model else []), *args.datasets] or [None]
+    datasets += args.ica_build_templates_from
+    if model_name is None or not datasets:
+        raise FNSFTError("a model and at least one dataset are needed: fnsft discover MODEL DATASET...")
+    if args.push_to_hub is None and (args.private or args.hub_revision or args.hub_token):
+        raise FNSFTError("--private, --hub_revision and --hub_token go with --push_to_hub; give it or drop them")
+    if args.push_to_hub is not None and not is_hub_id(args.push_to_hub):
+        raise FNSFTError(f"--push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
     config = FunctionalNetworkConfig(**{name: getattr(args, name) for name in _DISCOVERY_FIELDS})
     output_dir = check_writable(args.output_dir)
 
@@ -45,17 +73,21 @@ def main(argv: list[str]) -> None:
     from .models import load_model_and_tokenizer
 
     state = PartialState()
-    texts = load_texts(args.datasets, split=args.dataset_split)
-    model, tokenizer = load_model_and_tokenizer(args.model, args.dtype)
+    texts = load_texts(datasets, split=args.dataset_split)
+    model, tokenizer = load_model_and_tokenizer(model_name, args.dtype)
     template, of_datasets = discover_group(
         model.to(state.device), tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
     )
     if not state.is_main_process:
         return
+    template.license = args.license
     template.save_pretrained(output_dir)
     for number, (name, part) in enumerate(of_datasets.items()):
         part.save_pretrained(output_dir / "datasets" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
     print(f"Template saved to: {output_dir}")
+    if len(set(template.widths.values())) == 1:  # the original's form has no room for more
+        (output_dir / LEGACY_FILE).write_bytes(legacy_bytes(template.listed(), template.widths, template.site))
+        print(f"The same networks in the original project's form: {output_dir / LEGACY_FILE}")
     print(f"Number of components: {len(template.components)}\n")
     print("Component Coverage Summary:")
     for number, component in enumerate(template.components):
@@ -68,3 +100,8 @@ def main(argv: list[str]) -> None:
         f"\nShuffled in time, as many components have reliability {template.null['reliability']:.2f} and overlap "
         f"{template.null['jaccard']:.2f} (see docs/discovery.md)"
     )
+    if args.push_to_hub:
+        url = template.push_to_hub(
+            args.push_to_hub, private=args.private or None, branch=args.hub_revision, token=args.hub_token
+        )
+        print(f"Pushed to: {url}")

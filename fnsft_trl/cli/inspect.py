@@ -1,40 +1,67 @@
-"""fnsft inspect TEMPLATE: networks, neurons by layer, reliability, provenance. Needs no torch."""
+"""fnsft inspect TEMPLATE: networks, neurons by layer, reliability, provenance. Needs no torch, except to convert."""
 
 import json
 
+from ..card import format_known
 from ..config import ThresholdRule, format_ranges
-from ..template import read_template_config
-from .arguments import ArgumentParser
+from ..errors import FNSFTError
+from ..storage import UNKNOWN, describe_threshold
+from ..template import FunctionalNetworkTemplate, StoredTemplate
+from .arguments import ArgumentParser, check_writable
 
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="fnsft inspect", description="Show what a template of functional networks holds.")
-    parser.add_argument("template", help="directory of a template")
+    parser.add_argument("template", help="directory, JSON file of the original project, or org/name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--json", action="store_true", help="print the template's config.json as it is")
+    parser.add_argument("--convert", metavar="DIR", help="save the template there in the current format")
     args = parser.parse_args(argv)
-    config = read_template_config(args.template)
+    stored = StoredTemplate.open(args.template, revision=args.revision)
+    config = stored.config
+    if args.json and args.convert:
+        raise FNSFTError("--json and --convert exclude each other; drop one of them")
     if args.json:
         print(json.dumps(config, indent=2))
         return
+    if args.convert:
+        target = check_writable(args.convert)
+        FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
+        print(f"Template saved to: {target}")
+        return
+    if stored.hub_id:
+        print(f"{stored.hub_id} at commit {stored.commit}")
+    _show(config)
+
+
+def _show(config: dict) -> None:
     widths = {int(layer): width for layer, width in config["widths"].items()}
     components = config["components"]
     settings, calibration = config["settings"], config["calibration"]
     print(f"{len(components)} functional networks of {config['base_model']} ({config['architecture']})")
     print(f"  site          {config['site']}: {sum(widths.values())} neurons, layers {format_ranges(sorted(widths))}")
-    print(f"  calibration   {calibration['tokens']} tokens of {', '.join(calibration['sources'])}")
-    print(f"  tokens sha256 {calibration['sha256']}")
-    method = f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}), {settings['ica_standardize']}"
-    print(f"  method        {method}, rank {settings['ica_rank']}, seed {settings['ica_seed']}")
-    print(f"  threshold     {ThresholdRule(**config['threshold'])}")
+    text = (
+        f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}" if calibration["sources"] else UNKNOWN
+    )
+    print(f"  calibration   {text}")
+    print(f"  tokens sha256 {calibration['sha256'] or UNKNOWN}")
+    method = UNKNOWN
+    if {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
+        method = f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}), {settings['ica_standardize']}"
+        method += f", rank {settings['ica_rank']}, seed {settings['ica_seed']}"
+    print(f"  method        {method}")
+    threshold = ThresholdRule(**config["threshold"]) if config["threshold"] else None
+    print(f"  threshold     {describe_threshold(threshold)}")
     print()
     print("network  neurons  layers  variance  kurtosis  reliability  overlap  most neurons in layers")
     for number, component in enumerate(components):
         by_layer = sorted(component["layers"].items(), key=lambda item: -item[1])
         strongest = ", ".join(f"{layer} ({count})" for layer, count in by_layer[:4])
         print(
-            f"{number:>7}  {component['neurons']:>7}  {len(by_layer):>6}  {component['explained_variance']:>8.4f}  "
-            f"{component['kurtosis']:>8.1f}  {component['reliability']:>11.2f}  {component['jaccard']:>7.2f}  "
-            f"{strongest}"
+            f"{number:>7}  {component['neurons']:>7}  {len(by_layer):>6}  "
+            f"{format_known(component['explained_variance'], '.4f'):>8}  "
+            f"{format_known(component['kurtosis'], '.1f'):>8}  {format_known(component['reliability'], '.2f'):>11}  "
+            f"{format_known(component['jaccard'], '.2f'):>7}  {strongest}"
         )
     if null := config.get("null"):
         print(

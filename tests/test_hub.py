@@ -1,0 +1,346 @@
+"""Templates on the Hub: pushed, pulled and pinned, against the loopback Hub."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hub import ALICE, BOB
+
+from fnsft_trl import FNSFTError, FunctionalNetworkTemplate
+from fnsft_trl.card import template_card
+from fnsft_trl.cli import main
+
+
+FILES = ("config.json", "template.safetensors", "README.md", "networks.svg")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def template(templates):
+    return templates["llama"]
+
+
+def written(template, directory) -> dict[str, bytes]:
+    template.save_pretrained(directory)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def refused(cache, repo_id="alice/networks", **options) -> str:
+    """The message of a template that cannot be had: one line, without a token."""
+    with pytest.raises(FNSFTError) as caught:
+        FunctionalNetworkTemplate.from_pretrained(repo_id, cache_dir=cache, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not re.search("hf_[a-z]", message)
+    return message
+
+
+def test_pushed_and_pulled_in_a_fresh_process_it_is_the_same_bytes(hub, template, tmp_path):
+    url = template.push_to_hub("alice/networks", commit_message="first")
+    pushed = {name: hub.files("alice/networks")[name] for name in FILES}
+    code = (
+        "import sys; from fnsft_trl import FunctionalNetworkTemplate as T\n"
+        "t = T.from_pretrained('alice/networks', cache_dir=sys.argv[1])\n"
+        "t.save_pretrained(sys.argv[2]); print(t.commit)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == pushed
+    assert done.stdout.strip() == hub.repos["alice/networks"].refs["main"] == url.rsplit("/", 1)[1]
+    assert hub.repos["alice/networks"].messages[-1] == "first"
+    own = written(template, tmp_path / "own")
+    assert all(own[name] == pushed[name] for name in ("config.json", "template.safetensors", "networks.svg"))
+    assert 'from_pretrained("alice/networks")' in pushed["README.md"].decode()
+
+
+def test_only_the_two_allowed_files_are_fetched_and_from_one_commit(hub, template, cache):
+    template.push_to_hub("alice/networks")
+    hub.put("alice/networks", {"pytorch_model.bin": b"pickle", "evil.py": b"1/0", "sub/config.json": b"{}"})
+    hub.requests.clear()
+    loaded = FunctionalNetworkTemplate.from_pretrained("alice/networks", cache_dir=cache)
+    fetched = {path for method, path in hub.requests if method == "GET"}
+    assert {path.rsplit("/", 1)[1] for path in fetched} == {"config.json", "template.safetensors"}
+    assert (loaded.hub_id, loaded.commit) == ("alice/networks", hub.repos["alice/networks"].refs["main"])
+    assert f"/alice/networks/resolve/{loaded.commit}/template.safetensors" in fetched
+
+
+def test_a_branch_a_commit_and_a_tag_pin_a_template(hub, templates, cache):
+    first, second = templates["llama"], templates["opt"]
+    old = first.push_to_hub("alice/networks").rsplit("/", 1)[1]
+    second.push_to_hub("alice/networks", branch="opt")
+    hub.repos["alice/networks"].refs["v1"] = old
+    second.push_to_hub("alice/networks", revision="main")
+    found = {
+        revision: FunctionalNetworkTemplate.from_pretrained("alice/networks", revision=revision, cache_dir=cache)
+        for revision in (None, "opt", "v1", old)
+    }
+    assert [t.architecture for t in found.values()] == [second.architecture] * 2 + [first.architecture] * 2
+    assert found["v1"].commit == found[old].commit == old
+    offline = FunctionalNetworkTemplate.from_pretrained(
+        "alice/networks", revision=old, cache_dir=cache, local_files_only=True
+    )
+    assert offline.components == first.components
+
+
+def test_a_pull_request_leaves_the_branch_alone(hub, template, cache):
+    before = hub.put("alice/networks", {"README.md": b"nothing yet"})
+    template.push_to_hub("alice/networks", create_pr=True)
+    assert hub.repos["alice/networks"].refs["main"] == before
+    loaded = FunctionalNetworkTemplate.from_pretrained("alice/networks", revision="refs/pr/1", cache_dir=cache)
+    assert loaded.components == template.components
+
+
+def test_save_pretrained_pushes_when_asked(hub, template, tmp_path):
+    template.save_pretrained(tmp_path / "t", repo_id="alice/saved", push_to_hub=True, private=True)
+    assert set(FILES) <= set(hub.files("alice/saved"))
+    assert hub.repos["alice/saved"].private
+
+
+def test_who_may_not_read_is_told_what_to_do(hub, template, cache, monkeypatch):
+    template.push_to_hub("alice/networks", private=True)
+    for token in (BOB, False):
+        message = refused(cache, token=token)
+        assert "it is private and your token does not open it" in message
+        assert "hf auth login" in message
+    assert "the token is not valid" in refused(cache, token="hf_wrongwrongwrong")
+    hub.repos["alice/networks"].private = False
+    hub.repos["alice/networks"].gated = True
+    assert "ask for it on the repository's page" in refused(cache, token=BOB)
+    FunctionalNetworkTemplate.from_pretrained("alice/networks", cache_dir=cache, token=ALICE)
+
+
+def test_what_is_not_there_is_named(hub, template, cache):
+    hub.put("alice/model", {"weights.bin": b""})
+    assert "no repository alice/networks" in refused(cache)
+    assert "alice/networks is not in the local cache" in refused(cache, local_files_only=True)
+    template.push_to_hub("alice/networks")
+    assert "no revision 'v9'" in refused(cache, revision="v9")
+    assert "holds no template" in refused(cache, "alice/model")
+    assert "drop one" in refused(cache, os.path.curdir, revision="v1")
+
+
+def test_who_may_not_write_is_told_what_to_do(hub, template, monkeypatch):
+    hub.put("alice/networks", {"README.md": b""})
+    for token, repo_id in ((BOB, "alice/networks"), (BOB, "alice/other"), ("hf_wrongwrong", "alice/networks")):
+        with pytest.raises(FNSFTError, match="the Hub refused access") as caught:
+            template.push_to_hub(repo_id, token=token)
+        assert token not in str(caught.value)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FNSFTError, match="hf auth login"):
+        template.push_to_hub("alice/networks")
+    with pytest.raises(FNSFTError, match="write org/name"):
+        template.push_to_hub("alice/a/b")
+
+
+def test_the_token_given_wins_over_the_environment_wins_over_the_saved_one(hub, template, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", BOB)
+    template.push_to_hub("alice/given", token=ALICE)
+    template.push_to_hub("bob/environment")
+    saved = constants.HF_TOKEN_PATH
+    with open(saved, "w") as file:
+        file.write(ALICE)
+    try:
+        template.push_to_hub("bob/still-environment")
+        monkeypatch.delenv("HF_TOKEN")
+        template.push_to_hub("alice/saved")
+    finally:
+        os.remove(saved)
+    assert {repo.owner for repo in hub.repos.values()} == {"alice", "bob"}
+    everything = b"".join(b"".join(hub.files(name).values()) for name in hub.repos)
+    assert ALICE.encode() not in everything
+    assert BOB.encode() not in everything
+
+
+def test_a_download_that_breaks_off_goes_on(hub, template, cache):
+    template.push_to_hub("alice/networks")
+    hub.cut = 1
+    loaded = FunctionalNetworkTemplate.from_pretrained("alice/networks", cache_dir=cache)
+    assert loaded.components == template.components
+    gets = [path for method, path in hub.requests if method == "GET" and path.endswith(FILES[0])]
+    assert len(gets) == 2
+
+
+def test_a_file_damaged_on_the_hub_is_refused(hub, template, cache):
+    template.push_to_hub("alice/networks")
+    whole = hub.files("alice/networks")["template.safetensors"]
+    hub.put("alice/networks", {"template.safetensors": whole[:-4] + b"\0\0\0\0"})
+    assert "is not the file that config.json describes" in refused(cache)
+    hub.put("alice/networks", {"template.safetensors": whole[:-4]})
+    assert "its header asks for" in refused(cache)
+
+
+def test_inspect_reads_the_hub_without_torch_and_without_the_tensors(hub, template):
+    template.push_to_hub("alice/networks", branch="v2")
+    hub.requests.clear()
+    code = (
+        "import sys; from fnsft_trl.cli import main\n"
+        "status = main(['inspect', 'alice/networks', '--revision', 'v2'])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"alice/networks at commit {hub.repos['alice/networks'].refs['v2']}" in done.stdout
+    assert "3 functional networks" in done.stdout
+    assert not any(path.endswith(".safetensors") for _, path in hub.requests)
+
+
+def test_inspect_of_what_is_not_there_is_one_line(hub, capsys):
+    assert main(["inspect", "alice/nothing"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no repository alice/nothing" in line
+
+
+def test_the_card_is_made_from_the_data(hub, template):
+    from huggingface_hub import ModelCard
+
+    template.base_model, template.license = "org/base", "mit"
+    template.calibration = {**template.calibration, "sources": ["org/corpus", "notes.txt", "a/b.jsonl"]}
+    try:
+        template.push_to_hub("alice/networks")
+        card = ModelCard(hub.files("alice/networks")["README.md"].decode())
+    finally:
+        template.base_model, template.license = "", None
+        template.calibration = {**template.calibration, "sources": ["texts given in memory"]}
+    data = card.data
+    assert (data.library_name, data.base_model, data.license) == ("fnsft_trl", "org/base", "mit")
+    assert data.datasets == ["org/corpus"]
+    assert {"fnsft", "functional-networks"} <= set(data.tags)
+    for number, component in enumerate(template.components):
+        assert f"| {number} | {component.neurons} | {len(component.layers)} |" in card.text
+        assert f"| {component.reliability:.2f} |" in card.text
+    assert "250 tokens of org/corpus, notes.txt, a/b.jsonl" in card.text
+    assert "must not be used for" in card.text
+    svg = hub.files("alice/networks")["networks.svg"].decode()
+    for number, component in enumerate(template.components):
+        for layer, count in component.layers.items():
+            assert f"network {number}, layer {layer}: {count / 40:.1%}" in svg
+
+
+def test_the_code_of_the_card_runs(hub, template):
+    from helpers import tiny_model
+
+    template.push_to_hub("alice/networks")
+    card = hub.files("alice/networks")["README.md"].decode()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    namespace = {"model": tiny_model("llama")}
+    exec(code, namespace)
+    assert namespace["mask"].count == template.components[0].neurons
+    assert len(code.strip().splitlines()) <= 6
+
+
+def test_cards_of_equal_templates_are_equal_and_name_what_is_unknown(template, tmp_path):
+    config = template._config("0" * 64)
+    assert template_card(config) == template_card(template._config("0" * 64))
+    config = {**config, "components": [{**c, "reliability": None} for c in config["components"]]}
+    assert "Reliability is unknown" in template_card(config)
+
+
+@pytest.fixture
+def data(tmp_path, rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_discover_pushes(hub, model_dir, data, tmp_path, capsys):
+    arguments = ["discover", str(model_dir), str(data), "--output_dir", str(tmp_path / "made"), "--license", "mit"]
+    arguments += ["--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "200", "--ica_percentile", "80"]
+    push = ["--push_to_hub", "alice/made", "--private", "--hub_revision", "first", "--hub_token", ALICE]
+    assert main([*arguments, *push]) == 0
+    assert hub.repos["alice/made"].private
+    assert "Pushed to: http" in capsys.readouterr().out
+    pushed = hub.files("alice/made", "first")
+    local = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    assert all(pushed[name] == local[name] for name in FILES if name != "README.md")
+    assert b"license: mit" in pushed["README.md"]
+    assert not any(ALICE.encode() in content for content in (*local.values(), *pushed.values()))
+    for wrong, message in ((["--push_to_hub", "nowhere"], "org/name"), (["--private"], "go with --push_to_hub")):
+        assert main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_names_the_commit_of_its_template_and_is_pushed_without_tokens(hub, template, model_dir, data, tmp_path):
+    old = template.push_to_hub("alice/networks").rsplit("/", 1)[1]
+    hub.put("alice/networks", {"config.json": b"{}"})  # main moved on, and is no template any more
+    output = tmp_path / "tuned"
+    settings = {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(data),
+        "ica_template_path": "alice/networks",
+        "ica_template_revision": old[:40],
+        "output_dir": str(output),
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_length": 32,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "push_to_hub": True,
+        "hub_model_id": "alice/tuned",
+        "hub_token": ALICE,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    selection = json.loads((output / "functional_networks" / "selection.json").read_text())
+    assert selection["template"] == {"hub_id": "alice/networks", "commit": old, "base_model": template.base_model}
+    pushed = hub.files("alice/tuned")
+    assert f"at commit `{old}`" in pushed["README.md"].decode()
+    assert "alice/networks" in pushed["README.md"].decode()
+    assert {"adapter_config.json", "functional_networks/config.json"} <= set(pushed)
+    assert not any(ALICE.encode() in content for content in pushed.values())
+    assert not [path for path in output.rglob("*") if path.is_file() and ALICE.encode() in path.read_bytes()]
+
+
+def test_the_trainer_discovers_trains_and_pushes(hub, model_dir, rows, tokenizer, tmp_path):
+    from datasets import Dataset
+    from helpers import sft_config
+
+    from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig
+
+    config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_fraction=0.2)
+    trainer = FNSFTTrainer(
+        model=str(model_dir),
+        args=sft_config(tmp_path / "out", max_steps=1, push_to_hub=True, hub_model_id="alice/python"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        network_config=config,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    pushed = hub.files("alice/python")
+    assert {"adapter_model.safetensors", "functional_networks/template.safetensors"} <= set(pushed)
+    (tmp_path / "pulled").mkdir()
+    for name in ("config.json", "template.safetensors"):
+        (tmp_path / "pulled" / name).write_bytes(pushed[f"functional_networks/{name}"])
+    pulled = FunctionalNetworkTemplate.from_pretrained(tmp_path / "pulled")
+    assert pulled.components == trainer.network_template.components
+
+
+def test_a_revision_without_a_template_is_refused():
+    from fnsft_trl import FunctionalNetworkConfig
+
+    with pytest.raises(FNSFTError, match="ica_template_revision without ica_template_path"):
+        FunctionalNetworkConfig(ica_template_revision="v1")
+
+
+def test_a_token_is_used_but_not_pickled():
+    import copy
+    import pickle
+
+    from fnsft_trl.hub import UnsavedToken
+
+    token = UnsavedToken(ALICE)
+    assert token == ALICE
+    assert copy.deepcopy([token]) == [ALICE]
+    assert pickle.loads(pickle.dumps({"hub_token": token})) == {"hub_token": None}
