@@ -330,8 +330,6 @@ def _check_header(path: Path, config: dict[str, Any]) -> None:
         raise FNSFTError(f"{path} holds {reprlib.repr(min(header))}, which is no tensor of this template; {again}")
     if metadata != {FORMAT: str(config["format_version"])}:
         raise FNSFTError(f"{path} is not of format {FORMAT!r} in the version of its {CONFIG_FILE}; {again}")
-    if metadata != {FORMAT: str(config["format_version"])}:
-        raise FNSFTError(f"{path} is not of format {FORMAT!r} in the version of its {CONFIG_FILE}; {again}")
     if size != 8 + length + total:
         raise FNSFTError(f"{path} has {size} bytes, its header asks for {8 + length + total}; {again}")
 
