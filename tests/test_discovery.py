@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_processes, tiny_model, tiny_rows
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
@@ -258,3 +259,13 @@ def test_progress_counts_only_when_every_process_has_written(tmp_path):
         tensors, state = DiscoveryProgress(tmp_path, {"a": 1}, (process, 2)).load()
         assert state["batch"] == 3
         assert tensors["x"].tolist() == [3]
+
+
+def test_a_wrapped_model_gives_the_template_of_the_plain_one(tokenizer):
+    config = FunctionalNetworkConfig(**SMALL)
+    plain = discover_networks(tiny_model("llama"), tokenizer, texts(), config)
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["down_proj"]))
+    found = discover_networks(wrapped, tokenizer, texts(), config)
+    assert found.components == plain.components
+    assert found.weights == plain.weights
+    found.check_model(wrapped)
