@@ -104,7 +104,7 @@ class _Discovery:
         self.config, self.names = config, list(datasets)
         self.model = base_model(model)
         sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
-        self.weights = weight_probes(self.model, sites)
+        self.weights = weight_probes(model, sites)
         self.dtype = torch.float64 if config.ica_dtype == "float64" else torch.float32
         self.reader = ActivationReader(
             model,

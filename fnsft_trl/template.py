@@ -187,7 +187,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         from transformers.utils import logging
 
         logger, name = logging.get_logger(__name__), model_name(base)
-        probes = weight_probes(base, sites) if self.weights else None
+        probes = weight_probes(model, sites) if self.weights else None
         if probes is not None:
             difference, layer = weight_difference(self.weights, probes)
             if difference > _NOTEWORTHY:
