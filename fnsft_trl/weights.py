@@ -23,7 +23,8 @@ WeightProbes = dict[int, dict]  # layer -> {"norm": float, "probes": list of flo
 def weight_probes(model: nn.Module, sites: Iterable[NeuronSite]) -> WeightProbes | None:
     """Measure the neuron weights of every layer.
 
-    Weights are rounded to bfloat16 first, so that the precision in which a model was loaded does not count.
+    Weights are rounded to bfloat16 first, so that the precision in which a model was loaded does not count. Of a model
+    with adapters, the base weights are measured.
 
     Args:
         model: the model in which the sites were found.

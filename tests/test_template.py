@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from helpers import tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -181,6 +182,15 @@ def test_the_layer_that_moved_most_is_named_and_unreadable_weights_are_left_alon
     assert "most in layer 1" in warnings.pop()
     templates["llama"].check_model(model.to("meta"))
     assert warnings == []
+
+
+def test_a_model_with_adapters_is_measured_by_its_base_weights(templates, tokenizer, rows, warnings):
+    peft = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["down_proj", "up_proj"]))
+    templates["llama"].check_model(peft)
+    assert warnings == []
+    config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
+    template = discover_networks(peft, tokenizer, [row["prompt"] for row in rows], config)
+    assert template.weights == templates["llama"].weights
 
 
 def test_without_probes_another_name_is_a_warning(templates, warnings):
