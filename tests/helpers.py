@@ -157,8 +157,8 @@ def zeroed(model, mask):
     return model
 
 
-def run_processes(count: int, *arguments) -> None:
-    """Run Python with these arguments in `count` processes on the CPU that know of each other as under torchrun."""
+def run_processes(count: int, *arguments) -> list[str]:
+    """Run Python in `count` processes on the CPU that know of each other as under torchrun; what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -169,7 +169,8 @@ def run_processes(count: int, *arguments) -> None:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
         command = [sys.executable, *map(str, arguments)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    for process, error in zip(processes, errors, strict=True):
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=600) for process in processes]
+    for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error
+    return [printed for printed, _ in outputs]

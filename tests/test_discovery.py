@@ -269,3 +269,14 @@ def test_a_wrapped_model_gives_the_template_of_the_plain_one(tokenizer):
     assert found.components == plain.components
     assert found.weights == plain.weights
     found.check_model(wrapped)
+
+
+@pytest.mark.slow
+def test_the_command_shares_the_work_and_one_process_writes(model_dir, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in tiny_rows(100)))
+    arguments = ["-m", "fnsft_trl.cli", "discover", model_dir, data, "--components", "3", "--rank", "16"]
+    first, second = run_processes(2, *arguments, "--max_tokens", "400", "--output_dir", tmp_path / "made")
+    assert "Template saved to" in first
+    assert second == ""
+    assert len(FunctionalNetworkTemplate.from_pretrained(tmp_path / "made").components) == 3

@@ -66,13 +66,16 @@ def main(argv: list[str]) -> None:
     config = FunctionalNetworkConfig(**{name: getattr(args, name) for name in _DISCOVERY_FIELDS})
     output_dir = check_writable(args.output_dir)
 
+    import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from ..data import load_texts
     from ..discovery import discover_group
     from .models import load_model_and_tokenizer
 
-    state = PartialState()
+    # Without the flag, processes on a machine without an accelerator would not know of each other.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     texts = load_texts(datasets, split=args.dataset_split)
     model, tokenizer = load_model_and_tokenizer(model_name, args.dtype)
     template, of_datasets = discover_group(
