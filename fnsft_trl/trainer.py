@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoProcessor
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import AutoProcessor, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .baking import lesion_note
-from .callbacks import FrozenNeuronGuard
+from .callbacks import FrozenNeuronGuard, MaskScheduleCallback
 from .config import FunctionalNetworkConfig
 from .constraints import (
     FrozenSlices,
@@ -77,7 +77,8 @@ class FNSFTTrainer(SFTTrainer):
             The arguments of [`~trl.SFTTrainer`], by position or by name.
         peft_config ([`~peft.LoraConfig`], *optional*):
             With one, the trainable neurons are trained by LoRA. Without targets it gets those of the MLPs. Without a
-            `peft_config`, neuron deltas are trained, or all weights with `train_method="full"`.
+            `peft_config`, neuron deltas are trained, or all weights with `train_method="full"`. With
+            `train_method="neuron_delta"` it is LoRA beside the deltas, on modules outside the MLPs that it names.
         network_config ([`FunctionalNetworkConfig`], *optional*):
             What to select, train and mask.
         network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
@@ -121,11 +122,13 @@ class FNSFTTrainer(SFTTrainer):
         adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
         self.plan = plan = network_config.plan(lora_config=isinstance(adapter, LoraConfig))
         self._evaluate_masked = network_config.mask_eval
-        if adapter is not None and plan.method != "lora":
+        if adapter is not None and not isinstance(adapter, LoraConfig):
             raise FNSFTError(
                 f"the model is to be trained with a {type(adapter).__name__}, which cannot be held to a set of "
                 "neurons; use a LoraConfig, or a plain model without peft_config for neuron deltas"
             )
+        if isinstance(model, PeftModel) and plan.method != "lora":
+            raise FNSFTError(f"train_method={plan.method} needs a model without adapters; merge the adapter first")
         if train_args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
@@ -167,9 +170,7 @@ class FNSFTTrainer(SFTTrainer):
         self.trainable_neurons = trainable_neurons(model, self.neuron_mask, plan.train)
         logger.info(f"selected {self.neuron_mask}; trainable {self.trainable_neurons}; method {plan.method}")
         if plan.method == "neuron_delta":
-            peft_config = NeuronTunerConfig(
-                neurons=self.trainable_neurons.to_ranges(), site=self.neuron_mask.site, task_type="CAUSAL_LM"
-            )
+            peft_config = _tuner_config(self.trainable_neurons, peft_config)
         elif plan.method == "lora" and peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             set_lora_targets(peft_config, model, self.trainable_neurons)
@@ -181,15 +182,18 @@ class FNSFTTrainer(SFTTrainer):
         self._keep_token_unsaved()
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_fsdp2 = self.accelerator.is_fsdp2
         if plan.method == "full":
-            if sharded:
+            if sharded and not is_fsdp2:
                 raise FNSFTError(
-                    "full fine-tuning held to neurons does not run sharded (FSDP, DeepSpeed) yet; use "
-                    "train_method=neuron_delta, or plain data parallelism"
+                    "full fine-tuning held to neurons does not run under DeepSpeed or FSDP1; use FSDP2, plain data "
+                    "parallelism, or train_method=neuron_delta"
                 )
-            train_other = {"selected": False, "unselected": network_config.train_other, "all": True}[plan.train]
-            self._frozen_slices = constrain_full(self.model, self.trainable_neurons, train_other=train_other)
-            if not train_other:
+            self._frozen_slices = self._hold_weights()
+            if is_fsdp2:  # sharding puts other tensors in the place of these
+                self._frozen_slices.release()
+                self.add_callback(_HoldAfterSharding(self))
+            if not self._trains_other:
                 # Reentrant checkpointing gives no gradients at all when its inputs require none.
                 self.model.enable_input_require_grads()
         for module in self.model.modules():
@@ -207,8 +211,8 @@ class FNSFTTrainer(SFTTrainer):
             intervene = lesion if plan.mask_mode == "lesion" else preserve
             self.mask_handle = intervene(self.model, self.neuron_mask)
         if network_config.frozen_guard:
-            if sharded:
-                logger.warning("frozen_guard is off: it cannot read sharded weights (FSDP, DeepSpeed) yet")
+            if sharded and not is_fsdp2:
+                logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")
             else:
                 self.add_callback(FrozenNeuronGuard(self.model, self.trainable_neurons))
 
@@ -216,11 +220,19 @@ class FNSFTTrainer(SFTTrainer):
         if self.args.hub_token is not None:
             self.args.hub_token = UnsavedToken(self.args.hub_token)
 
+    @property
+    def _trains_other(self) -> bool:
+        """Whether full fine-tuning trains the weights that belong to no neuron."""
+        return {"selected": False, "unselected": self.network_config.train_other, "all": True}[self.plan.train]
+
+    def _hold_weights(self) -> FrozenSlices:
+        return constrain_full(self.model, self.trainable_neurons, train_other=self._trains_other)
+
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._frozen_slices is not None and optimizer is not self._held_optimizer:
-            self._frozen_slices.attach(optimizer)
+            optimizer.register_step_post_hook(lambda *_: self._frozen_slices.restore())
             self._held_optimizer = optimizer
         return optimizer
 
@@ -234,7 +246,7 @@ class FNSFTTrainer(SFTTrainer):
         """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
 
         Raises:
-            FNSFTError: the checkpoint to resume from was written with other trainable neurons.
+            FNSFTError: the checkpoint to resume from was written with other trainable neurons or mask phases.
         """
         if self.network_config is not None and resume_from_checkpoint:
             self._check_checkpoint(resume_from_checkpoint)
@@ -298,12 +310,22 @@ class FNSFTTrainer(SFTTrainer):
         file = Path(directory) / NETWORK_DIR / SELECTION_FILE
         if not file.is_file():
             raise FNSFTError(f"{directory} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
-        written = json.loads(file.read_text(encoding="utf-8"))["trainable"]
-        if written["sha256"] != self.trainable_neurons.sha256:
+        written = json.loads(file.read_text(encoding="utf-8"))
+        trained, phases = written["trainable"], written.get("mask_phases", [])
+        if trained["sha256"] != self.trainable_neurons.sha256:
             raise FNSFTError(
-                f"{directory} was written with {written['count']} trainable neurons, this run has another set of "
+                f"{directory} was written with {trained['count']} trainable neurons, this run has another set of "
                 f"{self.trainable_neurons.count}; resume with the same network_config and template"
             )
+        if phases != self._mask_phases():
+            raise FNSFTError(
+                f"{directory} was written with {len(phases)} mask phases, this run has {len(self._mask_phases())}, or "
+                "other ones; resume with the same MaskScheduleCallback"
+            )
+
+    def _mask_phases(self) -> list[dict]:
+        schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
+        return [phase for schedule in schedules for phase in schedule.to_dict()]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -321,12 +343,24 @@ class FNSFTTrainer(SFTTrainer):
             "train_method": self.plan.method,
             "train_neurons": self.plan.train,
             "mask_mode": self.plan.mask_mode,
+            "mask_phases": self._mask_phases(),
             "selected": {"count": self.neuron_mask.count, "sha256": self.neuron_mask.sha256},
             "trainable": {"count": self.trainable_neurons.count, "sha256": self.trainable_neurons.sha256},
             "neurons": self.neuron_mask.to_ranges(),
         }
         self._extend_card(directory.parent)
         (directory / SELECTION_FILE).write_text(json.dumps(selection, indent=2) + "\n", encoding="utf-8")
+
+
+class _HoldAfterSharding(TrainerCallback):
+    """Holds full fine-tuning to its neurons when the Trainer has sharded the model and loaded a checkpoint."""
+
+    def __init__(self, trainer: FNSFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer._frozen_slices.release()
+        self.trainer._frozen_slices = self.trainer._hold_weights()
 
 
 def _load_model(name: str, args, model_init_kwargs: dict | None, quantization_config):
@@ -369,6 +403,19 @@ def _without_model_init_kwargs(args):
     finally:
         if kept is not None:
             args.model_init_kwargs = kept
+
+
+def _tuner_config(trainable: NeuronMask, lora: LoraConfig | None) -> NeuronTunerConfig:
+    """Deltas for the trainable neurons; LoRA beside them, if a configuration is given."""
+    whole = {}
+    if lora is not None:
+        lora = copy.deepcopy(lora)
+        for name in ("modules_to_save", "trainable_token_indices"):  # of the adapter, not of LoRA
+            whole[name] = getattr(lora, name)
+            setattr(lora, name, None)
+    return NeuronTunerConfig(
+        neurons=trainable.to_ranges(), site=trainable.site, task_type="CAUSAL_LM", lora=lora, **whole
+    )
 
 
 def _only_adapter(model: PeftModel) -> str:
@@ -416,6 +463,11 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
         raise FNSFTError(
             "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "
             "ica_template_path"
+        )
+    if is_fsdp_enabled():
+        raise FNSFTError(
+            "networks cannot be discovered with cpu_ram_efficient_loading, which gives the weights to one process "
+            "only; run fnsft discover first, and give ica_template_path"
         )
     if config.ica_datasets:
         datasets = load_texts(config.ica_datasets)

@@ -16,6 +16,9 @@ from ..errors import FNSFTError
 from ..neurons import WeightSlice, linear_shape
 
 
+_BLOCK = 512  # rows of a weight of which columns are written at once
+
+
 class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
     """A linear layer whose selected neurons carry a delta.
 
@@ -217,8 +220,14 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         """The inverse of `_take`."""
         values, dim = getattr(self.get_base_layer(), parameter), self._dim(parameter)
         rows = rows.to(values.dtype)
-        # Copying columns from a transposed view takes many times as long as transposing first.
-        values.index_copy_(dim, self._held_positions, rows.T.contiguous() if dim == 1 else rows)
+        if dim == 0:
+            values.index_copy_(0, self._held_positions, rows)
+            return
+        # Copying columns from a transposed view takes many times as long as transposing first, in blocks that stay in
+        # the processor's cache.
+        for start in range(0, len(values), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            values[block].index_copy_(1, self._held_positions, rows[:, block].T.contiguous())
 
     def release(self) -> None:
         """Put the base values back until the next forward pass; what is merged stays merged."""
