@@ -26,6 +26,7 @@ before the arm was built.
 import argparse
 import copy
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -198,10 +199,13 @@ def memory_of(name: str, model: nn.Module, inputs: torch.Tensor) -> dict[str, fl
     """Memory of one arm, in a process of its own that is forked from this one."""
 
     def work(pipe) -> None:
+        gc.collect()
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
         before = psutil.Process().memory_info().rss
         arm = Arm(ARMS[name], model, inputs)
         arm.step()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory starts anew
         arm.step()
         status = Path("/proc/self/status").read_text()

@@ -39,6 +39,8 @@ def _entry(name: str) -> str:
 
 def _signature(thing) -> str:
     """The call, one argument a line where it is long; types are in the text below it."""
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return "(message)"
     parameters = [
         p.replace(annotation=inspect.Parameter.empty)
         for p in inspect.signature(thing).parameters.values()

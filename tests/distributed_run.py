@@ -50,7 +50,9 @@ def shard_on_cpu() -> None:
     def init(self, *args, fsdp_plugin=None, **kwargs) -> None:
         own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            self.fsdp_plugin = fsdp_plugin
+        if "fsdp_plugin" in vars(self):  # a later call copies the type of PartialState
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 
