@@ -8,7 +8,7 @@ import yaml
 
 from .config import ThresholdRule
 from .description import describe_threshold
-from .names import UNKNOWN
+from .names import UNKNOWN, is_source_name
 from .storage import FIGURE_FILE
 
 
@@ -104,20 +104,28 @@ def merged_card(base_model: str, adapter_card: str | None) -> str:
     known = yaml.safe_load(front or "") or {}
     kept = ("base_model", "datasets", "license", "language")
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    metadata |= {key: known[key] for key in kept if key in known}
-    metadata["tags"] = sorted({*TAGS[:2], *known.get("tags", [])} - {"peft", "lora"})
+    metadata |= {key: known[key] for key in kept if known.get(key) and not _is_path(known[key])}
+    tags = {*TAGS[:2], *known.get("tags", [])} - {"peft", "lora"}
+    metadata["tags"] = sorted(tag for tag in tags if not tag.startswith("base_model:"))
     section = body[body.find(SECTION) :] if SECTION in body else ""
     paragraphs = [part.strip() for part in section.split("\n\n") if part.strip() not in ("", ADAPTER_NOTE)]
-    name = PurePath(base_model).name if base_model.startswith(("/", ".", "~")) else base_model
+    name = PurePath(base_model).name if _is_path(base_model) else base_model
     told = "`fnsft_trl` merged a trained adapter into its weights: an ordinary checkpoint, which needs no adapter."
-    return "\n\n".join(
-        [
-            f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---",
-            f"# {PurePath(name).name}, fine-tuned",
-            f"`{name}`, fine-tuned. {told}",
-            *paragraphs,
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---",
+                f"# {PurePath(name).name}, fine-tuned",
+                f"`{name}`, fine-tuned. {told}",
+                *paragraphs,
+            ]
+        )
+        + "\n"
+    )
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and not is_source_name(value)
 
 
 def _metadata(config: dict[str, Any]) -> str:

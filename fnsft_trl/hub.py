@@ -1,4 +1,4 @@
-"""The Hub as templates and models need it: named files at one commit, pushes, and errors that say what to do. No torch.
+"""The Hub as templates and models need it: files at one commit, pushes, errors that say what to do. No torch.
 
 Which token a request carries is decided in [`~fnsft_trl.credentials`].
 """
@@ -162,7 +162,9 @@ def hub_errors(what: str, revision: str | None = None, *, token: str | bool | No
         if not str(error).startswith("Invalid metadata"):
             raise
         reason = " ".join(str(error).split())
-        raise FNSFTError(f"the Hub refuses the model card for {what} ({reason}); correct it, then push again") from error
+        raise FNSFTError(
+            f"the Hub refuses the model card for {what} ({reason}); correct it, then push again"
+        ) from error
     except OSError as error:
         if not str(error).startswith("Consistency check failed"):  # of a download that broke off
             raise

@@ -1,4 +1,4 @@
-"""What models and datasets are called in a template: names that say nothing of the machine it was made on. No torch."""
+"""What models and datasets are called in a template: names that say nothing of the machine it was made on."""
 
 import os
 import re

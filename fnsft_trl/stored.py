@@ -1,4 +1,4 @@
-"""StoredTemplate: a template where it lies, its description checked and its tensors not yet read. No torch until then."""
+"""StoredTemplate: a template where it lies, its description checked, its tensors not yet read. No torch until then."""
 
 from __future__ import annotations
 

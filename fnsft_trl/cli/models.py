@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..embedded import resolve_model
@@ -26,9 +26,13 @@ def model_errors(name_or_path: str) -> Iterator[None]:
 
 
 def _reason(error: Exception, name: str) -> str:
-    """What the Hub says, where transformers passes it on: a gated model, no right to read, no such revision."""
+    """What the Hub says, where transformers passes it on: a gated model, no right to read it."""
     cause = error.__cause__
-    known = None if cause is None or isinstance(cause, EntryNotFoundError) else explain(cause, name)
+    known = (
+        None
+        if cause is None or isinstance(cause, (EntryNotFoundError, RevisionNotFoundError))
+        else explain(cause, name)
+    )
     return known or str(error).strip().splitlines()[0]
 
 
