@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .credentials import HubToken, find_token
 from .errors import FNSFTError
 from .hub import LOG_IN, hub_errors
+from .names import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,18 @@ def whose_token(token: HubToken) -> HubAccount:
     scopes = access.get("fineGrained") or {}
     permissions = {}
     for scope in scopes.get("scoped", []):
-        entity = scope["entity"]
-        permissions[f"{entity['type']} {entity.get('name', entity.get('_id', ''))}"] = tuple(scope["permissions"])
+        entity = scope.get("entity", {})
+        whose = f"{entity.get('type', 'entity')} {entity.get('name', UNKNOWN)}"
+        permissions[whose] = tuple(scope.get("permissions", ()))
     if scopes.get("global"):
         permissions["everywhere"] = tuple(scopes["global"])
     if scopes.get("canReadGatedRepos"):
         permissions["gated repositories open to the account"] = ("read",)
     return HubAccount(
-        name=answer["name"],
+        name=answer.get("name", UNKNOWN),
         kind=answer.get("type", "user"),
         organisations=tuple(organisation["name"] for organisation in answer.get("orgs", [])),
-        role=access.get("role", "unknown"),
+        role=access.get("role", UNKNOWN),
         permissions=permissions,
         expires=access.get("expiration") or authorisation.get("expiresAt"),
     )

@@ -156,7 +156,12 @@ def hub_errors(what: str, revision: str | None = None, *, token: str | bool | No
         yield
     except errors.EntryNotFoundError as error:
         raise MissingFileError(explain(error, what, revision)) from error
-    except (errors.HTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as error:
+    except (
+        errors.HTTPError,
+        errors.HFValidationError,
+        errors.OfflineModeIsEnabled,
+        errors.LocalTokenNotFoundError,
+    ) as error:
         raise FNSFTError(explain(error, what, revision)) from error
     except ValueError as error:
         if not str(error).startswith("Invalid metadata"):
@@ -183,6 +188,8 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
     at = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.HFValidationError):
         return f"{what!r} is no id of a repository on the Hub ({error}); write org/name"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"{what}{at} was asked for with a token, and there is none; {LOG_IN} read it"
     if isinstance(error, errors.GatedRepoError):
         return f"access to {what} is restricted: ask for it on the repository's page, then {LOG_IN} read it"
     if isinstance(error, errors.RepositoryNotFoundError):

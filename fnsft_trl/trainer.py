@@ -20,6 +20,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .account import check_upload
 from .baking import lesion_note
 from .callbacks import FrozenNeuronGuard
 from .card import ADAPTER_NOTE, SECTION
@@ -130,6 +131,8 @@ class FNSFTTrainer(SFTTrainer):
         if train_args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
+        if train_args.push_to_hub and train_args.process_index == 0:
+            check_upload(train_args.hub_token)
         optim = OptimizerNames(train_args.optim).value
         if plan.method == "full":
             check_optimizer_name(optim)

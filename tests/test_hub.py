@@ -136,6 +136,10 @@ def test_what_is_not_there_is_named(hub, template, cache):
     assert "drop one" in refused(cache, os.path.curdir, revision="v1")
 
 
+def test_a_token_that_is_asked_for_and_missing_is_one_line(hub, no_token, cache):
+    assert "there is none; log in with `hf auth login`" in refused(cache, token=True)
+
+
 def test_who_may_not_write_is_told_what_to_do(hub, template, monkeypatch):
     hub.put("alice/networks", {"README.md": b""})
     wrong = "hf_wrongwrongwrongwrong"
