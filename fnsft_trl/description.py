@@ -22,6 +22,7 @@ from .names import clean_model_name, is_model_name, is_source_name, is_text, sou
 FORMAT = "fnsft_trl.template"
 FORMAT_VERSION = 3
 SITES = ("mlp_intermediate", "mlp_output")
+PROBES = 16  # numbers for each layer by which weights are compared, see weights.py
 
 _MOST = 2**24  # layers, neurons of a layer, networks
 _STATISTICS = ("mean", "rms")
@@ -120,7 +121,7 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     if not (isinstance(curve, list) and all(_has_numbers(point, "tokens", "reliability") for point in curve)):
         raise FNSFTError(f"{path}: calibration.curve must be a list of tokens and reliability")
     need("null", lambda v: v is None or _has_numbers(v, "reliability", "jaccard"), "null, or reliability and jaccard")
-    need("weights", lambda v: v is None or _is_weights(v), "null, or norm and probes of every layer")
+    need("weights", lambda v: v is None or _is_weights(v, config["widths"]), "null, or norm and probes of every layer")
     need("components", lambda v: isinstance(v, list) and 0 < len(v) <= _MOST, "a list of networks")
     for number, component in enumerate(config["components"]):
         if not _is_component(component, config["widths"], is_name):
@@ -188,13 +189,15 @@ def _has_numbers(value: Any, *names: str) -> bool:
     return isinstance(value, dict) and all(_is_number(value.get(name)) for name in names)
 
 
-def _is_weights(value: Any) -> bool:
-    if not isinstance(value, dict) or not all(map(_is_layer, value)):
+def _is_weights(value: Any, widths: dict[str, int]) -> bool:
+    if (
+        not isinstance(value, dict)
+        or set(value) != set(widths)
+        or not all(_has_numbers(v, "norm") for v in value.values())
+    ):
         return False
-    return all(
-        _has_numbers(layer, "norm") and isinstance(layer.get("probes"), list) and all(map(_is_number, layer["probes"]))
-        for layer in value.values()
-    )
+    probes = [layer.get("probes") for layer in value.values()]
+    return all(isinstance(p, list) and len(p) == PROBES and all(map(_is_number, p)) for p in probes)
 
 
 def _is_component(value: Any, widths: dict[str, int], is_name: Callable[[Any], bool]) -> bool:

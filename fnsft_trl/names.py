@@ -55,14 +55,15 @@ def source_names(sources: Sequence[str]) -> list[str]:
             [`absolute_sources`]. A path that ends in `/` is a directory, and its name ends so, too.
     """
     sources = [_one_line(source) for source in sources]
-    parts = [_parts(source) for source in sources]
+    parts = [_parts(source) if _is_path(source) else (source,) for source in sources]
     plain: list[str] = []
     names: list[str] = []
     for source, own in zip(sources, parts, strict=True):
         name = source
         if _is_path(source):
             others = [other for other in parts if other != own]
-            enough = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
+            tails = ("/".join(own[-n:]) for n in range(1, len(own)))
+            enough = (n for n, t in enumerate(tails, 1) if all("/".join(o[-n:]) != t for o in others))
             name = "/".join(own[-next(enough, len(own)) :]).lstrip("~/")
             name += "/" * (name != "" and source.endswith("/"))
         name = name[:_LONGEST].strip() or UNKNOWN

@@ -38,7 +38,7 @@ def hub(monkeypatch):
     """The loopback Hub, empty, with the token of a user who may write to repositories under `alice/`."""
     HUB.repos.clear()
     HUB.requests.clear()
-    HUB.cut = HUB.down = 0
+    HUB.cut, HUB.sent, HUB.down = 0, 0.5, 0
     monkeypatch.setenv("HF_TOKEN", ALICE)
     return HUB
 

@@ -76,7 +76,8 @@ class Hub:
 
     Attributes:
         requests (`list[tuple[str, str]]`): method and path of every request.
-        cut (`int`): how many of the next downloads of a file break off half way.
+        cut (`int`): how many of the next downloads of a file break off,
+        sent (`float`): after which share of it.
         down (`int`): a status that every request is answered with; 0 for none.
     """
 
@@ -84,7 +85,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        self.cut = 0
+        self.cut, self.sent = 0, 0.5
         self.down = 0
         handler = type("BoundHandler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -345,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
+            self.wfile.write(content[: int(len(content) * self.hub.sent)])
             self.close_connection = True
             return
         start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

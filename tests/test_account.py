@@ -116,7 +116,8 @@ def test_auth_without_a_token_or_with_a_wrong_one_is_one_line(hub, no_token, cap
     line = refused(capsys)
     assert "does not accept the token from HF_TOKEN in the environment" in line
     assert "Wrong" not in line
-    assert "--hub_token" in refused(capsys, "--hub_token", "hf_otherOtherOtherOther")
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    assert "the token from --hub_token" in refused(capsys, "--hub_token", "hf_otherOtherOtherOther")
     assert "Other" not in refused(capsys, "--hub_tokn", "hf_otherOtherOtherOther")
     assert "copy it again" in refused(capsys, "--hub_token", "hf_two words")
 

@@ -182,9 +182,15 @@ def test_a_download_that_breaks_off_goes_on(hub, template, cache):
     assert len(gets) == 2
 
 
-def test_a_download_that_keeps_breaking_off_is_one_line_and_leaves_nothing_half(hub, template, cache):
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """huggingface_hub waits seconds before it tries again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def test_a_download_that_keeps_breaking_off_is_one_line_and_leaves_nothing_half(hub, template, cache, no_waiting):
     template.push_to_hub("alice/networks")
-    hub.cut = 100
+    hub.cut, hub.sent = 100, 0
     message = refused(cache)
     hub.cut = 0
     assert "alice/networks" in message
@@ -237,7 +243,7 @@ def test_without_a_connection_the_cache_is_read_and_nothing_is_pushed(hub, templ
     assert hub.requests == []
 
 
-def test_a_hub_that_is_down_is_one_line(hub, template, cache):
+def test_a_hub_that_is_down_is_one_line(hub, template, cache, no_waiting):
     hub.down = 500
     assert "alice/networks" in refused(cache)
     with pytest.raises(FNSFTError, match="the Hub answered 500 for alice/networks"):

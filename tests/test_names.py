@@ -12,7 +12,7 @@ from fnsft_trl.names import absolute_sources, is_source_name, source_names
         (["/home/me/data.jsonl"], ["data.jsonl"]),
         (["/home/me/a/data.jsonl", "/home/me/b/data.jsonl"], ["a/data.jsonl", "b/data.jsonl"]),
         (["/a/x/data.jsonl", "/b/x/data.jsonl", "/c/x/rows.csv"], ["a/x/data.jsonl", "b/x/data.jsonl", "rows.csv"]),
-        (["/me/org/corpus", "org/corpus"], ["me/org/corpus", "org/corpus"]),
+        (["/me/org/corpus", "org/corpus"], ["corpus", "org/corpus"]),
         (["/me/data.jsonl", "/you/me/data.jsonl"], ["me/data.jsonl", "you/me/data.jsonl"]),
         (["/me/data.jsonl", "/me/./data.jsonl", "/me/data.jsonl"], ["data.jsonl", "data.jsonl (2)", "data.jsonl (3)"]),
         (["/me/corpus/"], ["corpus/"]),

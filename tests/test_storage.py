@@ -33,6 +33,9 @@ PATHS = (
 SOURCE_PATHS = ("../../etc/passwd", "/etc/passwd", "..", "a/../b", "C:\\texts", "~/texts.jsonl", "x\n# y")
 
 
+PROBED = {"norm": 1, "probes": [0] * 16}
+
+
 def put(config, path, value):
     *parents, last = path
     for key in parents:
@@ -61,7 +64,8 @@ def bad_value(draw, config, tensors):
             (["calibration", "sha256"], ["", "xyz", 7, "g" * 64]),
             (["settings"], [None, [], {"ica_rank": {"deep": 1}}, {"ica_rank": [1]}]),
             (["null"], [1, {"reliability": "high", "jaccard": 0}, {}]),
-            (["weights"], [1, [], {"0": 3}, {"x": {"norm": 1, "probes": []}}, {"0": {"norm": 1, "probes": ["a"]}}]),
+            (["weights"], [1, [], {"0": 3}, {"x": PROBED}, {"0": PROBED}, {str(i): PROBED for i in range(4)}]),
+            (["weights", "1"], [{"norm": 1, "probes": [0] * 15}, {"norm": "1", "probes": [0] * 16}, {"norm": 1}]),
             (["components"], [[], None, {}, [1], [{}]]),
             (["components", 0, "reliability"], [1.5, -0.1, "high", True, [0.5]]),
             (["components", 1, "jaccard"], [2, -1, "0.5"]),
