@@ -151,29 +151,22 @@ def hub_errors(what: str, revision: str | None = None, *, token: str | bool | No
     from huggingface_hub import errors
 
     check_token(token)
-    # What has no type of its own is told by its first words.
     try:
         yield
-    except errors.EntryNotFoundError as error:
-        raise MissingFileError(explain(error, what, revision)) from error
-    except (
-        errors.HTTPError,
-        errors.HFValidationError,
-        errors.OfflineModeIsEnabled,
-        errors.LocalTokenNotFoundError,
-    ) as error:
-        raise FNSFTError(explain(error, what, revision)) from error
-    except ValueError as error:
-        if not str(error).startswith("Invalid metadata"):
+    except (errors.HTTPError, ValueError, OSError) as error:
+        told = None if isinstance(error, FNSFTError) else explain(error, what, revision)
+        if told is None:
             raise
-        reason = " ".join(str(error).split())
-        raise FNSFTError(
-            f"the Hub refuses the model card for {what} ({reason}); correct it, then push again"
-        ) from error
-    except OSError as error:
-        if not str(error).startswith("Consistency check failed"):  # of a download that broke off
-            raise
-        raise FNSFTError(f"the download from {what} broke off; start it again, and it goes on") from error
+        is_missing = isinstance(error, errors.EntryNotFoundError) and _unreachable(error) is None
+        raise (MissingFileError if is_missing else FNSFTError)(told) from error
+
+
+def _unreachable(error: BaseException) -> BaseException | None:
+    """Why the Hub could not be asked for a file that is not in the cache either; `None` if nothing was to be asked."""
+    from huggingface_hub import errors
+
+    asked = isinstance(error, errors.LocalEntryNotFoundError)
+    return error.__cause__ if asked and not isinstance(error.__cause__, errors.OfflineModeIsEnabled) else None
 
 
 def explain(error: BaseException, what: str, revision: str | None = None) -> str | None:
@@ -200,7 +193,8 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what} has no revision {revision!r}; give one of its branches, tags or commits"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
+        cause = _unreachable(error)
+        return (cause and explain(cause, what, revision)) or (
             f"{what}{at} is not in the local cache, and the Hub was not asked or could not be reached; download it "
             "once with a connection, without local_files_only and HF_HUB_OFFLINE"
         )
@@ -220,4 +214,12 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.HTTPError)):  # no connection
         reason = hide_tokens(str(error).strip().partition("\n")[0]) or type(error).__name__
         return f"the Hub cannot be reached for {what} ({reason}); try again with a connection"
+    # What has no type of its own is told by its first words.
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError) and message.startswith("Invalid metadata"):
+        return f"the Hub refuses the model card for {what} ({message}); correct it, then push again"
+    if isinstance(error, ValueError) and re.search("[Ff]orce.download", message):
+        return f"{what}{at} cannot be downloaded anew ({message}); try again with a connection"
+    if isinstance(error, OSError) and message.startswith("Consistency check failed"):
+        return f"the download from {what} broke off; start it again, and it goes on"
     return None
