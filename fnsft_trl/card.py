@@ -93,6 +93,13 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 """
 
 
+def publishable_card(card: str) -> str:
+    """A trained model's README without local paths in its metadata, for which the Hub would refuse it."""
+    metadata, body = _split(card)
+    public = _without_paths(metadata)
+    return card if public == metadata else _front(public) + body
+
+
 def merged_card(base_model: str, adapter_card: str | None) -> str:
     """The README of a model that an adapter was merged into.
 
@@ -100,13 +107,13 @@ def merged_card(base_model: str, adapter_card: str | None) -> str:
         base_model: the model, as the adapter names it.
         adapter_card: the README of the adapter, whose metadata and section on networks go along, where there is one.
     """
-    front, body = re.fullmatch(r"(?:---\n(.*?)---\n)?(.*)", adapter_card or "", flags=re.DOTALL).groups()
-    known = yaml.safe_load(front or "") or {}
+    known, body = _split(adapter_card or "")
+    known = _without_paths(known)
     kept = ("base_model", "datasets", "license", "language")
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    metadata |= {key: known[key] for key in kept if known.get(key) and not _is_path(known[key])}
-    tags = {*TAGS[:2], *known.get("tags", [])} - {"peft", "lora"}
-    metadata["tags"] = sorted(tag for tag in tags if not tag.startswith("base_model:"))
+    metadata |= {key: known[key] for key in kept if key in known}
+    tags = (tag for tag in known.get("tags", []) if not tag.startswith(("base_model:adapter:", "peft", "lora")))
+    metadata["tags"] = sorted({*TAGS[:2], *tags})
     section = body[body.find(SECTION) :] if SECTION in body else ""
     paragraphs = [part.strip() for part in section.split("\n\n") if part.strip() not in ("", ADAPTER_NOTE)]
     name = PurePath(base_model).name if _is_path(base_model) else base_model
@@ -114,7 +121,7 @@ def merged_card(base_model: str, adapter_card: str | None) -> str:
     return (
         "\n\n".join(
             [
-                f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---",
+                _front(metadata).strip(),
                 f"# {PurePath(name).name}, fine-tuned",
                 f"`{name}`, fine-tuned. {told}",
                 *paragraphs,
@@ -122,6 +129,23 @@ def merged_card(base_model: str, adapter_card: str | None) -> str:
         )
         + "\n"
     )
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and what follows them."""
+    front, body = re.fullmatch(r"(?:---\n(.*?)---\n)?(.*)", card, flags=re.DOTALL).groups()
+    return yaml.safe_load(front or "") or {}, body
+
+
+def _without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
+    public = {key: value for key, value in metadata.items() if not _is_path(value)}
+    if "tags" in public:
+        public["tags"] = [tag for tag in public["tags"] if not _is_path(tag.rpartition(":")[2])]
+    return public
+
+
+def _front(metadata: dict[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n"
 
 
 def _is_path(value: Any) -> bool:

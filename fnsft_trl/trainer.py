@@ -23,7 +23,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from .account import check_upload
 from .baking import lesion_note
 from .callbacks import FrozenNeuronGuard
-from .card import ADAPTER_NOTE, SECTION
+from .card import ADAPTER_NOTE, SECTION, publishable_card
 from .config import FunctionalNetworkConfig
 from .constraints import (
     FrozenSlices,
@@ -41,7 +41,7 @@ from .errors import FNSFTError
 from .hub import hub_errors, is_hub_id, prepare_repo
 from .masking import lesion, masks_off, preserve
 from .selection import NeuronMask, select_neurons
-from .storage import NETWORK_DIR
+from .storage import CARD_FILE, NETWORK_DIR
 from .template import FunctionalNetworkTemplate
 from .tuner import NeuronDeltaLayer, NeuronTunerConfig
 
@@ -289,7 +289,7 @@ class FNSFTTrainer(SFTTrainer):
             self._extend_card(Path(self.args.output_dir))
 
     def _extend_card(self, directory: Path) -> None:
-        card = directory / "README.md"
+        card = directory / CARD_FILE
         if not card.exists() or SECTION in card.read_text(encoding="utf-8"):
             return
         trained, template = self.trainable_neurons, self.network_template
@@ -357,6 +357,9 @@ class FNSFTTrainer(SFTTrainer):
             "trainable": {"count": self.trainable_neurons.count, "sha256": self.trainable_neurons.sha256},
             "neurons": self.neuron_mask.to_ranges(),
         }
+        card = directory.parent / CARD_FILE
+        if card.exists():  # of PEFT, which names the base model by where it was loaded from
+            card.write_text(publishable_card(card.read_text(encoding="utf-8")), encoding="utf-8")
         self._extend_card(directory.parent)
         (directory / SELECTION_FILE).write_text(json.dumps(selection, indent=2) + "\n", encoding="utf-8")
 

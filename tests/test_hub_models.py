@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from helpers import sft_config
@@ -140,7 +141,8 @@ def test_a_run_is_pushed_to_a_private_branch_with_its_checkpoints(hub, model_dir
     assert {"checkpoint-1/adapter_model.safetensors", "checkpoint-1/functional_networks/selection.json"} <= set(pushed)
     everything = b"".join(content for files in repo.commits.values() for content in files.values())
     assert ALICE.encode() not in everything
-    assert str(tmp_path) not in pushed["README.md"].decode()  # the dataset is a local file
+    for card in ("README.md", "checkpoint-1/README.md"):  # model and dataset are local files
+        assert not any(str(path).encode() in pushed[card] for path in (tmp_path, model_dir))
     template = FunctionalNetworkTemplate.from_pretrained("alice/tuned", revision="trial", cache_dir=tmp_path / "cache")
     assert len(template.components) == 2
 
@@ -214,9 +216,16 @@ def test_an_adapter_and_the_merged_model_go_into_one_repository_or_apart(hub, mo
     assert "adapter_model.safetensors" not in apart
     for name in ("config.json", "model.safetensors", "README.md", "functional_networks/template.safetensors"):
         assert together[f"merged/{name}"] == apart[name]
-    whole = AutoModelForCausalLM.from_pretrained(model_dir).num_parameters()
-    for name, at in (("alice/tuned", {"subfolder": "merged"}), ("alice/merged", {"revision": "v1"})):
-        assert AutoModelForCausalLM.from_pretrained(name, **at).num_parameters() == whole
+    # Of several files at the top, PEFT takes the adapter, unless it is told where to look.
+    inner = {"subfolder": "merged", "adapter_kwargs": {"subfolder": "merged"}}
+    first, second = (
+        AutoModelForCausalLM.from_pretrained("alice/tuned", **inner).state_dict(),
+        AutoModelForCausalLM.from_pretrained("alice/merged", revision="v1").state_dict(),
+    )
+    before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    assert first.keys() == second.keys() == before.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], before[name]) for name in first)
     card = apart["README.md"].decode()
     assert "library_name: transformers" in card
     assert "neurons (20.0% of the MLP neurons) could change" in card
