@@ -234,7 +234,24 @@ class FNSFTTrainer(SFTTrainer):
             self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """As the parent's; with `tokenized_cache`, what it made of the same data before is read again."""
+        """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
+
+        Raises:
+            FNSFTError: no row has an answer that begins within `max_length`.
+        """
+        prepared = self._prepare_or_read(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
+            return prepared
+        begins = f"begins after max_length={args.max_length} tokens"
+        if len(prepared) == 0:
+            raise FNSFTError(f"the answer of every row of the {dataset_name} data {begins}; set a larger max_length")
+        logger.warning(
+            f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
+            f"answer {begins}"
+        )
+        return prepared
+
+    def _prepare_or_read(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         cache = self._tokenized_cache
         if (
             cache is None

@@ -197,10 +197,10 @@ def test_basic_without_words_is_what_trl_makes_of_strings(tmp_path):
 
 def test_a_template_of_ones_own():
     tokenizer = plain()
-    text = "Rules: {system}\n\nQ: {instruction}\n{{curly}} it's \\n 'quoted'\tA:\n{response} END</s>"
+    text = "Rules: {system}\n\nQ: {instruction}\\n{{curly}} it's \\ 'quoted'\tA:\n{response} END</s>"
     assert set_chat_template(tokenizer, "basic", text)
     question = [{"role": "user", "content": "{x}"}, {"role": "assistant", "content": "y"}]
-    end = "Q: {x}\n{curly} it's \\n 'quoted'\tA:\ny END</s>"
+    end = "Q: {x}\n{curly} it's \\ 'quoted'\tA:\ny END</s>"
     assert tokenizer.apply_chat_template(question, tokenize=False) == end
     rules = [{"role": "system", "content": "r"}, *question, *question]
     assert tokenizer.apply_chat_template(rules, tokenize=False) == f"Rules: r\n\n{end}{end}"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import multiprocessing
 import os
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from helpers import sft_config, tiny_model, tiny_tokenizer
 from trl import SFTTrainer
 
-from fnsft_trl import FNSFTTrainer, to_trl_format
+from fnsft_trl import FNSFTError, FNSFTTrainer, to_trl_format
 from fnsft_trl.data import tokenized
 from fnsft_trl.data.sources import load_data
 from fnsft_trl.data.tokenized import TokenizedCache
@@ -215,3 +216,15 @@ def test_without_being_asked_for_there_is_no_cache(file, tmp_path, cache):
         tiny_model("llama"), sft_config(tmp_path), train_dataset=rows(file), processing_class=tiny_tokenizer()
     )
     assert not cache.directory.exists()
+
+
+def test_rows_whose_answer_is_cut_off_are_counted_or_an_error(file, tmp_path, cache, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
+    long = tmp_path / "long.jsonl"
+    long.write_text(file.read_text() + json.dumps({"question": "Say " * 40, "answer": "no"}))
+    for _ in range(2):  # made, and read from the cache
+        assert len(trained(long, tmp_path)) == 8
+        assert caplog.text.count("1 of 9 rows of the train data are left out: their answer begins after") == 1
+        caplog.clear()
+    with pytest.raises(FNSFTError, match="every row of the train data begins after max_length=4 tokens"):
+        trained(file, tmp_path, max_length=4)

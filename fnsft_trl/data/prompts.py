@@ -36,11 +36,12 @@ def parse_prompt_template(template: str) -> PromptTemplate:
 
     The placeholders are `{instruction}` and `{response}`, each once and in this order, and `{system}` on a line above
     them: the lines up to it, and line breaks after it, are written only for a conversation with a system turn. Braces
-    of the text are doubled.
+    of the text are doubled; a backslash and an n are a line break, as one writes it in a shell.
 
     Raises:
         FNSFTError: a placeholder is missing, repeated, unknown or out of order.
     """
+    template = template.replace("\\n", "\n")
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
