@@ -5,10 +5,11 @@ import json
 import logging
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from helpers import sft_config, tiny_model, tiny_tokenizer
+from helpers import run_processes, sft_config, tiny_model, tiny_tokenizer
 from trl import SFTTrainer
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, to_trl_format
@@ -228,3 +229,35 @@ def test_rows_whose_answer_is_cut_off_are_counted_or_an_error(file, tmp_path, ca
         caplog.clear()
     with pytest.raises(FNSFTError, match="every row of the train data begins after max_length=4 tokens"):
         trained(file, tmp_path, max_length=4)
+
+
+_TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from datasets import Dataset
+from helpers import run_processes, sft_config, tiny_model, tiny_tokenizer
+from trl import SFTTrainer
+from fnsft_trl import FNSFTTrainer, to_trl_format
+from fnsft_trl.data import tokenized
+
+folder, rank = Path(sys.argv[2]), os.environ["RANK"]
+tokenized.cache_dir = lambda: folder / "cache"
+prepare, load, made, ids = SFTTrainer._prepare_dataset, tokenized.TokenizedCache.load, [], []
+SFTTrainer._prepare_dataset = lambda *args: made.append(args[-1]) or prepare(*args)
+rows = to_trl_format([{"question": f"Say {i}", "answer": f"{i}{i}"} for i in range(8)])
+for turn in range(3):
+    if turn == 2 and rank == "0":  # an entry that only some of the processes can read
+        tokenized.TokenizedCache.load = lambda self, key: None
+    trainer = FNSFTTrainer(tiny_model("llama"), sft_config(folder / f"out-{rank}"), train_dataset=rows,
+                           processing_class=tiny_tokenizer(), tokenized_cache=True)
+    ids.append(trainer.train_dataset["input_ids"][:])
+print(len(made), ids[0] == ids[1] == ids[2], trainer.args.world_size)
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_run_all_read_or_all_prepare(tmp_path):
+    printed = run_processes(2, "-c", _TWO_PROCESSES, Path(__file__).parent, tmp_path)
+    assert [text.split() for text in printed] == [["2", "True", "2"]] * 2
+    assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1

@@ -1,13 +1,16 @@
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
-from datasets import Dataset
-from helpers import sft_config, tiny_tokenizer
+from datasets import Dataset, enable_caching
+from helpers import sft_config, tiny_model, tiny_tokenizer
 from test_data_prompts import pad_is_eos, plain, with_bos
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+from transformers import AutoTokenizer
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-from fnsft_trl import DataConfig, FNSFTError, FunctionalNetworkConfig
+from fnsft_trl import DataConfig, FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, FunctionalNetworkTemplate
+from fnsft_trl.cli import main
 from fnsft_trl.data.training import load_training_data
 
 
@@ -204,3 +207,89 @@ def test_text_gets_one_bos_token(load, tmp_path):
     data = load(tmp_path / "a.jsonl", tokenizer=with_bos())
     assert data.train["text"][:] == ["one", "two"]
     assert load(tmp_path / "a.jsonl", tokenizer=plain()).train["text"][:] == ["<s>one", "two"]
+
+
+def test_a_discovery_reads_any_format_with_a_tokenizer_that_has_no_chat_template(tmp_path):
+    path = write(tmp_path / "a.jsonl", questions(60))
+    trainer = FNSFTTrainer(
+        tiny_model("llama"),
+        sft_config(tmp_path),
+        train_dataset=Dataset.from_list([{"text": "blue"}] * 8),
+        processing_class=plain(),
+        network_config=FunctionalNetworkConfig(
+            ica_datasets=[path], ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=64
+        ),
+    )
+    assert trainer.network_template.calibration["tokens"] == 200
+    assert trainer.processing_class.chat_template is None
+
+
+@pytest.fixture
+def train(tmp_path, model_dir):
+    """`fnsft train` on the small model, with a tokenizer of one's choice."""
+
+    def train(tokenizer, *extra):
+        shutil.copytree(model_dir, tmp_path / "model", dirs_exist_ok=True)
+        for file in (tmp_path / "model").glob("*token*"):
+            file.unlink()
+        (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(tmp_path / "model")
+        arguments = ["train", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+        arguments += ["--max_steps", "1", "--use_cpu", "--bf16", "false", "--report_to", "none", "--max_length", "96"]
+        assert main([*arguments, "--disable_tqdm", "true", *extra]) == 0
+        return AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    return train
+
+
+def test_the_command_trains_any_format_and_saves_the_template_it_rendered_with(train, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"title": f"q{i}", "body": f"a{i}"} for i in range(8)])
+    saved = train(plain(), "--dataset_name", path, "--columns", "prompt=title,completion=body")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert saved.apply_chat_template(turns, tokenize=False) == "Instruction:\nq\n\nResponse:\na</s>"
+
+
+def test_the_command_tells_the_model_of_the_token_that_ends_an_answer(train, tmp_path):
+    tokenizer = pad_is_eos()
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    path = write(tmp_path / "a.jsonl", questions(8))
+    assert train(tokenizer, "--dataset_name", path, "--train_method", "full").eos_token == "<|im_end|>"
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert 2 in saved["eos_token_id"]
+
+
+def test_the_command_reads_from_the_cache_what_has_not_changed(train, tmp_path, monkeypatch):
+    made = []
+    prepare = SFTTrainer._prepare_dataset
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", lambda *args: made.append(args[-1]) or prepare(*args))
+    path = write(tmp_path / "a.jsonl", questions(9, "cached "))
+    train(plain(), "--dataset_name", path)
+    train(plain(), "--dataset_name", path)
+    assert made == ["train"]
+    train(plain(), "--dataset_name", path, "--template_format", "alpaca")
+    assert made == ["train"] * 2
+    train(plain(), "--dataset_name", path, "--tokenized_cache", "false")
+    enable_caching()
+    assert made == ["train"] * 3
+
+
+def test_the_command_discovers_on_any_format(tmp_path, model_dir):
+    path = write(tmp_path / "a.jsonl", [{"title": f"Name {i}", "body": f"Number {i}."} for i in range(60)])
+    arguments = [
+        "discover",
+        str(model_dir),
+        path,
+        "--ica_components",
+        "2",
+        "--ica_rank",
+        "8",
+        "--ica_max_tokens",
+        "200",
+    ]
+    digests = set()
+    for number, extra in enumerate([[], ["--template_format", "alpaca"], ["--template_format", "chatml"]]):
+        target = tmp_path / str(number)
+        choice = ["--columns", "prompt=title,completion=body", "--output_dir", str(target)]
+        assert main([*arguments, *choice, *extra]) == 0
+        digests.add(FunctionalNetworkTemplate.from_pretrained(target).calibration["sha256"])
+    assert len(digests) == 3
