@@ -56,6 +56,11 @@ def test_columns_that_trl_would_take_for_a_format_are_left_out():
 def test_the_log_names_what_is_read_and_what_is_not(log):
     to_trl_format([{"passage": "p", "question": "q", "answer": True}], name="BoolQ")
     assert "BoolQ is read as question, answer; not used: passage" in log.text
+    to_trl_format([{"instruction": "q", "input": "", "output": "a", "system": "s"}], name="one")
+    assert "one is read as instruction, input, output and system (system)\n" in log.text
+    rows = [{"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"}]
+    to_trl_format(rows, name="two")
+    assert "two is read as instruction, output; rows in which these are empty: as question, answer\n" in log.text
 
 
 def test_rows_of_several_formats_become_one(log):

@@ -111,8 +111,10 @@ def _say_format(matches: Sequence[Match], names: list[str], name: str) -> None:
         return
     read = [match.names[column] for column in match.format.columns if match.names.get(column) in match.used]
     system = f" and {match.system} (system)" if match.system else ""
+    others = [other.format.name for other in matches[1:] if not other.used <= match.used]
+    rows = f"; rows in which these are empty: as {' or as '.join(others)}" if others else ""
     rest = f"; not used: {', '.join(unused)}" if unused else ""
-    logger.warning(f"{name} is read as {', '.join(read)}{system}{rest}")
+    logger.warning(f"{name} is read as {', '.join(read)}{system}{rows}{rest}")
 
 
 def _usable(

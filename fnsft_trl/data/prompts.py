@@ -121,12 +121,12 @@ def set_chat_template(tokenizer, template_format: str = "auto", prompt_template:
 
 def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer puts a BOS token before text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def adds_eos(tokenizer) -> bool:
     """Whether the tokenizer puts an EOS token after text."""
-    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def _quoted(text: str) -> str:
@@ -174,19 +174,19 @@ def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
     A chat template that ends it with another special token makes that one the EOS token, unless `keep_eos`; else the
     EOS token is appended to the chat template.
 
+    Args:
+        tokenizer: a tokenizer with an EOS token, or its processor.
+        keep_eos: leave the EOS token as it is.
+
     Returns:
         What was changed, in words; `None` where nothing was.
 
     Raises:
-        FNSFTError: there is no EOS token, or the chat template cannot render a question and an answer.
+        FNSFTError: the chat template cannot render a question and an answer.
     """
     from jinja2 import TemplateError
 
     core = getattr(tokenizer, "tokenizer", tokenizer)
-    if core.eos_token is None:
-        raise FNSFTError(
-            "the tokenizer has no EOS token, so a model would never learn to stop; name one with eos_token"
-        )
     if tokenizer.chat_template is None:
         return None
     try:
