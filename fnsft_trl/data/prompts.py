@@ -13,7 +13,6 @@ BASIC = "Instruction:\n{instruction}\n\nResponse:\n{response}"
 
 _CHATML_END = "<|im_end|>"
 _PLACEHOLDERS = ("system", "instruction", "response")
-_TURN_OF_ASSISTANT = "messages[-1]['role'] == 'assistant'"
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _jinja(template: PromptTemplate, eos_token: str) -> str:
 
 def _chatml(has_end: bool) -> str:
     # Without the token, its letters are plain text, and the EOS token is what ends the turn.
-    end = _quoted(_CHATML_END) + ("" if has_end else "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}")
+    end = _quoted(_CHATML_END) + ("" if has_end else "{{ eos_token }}")
     return (
         "{% for m in messages %}" + _CONTENT + "{% if not loop.first %}{{ '\\n' }}{% endif %}"
         "{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -211,6 +210,6 @@ def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
     eos = "{{ eos_token }}"
     if "endgeneration" in tokenizer.chat_template:
         eos = f"{{% generation %}}{eos}{{% endgeneration %}}"
-    condition = f"{{% if {_TURN_OF_ASSISTANT} and not add_generation_prompt %}}"
+    condition = "{% if messages[-1]['role'] == 'assistant' and not add_generation_prompt %}"
     tokenizer.chat_template = f"{tokenizer.chat_template.removesuffix(chr(10))}{condition}{eos}{{% endif %}}"
     return f"the chat template does not end an answer with {core.eos_token}, which is appended to it"
