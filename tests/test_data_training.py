@@ -201,6 +201,8 @@ def test_trl_is_told_of_another_eos_token(load, tmp_path):
     args, tokenizer = sft_config(tmp_path, eos_token="<|endoftext|>"), pad_is_eos()
     load_training_data(script, args, DatasetMixtureConfig(), DataConfig(), tokenizer)
     assert args.eos_token == tokenizer.eos_token == "<|endoftext|>"
+    with pytest.raises(FNSFTError, match="drop one of them"):
+        load(path, tokenizer=pad_is_eos(), eos_token="<|endoftext|>", data={"template_format": "chatml"})
     with pytest.raises(FNSFTError, match="no token of the tokenizer"):
         load(path, eos_token="<none>")
 

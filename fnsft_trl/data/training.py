@@ -235,6 +235,11 @@ def _set_prompt_format(processing_class, training_args, data_config: DataConfig,
     if is_rendered and (note := teach_end(processing_class, keep_eos=training_args.eos_token is not None)):
         logger.warning(note)
     if tokenizer.eos_token != eos_token:
+        if training_args.eos_token is not None:
+            raise FNSFTError(
+                f"eos_token is {training_args.eos_token}, but template_format={data_config.template_format} ends an "
+                f"answer with {tokenizer.eos_token}; drop one of them"
+            )
         training_args.eos_token = tokenizer.eos_token  # TRL tells the model
 
 
