@@ -1,9 +1,10 @@
 import logging
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from fnsft_trl import FNSFTError, to_trl_format
+from fnsft_trl.data import conversion
 
 
 QUESTIONS = [{"question": f"q{i}", "answer": "" if i % 4 == 1 else f"a{i}"} for i in range(12)]
@@ -108,3 +109,19 @@ def test_columns_beside_the_text_that_trl_reads_are_kept():
     rows = [{"question": "q", "answer": "a", "tools": "[]", "labels": 3}]
     for data in (rows, Dataset.from_list(rows), IterableDataset.from_generator(rows.__iter__)):
         assert [sorted(row) for row in to_trl_format(data)] == [["completion", "prompt", "tools"]]
+
+
+def test_every_split_is_converted():
+    data = DatasetDict(train=Dataset.from_list(QUESTIONS), test=Dataset.from_list([{"text": "t"}]))
+    converted = to_trl_format(data)
+    assert {name: rows.column_names for name, rows in converted.items()} == {
+        "train": ["prompt", "completion"],
+        "test": ["text"],
+    }
+
+
+def test_another_version_of_the_table_is_not_mixed_up_in_the_cache_of_datasets(monkeypatch):
+    data = Dataset.from_list(QUESTIONS)
+    first, again = to_trl_format(data)._fingerprint, to_trl_format(data)._fingerprint
+    monkeypatch.setattr(conversion, "_code", lambda: b"of another version")
+    assert first == again != to_trl_format(data)._fingerprint
