@@ -125,3 +125,25 @@ def test_another_version_of_the_table_is_not_mixed_up_in_the_cache_of_datasets(m
     first, again = to_trl_format(data)._fingerprint, to_trl_format(data)._fingerprint
     monkeypatch.setattr(conversion, "_code", lambda: b"of another version")
     assert first == again != to_trl_format(data)._fingerprint
+
+
+def test_what_messages_hold_beside_role_and_content_is_kept():
+    """Also where it begins only behind the rows that are converted first, and beside rows of another format."""
+    call = [{"name": "f"}]
+    plain = [{"from": "human", "value": "q", "tool_calls": None}, {"from": "gpt", "value": "a", "tool_calls": None}]
+    calling = [plain[0], {"from": "gpt", "value": None, "tool_calls": call}]
+    rows = [{"conversations": each, "question": None, "answer": None} for each in [plain] * 1200 + [calling]]
+    rows.append({"conversations": None, "question": "q", "answer": "a"})
+    converted = to_trl_format(Dataset.from_list(rows))
+    assert len(converted) == 1202
+    assert converted[1200]["messages"][1] == {"role": "assistant", "content": None, "tool_calls": call}
+    assert converted[1201]["messages"][1] == {"role": "assistant", "content": "a", "tool_calls": None}
+
+
+def test_squad_becomes_prompts_and_completions():
+    answers = [{"text": ["a", "b"], "answer_start": [1, 2]}, {"text": [], "answer_start": []}]
+    rows = [{"id": "1", "context": "c", "question": "q", "answers": each} for each in answers]
+    converted = to_trl_format(Dataset.from_list(rows))
+    assert converted.to_list() == [
+        {"prompt": [{"role": "user", "content": "c\n\nq"}], "completion": [{"role": "assistant", "content": "a"}]}
+    ]

@@ -27,7 +27,6 @@ from .formats import (
 logger = logging.get_logger(__name__)
 
 _BATCH = 1000
-_TURNS = List({"role": Value("string"), "content": Value("string")})
 
 
 def to_trl_format(
@@ -183,9 +182,9 @@ def _convert_dataset(dataset: Dataset, matches: Sequence[Match], kept: list[str]
         rows = [_as_kind(convert_row(row, matches), kind, name) for row in _rows(batch)]
         return {column: [row[column] for row in rows] for column in _columns(kind, matches)}
 
-    features = None
-    if kind == PROMPT_COMPLETION:
-        features = Features(prompt=_TURNS, completion=_TURNS, **{column: dataset.features[column] for column in kept})
+    turns = _turns_of(dataset.features, read)
+    types = {column: turns if kind != TEXT else Value("string") for column in _columns(kind, matches)}
+    features = Features(types | {column: dataset.features[column] for column in kept})
     # Nothing of this is read from the cache of `datasets`, and what is made of the result later is not mixed up there
     # with what another version of this package made of it: the keys do not see the code behind a function's name.
     made_by = Hasher.hash([dataset._fingerprint, _code(), matches, kind])
@@ -199,6 +198,26 @@ def _convert_dataset(dataset: Dataset, matches: Sequence[Match], kept: list[str]
         new_fingerprint=made_by,
         desc=f"Reading {name}",
     )
+
+
+def _turns_of(features: Features, columns: Iterable[str]) -> List:
+    """The type of converted messages: role, content, and whatever else the dataset's messages have."""
+    turn = {"role": Value("string"), "content": Value("string")}
+    for column in columns:
+        messages = features[column]
+        if isinstance(messages, dict):  # by columns
+            fields = {name: feature.feature for name, feature in messages.items() if isinstance(feature, List)}
+        elif isinstance(messages, List) and isinstance(messages.feature, dict):
+            fields = messages.feature
+        else:
+            fields = {}
+        if not fields.keys() & {"role", "from"}:
+            continue
+        for name, feature in fields.items():
+            name = {"from": "role", "value": "content"}.get(name, name)
+            if name != "role" and feature != Value("null"):
+                turn[name] = feature
+    return List(turn)
 
 
 def _code() -> bytes:
