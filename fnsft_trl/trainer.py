@@ -35,7 +35,9 @@ from .constraints import (
     trainable_neurons,
 )
 from .credentials import UnsavedToken
-from .data import load_texts
+from .data.prompts import set_chat_template
+from .data.sources import load_texts
+from .data.tokenized import TokenizedCache, preparation_settings
 from .discovery import discover_networks
 from .errors import FNSFTError
 from .hub import hub_errors, is_hub_id, prepare_repo
@@ -86,6 +88,9 @@ class FNSFTTrainer(SFTTrainer):
         network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
             The networks, their directory or their Hub id; overrides `network_config.ica_template_path`. Without
             either, they are discovered on `network_config.ica_datasets` or on the training data.
+        tokenized_cache (`bool`, *optional*, defaults to `False`):
+            Keep tokenised datasets in the user's cache, and read them from it when rows, tokenizer, chat template,
+            lengths and versions are the same.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -102,6 +107,7 @@ class FNSFTTrainer(SFTTrainer):
         *args,
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
+        tokenized_cache: bool = False,
         **kwargs,
     ) -> None:
         self.network_config = network_config
@@ -111,6 +117,7 @@ class FNSFTTrainer(SFTTrainer):
         self.mask_handle = None
         self._frozen_slices: FrozenSlices | None = None
         self._held_optimizer = None
+        self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         if network_config is None:
             if network_template is not None:
                 raise FNSFTError("network_template without network_config has no effect; give a network_config too")
@@ -231,6 +238,37 @@ class FNSFTTrainer(SFTTrainer):
 
     def _hold_weights(self) -> FrozenSlices:
         return constrain_full(self.model, self.trainable_neurons, train_other=self._trains_other)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
+
+        Raises:
+            FNSFTError: no row has an answer that begins within `max_length`.
+        """
+
+        def make():
+            return super(FNSFTTrainer, self)._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
+
+        cache = self._tokenized_cache
+        if cache is None or formatting_func is not None or not cache.takes(dataset, processing_class):
+            prepared = make()
+        else:
+            settings = {"packing": packing, "completion_only_loss": self.completion_only_loss}
+            settings |= {"chat_template": self.chat_template, **preparation_settings(args)}
+            key = cache.key(dataset, processing_class, settings)
+            prepared = cache.read_or_make(key, make, writes=args.distributed_state.is_local_main_process)
+        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
+            return prepared
+        begins = f"begins after max_length={args.max_length} tokens"
+        if len(prepared) == 0:
+            raise FNSFTError(f"the answer of every row of the {dataset_name} data {begins}; set a larger max_length")
+        logger.warning(
+            f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
+            f"answer {begins}"
+        )
+        return prepared
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
@@ -506,6 +544,9 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
         )
     if config.ica_datasets:
         datasets = load_texts(config.ica_datasets)
+        if processing_class.chat_template is None:
+            processing_class = copy.deepcopy(processing_class)
+            set_chat_template(processing_class)
     else:
         texts = given.get("train_dataset")
         if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):
