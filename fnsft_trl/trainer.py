@@ -1,7 +1,6 @@
 """FNSFTTrainer: SFTTrainer, with the trainable neurons and the forward mask of a FunctionalNetworkConfig."""
 
 import copy
-import json
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,17 +12,14 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from .account import check_upload
-from .baking import lesion_note
 from .callbacks import FrozenNeuronGuard, MaskScheduleCallback
-from .card import ADAPTER_NOTE, SECTION, publishable_card
 from .config import FunctionalNetworkConfig
 from .constraints import (
     FrozenSlices,
@@ -35,22 +31,25 @@ from .constraints import (
     trainable_neurons,
 )
 from .credentials import UnsavedToken
-from .data.prompts import set_chat_template
-from .data.sources import load_texts
 from .data.tokenized import TokenizedCache, preparation_settings
-from .discovery import discover_networks
 from .errors import FNSFTError
 from .hub import hub_errors, is_hub_id, prepare_repo
 from .masking import lesion, masks_off, preserve
+from .preparation import (
+    check_template,
+    discover_template,
+    given_template,
+    keep_4bit_layers_differentiable,
+    load_base_model,
+    tuner_config,
+)
+from .run_record import RunRecord
 from .selection import NeuronMask, select_neurons
-from .storage import CARD_FILE, NETWORK_DIR
 from .template import FunctionalNetworkTemplate
-from .tuner import NeuronDeltaLayer, NeuronTunerConfig
+from .tuner import NeuronDeltaLayer
 
 
 logger = logging.get_logger(__name__)
-
-SELECTION_FILE = "selection.json"
 
 
 class FNSFTTrainer(SFTTrainer):
@@ -154,8 +153,8 @@ class FNSFTTrainer(SFTTrainer):
         set_seed(train_args.seed)
         model_init_kwargs = train_args.model_init_kwargs if isinstance(train_args, SFTConfig) else None
         if isinstance(model, str):
-            model = _load_model(model, train_args, model_init_kwargs, given.pop("quantization_config", None))
-        _keep_4bit_layers_differentiable(model)
+            model = load_base_model(model, train_args, model_init_kwargs, given.pop("quantization_config", None))
+        keep_4bit_layers_differentiable(model)
         processing_class = given.get("processing_class")
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(
@@ -164,7 +163,7 @@ class FNSFTTrainer(SFTTrainer):
                 trust_remote_code=getattr(train_args, "trust_remote_code", False),
             )
         is_held = plan.train != "all"
-        template = _given_template(network_config, network_template)
+        template = given_template(network_config, network_template)
         if template is not None and template.threshold is None and template.site != network_config.ica_site:
             # The original's commands name no site: their templates are of the MLPs' outputs.
             logger.warning(f"ica_site is {template.site}, the site of the converted template")
@@ -173,15 +172,23 @@ class FNSFTTrainer(SFTTrainer):
             check_lora_config(adapter, model, network_config.ica_site)
 
         if template is None:
-            template = _discover(network_config, model, processing_class, train_args, given)
+            template = discover_template(network_config, model, processing_class, train_args, given)
         else:
-            template = _check_template(network_config, model, template)
+            template = check_template(network_config, model, template)
         self.network_template = template
-        self.neuron_mask = _select(template, network_config)
+        self.neuron_mask = select_neurons(
+            template,
+            network_config.ica_component_ids,
+            selector=network_config.ica_select,
+            fraction=network_config.ica_fraction,
+            rank=network_config.ica_rank_by,
+            min_reliability=network_config.ica_min_reliability,
+            seed=network_config.ica_seed,
+        )
         self.trainable_neurons = trainable_neurons(model, self.neuron_mask, plan.train)
         logger.info(f"selected {self.neuron_mask}; trainable {self.trainable_neurons}; method {plan.method}")
         if plan.method == "neuron_delta":
-            peft_config = _tuner_config(self.trainable_neurons, peft_config)
+            peft_config = tuner_config(self.trainable_neurons, peft_config)
         elif plan.method == "lora" and peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             set_lora_targets(peft_config, model, self.trainable_neurons)
@@ -291,7 +298,12 @@ class FNSFTTrainer(SFTTrainer):
             FNSFTError: the checkpoint to resume from was written with other trainable neurons or mask phases.
         """
         if self.network_config is not None and resume_from_checkpoint:
-            self._check_checkpoint(resume_from_checkpoint)
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise FNSFTError(f"there is no checkpoint in {self.args.output_dir} to resume from")
+            self._record.check(checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
             self._evaluate_masked = True
@@ -336,93 +348,24 @@ class FNSFTTrainer(SFTTrainer):
             dataset_name = None
         super().create_model_card(model_name, dataset_name, tags)
         if self.network_config is not None and self.is_world_process_zero():
-            self._extend_card(Path(self.args.output_dir))
+            self._record.extend_card(Path(self.args.output_dir), self.model)
 
-    def _extend_card(self, directory: Path) -> None:
-        card = directory / CARD_FILE
-        if not card.exists() or SECTION in card.read_text(encoding="utf-8"):
-            return
-        trained, template = self.trainable_neurons, self.network_template
-        what = "every neuron could change."
-        if self.plan.train != "all":
-            what = (
-                f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
-                "are bit-identical to the base model."
-            )
-        origin = "were converted from lists of neurons"
-        if sources := ", ".join(template.calibration["sources"]):
-            origin = f"were found on {template.calibration['tokens']} tokens of {sources}"
-        if template.hub_id is not None:
-            origin += f", come from [{template.hub_id}](https://huggingface.co/{template.hub_id}) at commit "
-            origin += f"`{template.commit}`"
-        lines = [
-            f"\n{SECTION}\n",
-            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks {origin}; they are in "
-            f"`{NETWORK_DIR}/`.",
-        ]
-        if self.plan.mask_mode is not None:
-            lines.append(
-                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
-                f"{self.neuron_mask.count} selected neurons. "
-                + (lesion_note(self.model) or "The mask is not part of these weights.")
-            )
-        elif note := lesion_note(self.model):
-            lines.append(f"\n{note}")
-        if self.plan.method == "neuron_delta":
-            lines.append(f"\n{ADAPTER_NOTE}")
-        with card.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-
-    def _check_checkpoint(self, checkpoint: str | bool) -> None:
-        directory = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        if directory is None:
-            raise FNSFTError(f"there is no checkpoint in {self.args.output_dir} to resume from")
-        file = Path(directory) / NETWORK_DIR / SELECTION_FILE
-        if not file.is_file():
-            raise FNSFTError(f"{directory} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
-        written = json.loads(file.read_text(encoding="utf-8"))
-        trained, phases = written["trainable"], written.get("mask_phases", [])
-        if trained["sha256"] != self.trainable_neurons.sha256:
-            raise FNSFTError(
-                f"{directory} was written with {trained['count']} trainable neurons, this run has another set of "
-                f"{self.trainable_neurons.count}; resume with the same network_config and template"
-            )
-        if phases != self._mask_phases():
-            raise FNSFTError(
-                f"{directory} was written with {len(phases)} mask phases, this run has {len(self._mask_phases())}, or "
-                "other ones; resume with the same MaskScheduleCallback"
-            )
-
-    def _mask_phases(self) -> list[dict]:
+    @property
+    def _record(self) -> RunRecord:
         schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
-        return [phase for schedule in schedules for phase in schedule.to_dict()]
+        return RunRecord(
+            config=self.network_config,
+            plan=self.plan,
+            template=self.network_template,
+            selected=self.neuron_mask,
+            trainable=self.trainable_neurons,
+            mask_phases=[phase for schedule in schedules for phase in schedule.to_dict()],
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.network_config is None or not self.args.should_save:
-            return
-        directory = Path(output_dir or self.args.output_dir) / NETWORK_DIR
-        self.network_template.save_pretrained(directory)
-        selection = {
-            "network_config": self.network_config.to_dict(),
-            "template": {
-                "hub_id": self.network_template.hub_id,
-                "commit": self.network_template.commit,
-                "base_model": self.network_template.base_model,
-            },
-            "train_method": self.plan.method,
-            "train_neurons": self.plan.train,
-            "mask_mode": self.plan.mask_mode,
-            "mask_phases": self._mask_phases(),
-            "selected": {"count": self.neuron_mask.count, "sha256": self.neuron_mask.sha256},
-            "trainable": {"count": self.trainable_neurons.count, "sha256": self.trainable_neurons.sha256},
-            "neurons": self.neuron_mask.to_ranges(),
-        }
-        card = directory.parent / CARD_FILE
-        if card.exists():  # of PEFT, which names the base model by where it was loaded from
-            card.write_text(publishable_card(card.read_text(encoding="utf-8")), encoding="utf-8")
-        self._extend_card(directory.parent)
-        (directory / SELECTION_FILE).write_text(json.dumps(selection, indent=2) + "\n", encoding="utf-8")
+        if self.network_config is not None and self.args.should_save:
+            self._record.save(Path(output_dir or self.args.output_dir), self.model)
 
 
 class _HoldAfterSharding(TrainerCallback):
@@ -434,35 +377,6 @@ class _HoldAfterSharding(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer._frozen_slices.release()
         self.trainer._frozen_slices = self.trainer._hold_weights()
-
-
-def _load_model(name: str, args, model_init_kwargs: dict | None, quantization_config):
-    """Load a model as SFTTrainer does."""
-    options = dict(model_init_kwargs or {})
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        options["device_map"] = None
-    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
-    return create_model_from_path(name, **options)
-
-
-def _keep_4bit_layers_differentiable(model) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
-
-    It does so in the first forward pass of a discovery or an evaluation and does not undo it in training, where no
-    gradient passes through a packed layer.
-    """
-    for name, module in model.named_modules():
-        if "support_avx512bf16_for_cpu" not in vars(module):
-            continue
-        quant_state = module.weight.quant_state
-        if quant_state is not None and vars(quant_state).get("packing_format_for_cpu"):
-            raise FNSFTError(
-                f"the 4-bit weights of {name} are packed for inference on a CPU, and no gradient would pass through "
-                "them; load the model anew, and train it before any inference"
-            )
-        module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
@@ -478,19 +392,6 @@ def _without_model_init_kwargs(args):
             args.model_init_kwargs = kept
 
 
-def _tuner_config(trainable: NeuronMask, lora: LoraConfig | None) -> NeuronTunerConfig:
-    """Deltas for the trainable neurons; LoRA beside them, if a configuration is given."""
-    whole = {}
-    if lora is not None:
-        lora = copy.deepcopy(lora)
-        for name in ("modules_to_save", "trainable_token_indices"):  # of the adapter, not of LoRA
-            whole[name] = getattr(lora, name)
-            setattr(lora, name, None)
-    return NeuronTunerConfig(
-        neurons=trainable.to_ranges(), site=trainable.site, task_type="CAUSAL_LM", lora=lora, **whole
-    )
-
-
 def _only_adapter(model: PeftModel) -> str:
     if len(model.active_adapters) != 1:
         raise FNSFTError(
@@ -498,81 +399,3 @@ def _only_adapter(model: PeftModel) -> str:
             "exactly one can be held to a set of neurons: set_adapter one of them"
         )
     return model.active_adapters[0]
-
-
-def _given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkTemplate | None:
-    """The template that was given to the trainer or named in its config, if any."""
-    if isinstance(given, FunctionalNetworkTemplate):
-        return given
-    reference = given if given is not None else config.ica_template_path
-    if reference is None:
-        return None
-    return FunctionalNetworkTemplate.from_pretrained(reference, revision=config.ica_template_revision)
-
-
-def _check_template(config: FunctionalNetworkConfig, model, template: FunctionalNetworkTemplate):
-    """The template, checked against model and config, with the threshold that the config asks for."""
-    if template.site != config.ica_site:
-        raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
-    template.check_model(model)
-    rule = config.threshold_rule()
-    if rule is not None and template.threshold is None:
-        logger.warning(
-            "the template lists its neurons, so ica_threshold, ica_percentile and ica_zscore have no effect"
-        )
-        return template
-    return template if rule is None else template.with_threshold(rule)
-
-
-def _discover(config: FunctionalNetworkConfig, model, processing_class, args, given: dict):
-    """Discover the networks on `ica_datasets` or on the training data."""
-    unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
-    if unknown:
-        raise FNSFTError(
-            f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
-            f"the networks are 0-{config.ica_components - 1}"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise FNSFTError(
-            "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "
-            "ica_template_path"
-        )
-    if is_fsdp_enabled():
-        raise FNSFTError(
-            "networks cannot be discovered with cpu_ram_efficient_loading, which gives the weights to one process "
-            "only; run fnsft discover first, and give ica_template_path"
-        )
-    if config.ica_datasets:
-        datasets = load_texts(config.ica_datasets)
-        if processing_class.chat_template is None:
-            processing_class = copy.deepcopy(processing_class)
-            set_chat_template(processing_class)
-    else:
-        texts = given.get("train_dataset")
-        if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):
-            raise FNSFTError(
-                "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
-                "a template"
-            )
-        formatting_func, field = given.get("formatting_func"), getattr(args, "dataset_text_field", "text")
-        if formatting_func is not None:
-            texts = map(formatting_func, texts)
-        else:
-            texts = (row.get(field, row) for row in texts)
-        datasets = {"the training data": texts}
-    if args.place_model_on_device and not hasattr(model, "hf_device_map"):
-        model.to(args.device)  # where the parent would place it later; discovery is slow on another one
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return discover_networks(model, tokenizer, datasets, config)
-
-
-def _select(template: FunctionalNetworkTemplate, config: FunctionalNetworkConfig) -> NeuronMask:
-    return select_neurons(
-        template,
-        config.ica_component_ids,
-        selector=config.ica_select,
-        fraction=config.ica_fraction,
-        rank=config.ica_rank_by,
-        min_reliability=config.ica_min_reliability,
-        seed=config.ica_seed,
-    )

@@ -45,6 +45,8 @@ STAGES = [
     "constraints",
     "evaluation",
     "callbacks",
+    "preparation",
+    "run_record",
     "trainer",
     "export",
     "report",

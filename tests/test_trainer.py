@@ -235,7 +235,9 @@ def test_streamed_data_and_other_text_fields_are_discovered_on(model_dir, rows, 
 
 
 def test_what_is_known_to_fail_fails_before_a_discovery(model_dir, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.trainer.discover_networks", lambda *a, **k: pytest.fail("discovery was started"))
+    monkeypatch.setattr(
+        "fnsft_trl.preparation.discover_networks", lambda *a, **k: pytest.fail("discovery was started")
+    )
     for changes, peft_config, message in (
         ({"ica_component_ids": [12]}, None, "networks are 0-9"),
         ({}, LoraConfig(use_dora=True), "DoRA"),
@@ -378,7 +380,7 @@ def test_what_does_not_run_sharded_is_refused(
 
 
 def test_no_discovery_on_weights_that_zero3_has_sharded(rows, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("fnsft_trl.preparation.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(FNSFTError, match="run fnsft discover first"):
         make(tmp_path, rows, tokenizer, **DISCOVERY)
 
