@@ -41,6 +41,7 @@ STAGES = [
     "callbacks",
     "trainer",
     "export",
+    "gguf",
     "report",
     "cli",
 ]

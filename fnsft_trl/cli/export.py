@@ -1,5 +1,7 @@
-"""fnsft export ADAPTER: write a trained adapter as a merged model or as a plain LoRA."""
+"""fnsft export ADAPTER: write a trained adapter as a merged model, as a plain LoRA, or any model as GGUF."""
 
+from ..errors import FNSFTError
+from ..gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
 from .arguments import ArgumentParser, check_writable
 
 
@@ -8,29 +10,49 @@ def main(argv: list[str]) -> None:
         prog="fnsft export",
         description="Write a trained adapter in a form that other tools load without this package.",
     )
-    parser.add_argument("adapter", help="directory of a saved adapter")
+    parser.add_argument("adapter", nargs="?", help="directory of a saved adapter (gguf: or of a model)")
+    parser.add_argument("--model_path", metavar="DIR", help="the same, by name")
     parser.add_argument(
         "--to",
         required=True,
-        choices=["merged", "lora"],
-        help="merged: an ordinary checkpoint; lora: neuron deltas as an ordinary PEFT LoRA",
+        choices=["merged", "lora", "gguf"],
+        help="merged: an ordinary checkpoint; lora: neuron deltas as an ordinary PEFT LoRA; gguf: for llama.cpp",
     )
-    parser.add_argument("--output_dir", required=True, help="where to write it")
-    parser.add_argument(
-        "--dtype", default="auto", help="precision of a merged model: auto, float32, bfloat16, float16"
-    )
+    parser.add_argument("--output_dir", help="where to write it (merged, lora)")
+    parser.add_argument("--output_path", metavar="FILE", help="where to write it (gguf)")
+    parser.add_argument("--dtype", help="merged: precision: auto (default), float32, bfloat16, float16")
+    parser.add_argument("--outtype", "--quantization", choices=OUTTYPES, help="gguf: precision; auto by default")
+    parser.add_argument("--converter", metavar="PROGRAM", help=f"gguf: the converter; {CONVERTER_VARIABLE} by default")
     args = parser.parse_args(argv)
+    if (args.adapter is None) == (args.model_path is None):
+        raise FNSFTError("one directory is needed: fnsft export DIR, or --model_path DIR")
+    source = args.adapter or args.model_path
+    of_gguf = {"output_path": args.output_path, "outtype": args.outtype, "converter": args.converter}
+    of_others = {"output_dir": args.output_dir, "dtype": args.dtype if args.to == "merged" else None}
+    needed, others = ("output_path", of_others) if args.to == "gguf" else ("output_dir", of_gguf)
+    if args.to == "lora":
+        others["dtype"] = args.dtype
+    if unread := [name for name, value in others.items() if value is not None]:
+        raise FNSFTError(f"--{unread[0]} has no effect with --to {args.to}; drop it")
+    if getattr(args, needed) is None:
+        raise FNSFTError(f"--to {args.to} needs --{needed}")
+    if args.to == "gguf":
+        find_converter(args.converter)
+        check_writable(args.output_path)
+        file = to_gguf(source, args.output_path, outtype=args.outtype or "auto", converter=args.converter)
+        print(f"GGUF file saved to: {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+        return
     output_dir = check_writable(args.output_dir)
 
     from ..export import to_merged, to_plain_lora, verify_merge
     from ..tuner import NeuronTunerConfig
 
     if args.to == "lora":
-        config = to_plain_lora(args.adapter, output_dir)
+        config = to_plain_lora(source, output_dir)
         print(f"Plain LoRA saved to: {output_dir} ({len(config.target_modules)} modules, rank up to {config.r})")
         return
-    config = to_merged(args.adapter, output_dir, dtype=args.dtype)
+    config = to_merged(source, output_dir, dtype=args.dtype or "auto")
     print(f"Merged model saved to: {output_dir}")
-    if isinstance(config, NeuronTunerConfig) and args.dtype == "auto":
-        changed = verify_merge(config.base_model_name_or_path, output_dir, args.adapter)
+    if isinstance(config, NeuronTunerConfig) and args.dtype in (None, "auto"):
+        changed = verify_merge(config.base_model_name_or_path, output_dir, source)
         print(f"Verified: {changed.count} neurons differ from {config.base_model_name_or_path}, as the adapter says")

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ..embedded import resolve_model
 from ..errors import FNSFTError
+from ..neurons import find_neuron_sites
 
 
 @contextmanager
@@ -35,3 +38,21 @@ def load_model_and_tokenizer(name_or_path: str, dtype: str = "float32"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model, tokenizer
+
+
+def default_lora_targets(config: PretrainedConfig) -> list[str] | None:
+    """The modules for LoRA to train when none are named: PEFT's own choice (`None`) where it has one.
+
+    For architectures that PEFT's table lacks: the up, gate and down projections of the MLPs.
+
+    Raises:
+        FNSFTError: the model has no MLP that is understood either.
+    """
+    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        return None
+    with torch.device("meta"):  # only its structure is read
+        model = AutoModelForCausalLM.from_config(config)
+    sites = find_neuron_sites(model)
+    for site in sites:
+        site.check_no_experts("LoRA")
+    return sorted(name for site in sites for name in site.layout.modules())
