@@ -1,7 +1,7 @@
 """CPU seconds until help or a refusal is there, beside TRL's own command in the same run.
 
 Each call runs in a process of its own, after one call that fills the caches (bytecode, and the schema of TRL's
-options). CPU seconds are user and system time of the process and its children; the median of some repeats. Prints JSON.
+options). CPU seconds are user and system time of a process and its children; the median of some repeats. Prints JSON.
 
     python benchmarks/startup.py --repeats 5
 """

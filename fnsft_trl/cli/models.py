@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..embedded import resolve_model
 from ..errors import FNSFTError
@@ -38,6 +39,17 @@ def load_model_and_tokenizer(name_or_path: str, dtype: str = "float32"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model, tokenizer
+
+
+def check_attention(name: str | None) -> None:
+    """Check that transformers knows an attention implementation; a kernel on the Hub (org/name) may be anything.
+
+    Raises:
+        FNSFTError: it does not.
+    """
+    known = ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    if name is not None and "/" not in name and name not in known:
+        raise FNSFTError(f"attn_implementation is {name!r}; it must be one of: {', '.join(known)}")
 
 
 def default_lora_targets(config: PretrainedConfig) -> list[str] | None:

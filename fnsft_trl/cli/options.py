@@ -109,7 +109,8 @@ def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> lis
     """Drop the values of the file that contradict a switch of the command line, and say so."""
     losers = [b for pair in _EXCLUSIVE for a, b in (pair, pair[::-1]) if command_line.get(a) and values.get(b)]
     if command_line.get("use_peft") is False:
-        losers += [name for name in (*_OF_LORA, "merge_adapter_with_base") if values.get(name) is not None]
+        losers += [name for name in _OF_LORA if values.get(name) is not None]
+        losers += ["merge_adapter_with_base"] if values.get("merge_adapter_with_base") else []
     for name in losers:
         del values[name]
     return [f"{name} of the config file is overruled by the command line" for name in losers]

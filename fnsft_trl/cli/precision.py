@@ -1,11 +1,10 @@
 """Which precision a device is given, when the user names none; and whether it can hold quantised weights."""
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 
 from ..errors import FNSFTError
 
@@ -52,7 +51,7 @@ class Precision:
             raise FNSFTError("fp16 is not a mixed precision of CPUs; drop it (float32), or use bf16")
         if bf16 or fp16:
             return cls(device, "bf16" if bf16 else "fp16")
-        if device in ("cpu", "mps") or (bf16 is False and fp16 is False):
+        if device in ("cpu", "mps"):
             return cls(device, "no")
         if bf16 is None and _computes_in_bfloat16(device):
             return cls(device, "bf16")
@@ -60,8 +59,7 @@ class Precision:
 
 
 def _device(use_cpu: bool | None) -> str:
-    forced = str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
-    if use_cpu or forced or not torch.accelerator.is_available():
+    if use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return "cpu"
     return torch.accelerator.current_accelerator().type
 

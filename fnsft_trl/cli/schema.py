@@ -145,7 +145,11 @@ def _trl_options() -> list[Option]:
 
     options = [option for name in TRL for option in describe(getattr(trl, name))]
     trackers = (*sorted(INTEGRATION_TO_CALLBACK), "all", "none")
-    options = [dataclasses.replace(o, choices=trackers) if o.name == "report_to" else o for o in options]
+    more = {
+        "report_to": {"choices": trackers},
+        "resume_from_checkpoint": {"switch": True},
+    }  # what their types do not say
+    options = [dataclasses.replace(option, **more.get(option.name, {})) for option in options]
     _write(path, key, options)
     return options
 

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     from ..data import check_rows, load_data
     from ..embedded import resolve_model
     from ..trainer import FNSFTTrainer
-    from .models import default_lora_targets, model_errors
+    from .models import check_attention, default_lora_targets, model_errors
     from .precision import Precision, check_quantization
     from .templates import save_template
 
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, TypeError) as error:  # what TRL and transformers say of their own fields
         raise FNSFTError(" ".join(str(error).split())) from error
     _check_trackers(training_args.report_to)
+    check_attention(model_args.attn_implementation)
     peft_config = get_peft_config(model_args)
     output_dir = check_writable(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
@@ -118,15 +119,18 @@ def main(argv: list[str]) -> None:
     )
     if network_config is None:
         logger.warning("no functional networks were asked for: this is plain supervised fine-tuning")
-    trainer = FNSFTTrainer(
-        model=name,
-        args=training_args,
-        train_dataset=dataset[wanted["train"]],
-        eval_dataset=dataset[wanted["test"]] if "test" in wanted else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=peft_config,
-        network_config=network_config,
-    )
+    try:
+        trainer = FNSFTTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=dataset[wanted["train"]],
+            eval_dataset=dataset[wanted["test"]] if "test" in wanted else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=peft_config,
+            network_config=network_config,
+        )
+    except ImportError as error:  # of a package that an option needs: flash-attn, liger-kernel and others
+        raise FNSFTError(f"an option needs a package that is not installed: {error}") from error
     if trainer.network_config is not None:
         logger.warning(
             f"selected {trainer.neuron_mask}; trainable: {trainer.trainable_neurons.count} neurons, method "

@@ -30,6 +30,7 @@ SWITCHES = {"no_peft": "use_peft", "use_wandb": "report_to"}
 DROPPED = {
     "use_auth_token": "the token of HF_TOKEN, of .env or of `hf auth login` is always used",
     "auto_detect_format": "the format of a dataset is always detected",
+    "lora_bias": "LoRA trains no biases here",
     "bnb_4bit_compute_dtype": "4-bit weights are computed with in the precision of dtype",
     "upload_merged_model": "the whole output directory is uploaded, a merged model with it",
     "push_adapter_only": "the whole output directory is uploaded, a merged model with it",
