@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fnsft_trl.cli import VERBS, main
-from fnsft_trl.cli.schema import Option, training_options
+from fnsft_trl.cli.schema import TRL, Option, training_options
 from fnsft_trl.cli.translate import SWITCHES, original_options
 
 
@@ -20,7 +20,7 @@ BASE = ["train", "--model_name_or_path", "nowhere/model", "--dataset_name", "row
 BOOLEANS = sorted(name for name, option in KNOWN.items() if option.kind == "bool" and name not in SWITCHES)
 NUMBERS = sorted(name for name, o in OPTIONS.items() if o.kind in ("int", "float") and not o.text)
 CHOSEN = sorted(name for name, o in KNOWN.items() if o.choices and o.kind == "str" and not o.switch)
-STRICT = sorted(name for name, o in OPTIONS.items() if not o.nullable and o.group != "FunctionalNetworkConfig")
+STRICT = sorted(name for name, o in OPTIONS.items() if not o.nullable and o.group in TRL)
 
 Call = tuple[list[str], str | None, str]  # arguments, text of the YAML file, what the message must name
 

@@ -1,8 +1,19 @@
 """fnsft export ADAPTER: write a trained adapter as a merged model, as a plain LoRA, or any model as GGUF."""
 
+from pathlib import Path
+
 from ..errors import FNSFTError
 from ..gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
 from .arguments import ArgumentParser, check_writable
+
+# Option -> the forms that it is for.
+_READ_BY = {
+    "output_dir": ("merged", "lora"),
+    "output_path": ("gguf",),
+    "dtype": ("merged",),
+    "outtype": ("gguf",),
+    "converter": ("gguf",),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -27,18 +38,15 @@ def main(argv: list[str]) -> None:
     if (args.adapter is None) == (args.model_path is None):
         raise FNSFTError("one directory is needed: fnsft export DIR, or --model_path DIR")
     source = args.adapter or args.model_path
-    of_gguf = {"output_path": args.output_path, "outtype": args.outtype, "converter": args.converter}
-    of_others = {"output_dir": args.output_dir, "dtype": args.dtype if args.to == "merged" else None}
-    needed, others = ("output_path", of_others) if args.to == "gguf" else ("output_dir", of_gguf)
-    if args.to == "lora":
-        others["dtype"] = args.dtype
-    if unread := [name for name, value in others.items() if value is not None]:
-        raise FNSFTError(f"--{unread[0]} has no effect with --to {args.to}; drop it")
+    for name, forms in _READ_BY.items():
+        if getattr(args, name) is not None and args.to not in forms:
+            raise FNSFTError(f"--{name} has no effect with --to {args.to}; drop it")
+    needed = "output_path" if args.to == "gguf" else "output_dir"
     if getattr(args, needed) is None:
         raise FNSFTError(f"--to {args.to} needs --{needed}")
     if args.to == "gguf":
         find_converter(args.converter)
-        check_writable(args.output_path)
+        check_writable(Path(args.output_path).expanduser().parent)
         file = to_gguf(source, args.output_path, outtype=args.outtype or "auto", converter=args.converter)
         print(f"GGUF file saved to: {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         return

@@ -45,7 +45,7 @@ class Option:
         text (`bool`): whether it takes a plain string too.
         switch (`bool`): whether it takes true and false, or nothing, too.
         nullable (`bool`): whether it takes null.
-        choices (`tuple[str, ...]`): the values it can have; empty if there is no such list.
+        choices (`tuple[str, ...]`): the values it can have (`datasets`: the keys); empty if there is no such list.
         default: as JSON.
         help (`str`): one paragraph.
     """
@@ -93,7 +93,7 @@ def describe(dataclass: type) -> list[Option]:
 def _form(hint: Any) -> dict[str, Any] | None:
     """What a type hint says of an option's values; `None` for types that no text can express."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    form: dict[str, Any] = {"nullable": NoneType in parts}
+    form: dict[str, Any] = {"nullable": NoneType in parts, "text": str in parts}
     kinds = set()
     for part in parts:
         origin = get_origin(part) or part
@@ -103,6 +103,8 @@ def _form(hint: Any) -> dict[str, Any] | None:
             (item,) = get_args(part) or (str,)
             form["many"] = True
             kinds.add("datasets" if dataclasses.is_dataclass(item) else _PLAIN.get(item, "str"))
+            if dataclasses.is_dataclass(item):
+                form["choices"] = tuple(field.name for field in dataclasses.fields(item))
         elif origin is Literal:
             kinds.add("bool" if set(get_args(part)) <= {True, False} else "str")
             form["choices"] = tuple(map(str, get_args(part)))
@@ -114,7 +116,6 @@ def _form(hint: Any) -> dict[str, Any] | None:
         else:
             return None
     if len(kinds) > 1:
-        form["text"] = "str" in kinds
         form["switch"] = "bool" in kinds
         if "bool" in kinds:
             form.pop("choices", None)
@@ -137,7 +138,7 @@ def _trl_options() -> list[Option]:
     if stored is not None:
         return stored
     print(
-        f"fnsft train: reading the options of TRL {versions['trl']}, once for this version (about 15 seconds)",
+        f"fnsft train: reading the options of TRL {versions['trl']}, once for this version (some seconds)",
         file=sys.stderr,
     )
     import trl

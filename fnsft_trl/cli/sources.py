@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from ..errors import FNSFTError
-from .schema import Option
+from .schema import OURS, Option
 from .values import read_value
 
 
@@ -81,7 +81,8 @@ def _read_yaml(path: str, known: dict[str, Option]) -> dict[str, Any]:
         if name not in known:
             nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
             raise FNSFTError(f"{path}: there is no option {name!r}{_nearest(str(name), known)}{nested}")
-    return settings
+    ours = {kind.__name__ for kind in OURS}  # of which null means the default
+    return {name: value for name, value in settings.items() if value is not None or known[name].group not in ours}
 
 
 def _nearest(name: str, known: dict[str, Option]) -> str:
