@@ -62,7 +62,7 @@ def to_gguf(
     Args:
         model_dir: directory of a model with its tokenizer, or of an adapter.
         output_path: the file to write.
-        outtype: precision: `auto` (that of the checkpoint), `f32`, `f16`, `bf16`, `q8_0`, `tq1_0` or `tq2_0`.
+        outtype: precision: `auto` (a 16-bit float), `f32`, `f16`, `bf16`, `q8_0`, `tq1_0` or `tq2_0`.
         converter: its executable; see [`find_converter`].
 
     Returns:

@@ -6,6 +6,7 @@ from ..errors import FNSFTError
 from ..gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
 from .arguments import ArgumentParser, check_writable
 
+
 # Option -> the forms that it is for.
 _READ_BY = {
     "output_dir": ("merged", "lora"),
