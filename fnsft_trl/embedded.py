@@ -31,7 +31,7 @@ def _package_dir(package: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where this project keeps what it made once: `FNSFT_CACHE`, or a folder in the user's cache."""
+    """The directory of what this package keeps for the user: `$FNSFT_CACHE`, or `fnsft_trl` in the user's cache."""
     root = os.environ.get("FNSFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fnsft_trl"
     return Path(root).expanduser()
 

@@ -292,7 +292,7 @@ def test_names_of_the_original(words, name, expected):
     found = parsed(*words, base=ORIGINAL)
     assert found.values[name] == expected
     assert not {*RENAMED, *SWITCHES, *DROPPED} & set(found.values)
-    assert "dataset_name_or_path is dataset_name here" in found.notes
+    assert "dataset_name_or_path -> dataset_name" in found.notes[0]
 
 
 def test_networks_of_the_original():
@@ -338,8 +338,9 @@ def test_lora_is_the_default_of_the_original_only():
 
 
 def test_notes_name_each_new_name_once(tmp_path):
-    notes = from_yaml(tmp_path, {"max_seq_length": 8}, "--max_seq_length", "9", base=ORIGINAL).notes
-    assert notes.count("max_seq_length is max_length here") == 1
+    first, *_ = from_yaml(tmp_path, {"max_seq_length": 8}, "--max_seq_length", "9", base=ORIGINAL).notes
+    assert first.count("max_seq_length -> max_length") == first.count("dataset_name_or_path -> dataset_name") == 1
+    assert parsed("--max_length", "9").notes == []
 
 
 def test_no_name_of_the_original_is_an_option_here(options):

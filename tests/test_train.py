@@ -169,8 +169,8 @@ def test_notes_stand_on_standard_error_once(base, capsys):
     words = [word.replace("--dataset_name", "--dataset_name_or_path") for word in base]
     assert main([*words, "--use_auth_token"]) == 0
     err = capsys.readouterr().err
-    assert err.count("fnsft train: note: dataset_name_or_path is dataset_name here") == 1
-    assert err.count("fnsft train: note: use_auth_token is not needed") == 1
+    assert err.count("fnsft train: note: names of the original project: use_auth_token -> nothing") == 1
+    assert err.count("dataset_name_or_path -> dataset_name") == 1
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(base, capsys, monkeypatch):

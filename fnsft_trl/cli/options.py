@@ -65,13 +65,16 @@ def parse_options(argv: list[str]) -> TrainOptions:
     sources = read_sources(argv, options | original_options(options))
     values: dict[str, Any] = {}
     notes: list[str] = []
+    used: dict[str, str] = {}
     for source, given in sources.items():
-        translated, said = translate(given)
+        translated, names = translate(given)
         _check_contradictions(translated)
         if source == COMMAND_LINE:
             notes += _drop_overruled(values, translated)
         values |= translated
-        notes += [note for note in said if note not in notes]
+        used |= names
+    if used:
+        notes.insert(0, "names of the original project: " + "; ".join(f"{old} -> {new}" for old, new in used.items()))
     _check_presence(values)
 
     networks = {name: values[name] for name in FunctionalNetworkConfig.field_names() if values.get(name) is not None}

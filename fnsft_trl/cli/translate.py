@@ -24,8 +24,8 @@ RENAMED = {
     "ica_pca_preprocessing_components": "ica_rank",
     "ica_build_templates_from": "ica_datasets",
 }
-# Switches that become something else.
-SWITCHES = {"no_peft": "use_peft", "use_wandb": "report_to"}
+# Switches, and what they become when they are on.
+SWITCHES = {"no_peft": "use_peft: false", "use_wandb": "report_to: wandb"}
 # Names that nothing needs to be done for here, and why.
 DROPPED = {
     "use_auth_token": "the token of HF_TOKEN, of .env or of `hf auth login` is always used",
@@ -56,41 +56,42 @@ def original_options(options: dict[str, Option]) -> dict[str, Option]:
     return found
 
 
-def translate(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Translate the options of one source, the command line or a YAML file.
 
     Args:
         given: name as it was written -> value.
 
     Returns:
-        Name as it is here -> value; and what there is to say about it, one entry for each translated name.
+        Name as it is here -> value; and the original's names that were used -> what they are here.
 
     Raises:
         FNSFTError: an option stands there under two names, or two of the switches contradict each other.
     """
-    values: dict[str, Any] = {}
-    notes: list[str] = []
-    for name, value in given.items():
-        if name in DROPPED:
-            notes.append(f"{name} is not needed: {DROPPED[name]}")
-        elif name not in RENAMED and name not in SWITCHES:
-            values[name] = value
-    for old, new in (RENAMED | SWITCHES).items():
-        value = given.get(old)
-        if value is None:
-            continue
-        if old == "use_wandb":
-            _report_to_wandb(values, value)
-        elif values.get(new) is not None:
-            raise FNSFTError(f"{old} and {new} are two names of one option; drop {old}")
-        else:
-            values[new] = not value if old == "no_peft" else value
-        notes.append(f"{old} is {new} here")
+    values = {name: value for name, value in given.items() if name not in (*RENAMED, *SWITCHES, *DROPPED)}
+    used = {name: f"nothing ({DROPPED[name]})" for name in given if name in DROPPED}
+    for old, new in RENAMED.items():
+        if given.get(old) is not None:
+            _check_once(values, old, new)
+            values[new] = given[old]
+            used[old] = new
+    if given.get("no_peft") is not None:
+        _check_once(values, "no_peft", "use_peft")
+        values["use_peft"] = not given["no_peft"]
+    if given.get("use_wandb") is not None:
+        _report_to_wandb(values, given["use_wandb"])
+    used |= {name: new for name, new in SWITCHES.items() if given.get(name)}
     if given.get("torch_dtype") == "auto":
         values["dtype"] = DEVICE_DTYPE
+        used["torch_dtype"] = "dtype, chosen for the device"
     if values.get("attn_implementation") == "auto":  # the original's word for the default
         del values["attn_implementation"]
-    return values, notes
+    return values, used
+
+
+def _check_once(values: dict[str, Any], old: str, new: str) -> None:
+    if values.get(new) is not None:
+        raise FNSFTError(f"{old} and {new} are two names of one option; drop {old}")
 
 
 def _report_to_wandb(values: dict[str, Any], use_wandb: bool) -> None:
