@@ -9,10 +9,10 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
@@ -32,7 +32,9 @@ from .constraints import (
     set_lora_targets,
     trainable_neurons,
 )
-from .data import load_texts
+from .data.prompts import set_chat_template
+from .data.sources import load_texts
+from .data.tokenized import TokenizedCache
 from .discovery import discover_networks
 from .errors import FNSFTError
 from .hub import UnsavedToken
@@ -47,6 +49,16 @@ logger = logging.get_logger(__name__)
 NETWORK_DIR = "functional_networks"
 SELECTION_FILE = "selection.json"
 _CARD_HEADING = "## Functional networks"
+# The arguments that decide what TRL makes of a dataset, beside those it takes by name.
+_PREPARATION_SETTINGS = (
+    "dataset_text_field",
+    "max_length",
+    "truncation_mode",
+    "packing_strategy",
+    "shuffle_dataset",
+    "seed",
+    "assistant_only_loss",
+)
 
 
 class FNSFTTrainer(SFTTrainer):
@@ -83,6 +95,9 @@ class FNSFTTrainer(SFTTrainer):
         network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
             The networks, their directory or their Hub id; overrides `network_config.ica_template_path`. Without
             either, they are discovered on `network_config.ica_datasets` or on the training data.
+        tokenized_cache (`bool`, *optional*, defaults to `False`):
+            Keep tokenised datasets in the user's cache, and read them from it when rows, tokenizer, chat template,
+            lengths and versions are the same.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -99,6 +114,7 @@ class FNSFTTrainer(SFTTrainer):
         *args,
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
+        tokenized_cache: bool = False,
         **kwargs,
     ) -> None:
         self.network_config = network_config
@@ -108,6 +124,7 @@ class FNSFTTrainer(SFTTrainer):
         self.mask_handle = None
         self._frozen_slices: FrozenSlices | None = None
         self._held_optimizer = None
+        self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         if network_config is None:
             if network_template is not None:
                 raise FNSFTError("network_template without network_config has no effect; give a network_config too")
@@ -215,6 +232,48 @@ class FNSFTTrainer(SFTTrainer):
     def _keep_token_unsaved(self) -> None:
         if self.args.hub_token is not None:
             self.args.hub_token = UnsavedToken(self.args.hub_token)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
+
+        Raises:
+            FNSFTError: no row has an answer that begins within `max_length`.
+        """
+        prepared = self._prepare_or_read(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
+            return prepared
+        begins = f"begins after max_length={args.max_length} tokens"
+        if len(prepared) == 0:
+            raise FNSFTError(f"the answer of every row of the {dataset_name} data {begins}; set a larger max_length")
+        logger.warning(
+            f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
+            f"answer {begins}"
+        )
+        return prepared
+
+    def _prepare_or_read(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        cache = self._tokenized_cache
+        if (
+            cache is None
+            or formatting_func is not None
+            or not isinstance(dataset, Dataset)
+            or dataset.format["type"] == "custom"
+            or "input_ids" in dataset.column_names
+            or not isinstance(processing_class, PreTrainedTokenizerFast)
+        ):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        settings = {name: getattr(args, name) for name in _PREPARATION_SETTINGS}
+        settings |= {"packing": packing, "completion_only_loss": self.completion_only_loss}
+        key = cache.key(dataset, processing_class, settings | {"chat_template": self.chat_template})
+        prepared = cache.load(key)
+        # All processes or none: those that have to prepare the data wait for each other while they do.
+        if all(gather_object([prepared is not None])):
+            logger.info(f"the tokenised {dataset_name} data are read from {cache.directory / key}")
+            return prepared
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if args.distributed_state.is_local_main_process:
+            cache.save(key, prepared)
+        return prepared
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
@@ -419,6 +478,9 @@ def _discover(config: FunctionalNetworkConfig, model, processing_class, args, gi
         )
     if config.ica_datasets:
         datasets = load_texts(config.ica_datasets)
+        if processing_class.chat_template is None:
+            processing_class = copy.deepcopy(processing_class)
+            set_chat_template(processing_class)
     else:
         texts = given.get("train_dataset")
         if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):

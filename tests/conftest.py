@@ -33,6 +33,15 @@ def hub_home():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Tokenised data of the tests stay out of the user's cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fnsft_trl.data.tokenized.cache_dir", lambda: directory)
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """The loopback Hub, empty, with the token of a user who may write to repositories under `alice/`."""

@@ -173,7 +173,10 @@ def test_without_any_network_option_it_is_plain_fine_tuning(model_dir, data, tmp
 @pytest.mark.slow
 def test_module_form_for_accelerate_launch(train_args, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fnsft_trl.cli.train", *train_args], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fnsft_trl.cli.train", *train_args, "--tokenized_cache", "false"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_config.json").exists()
@@ -208,7 +211,13 @@ def refused(arguments, capsys, tmp_path):
         (["--ica_site", "mlp_output"], "set ica_site=mlp_intermediate"),
         (["--train_method", "lora"], "use_peft"),
         (["--dataset_train_split", "trian"], "has no split 'trian'; it has train"),
-        (["--eval_strategy", "steps", "--eval_steps", "1"], "dataset_test_split"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "held"],
+            "no split 'held'; it has train",
+        ),
+        (["--template_format", "alpaka"], "template_format is 'alpaka'; it must be one of: auto, chat"),
+        (["--prompt_template", "{instruction}{response}"], "prompt_template has no effect with template_format=auto"),
+        (["--columns", "prompt=title,completion=body"], "no column 'title' (it has 'prompt', 'completion')"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(train_args, extra, message, capsys, tmp_path):

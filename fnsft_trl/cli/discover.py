@@ -2,8 +2,10 @@
 
 import re
 from argparse import SUPPRESS
+from dataclasses import fields
 
 from ..config import FunctionalNetworkConfig
+from ..data.config import DataConfig
 from ..errors import FNSFTError
 from ..hub import is_hub_id
 from .arguments import ArgumentParser, add_config_arguments, check_writable
@@ -26,6 +28,7 @@ _DISCOVERY_FIELDS = [
     )
 ]
 
+_DATA_FIELDS = ("columns", "template_format", "prompt_template")
 # The original project's names.
 _OTHER_NAMES = {
     "max_seq_length": "ica_max_length",
@@ -54,6 +57,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--license", help="id of a license for the model card, for instance mit")
     parser.add_argument("--dataset_split", default="train", help="split of the datasets to read")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted discovery in --output_dir")
+    for field in fields(DataConfig):
+        if field.name in _DATA_FIELDS:
+            parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"])
     parser.add_argument("--dtype", default="float32", help="precision of the model: float32, bfloat16, float16, auto")
     add_config_arguments(parser, _DISCOVERY_FIELDS)
     for old, name in _OTHER_NAMES.items():
@@ -70,21 +76,24 @@ def main(argv: list[str]) -> None:
     if args.push_to_hub is not None and not is_hub_id(args.push_to_hub):
         raise FNSFTError(f"--push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
     config = FunctionalNetworkConfig(**{name: getattr(args, name) for name in _DISCOVERY_FIELDS})
+    data_config = DataConfig(**{name: getattr(args, name) for name in _DATA_FIELDS})
     output_dir = check_writable(args.output_dir)
 
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from ..data import load_texts
+    from ..data.prompts import set_chat_template
+    from ..data.sources import load_texts
     from ..discovery import discover_group
     from .models import load_model_and_tokenizer
     from .templates import save_template
 
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    texts = load_texts(datasets, split=args.dataset_split)
+    texts = load_texts(datasets, split=args.dataset_split, columns=data_config.columns)
     model, tokenizer = load_model_and_tokenizer(model_name, args.dtype)
+    set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
     template, of_datasets = discover_group(
         model.to(state.device), tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
     )

@@ -15,6 +15,7 @@ as 0 1 2 or [0,1,2]. The original project's names work too; docs/migration.md li
 # Dataclass -> title of its options, in the order of the help.
 _TITLES = {
     "FunctionalNetworkConfig": "functional networks",
+    "DataConfig": "data",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",
     "DatasetMixtureConfig": "mixtures of datasets (TRL)",

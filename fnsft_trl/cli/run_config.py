@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from ..errors import FNSFTError
-
 
 @dataclass
 class RunConfig:
@@ -41,11 +39,3 @@ class RunConfig:
         default=None, metadata={"help": "With push_to_hub: message of the commit that ends the training."}
     )
     wandb_project: str | None = field(default=None, metadata={"help": "With report_to: wandb: name of the project."})
-    template_format: str = field(
-        default="auto",
-        metadata={"help": "How prompts are written.", "choices": ["auto", "chat", "alpaca", "chatml", "basic"]},
-    )
-
-    def __post_init__(self) -> None:
-        if self.template_format != "auto":
-            raise FNSFTError(f"template_format={self.template_format} is not supported; use auto")

@@ -19,12 +19,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .. import __version__
 from ..config import FunctionalNetworkConfig
+from ..data.config import DataConfig
 from ..embedded import cache_dir
 from .run_config import RunConfig
 
 
 # Ours, which are cheap to import. The order is that of the help.
-OURS = (FunctionalNetworkConfig, RunConfig)
+OURS = (FunctionalNetworkConfig, DataConfig, RunConfig)
 # The dataclasses of TRL, by name.
 TRL = ("ScriptArguments", "DatasetMixtureConfig", "ModelConfig", "SFTConfig")
 

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..data.config import DataConfig
 from ..errors import FNSFTError
 from . import run_verb
 from .arguments import check_writable
@@ -19,12 +20,12 @@ def main(argv: list[str]) -> None:
         return
     options = parse_options(argv)
     run, network_config = RunConfig(**options.of(RunConfig)), options.network_config
+    data_config = DataConfig(**options.of(DataConfig))
     if run.wandb_project:
         os.environ["WANDB_PROJECT"] = run.wandb_project
 
-    from datasets import DatasetDict
-    from datasets.exceptions import DatasetsError
-    from transformers import AutoConfig
+    from datasets import disable_caching
+    from transformers import AutoConfig, AutoProcessor
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
     from trl import (
@@ -32,12 +33,11 @@ def main(argv: list[str]) -> None:
         ModelConfig,
         ScriptArguments,
         SFTConfig,
-        get_dataset,
         get_peft_config,
         get_quantization_config,
     )
 
-    from ..data import check_rows, load_data
+    from ..data.training import load_training_data
     from ..embedded import resolve_model
     from ..trainer import FNSFTTrainer
     from .models import check_attention, default_lora_targets, model_errors
@@ -72,37 +72,14 @@ def main(argv: list[str]) -> None:
         if resume is None:
             raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
 
-    if script_args.dataset_streaming:
-        raise FNSFTError("dataset_streaming is not supported by fnsft train; use FNSFTTrainer in Python")
-    if mixture.datasets and script_args.dataset_name:
-        raise FNSFTError("dataset_name and datasets are both given; drop one of them")
-    if mixture.datasets:
-        try:
-            dataset = get_dataset(mixture)
-        except (ValueError, OSError, KeyError, DatasetsError) as error:
-            raise FNSFTError(f"the mixture of datasets cannot be read: {error}") from error
-    elif script_args.dataset_name:
-        dataset = load_data(script_args.dataset_name, config_name=script_args.dataset_config)
-    else:
-        raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
-    if not isinstance(dataset, DatasetDict):
-        raise FNSFTError("the dataset has no splits; expected at least a train split")
-    wanted = {"train": script_args.dataset_train_split}
-    if str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
-        wanted["test"] = script_args.dataset_test_split
-    for use, split in wanted.items():
-        if split not in dataset:
-            raise FNSFTError(
-                f"the dataset has no split {split!r}; it has {', '.join(dataset)}; set dataset_{use}_split"
-                + (" or eval_strategy: 'no'" if use == "test" else "")
-            )
-        check_rows(dataset[split], f"split {split!r}", text_field=training_args.dataset_text_field)
-
     name = resolve_model(model_args.model_name_or_path)
     with model_errors(model_args.model_name_or_path):
-        model_config = AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+        source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+        model_config = AutoConfig.from_pretrained(name, **source)
+        processing_class = AutoProcessor.from_pretrained(name, **source)
+    if not data_config.tokenized_cache:
+        disable_caching()  # of TRL's own steps too
+    data = load_training_data(script_args, training_args, mixture, data_config, processing_class)
     if peft_config is not None and network_config is None and peft_config.target_modules is None:
         peft_config.target_modules = default_lora_targets(model_config)
     training_args.model_init_kwargs = {
@@ -123,11 +100,13 @@ def main(argv: list[str]) -> None:
         trainer = FNSFTTrainer(
             model=name,
             args=training_args,
-            train_dataset=dataset[wanted["train"]],
-            eval_dataset=dataset[wanted["test"]] if "test" in wanted else None,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=data.processing_class,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
             network_config=network_config,
+            tokenized_cache=data_config.tokenized_cache,
         )
     except ImportError as error:  # of a package that an option needs: flash-attn, liger-kernel and others
         raise FNSFTError(f"an option needs a package that is not installed: {error}") from error

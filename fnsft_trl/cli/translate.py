@@ -16,6 +16,7 @@ RENAMED = {
     "use_4bit": "load_in_4bit",
     "use_8bit": "load_in_8bit",
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "validation_split": "eval_fraction",
     "warmup_ratio": "warmup_steps",
     "evaluation_strategy": "eval_strategy",
     "hub_repo_id": "hub_model_id",
