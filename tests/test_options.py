@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trl
@@ -14,7 +15,7 @@ from fnsft_trl.cli.help import format_help
 from fnsft_trl.cli.options import parse_options
 from fnsft_trl.cli.schema import TRL, describe, training_options
 from fnsft_trl.cli.sources import read_sources
-from fnsft_trl.cli.translate import DEVICE_DTYPE, DROPPED, RENAMED, SWITCHES, original_options
+from fnsft_trl.cli.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
 from fnsft_trl.config import FunctionalNetworkConfig
 from fnsft_trl.errors import FNSFTError
 
@@ -343,6 +344,15 @@ def test_notes_name_each_new_name_once(tmp_path):
     assert parsed("--max_length", "9").notes == []
 
 
+def test_the_guide_has_every_name_beside_what_it_is_here():
+    page = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    for old, new in (RENAMED | SWITCHES | dict.fromkeys(DROPPED, "not needed")).items():
+        assert any(f"`{old}`" in row[1] and new in row[2] for row in rows), old
+    for name in NETWORK_NAMES - {"ica_rank", "ica_datasets"}:
+        assert any(f"`{name}`" in row[1] and "the same" in row[2] for row in rows), name
+
+
 def test_no_name_of_the_original_is_an_option_here(options):
     assert not {*RENAMED, *SWITCHES, *DROPPED} & set(options)
     assert {*RENAMED, *SWITCHES, *DROPPED} == set(original_options(options))
@@ -373,6 +383,8 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--report_to", "wandbb"], "did you mean 'wandb'"),
         (["--torch_dtype", "bf16"], "torch_dtype is 'bf16'; it must be one of: auto, bfloat16"),
         (["--model_init_kwargs", "{a"], "no valid JSON"),
+        (["--model_init_kwargs", "file.json"], "model_init_kwargs is 'file.json'; it must be a mapping"),
+        (["--deepspeed", "nowhere.json"], "'nowhere.json', which is no file"),
         (["--use_peft", "--lora_r", "0"], "lora_r is 0; it must be at least 1"),
         (["--use_peft", "--lora_dropout", "1"], "from 0 to 0.999"),
         (["--per_device_train_batch_size", "0"], "at least 1"),
@@ -430,6 +442,13 @@ def test_what_cannot_be_is_refused(words, message):
 def test_what_a_file_cannot_say_is_refused(tmp_path, settings, message):
     with pytest.raises(FNSFTError, match=message):
         from_yaml(tmp_path, settings)
+
+
+def test_a_token_is_never_shown():
+    for words in (["--hub_token", "hf_secret", "x"], ["--hub_token", "hf_secret"]):
+        with pytest.raises(FNSFTError) as caught:
+            parsed(*words)
+        assert "secret" not in str(caught.value)
 
 
 def test_what_is_missing_is_named():
