@@ -257,6 +257,8 @@ def test_a_switch_of_the_command_line_overrules_what_it_contradicts_in_the_file(
     assert (found.values["load_in_8bit"], found.values["fp16"]) == (True, True)
     assert not {"load_in_4bit", "bf16"} & set(found.values)
     assert sum("overruled" in note for note in found.notes) == 2
+    mixture = from_yaml(tmp_path, {"dataset_name": "a"}, "--datasets", "b", base=BASE[:2]).values
+    assert "dataset_name" not in mixture
     settings = {"use_peft": True, "lora_r": 8, "merge_adapter_with_base": True}
     found = from_yaml(tmp_path, settings, "--no_peft")
     assert found.values["use_peft"] is False
@@ -391,7 +393,7 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--lora_r", "8"], "lora_r has no effect without LoRA; add use_peft"),
         (["--no_peft", "--lora_r", "8"], "lora_r has no effect without LoRA"),
         (["--no_peft", "--use_peft"], "no_peft and use_peft are two names of one option"),
-        (["--no_peft", "--ica_fraction", "0.1", "--train_method", "neuron_delta"], "no_peft with train_method"),
+        (["--no_peft", "--ica_fraction", "0.1", "--train_method", "neuron_delta"], "no_peft and train_method"),
         (["--dataset_name_or_path", "e"], "dataset_name_or_path and dataset_name are two names of one option"),
         (["--use_4bit", "--use_8bit"], "exclude each other"),
         (["--use_4bit"], "load_in_4bit freezes the model's weights"),
@@ -404,7 +406,7 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--ica_template_output", "t"], "no template to save"),
         (["--gguf_quantization", "f16"], "no effect without convert_to_gguf"),
         (["--convert_to_gguf", "--gguf_quantization", "q4_0"], "llama-quantize"),
-        (["--datasets", "a"], "dataset_name and datasets are both given"),
+        (["--datasets", "a"], "dataset_name and datasets exclude each other"),
         (["--config", "a", "--config", "b"], "--config takes one YAML file"),
         (["--config"], "--config takes one YAML file"),
         (["--config", "nowhere.yaml"], "cannot be read"),
