@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trl
@@ -14,7 +15,7 @@ from fnsft_trl.cli.help import format_help
 from fnsft_trl.cli.options import parse_options
 from fnsft_trl.cli.schema import TRL, describe, training_options
 from fnsft_trl.cli.sources import read_sources
-from fnsft_trl.cli.translate import DEVICE_DTYPE, DROPPED, RENAMED, SWITCHES, original_options
+from fnsft_trl.cli.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
 from fnsft_trl.config import FunctionalNetworkConfig
 from fnsft_trl.errors import FNSFTError
 
@@ -256,6 +257,8 @@ def test_a_switch_of_the_command_line_overrules_what_it_contradicts_in_the_file(
     assert (found.values["load_in_8bit"], found.values["fp16"]) == (True, True)
     assert not {"load_in_4bit", "bf16"} & set(found.values)
     assert sum("overruled" in note for note in found.notes) == 2
+    mixture = from_yaml(tmp_path, {"dataset_name": "a"}, "--datasets", "b", base=BASE[:2]).values
+    assert "dataset_name" not in mixture
     settings = {"use_peft": True, "lora_r": 8, "merge_adapter_with_base": True}
     found = from_yaml(tmp_path, settings, "--no_peft")
     assert found.values["use_peft"] is False
@@ -343,6 +346,15 @@ def test_notes_name_each_new_name_once(tmp_path):
     assert parsed("--max_length", "9").notes == []
 
 
+def test_the_guide_has_every_name_beside_what_it_is_here():
+    page = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    for old, new in (RENAMED | SWITCHES | dict.fromkeys(DROPPED, "not needed")).items():
+        assert any(f"`{old}`" in row[1] and new in row[2] for row in rows), old
+    for name in NETWORK_NAMES - {"ica_rank", "ica_datasets"}:
+        assert any(f"`{name}`" in row[1] and "the same" in row[2] for row in rows), name
+
+
 def test_no_name_of_the_original_is_an_option_here(options):
     assert not {*RENAMED, *SWITCHES, *DROPPED} & set(options)
     assert {*RENAMED, *SWITCHES, *DROPPED} == set(original_options(options))
@@ -373,13 +385,15 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--report_to", "wandbb"], "did you mean 'wandb'"),
         (["--torch_dtype", "bf16"], "torch_dtype is 'bf16'; it must be one of: auto, bfloat16"),
         (["--model_init_kwargs", "{a"], "no valid JSON"),
+        (["--model_init_kwargs", "file.json"], "model_init_kwargs is 'file.json'; it must be a mapping"),
+        (["--deepspeed", "nowhere.json"], "'nowhere.json', which is no file"),
         (["--use_peft", "--lora_r", "0"], "lora_r is 0; it must be at least 1"),
         (["--use_peft", "--lora_dropout", "1"], "from 0 to 0.999"),
         (["--per_device_train_batch_size", "0"], "at least 1"),
         (["--lora_r", "8"], "lora_r has no effect without LoRA; add use_peft"),
         (["--no_peft", "--lora_r", "8"], "lora_r has no effect without LoRA"),
         (["--no_peft", "--use_peft"], "no_peft and use_peft are two names of one option"),
-        (["--no_peft", "--ica_fraction", "0.1", "--train_method", "neuron_delta"], "no_peft with train_method"),
+        (["--no_peft", "--ica_fraction", "0.1", "--train_method", "neuron_delta"], "no_peft and train_method"),
         (["--dataset_name_or_path", "e"], "dataset_name_or_path and dataset_name are two names of one option"),
         (["--use_4bit", "--use_8bit"], "exclude each other"),
         (["--use_4bit"], "load_in_4bit freezes the model's weights"),
@@ -392,7 +406,7 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--ica_template_output", "t"], "no template to save"),
         (["--gguf_quantization", "f16"], "no effect without convert_to_gguf"),
         (["--convert_to_gguf", "--gguf_quantization", "q4_0"], "llama-quantize"),
-        (["--datasets", "a"], "dataset_name and datasets are both given"),
+        (["--datasets", "a"], "dataset_name and datasets exclude each other"),
         (["--config", "a", "--config", "b"], "--config takes one YAML file"),
         (["--config"], "--config takes one YAML file"),
         (["--config", "nowhere.yaml"], "cannot be read"),
@@ -430,6 +444,13 @@ def test_what_cannot_be_is_refused(words, message):
 def test_what_a_file_cannot_say_is_refused(tmp_path, settings, message):
     with pytest.raises(FNSFTError, match=message):
         from_yaml(tmp_path, settings)
+
+
+def test_a_token_is_never_shown():
+    for words in (["--hub_token", "hf_secret", "x"], ["--hub_token", "hf_secret"]):
+        with pytest.raises(FNSFTError) as caught:
+            parsed(*words)
+        assert "secret" not in str(caught.value)
 
 
 def test_what_is_missing_is_named():

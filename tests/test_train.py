@@ -40,7 +40,8 @@ def log(monkeypatch):
     return lines
 
 
-def test_a_machine_without_an_accelerator_needs_no_options(base, networks, log, tmp_path):
+def test_a_machine_without_an_accelerator_needs_no_options(base, networks, log, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert main([*base, *networks]) == 0
     assert "device: cpu; mixed precision: no; weights held in float32" in log
     args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
@@ -48,7 +49,7 @@ def test_a_machine_without_an_accelerator_needs_no_options(base, networks, log, 
 
 
 def test_precision_that_is_given_is_kept(base, networks, log, tmp_path):
-    assert main([*base, *networks, "--bf16", "--dtype", "bfloat16"]) == 0
+    assert main([*base, *networks, "--use_cpu", "--bf16", "--dtype", "bfloat16"]) == 0
     assert "device: cpu; mixed precision: bf16; weights held in bfloat16" in log
     assert torch.load(tmp_path / "out" / "training_args.bin", weights_only=False).bf16
 
@@ -66,7 +67,7 @@ def test_the_original_dtype_auto_is_that_of_the_device_for_frozen_weights(base, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fnsft_trl.trainer._load_model", load)
-    given = ["--torch_dtype", "auto", "--bf16", "--mask_mode", "lesion", "--train_method", "full"]
+    given = ["--torch_dtype", "auto", "--use_cpu", "--bf16", "--mask_mode", "lesion", "--train_method", "full"]
     given = [*given[:-2], *words] if words else given
     with pytest.raises(KeyboardInterrupt):
         main([*base, *given])
@@ -94,7 +95,7 @@ def test_weights_in_few_bits_are_trained_with_lora(base, option, tmp_path):
 
 def test_a_device_without_quantised_weights_is_one_line(base, monkeypatch, capsys):
     monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cuda"})
-    assert main([*base, "--load_in_4bit", "--use_peft"]) == 2
+    assert main([*base, "--use_cpu", "--load_in_4bit", "--use_peft"]) == 2
     assert "bitsandbytes holds no quantised weights on cpu" in capsys.readouterr().err
 
 

@@ -35,7 +35,9 @@ def format_help() -> str:
             if option.group == group:
                 lines.append(f"  --{option.name}{_value(option)}")
                 indent = " " * 6
-                lines += textwrap.wrap(_help(option), width, initial_indent=indent, subsequent_indent=indent)
+                lines += textwrap.wrap(
+                    _help(option), width, initial_indent=indent, subsequent_indent=indent, break_long_words=False
+                )
     return "\n".join(lines)
 
 

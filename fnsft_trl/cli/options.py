@@ -12,8 +12,11 @@ from .sources import COMMAND_LINE, read_sources
 from .translate import NETWORK_NAMES, original_options, translate
 
 
-# Switches of which one can be on.
-_EXCLUSIVE = (("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval"))
+# Options of which one can be given, or be on.
+_EXCLUSIVE = (
+    *(("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")),
+    ("dataset_name", "datasets"),
+)
 # Options that LoRA alone reads.
 _OF_LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
@@ -77,15 +80,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
         notes.insert(0, "names of the original project: " + "; ".join(f"{old} -> {new}" for old, new in used.items()))
     _check_presence(values)
 
-    networks = {name: values[name] for name in FunctionalNetworkConfig.field_names() if values.get(name) is not None}
-    if _is_original(sources):
-        networks = _read_as_the_original(values, networks, notes)
-    if networks and any(given.get("no_peft") for given in sources.values()) and not values.get("use_peft"):
-        if networks.get("train_method", "auto") not in ("auto", "full"):
-            raise FNSFTError(
-                f"no_peft with train_method={networks['train_method']} contradict each other; drop one of them"
-            )
-        networks["train_method"] = "full"
+    networks = _network_options(values, sources, notes)
     for name in _OF_LORA:
         if values.get(name) is not None and not values.get("use_peft"):
             raise FNSFTError(f"{name} has no effect without LoRA; add use_peft, or drop it")
@@ -122,10 +117,23 @@ def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> lis
 def _check_presence(values: dict[str, Any]) -> None:
     if not values.get("model_name_or_path"):
         raise FNSFTError("model_name_or_path is missing; give a Hub id, a directory, or `embedded`")
-    if values.get("dataset_name") and values.get("datasets"):
-        raise FNSFTError("dataset_name and datasets are both given; drop one of them")
     if not values.get("dataset_name") and not values.get("datasets"):
         raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+
+
+def _network_options(values: dict[str, Any], sources: dict[str, dict], notes: list[str]) -> dict[str, Any]:
+    """The options of FunctionalNetworkConfig, none for plain fine-tuning; settles whether LoRA trains."""
+    networks = {name: values[name] for name in FunctionalNetworkConfig.field_names() if values.get(name) is not None}
+    if _is_original(sources):
+        networks = _read_as_the_original(values, networks, notes)
+    no_peft = any(given.get("no_peft") for given in sources.values()) and not values.get("use_peft")
+    if not networks or not no_peft:
+        return networks
+    if networks.get("train_method", "auto") not in ("auto", "full"):
+        raise FNSFTError(
+            f"no_peft and train_method={networks['train_method']} contradict each other; drop one of them"
+        )
+    return {**networks, "train_method": "full"}
 
 
 def _is_original(sources: dict[str, dict[str, Any]]) -> bool:

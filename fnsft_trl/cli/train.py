@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         model_args = ModelConfig(**model_settings)
     except FNSFTError:
         raise
-    except (ValueError, TypeError) as error:  # what TRL and transformers say of their own fields
+    except (ValueError, TypeError, ImportError, OSError) as error:  # what TRL and transformers say of their fields
         raise FNSFTError(" ".join(str(error).split())) from error
     _check_trackers(training_args.report_to)
     check_attention(model_args.attn_implementation)

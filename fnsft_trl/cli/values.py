@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
@@ -68,7 +69,8 @@ def _from_words(option: Option, words: tuple[str, ...], spelt: str) -> Any:
     if option.many and len(words) > 1:
         return list(words)
     if len(words) > 1 and not is_bracketed and option.kind != "mapping":
-        raise FNSFTError(f"{spelt} takes one value, {len(words)} were given: {line}")
+        shown = "" if option.name.endswith("token") else f": {line}"
+        raise FNSFTError(f"{spelt} takes one value, {len(words)} were given{shown}")
     return line
 
 
@@ -145,9 +147,13 @@ def _mapping(option: Option, value: Any, spelt: str) -> Any:
             return json.loads(value)
         except ValueError as error:
             raise FNSFTError(f"{spelt} is no valid JSON ({error}): {value}") from error
-    if isinstance(value, dict) or (isinstance(value, str) and option.text):
+    if isinstance(value, dict):
         return value
-    raise FNSFTError(f"{spelt} is {value!r}; it must be {_expected(option)}")
+    if not isinstance(value, str) or not option.text or option.name.endswith("_kwargs"):  # which have no file
+        raise FNSFTError(f"{spelt} is {value!r}; it must be {_expected(option)}")
+    if not Path(value).is_file():
+        raise FNSFTError(f"{spelt} is {value!r}, which is no file; it must be {_expected(option)}, or a file with one")
+    return value
 
 
 def _dataset(option: Option, value: Any, spelt: str) -> dict:
