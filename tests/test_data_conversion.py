@@ -100,6 +100,6 @@ def test_a_large_dataset_keeps_its_order():
 
 
 def test_columns_beside_the_text_that_trl_reads_are_kept():
-    rows = [{"question": "q", "answer": "a", "tools": "[]"}]
+    rows = [{"question": "q", "answer": "a", "tools": "[]", "labels": 3}]
     for data in (rows, Dataset.from_list(rows), IterableDataset.from_generator(rows.__iter__)):
-        assert [row["tools"] for row in to_trl_format(data)] == ["[]"]
+        assert [sorted(row) for row in to_trl_format(data)] == [["completion", "prompt", "tools"]]

@@ -41,10 +41,16 @@ def test_parquet_and_directories_load(tmp_path):
         load_data(str(tmp_path / "splits"), split="dev")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "many"])
+@pytest.mark.parametrize("name", ["a.jsonl", "many", "json"])
 def test_an_edit_in_place_is_seen_whatever_size_and_date_say(tmp_path, name):
-    file = tmp_path / "many" / "a.jsonl" if name == "many" else tmp_path / name
+    file = tmp_path / "a.jsonl" if name == "a.jsonl" else tmp_path / "many" / "a.jsonl"
     file.parent.mkdir(exist_ok=True)
+
+    def load_data(path, split):
+        if name == "json":
+            return sources.load_data("json", split=split, data_files={"train": [str(file.parent / "*.jsonl")]})
+        return sources.load_data(path, split=split)
+
     file.write_text('{"text": "one"}\n')
     before = file.stat()
     assert load_data(str(tmp_path / name), split="train")["text"][:] == ["one"]
@@ -56,8 +62,10 @@ def test_an_edit_in_place_is_seen_whatever_size_and_date_say(tmp_path, name):
 
 def test_cells_of_a_csv_file_stay_as_they_are_written(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\ncode?,007\nwhat?,None\nhow much?,1.50\nnothing?,\n")
-    (rows,) = load_texts([str(tmp_path / "a.csv")]).values()
-    assert [row["completion"][0]["content"] for row in rows] == ["007", "None", "1.50"]
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "train.csv").write_text((tmp_path / "a.csv").read_text())
+    for rows in load_texts([str(tmp_path / "a.csv"), str(tmp_path / "many")]).values():
+        assert [row["completion"][0]["content"] for row in rows] == ["007", "None", "1.50"]
 
 
 def test_strings_of_a_json_file_stay_as_they_are_written(tmp_path):

@@ -146,8 +146,10 @@ def test_a_mixture_takes_each_dataset_in_its_own_format(load, tmp_path):
         load(mixture={"datasets": [{"path": first, "fraction": 1.0}, {"path": second}]})
     with pytest.raises(FNSFTError, match="both given"):
         load(first, mixture={"datasets": parts})
-    with pytest.raises(FNSFTError, match="cannot be read"):
+    with pytest.raises(FNSFTError, match="found neither here nor on the Hub"):
         load(mixture={"datasets": [{"path": "json", "data_files": str(tmp_path / "none.jsonl")}]})
+    with pytest.raises(FNSFTError, match=r"columns that .* does not have"):
+        load(mixture={"datasets": [{"path": first, "columns": ["title"]}]})
 
 
 def test_conversations_and_questions_are_trained_together(load, tmp_path):
@@ -244,7 +246,8 @@ def train(tmp_path, model_dir):
 
 def test_the_command_trains_any_format_and_saves_the_template_it_rendered_with(train, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"title": f"q{i}", "body": f"a{i}"} for i in range(8)])
-    saved = train(plain(), "--dataset_name", path, "--columns", "prompt=title,completion=body")
+    found = ["--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "100"]  # on the training data
+    saved = train(plain(), "--dataset_name", path, "--columns", "prompt=title,completion=body", *found)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert saved.apply_chat_template(turns, tokenize=False) == "Instruction:\nq\n\nResponse:\na</s>"
 

@@ -10,7 +10,7 @@ from ..errors import FNSFTError
 PROMPT_COMPLETION, MESSAGES, TEXT, TOKENS = "prompt, completion", "messages", "text", "input_ids"
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
-KEPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "labels")  # which TRL reads beside the text
+KEPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images")  # which TRL reads beside the text
 
 _ROLES = {
     "human": "user",

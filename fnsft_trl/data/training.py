@@ -4,8 +4,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers.utils import logging
 
 from ..errors import FNSFTError
@@ -148,17 +147,14 @@ def _mixture(mixture, data_config: DataConfig, seed: int, evaluates: bool, optio
     parts = []
     for part in mixture.datasets:
         try:
-            if part.data_files is None and part.data_dir is None:
-                rows = load_data(part.path, config_name=part.name, split=part.split)
-            else:
-                rows = load_dataset(
-                    part.path, part.name, data_dir=part.data_dir, data_files=part.data_files, split=part.split
-                )
+            rows = load_data(
+                part.path, config_name=part.name, split=part.split, data_dir=part.data_dir, data_files=part.data_files
+            )
             rows = rows if part.columns is None else rows.select_columns(part.columns)
         except FNSFTError:
             raise
-        except (ValueError, OSError, KeyError, DatasetsError) as error:
-            raise FNSFTError(f"the mixture of datasets cannot be read: {part.path}: {error}") from error
+        except (ValueError, KeyError) as error:
+            raise FNSFTError(f"the mixture has columns that {part.path} does not have: {error}") from error
         rows = _sample(rows, data_config.max_samples, seed)
         parts.append(to_trl_format(rows, name=f"the dataset {part.path}", **options))
     shares = [part.fraction for part in mixture.datasets]
