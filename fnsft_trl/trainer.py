@@ -20,8 +20,10 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .account import check_upload
 from .baking import lesion_note
 from .callbacks import FrozenNeuronGuard
+from .card import ADAPTER_NOTE, SECTION, publishable_card
 from .config import FunctionalNetworkConfig
 from .constraints import (
     FrozenSlices,
@@ -32,23 +34,23 @@ from .constraints import (
     set_lora_targets,
     trainable_neurons,
 )
+from .credentials import UnsavedToken
 from .data.prompts import set_chat_template
 from .data.sources import load_texts
 from .data.tokenized import TokenizedCache
 from .discovery import discover_networks
 from .errors import FNSFTError
-from .hub import UnsavedToken
+from .hub import hub_errors, is_hub_id, prepare_repo
 from .masking import lesion, masks_off, preserve
 from .selection import NeuronMask, select_neurons
+from .storage import CARD_FILE, NETWORK_DIR
 from .template import FunctionalNetworkTemplate
 from .tuner import NeuronDeltaLayer, NeuronTunerConfig
 
 
 logger = logging.get_logger(__name__)
 
-NETWORK_DIR = "functional_networks"
 SELECTION_FILE = "selection.json"
-_CARD_HEADING = "## Functional networks"
 # The arguments that decide what TRL makes of a dataset, beside those it takes by name.
 _PREPARATION_SETTINGS = (
     "dataset_text_field",
@@ -146,6 +148,8 @@ class FNSFTTrainer(SFTTrainer):
         if train_args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
+        if train_args.push_to_hub and train_args.process_index == 0:
+            check_upload(train_args.hub_token)
         optim = OptimizerNames(train_args.optim).value
         if plan.method == "full":
             check_optimizer_name(optim)
@@ -306,15 +310,46 @@ class FNSFTTrainer(SFTTrainer):
             self._evaluate_masked = self.network_config.mask_eval
         return result
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """As the parent's, with a section on what was trained, what was frozen and how to load the result."""
-        super().create_model_card(*args, **kwargs)
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As the parent's; the branch `hub_revision` is made where it does not exist.
+
+        Raises:
+            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        """
+        with self._hub_errors():
+            super().init_hf_repo(*args, **kwargs)
+            if self.hub_model_id is not None and self.args.hub_revision is not None:
+                prepare_repo(self.hub_model_id, token=self.args.hub_token, branch=self.args.hub_revision)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As the parent's.
+
+        Raises:
+            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        """
+        with self._hub_errors():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _hub_errors(self):
+        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        return hub_errors(repo, self.args.hub_revision, token=self.args.hub_token)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As the parent's, with a section on what was trained, what was frozen and how to load the result.
+
+        The Hub refuses cards that name a local file as their dataset, so such a name is left out.
+        """
+        if dataset_name is not None and (not is_hub_id(dataset_name) or Path(dataset_name).exists()):
+            dataset_name = None
+        super().create_model_card(model_name, dataset_name, tags)
         if self.network_config is not None and self.is_world_process_zero():
             self._extend_card(Path(self.args.output_dir))
 
     def _extend_card(self, directory: Path) -> None:
-        card = directory / "README.md"
-        if not card.exists() or _CARD_HEADING in card.read_text(encoding="utf-8"):
+        card = directory / CARD_FILE
+        if not card.exists() or SECTION in card.read_text(encoding="utf-8"):
             return
         trained, template = self.trainable_neurons, self.network_template
         what = "every neuron could change."
@@ -330,7 +365,7 @@ class FNSFTTrainer(SFTTrainer):
             origin += f", come from [{template.hub_id}](https://huggingface.co/{template.hub_id}) at commit "
             origin += f"`{template.commit}`"
         lines = [
-            f"\n{_CARD_HEADING}\n",
+            f"\n{SECTION}\n",
             f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks {origin}; they are in "
             f"`{NETWORK_DIR}/`.",
         ]
@@ -343,10 +378,7 @@ class FNSFTTrainer(SFTTrainer):
         elif note := lesion_note(self.model):
             lines.append(f"\n{note}")
         if self.plan.method == "neuron_delta":
-            lines.append(
-                "\nThe adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before "
-                "`PeftModel.from_pretrained`."
-            )
+            lines.append(f"\n{ADAPTER_NOTE}")
         with card.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
 
@@ -384,6 +416,9 @@ class FNSFTTrainer(SFTTrainer):
             "trainable": {"count": self.trainable_neurons.count, "sha256": self.trainable_neurons.sha256},
             "neurons": self.neuron_mask.to_ranges(),
         }
+        card = directory.parent / CARD_FILE
+        if card.exists():  # of PEFT, which names the base model by where it was loaded from
+            card.write_text(publishable_card(card.read_text(encoding="utf-8")), encoding="utf-8")
         self._extend_card(directory.parent)
         (directory / SELECTION_FILE).write_text(json.dumps(selection, indent=2) + "\n", encoding="utf-8")
 

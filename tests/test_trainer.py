@@ -63,7 +63,7 @@ def test_networks_are_discovered_on_the_named_files(model_dir, rows, tmp_path):
         train_dataset=Dataset.from_list(rows),
         network_config=FunctionalNetworkConfig(ica_datasets=[str(file)], **DISCOVERY),
     )
-    assert trainer.network_template.calibration["sources"] == [str(file)]
+    assert trainer.network_template.calibration["sources"] == [file.name]
 
 
 def test_conversations_and_text_train_too(model_dir, rows, tmp_path):

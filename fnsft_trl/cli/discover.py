@@ -7,8 +7,8 @@ from dataclasses import fields
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
-from ..hub import is_hub_id
 from .arguments import ArgumentParser, add_config_arguments, check_writable
+from .pushing import add_push_arguments, push_options
 
 
 _DISCOVERY_FIELDS = [
@@ -50,10 +50,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--output_dir", "--ica_template_output", default="ica_templates", help="where to save the template"
     )
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="also push the template to this repository")
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
-    parser.add_argument("--hub_revision", metavar="BRANCH", help="with --push_to_hub: the branch to push to")
-    parser.add_argument("--hub_token", help="with --push_to_hub: instead of HF_TOKEN or the token of `hf auth login`")
+    add_push_arguments(parser)
     parser.add_argument("--license", help="id of a license for the model card, for instance mit")
     parser.add_argument("--dataset_split", default="train", help="split of the datasets to read")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted discovery in --output_dir")
@@ -71,13 +68,10 @@ def main(argv: list[str]) -> None:
     datasets += args.ica_build_templates_from
     if model_name is None or not datasets:
         raise FNSFTError("a model and at least one dataset are needed: fnsft discover MODEL DATASET...")
-    if args.push_to_hub is None and (args.private or args.hub_revision or args.hub_token):
-        raise FNSFTError("--private, --hub_revision and --hub_token go with --push_to_hub; give it or drop them")
-    if args.push_to_hub is not None and not is_hub_id(args.push_to_hub):
-        raise FNSFTError(f"--push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
     config = FunctionalNetworkConfig(**{name: getattr(args, name) for name in _DISCOVERY_FIELDS})
     data_config = DataConfig(**{name: getattr(args, name) for name in _DATA_FIELDS})
     output_dir = check_writable(args.output_dir)
+    push = push_options(args)
 
     import torch
     from accelerate import PartialState
@@ -115,8 +109,6 @@ def main(argv: list[str]) -> None:
         f"\nShuffled in time, as many components have reliability {template.null['reliability']:.2f} and overlap "
         f"{template.null['jaccard']:.2f} (see docs/discovery.md)"
     )
-    if args.push_to_hub:
-        url = template.push_to_hub(
-            args.push_to_hub, private=args.private or None, branch=args.hub_revision, token=args.hub_token
-        )
+    if push is not None:
+        url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")

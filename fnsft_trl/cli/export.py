@@ -1,10 +1,12 @@
-"""fnsft export ADAPTER: write a trained adapter as a merged model, as a plain LoRA, or any model as GGUF."""
+"""fnsft export ADAPTER: write an adapter as a merged model or a plain LoRA, or any model as GGUF, and push it."""
 
 from pathlib import Path
 
 from ..errors import FNSFTError
 from ..gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
+from ..hub import push_directory
 from .arguments import ArgumentParser, check_writable
+from .pushing import add_push_arguments, push_options
 
 
 # Option -> the forms that it is for.
@@ -14,6 +16,7 @@ _READ_BY = {
     "dtype": ("merged",),
     "outtype": ("gguf",),
     "converter": ("gguf",),
+    "push_to_hub": ("merged", "lora"),
 }
 
 
@@ -35,7 +38,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", help="merged: precision: auto (default), float32, bfloat16, float16")
     parser.add_argument("--outtype", "--quantization", choices=OUTTYPES, help="gguf: precision; auto by default")
     parser.add_argument("--converter", metavar="PROGRAM", help=f"gguf: the converter; {CONVERTER_VARIABLE} by default")
+    add_push_arguments(parser)
+    parser.add_argument(
+        "--hub_subfolder", metavar="FOLDER", help="with --push_to_hub: the folder of the repository to put it into"
+    )
     args = parser.parse_args(argv)
+    if args.hub_subfolder and args.push_to_hub is None:
+        raise FNSFTError("--hub_subfolder goes with --push_to_hub; give it or drop it")
     if (args.adapter is None) == (args.model_path is None):
         raise FNSFTError("one directory is needed: fnsft export DIR, or --model_path DIR")
     source = args.adapter or args.model_path
@@ -45,6 +54,7 @@ def main(argv: list[str]) -> None:
     needed = "output_path" if args.to == "gguf" else "output_dir"
     if getattr(args, needed) is None:
         raise FNSFTError(f"--to {args.to} needs --{needed}")
+    push = push_options(args)
     if args.to == "gguf":
         find_converter(args.converter)
         check_writable(Path(args.output_path).expanduser().parent)
@@ -59,9 +69,14 @@ def main(argv: list[str]) -> None:
     if args.to == "lora":
         config = to_plain_lora(source, output_dir)
         print(f"Plain LoRA saved to: {output_dir} ({len(config.target_modules)} modules, rank up to {config.r})")
-        return
-    config = to_merged(source, output_dir, dtype=args.dtype or "auto")
-    print(f"Merged model saved to: {output_dir}")
-    if isinstance(config, NeuronTunerConfig) and args.dtype in (None, "auto"):
-        changed = verify_merge(config.base_model_name_or_path, output_dir, source)
-        print(f"Verified: {changed.count} neurons differ from {config.base_model_name_or_path}, as the adapter says")
+    else:
+        config = to_merged(source, output_dir, dtype=args.dtype or "auto")
+        print(f"Merged model saved to: {output_dir}")
+        if isinstance(config, NeuronTunerConfig) and args.dtype in (None, "auto"):
+            base = config.base_model_name_or_path
+            changed = verify_merge(base, output_dir, source)
+            print(f"Verified: {changed.count} neurons differ from {base}, as the adapter says")
+    if push is not None:
+        message = "Merged model" if args.to == "merged" else "Plain LoRA"
+        url = push_directory(output_dir, subfolder=args.hub_subfolder, commit_message=message, **push)
+        print(f"Pushed to: {url}")
