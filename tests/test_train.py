@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fnsft_trl import FunctionalNetworkTemplate
+from fnsft_trl import FunctionalNetworkTemplate, cli
 from fnsft_trl.cli import main
 from fnsft_trl.cli.models import default_lora_targets
+from fnsft_trl.cli.refusals import refusals
+from fnsft_trl.errors import FNSFTError
 from fnsft_trl.gguf import CONVERTER_VARIABLE
 
 
@@ -179,6 +182,40 @@ def test_a_tracker_that_is_not_installed_is_one_line(base, capsys, monkeypatch):
     assert main([*base, "--use_wandb"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the tracker wandb of report_to is not installed" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attn_implementation", "flashy"], "attn_implementation is 'flashy'; it must be one of: eager"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "requires an eval strategy"),
+        (["--fsdp", "full_shard"], "fsdp only works in distributed training"),
+        (["--accelerator_config", '{"zz": 1}'], "unexpected keyword argument 'zz'"),
+        (["--model_init_kwargs", '{"zz": 1}'], "unexpected keyword argument 'zz'"),
+        (["--use_peft", "--lora_target_modules", "zzz"], "Target modules zzz not found"),
+        (["--use_peft", "--lora_task_type", "FOO"], "Invalid task type"),
+        (["--use_peft", "--load_in_4bit", "--bnb_4bit_quant_storage", "zz"], "bnb_4bit_quant_storage"),
+        (["--resume_from_checkpoint", "nowhere"], "which is no directory of a checkpoint"),
+        (["--optim", "lomo"], "lomo_optim"),
+    ],
+    ids=str,
+)
+def test_what_a_library_refuses_is_one_line(base, words, message, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: pytest.fail("it trains"))
+    assert main([*base, "--use_cpu", *words]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fnsft train: error: ")
+    assert message in line
+
+
+def test_a_defect_of_this_package_keeps_its_traceback():
+    with pytest.raises(FNSFTError, match="of a library"), refusals():
+        raise ValueError("of a library")
+    source = Path(cli.__file__).parent / "defect.py"
+    code = compile("raise ValueError('no number')", str(source), "exec")
+    with pytest.raises(ValueError, match="no number") as caught, refusals():
+        exec(code)
+    assert not isinstance(caught.value, FNSFTError)
 
 
 def test_the_project_of_wandb_is_passed_on(base, monkeypatch):

@@ -10,6 +10,7 @@ from . import run_verb
 from .arguments import check_writable
 from .help import format_help
 from .options import parse_options
+from .refusals import refusals
 from .run_config import RunConfig
 from .translate import DEVICE_DTYPE
 
@@ -53,24 +54,22 @@ def main(argv: list[str]) -> None:
     model_settings = options.of(ModelConfig)
     if model_settings.get("dtype") == DEVICE_DTYPE:
         model_settings["dtype"] = precision.dtype(frozen=options.has_adapter)
-    try:
+    with refusals():
         training_args = SFTConfig(**options.of(SFTConfig) | precision.training_arguments)
         script_args = ScriptArguments(**options.of(ScriptArguments))
         mixture = DatasetMixtureConfig(**options.of(DatasetMixtureConfig))
         model_args = ModelConfig(**model_settings)
-    except FNSFTError:
-        raise
-    except (ValueError, TypeError, ImportError, OSError) as error:  # what TRL and transformers say of their fields
-        raise FNSFTError(" ".join(str(error).split())) from error
+        peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
     _check_trackers(training_args.report_to)
     check_attention(model_args.attn_implementation)
-    peft_config = get_peft_config(model_args)
     output_dir = check_writable(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if str(resume).lower() == "true":
         resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
         if resume is None:
             raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
+    if resume and not Path(resume).is_dir():
+        raise FNSFTError(f"resume_from_checkpoint is {resume!r}, which is no directory of a checkpoint")
 
     name = resolve_model(model_args.model_name_or_path)
     with model_errors(model_args.model_name_or_path):
@@ -96,20 +95,19 @@ def main(argv: list[str]) -> None:
     )
     if network_config is None:
         logger.warning("no functional networks were asked for: this is plain supervised fine-tuning")
-    try:
+    with refusals():
         trainer = FNSFTTrainer(
             model=name,
             args=training_args,
             train_dataset=data.train,
             eval_dataset=data.eval,
             processing_class=data.processing_class,
-            quantization_config=get_quantization_config(model_args),
+            quantization_config=quantization_config,
             peft_config=peft_config,
             network_config=network_config,
             tokenized_cache=data_config.tokenized_cache,
         )
-    except ImportError as error:  # of a package that an option needs: flash-attn, liger-kernel and others
-        raise FNSFTError(f"an option needs a package that is not installed: {error}") from error
+        trainer.get_optimizer_cls_and_kwargs(training_args, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:
         logger.warning(
             f"selected {trainer.neuron_mask}; trainable: {trainer.trainable_neurons.count} neurons, method "
