@@ -9,10 +9,10 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
@@ -37,7 +37,7 @@ from .constraints import (
 from .credentials import UnsavedToken
 from .data.prompts import set_chat_template
 from .data.sources import load_texts
-from .data.tokenized import TokenizedCache
+from .data.tokenized import TokenizedCache, preparation_settings
 from .discovery import discover_networks
 from .errors import FNSFTError
 from .hub import hub_errors, is_hub_id, prepare_repo
@@ -51,16 +51,6 @@ from .tuner import NeuronDeltaLayer, NeuronTunerConfig
 logger = logging.get_logger(__name__)
 
 SELECTION_FILE = "selection.json"
-# The arguments that decide what TRL makes of a dataset, beside those it takes by name.
-_PREPARATION_SETTINGS = (
-    "dataset_text_field",
-    "max_length",
-    "truncation_mode",
-    "packing_strategy",
-    "shuffle_dataset",
-    "seed",
-    "assistant_only_loss",
-)
 
 
 class FNSFTTrainer(SFTTrainer):
@@ -243,7 +233,20 @@ class FNSFTTrainer(SFTTrainer):
         Raises:
             FNSFTError: no row has an answer that begins within `max_length`.
         """
-        prepared = self._prepare_or_read(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        def make():
+            return super(FNSFTTrainer, self)._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
+
+        cache = self._tokenized_cache
+        if cache is None or formatting_func is not None or not cache.takes(dataset, processing_class):
+            prepared = make()
+        else:
+            settings = {"packing": packing, "completion_only_loss": self.completion_only_loss}
+            settings |= {"chat_template": self.chat_template, **preparation_settings(args)}
+            key = cache.key(dataset, processing_class, settings)
+            prepared = cache.read_or_make(key, make, writes=args.distributed_state.is_local_main_process)
         if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
             return prepared
         begins = f"begins after max_length={args.max_length} tokens"
@@ -253,30 +256,6 @@ class FNSFTTrainer(SFTTrainer):
             f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
             f"answer {begins}"
         )
-        return prepared
-
-    def _prepare_or_read(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        cache = self._tokenized_cache
-        if (
-            cache is None
-            or formatting_func is not None
-            or not isinstance(dataset, Dataset)
-            or dataset.format["type"] == "custom"
-            or "input_ids" in dataset.column_names
-            or not isinstance(processing_class, PreTrainedTokenizerFast)
-        ):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        settings = {name: getattr(args, name) for name in _PREPARATION_SETTINGS}
-        settings |= {"packing": packing, "completion_only_loss": self.completion_only_loss}
-        key = cache.key(dataset, processing_class, settings | {"chat_template": self.chat_template})
-        prepared = cache.load(key)
-        # All processes or none: those that have to prepare the data wait for each other while they do.
-        if all(gather_object([prepared is not None])):
-            logger.info(f"the tokenised {dataset_name} data are read from {cache.directory / key}")
-            return prepared
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if args.distributed_state.is_local_main_process:
-            cache.save(key, prepared)
         return prepared
 
     def create_optimizer(self, *args, **kwargs):

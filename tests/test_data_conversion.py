@@ -1,9 +1,10 @@
 import logging
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from fnsft_trl import FNSFTError, to_trl_format
+from fnsft_trl.data import conversion
 
 
 QUESTIONS = [{"question": f"q{i}", "answer": "" if i % 4 == 1 else f"a{i}"} for i in range(12)]
@@ -56,6 +57,11 @@ def test_columns_that_trl_would_take_for_a_format_are_left_out():
 def test_the_log_names_what_is_read_and_what_is_not(log):
     to_trl_format([{"passage": "p", "question": "q", "answer": True}], name="BoolQ")
     assert "BoolQ is read as question, answer; not used: passage" in log.text
+    to_trl_format([{"instruction": "q", "input": "", "output": "a", "system": "s"}], name="one")
+    assert "one is read as instruction, input, output and system (system)\n" in log.text
+    rows = [{"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"}]
+    to_trl_format(rows, name="two")
+    assert "two is read as instruction, output; rows in which these are empty: as question, answer\n" in log.text
 
 
 def test_rows_of_several_formats_become_one(log):
@@ -103,3 +109,41 @@ def test_columns_beside_the_text_that_trl_reads_are_kept():
     rows = [{"question": "q", "answer": "a", "tools": "[]", "labels": 3}]
     for data in (rows, Dataset.from_list(rows), IterableDataset.from_generator(rows.__iter__)):
         assert [sorted(row) for row in to_trl_format(data)] == [["completion", "prompt", "tools"]]
+
+
+def test_every_split_is_converted():
+    data = DatasetDict(train=Dataset.from_list(QUESTIONS), test=Dataset.from_list([{"text": "t"}]))
+    converted = to_trl_format(data)
+    assert {name: rows.column_names for name, rows in converted.items()} == {
+        "train": ["prompt", "completion"],
+        "test": ["text"],
+    }
+
+
+def test_another_version_of_the_table_is_not_mixed_up_in_the_cache_of_datasets(monkeypatch):
+    data = Dataset.from_list(QUESTIONS)
+    first, again = to_trl_format(data)._fingerprint, to_trl_format(data)._fingerprint
+    monkeypatch.setattr(conversion, "_code", lambda: b"of another version")
+    assert first == again != to_trl_format(data)._fingerprint
+
+
+def test_what_messages_hold_beside_role_and_content_is_kept():
+    """Also where it begins only behind the rows that are converted first, and beside rows of another format."""
+    call = [{"name": "f"}]
+    plain = [{"from": "human", "value": "q", "tool_calls": None}, {"from": "gpt", "value": "a", "tool_calls": None}]
+    calling = [plain[0], {"from": "gpt", "value": None, "tool_calls": call}]
+    rows = [{"conversations": each, "question": None, "answer": None} for each in [plain] * 1200 + [calling]]
+    rows.append({"conversations": None, "question": "q", "answer": "a"})
+    converted = to_trl_format(Dataset.from_list(rows))
+    assert len(converted) == 1202
+    assert converted[1200]["messages"][1] == {"role": "assistant", "content": None, "tool_calls": call}
+    assert converted[1201]["messages"][1] == {"role": "assistant", "content": "a", "tool_calls": None}
+
+
+def test_squad_becomes_prompts_and_completions():
+    answers = [{"text": ["a", "b"], "answer_start": [1, 2]}, {"text": [], "answer_start": []}]
+    rows = [{"id": "1", "context": "c", "question": "q", "answers": each} for each in answers]
+    converted = to_trl_format(Dataset.from_list(rows))
+    assert converted.to_list() == [
+        {"prompt": [{"role": "user", "content": "c\n\nq"}], "completion": [{"role": "assistant", "content": "a"}]}
+    ]

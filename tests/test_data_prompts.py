@@ -284,11 +284,6 @@ def test_a_template_that_ends_with_text_gets_the_eos_token(tmp_path):
     assert tokenizer.apply_chat_template(messages[:1], tokenize=False).endswith("q<|im_end|>\n")
 
 
-def test_without_an_eos_token_there_is_nothing_to_learn_to_stop_with():
-    with pytest.raises(FNSFTError, match="no EOS token"):
-        teach_end(tokenizer_of(["<pad>"], pad_token="<pad>"))
-
-
 def test_a_template_that_cannot_render_says_why():
     tokenizer = plain()
     tokenizer.chat_template = "{{ raise_exception('only tools') }}"

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from fnsft_trl import FNSFTError
+from fnsft_trl.cli.compare import _strings
 from fnsft_trl.data import sources
 from fnsft_trl.data.sources import load_data, load_texts
 
@@ -142,3 +143,12 @@ def test_what_does_not_exist_says_so():
         load_data("nowhere.jsonl")
     with pytest.raises(FNSFTError, match="neither here nor on the Hub"):
         load_data("nobody/nothing")
+
+
+def test_a_comparison_reads_the_text_of_any_format(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.jsonl").write_text('{"system": "s", "question": "q", "answer": "a"}\n')
+    chat = '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
+    (tmp_path / "c.jsonl").write_text(chat)
+    parts = load_texts([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.jsonl")])
+    assert [text for rows in parts.values() for text in _strings(rows)] == ["one", "s\nq\na", "q\na"]

@@ -120,7 +120,6 @@ def _with(tokenizer, **changes):
         {"max_length": 24},
         {"truncation_mode": "keep_end"},
         {"packing": True},
-        {"seed": 4},
         {"shuffle_dataset": True},
         {"completion_only_loss": False},
     ],
@@ -130,6 +129,15 @@ def test_what_changes_the_result_changes_the_entry(file, tmp_path, cache, made, 
     trained(file, tmp_path)
     trained(file, tmp_path, **change)
     assert made == ["train", "train"]
+
+
+def test_the_seed_counts_where_rows_are_shuffled(file, tmp_path, cache, made):
+    first, second = (trained(file, tmp_path, shuffle_dataset=True, seed=seed) for seed in (1, 2))
+    assert first.to_list() != second.to_list()
+    assert made == ["train"] * 2
+    for seed in (1, 2):
+        trained(file, tmp_path, seed=seed)
+    assert made == ["train"] * 3
 
 
 def test_a_new_version_of_a_library_is_another_entry(cache, monkeypatch):

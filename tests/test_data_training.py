@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 from datasets import Dataset, enable_caching
 from helpers import sft_config, tiny_model, tiny_tokenizer
-from test_data_prompts import pad_is_eos, plain, with_bos
+from test_data_prompts import pad_is_eos, plain, tokenizer_of, with_bos
+from tokenizers import processors
 from transformers import AutoTokenizer
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
@@ -200,6 +201,8 @@ def test_trl_is_told_of_another_eos_token(load, tmp_path):
     args, tokenizer = sft_config(tmp_path, eos_token="<|endoftext|>"), pad_is_eos()
     load_training_data(script, args, DatasetMixtureConfig(), DataConfig(), tokenizer)
     assert args.eos_token == tokenizer.eos_token == "<|endoftext|>"
+    with pytest.raises(FNSFTError, match="drop one of them"):
+        load(path, tokenizer=pad_is_eos(), eos_token="<|endoftext|>", data={"template_format": "chatml"})
     with pytest.raises(FNSFTError, match="no token of the tokenizer"):
         load(path, eos_token="<none>")
 
@@ -208,7 +211,24 @@ def test_text_gets_one_bos_token(load, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "<s>one"}\n{"text": "two"}\n')
     data = load(tmp_path / "a.jsonl", tokenizer=with_bos())
     assert data.train["text"][:] == ["one", "two"]
-    assert load(tmp_path / "a.jsonl", tokenizer=plain()).train["text"][:] == ["<s>one", "two"]
+    assert data.processing_class.chat_template == with_bos().chat_template
+    data = load(tmp_path / "a.jsonl", tokenizer=plain())
+    assert data.train["text"][:] == ["<s>one", "two"]
+    assert data.processing_class.chat_template is None  # nothing was rendered by one
+    with pytest.raises(FNSFTError, match="template_format=alpaca has no effect on the columns text"):
+        load(tmp_path / "a.jsonl", tokenizer=plain(), data={"template_format": "alpaca"})
+    with pytest.raises(FNSFTError, match="no EOS token"):
+        load(tmp_path / "a.jsonl", tokenizer=tokenizer_of(["<pad>"], pad_token="<pad>"))
+
+
+def test_a_tokenizer_that_appends_its_eos_token_would_end_text_twice(load, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    tokenizer = plain()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    with pytest.raises(FNSFTError, match="TRL appends another"):
+        load(tmp_path / "a.jsonl", tokenizer=tokenizer)
 
 
 def test_a_discovery_reads_any_format_with_a_tokenizer_that_has_no_chat_template(tmp_path):

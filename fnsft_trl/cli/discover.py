@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
         prog="fnsft discover", description="Find the functional networks of a model and save them as a template."
     )
     parser.add_argument("model", nargs="?", help="Hub id or directory of a model, or `embedded`")
-    parser.add_argument("datasets", nargs="*", help="Hub ids or files (.json, .jsonl, .csv, .parquet, .txt)")
+    parser.add_argument(
+        "datasets", nargs="*", help="Hub ids, directories or files (.json, .jsonl, .csv, .parquet, .txt)"
+    )
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="the model, by name")
     parser.add_argument(
         "--ica_build_templates_from", nargs="+", default=[], metavar="DATASET", help="the datasets, by name"

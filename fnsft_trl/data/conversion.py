@@ -3,11 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..errors import FNSFTError
+from . import formats
 from .formats import (
     KEPT_COLUMNS,
     MESSAGES,
@@ -24,16 +27,15 @@ from .formats import (
 logger = logging.get_logger(__name__)
 
 _BATCH = 1000
-_TURNS = List({"role": Value("string"), "content": Value("string")})
 
 
 def to_trl_format(
-    dataset: Dataset | IterableDataset | Iterable[Mapping],
+    dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict | Iterable[Mapping],
     columns: str | Mapping[str, str] | None = None,
     *,
     name: str = "the dataset",
     text_field: str = "text",
-) -> Dataset | IterableDataset:
+) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
     Convert a dataset in any known format to one that [`~trl.SFTTrainer`] reads.
 
@@ -42,7 +44,7 @@ def to_trl_format(
     are. Rows without text in a column that their format needs are left out, with a warning that counts them.
 
     Args:
-        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or list of `dict`):
+        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a dict of their splits, or list of `dict`):
             The rows.
         columns (`str` or `dict`, *optional*):
             Which columns to read, as `"prompt=question,completion=answer"` or the same as a dict; they are recognised
@@ -53,7 +55,7 @@ def to_trl_format(
             The column that the trainer reads text from (`dataset_text_field`).
 
     Returns:
-        A [`~datasets.Dataset`], or an [`~datasets.IterableDataset`] where one was given.
+        What was given, converted; a [`~datasets.Dataset`] of a list.
 
     Raises:
         FNSFTError: no known format, no usable row, a cell that is no text, or rows of text beside conversations.
@@ -67,6 +69,13 @@ def to_trl_format(
     {'prompt': [{'content': '2 + 2?', 'role': 'user'}], 'completion': [{'content': '4', 'role': 'assistant'}]}
     ```
     """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return type(dataset)(
+            {
+                split: to_trl_format(rows, columns, name=f"the split {split!r} of {name}", text_field=text_field)
+                for split, rows in dataset.items()
+            }
+        )
     if not isinstance(dataset, Dataset | IterableDataset):
         dataset = list(dataset)
     names = _column_names(dataset)
@@ -111,8 +120,10 @@ def _say_format(matches: Sequence[Match], names: list[str], name: str) -> None:
         return
     read = [match.names[column] for column in match.format.columns if match.names.get(column) in match.used]
     system = f" and {match.system} (system)" if match.system else ""
+    others = [other.format.name for other in matches[1:] if not other.used <= match.used]
+    rows = f"; rows in which these are empty: as {' or as '.join(others)}" if others else ""
     rest = f"; not used: {', '.join(unused)}" if unused else ""
-    logger.warning(f"{name} is read as {', '.join(read)}{system}{rest}")
+    logger.warning(f"{name} is read as {', '.join(read)}{system}{rows}{rest}")
 
 
 def _usable(
@@ -171,10 +182,12 @@ def _convert_dataset(dataset: Dataset, matches: Sequence[Match], kept: list[str]
         rows = [_as_kind(convert_row(row, matches), kind, name) for row in _rows(batch)]
         return {column: [row[column] for row in rows] for column in _columns(kind, matches)}
 
-    features = None
-    if kind == PROMPT_COMPLETION:
-        features = Features(prompt=_TURNS, completion=_TURNS, **{column: dataset.features[column] for column in kept})
-    # Nothing of this is read from the cache of `datasets`: its keys do not see a change of the formats' table.
+    turns = _turns_of(dataset.features, read)
+    types = {column: turns if kind != TEXT else Value("string") for column in _columns(kind, matches)}
+    features = Features(types | {column: dataset.features[column] for column in kept})
+    # Nothing of this is read from the cache of `datasets`, and what is made of the result later is not mixed up there
+    # with what another version of this package made of it: the keys do not see the code behind a function's name.
+    made_by = Hasher.hash([dataset._fingerprint, _code(), matches, kind])
     return dataset.map(
         convert,
         batched=True,
@@ -182,8 +195,34 @@ def _convert_dataset(dataset: Dataset, matches: Sequence[Match], kept: list[str]
         remove_columns=[column for column in dataset.column_names if column not in kept],
         features=features,
         load_from_cache_file=False,
+        new_fingerprint=made_by,
         desc=f"Reading {name}",
     )
+
+
+def _turns_of(features: Features, columns: Iterable[str]) -> List:
+    """The type of converted messages: role, content, and whatever else the dataset's messages have."""
+    turn = {"role": Value("string"), "content": Value("string")}
+    for column in columns:
+        messages = features[column]
+        if isinstance(messages, dict):  # by columns
+            fields = {name: feature.feature for name, feature in messages.items() if isinstance(feature, List)}
+        elif isinstance(messages, List) and isinstance(messages.feature, dict):
+            fields = messages.feature
+        else:
+            fields = {}
+        if not fields.keys() & {"role", "from"}:
+            continue
+        for name, feature in fields.items():
+            name = {"from": "role", "value": "content"}.get(name, name)
+            if name != "role" and feature != Value("null"):
+                turn[name] = feature
+    return List(turn)
+
+
+def _code() -> bytes:
+    """The source of what converts a row."""
+    return b"".join(Path(module).read_bytes() for module in (formats.__file__, __file__))
 
 
 def _convert_stream(dataset: IterableDataset, matches: Sequence[Match], kept: list[str], name: str) -> IterableDataset:

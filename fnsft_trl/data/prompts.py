@@ -13,7 +13,6 @@ BASIC = "Instruction:\n{instruction}\n\nResponse:\n{response}"
 
 _CHATML_END = "<|im_end|>"
 _PLACEHOLDERS = ("system", "instruction", "response")
-_TURN_OF_ASSISTANT = "messages[-1]['role'] == 'assistant'"
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,12 @@ def set_chat_template(tokenizer, template_format: str = "auto", prompt_template:
 
 def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer puts a BOS token before text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def adds_eos(tokenizer) -> bool:
     """Whether the tokenizer puts an EOS token after text."""
-    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def _quoted(text: str) -> str:
@@ -158,7 +157,7 @@ def _jinja(template: PromptTemplate, eos_token: str) -> str:
 
 def _chatml(has_end: bool) -> str:
     # Without the token, its letters are plain text, and the EOS token is what ends the turn.
-    end = _quoted(_CHATML_END) + ("" if has_end else "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}")
+    end = _quoted(_CHATML_END) + ("" if has_end else "{{ eos_token }}")
     return (
         "{% for m in messages %}" + _CONTENT + "{% if not loop.first %}{{ '\\n' }}{% endif %}"
         "{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -174,19 +173,19 @@ def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
     A chat template that ends it with another special token makes that one the EOS token, unless `keep_eos`; else the
     EOS token is appended to the chat template.
 
+    Args:
+        tokenizer: a tokenizer with an EOS token, or its processor.
+        keep_eos: leave the EOS token as it is.
+
     Returns:
         What was changed, in words; `None` where nothing was.
 
     Raises:
-        FNSFTError: there is no EOS token, or the chat template cannot render a question and an answer.
+        FNSFTError: the chat template cannot render a question and an answer.
     """
     from jinja2 import TemplateError
 
     core = getattr(tokenizer, "tokenizer", tokenizer)
-    if core.eos_token is None:
-        raise FNSFTError(
-            "the tokenizer has no EOS token, so a model would never learn to stop; name one with eos_token"
-        )
     if tokenizer.chat_template is None:
         return None
     try:
@@ -211,6 +210,6 @@ def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
     eos = "{{ eos_token }}"
     if "endgeneration" in tokenizer.chat_template:
         eos = f"{{% generation %}}{eos}{{% endgeneration %}}"
-    condition = f"{{% if {_TURN_OF_ASSISTANT} and not add_generation_prompt %}}"
+    condition = "{% if messages[-1]['role'] == 'assistant' and not add_generation_prompt %}"
     tokenizer.chat_template = f"{tokenizer.chat_template.removesuffix(chr(10))}{condition}{eos}{{% endif %}}"
     return f"the chat template does not end an answer with {core.eos_token}, which is appended to it"

@@ -5,15 +5,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from pyarrow import ArrowInvalid
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
+from trl import SFTConfig
 
 from ..embedded import cache_dir
 
@@ -22,6 +24,22 @@ logger = logging.get_logger(__name__)
 
 _ROWS = 1000  # hashed at a time
 _PACKAGES = ("trl", "transformers", "tokenizers", "datasets", "jinja2")
+
+
+# The arguments of a trainer that decide what TRL makes of a dataset, beside those it hands on by name.
+_SETTINGS = (
+    "dataset_text_field",
+    "max_length",
+    "truncation_mode",
+    "packing_strategy",
+    "shuffle_dataset",
+    "assistant_only_loss",
+)
+
+
+def preparation_settings(args: SFTConfig) -> dict:
+    """The arguments that a prepared dataset depends on."""
+    return {name: getattr(args, name) for name in _SETTINGS} | {"seed": args.seed if args.shuffle_dataset else None}
 
 
 class TokenizedCache:
@@ -41,6 +59,27 @@ class TokenizedCache:
 
     def __init__(self, directory: str | os.PathLike | None = None) -> None:
         self.directory = cache_dir() / "tokenized" if directory is None else Path(directory)
+
+    def takes(self, dataset, tokenizer) -> bool:
+        """Whether the tokens can be kept: of rows that are all there and not yet tokenised, by a fast tokenizer."""
+        return (
+            isinstance(dataset, Dataset)
+            and dataset.format["type"] != "custom"
+            and "input_ids" not in dataset.column_names
+            and isinstance(tokenizer, PreTrainedTokenizerFast)
+        )
+
+    def read_or_make(self, key: str, make: Callable[[], Dataset], *, writes: bool) -> Dataset:
+        """The entry of this name, or what `make` gives, which is then kept if this process `writes`."""
+        found = self.load(key)
+        # All processes or none: those that make the data wait for each other while they do.
+        if all(gather_object([found is not None])):
+            logger.info(f"tokenised data are read from {self.directory / key}")
+            return found
+        made = make()
+        if writes:
+            self.save(key, made)
+        return made
 
     def key(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Mapping) -> str:
         """The name of the entry for a dataset, a fast tokenizer, and the settings it is tokenised with."""

@@ -76,7 +76,13 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
             f"the rows to train on have the columns {', '.join(train.column_names)}, those to evaluate on "
             f"{', '.join(evaluation.column_names)}; give both in one format"
         )
-    _set_prompt_format(processing_class, training_args, data_config)
+    is_rendered = _is_prompted(train) or "messages" in train.column_names
+    if not is_rendered and data_config.template_format != "auto":
+        raise FNSFTError(
+            f"template_format={data_config.template_format} has no effect on the columns "
+            f"{', '.join(train.column_names)}, which are trained as they are; drop it"
+        )
+    _set_prompt_format(processing_class, training_args, data_config, is_rendered)
     if training_args.dataset_text_field in train.column_names:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         train = _without_bos(train, tokenizer, training_args.dataset_text_field)
@@ -203,7 +209,7 @@ def _joined(row: dict) -> dict:
     return {"messages": row["prompt"] + row["completion"]}
 
 
-def _set_prompt_format(processing_class, training_args, data_config: DataConfig) -> None:
+def _set_prompt_format(processing_class, training_args, data_config: DataConfig, is_rendered: bool) -> None:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if training_args.eos_token is not None:
         if training_args.eos_token not in tokenizer.get_vocab():
@@ -218,13 +224,22 @@ def _set_prompt_format(processing_class, training_args, data_config: DataConfig)
         except OSError as error:
             raise FNSFTError(f"the chat template {path} cannot be read: {error.strerror}") from error
         training_args.chat_template_path = None  # or TRL would read it again, over what is changed below
-    elif set_chat_template(processing_class, data_config.template_format, data_config.prompt_template):
+    elif is_rendered and set_chat_template(processing_class, data_config.template_format, data_config.prompt_template):
         logger.warning(
             f"conversations are rendered as {_name_of(data_config)}; the saved tokenizer has the chat template for it"
         )
-    if note := teach_end(processing_class, keep_eos=training_args.eos_token is not None):
+    if tokenizer.eos_token is None:
+        raise FNSFTError(
+            "the tokenizer has no EOS token, so a model would never learn to stop; name one with eos_token"
+        )
+    if is_rendered and (note := teach_end(processing_class, keep_eos=training_args.eos_token is not None)):
         logger.warning(note)
     if tokenizer.eos_token != eos_token:
+        if training_args.eos_token is not None:
+            raise FNSFTError(
+                f"eos_token is {training_args.eos_token}, but template_format={data_config.template_format} ends an "
+                f"answer with {tokenizer.eos_token}; drop one of them"
+            )
         training_args.eos_token = tokenizer.eos_token  # TRL tells the model
 
 
