@@ -43,40 +43,41 @@ def put(config, path, value):
     config[last] = value
 
 
+BAD_VALUES = [
+    (["format_version"], [0, -1, True, "2", 2.0, None, [], 10**30]),
+    (["format"], ["", None, "fnsft_trl.other", {}]),
+    (["site"], ["mlp", None, 3, "../mlp_output"]),
+    (["architecture"], [None, "", 5, "A\x1b[31m", "a" * 600, "../Model", "Llama ForCausalLM"]),
+    (["widths"], [{}, [], None, {"0": 40, "1": -3, "2": 40}, {"0": 40.0, "1": 40, "2": 40}, {"00": 40}]),
+    (["widths", "1"], [0, 39, 10**9, "40", None, True]),
+    (["statistics"], [None, 1, "yes"]),
+    (
+        ["threshold"],
+        [{"rule": "percentile"}, {"rule": "no", "value": 3}, {"rule": "percentile", "value": 100}],
+    ),
+    (["threshold", "value"], ["98", None, -1, 1e400, [98]]),
+    (["calibration"], [None, [], "text"]),
+    (["calibration", "tokens"], [-1, 2.5, "250", None]),
+    (["calibration", "sources"], ["text", [1], [""], ["a\nb"], None]),
+    (["calibration", "sha256"], ["", "xyz", 7, "g" * 64]),
+    (["settings"], [None, [], {"ica_rank": {"deep": 1}}, {"ica_rank": [1]}]),
+    (["null"], [1, {"reliability": "high", "jaccard": 0}, {}]),
+    (["weights"], [1, [], {"0": 3}, {"x": PROBED}, {"0": PROBED}, {str(i): PROBED for i in range(4)}]),
+    (["weights", "1"], [{"norm": 1, "probes": [0] * 15}, {"norm": "1", "probes": [0] * 16}, {"norm": 1}]),
+    (["components"], [[], None, {}, [1], [{}]]),
+    (["components", 0, "reliability"], [1.5, -0.1, "high", True, [0.5]]),
+    (["components", 1, "jaccard"], [2, -1, "0.5"]),
+    (["components", 2, "explained_variance"], [-0.5, 7, {}]),
+    (["components", 0, "layers"], [{"9": 1}, {"0": 41}, {"0": -1}, [], None]),
+    (["components", 0, "neurons"], [10**6, -1, "24", None]),
+    (["components", 0, "recurrence"], [[], {"x": 1}, {"x\n": {}}]),
+    (["license"], [3, "", "mit\nbase_model: other", []]),
+    (["tensors_sha256"], ["", "0" * 64, 5]),
+]
+
+
 def bad_value(draw, config, tensors):
-    path, values = draw.choice(
-        [
-            (["format_version"], [0, -1, True, "2", 2.0, None, [], 10**30]),
-            (["format"], ["", None, "fnsft_trl.other", {}]),
-            (["site"], ["mlp", None, 3, "../mlp_output"]),
-            (["architecture"], [None, "", 5, "A\x1b[31m", "a" * 600, "../Model", "Llama ForCausalLM"]),
-            (["widths"], [{}, [], None, {"0": 40, "1": -3, "2": 40}, {"0": 40.0, "1": 40, "2": 40}, {"00": 40}]),
-            (["widths", "1"], [0, 39, 10**9, "40", None, True]),
-            (["statistics"], [None, 1, "yes"]),
-            (
-                ["threshold"],
-                [{"rule": "percentile"}, {"rule": "no", "value": 3}, {"rule": "percentile", "value": 100}],
-            ),
-            (["threshold", "value"], ["98", None, -1, 1e400, [98]]),
-            (["calibration"], [None, [], "text"]),
-            (["calibration", "tokens"], [-1, 2.5, "250", None]),
-            (["calibration", "sources"], ["text", [1], [""], ["a\nb"], None]),
-            (["calibration", "sha256"], ["", "xyz", 7, "g" * 64]),
-            (["settings"], [None, [], {"ica_rank": {"deep": 1}}, {"ica_rank": [1]}]),
-            (["null"], [1, {"reliability": "high", "jaccard": 0}, {}]),
-            (["weights"], [1, [], {"0": 3}, {"x": PROBED}, {"0": PROBED}, {str(i): PROBED for i in range(4)}]),
-            (["weights", "1"], [{"norm": 1, "probes": [0] * 15}, {"norm": "1", "probes": [0] * 16}, {"norm": 1}]),
-            (["components"], [[], None, {}, [1], [{}]]),
-            (["components", 0, "reliability"], [1.5, -0.1, "high", True, [0.5]]),
-            (["components", 1, "jaccard"], [2, -1, "0.5"]),
-            (["components", 2, "explained_variance"], [-0.5, 7, {}]),
-            (["components", 0, "layers"], [{"9": 1}, {"0": 41}, {"0": -1}, [], None]),
-            (["components", 0, "neurons"], [10**6, -1, "24", None]),
-            (["components", 0, "recurrence"], [[], {"x": 1}, {"x\n": {}}]),
-            (["license"], [3, "", "mit\nbase_model: other", []]),
-            (["tensors_sha256"], ["", "0" * 64, 5]),
-        ]
-    )
+    path, values = draw.choice(BAD_VALUES)
     put(config, path, draw.choice(values))
 
 
@@ -212,9 +213,11 @@ def files(templates, tmp_path):
     return {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
-def refusal(directory, model) -> str:
+def refusal(directory, model=None) -> str:
     try:
-        FunctionalNetworkTemplate.from_pretrained(directory).check_model(model)
+        template = FunctionalNetworkTemplate.from_pretrained(directory)
+        if model is not None:
+            template.check_model(model)
     except FNSFTError as error:
         return str(error)
     return ""
@@ -244,6 +247,16 @@ def test_two_hundred_malformed_templates_are_refused(files, tmp_path, monkeypatc
         assert {path.name: path.read_bytes() for path in directory.iterdir()} == damaged, (seed, what)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["template", "whole"]
     assert len(seen) >= 28
+
+
+def test_every_value_that_has_no_meaning_is_refused(files, tmp_path):
+    (tmp_path / "template.safetensors").write_bytes(files["template.safetensors"])
+    for path, values in BAD_VALUES:
+        for value in values:
+            config = json.loads(files["config.json"])
+            put(config, path, value)
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            assert refusal(tmp_path), f"{path} = {value} was loaded"
 
 
 def test_what_is_not_malformed_is_loaded(files, tmp_path):
