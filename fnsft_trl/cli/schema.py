@@ -147,10 +147,8 @@ def _trl_options() -> list[Option]:
 
     options = [option for name in TRL for option in describe(getattr(trl, name))]
     trackers = (*sorted(INTEGRATION_TO_CALLBACK), "all", "none")
-    more = {
-        "report_to": {"choices": trackers},
-        "resume_from_checkpoint": {"switch": True},
-    }  # what their types do not say
+    # What their types do not say.
+    more = {"report_to": {"choices": trackers}, "resume_from_checkpoint": {"switch": True}}
     options = [dataclasses.replace(option, **more.get(option.name, {})) for option in options]
     _write(path, key, options)
     return options
