@@ -187,9 +187,9 @@ class FunctionalNetworkConfig:
             The z of the `zscore` rules; 1.96 by default.
         ica_min_reliability (`float`, *optional*, defaults to `0.0`):
             Without `ica_component_ids`: select only networks at least this reliable. In [0, 1].
-        ica_component_ids (`list[int]`, *optional*):
-            The networks that make up the selection. `None`: all networks of the template.
-        ica_layers (`str`, *optional*, defaults to `"all"`):
+        ica_component_ids (`list[int]` or `str`, *optional*):
+            The networks that make up the selection, as a list or as `0-3,7`. `None`: all networks of the template.
+        ica_layers (`str` or `list[int]`, *optional*, defaults to `"all"`):
             Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list.
         ica_site (`str`, *optional*, defaults to `"mlp_intermediate"`):
             Where activations are read and masked: `mlp_intermediate` (input of the down projection) or `mlp_output`.
@@ -265,8 +265,12 @@ class FunctionalNetworkConfig:
     ica_threshold: str | None = _help("percentile, layer_percentile, zscore or zscore_positive.", None)
     ica_zscore: float | None = _help("The z of the zscore rules (1.96).", None)
     ica_min_reliability: float = _help("Without ica_component_ids: only networks at least this reliable.", 0.0)
-    ica_component_ids: list[int] | None = _help("Networks that make up the selection; all of them by default.", None)
-    ica_layers: str = _help("Layers to discover in: all, 0-5 (inclusive), 0:4 (end left out), 0:4,9.", "all")
+    ica_component_ids: list[int] | str | None = _help(
+        "Networks that make up the selection; all of them by default.", None
+    )
+    ica_layers: str | list[int] = _help(
+        "Layers to discover in: all, 0-5 (inclusive), 0:4 (end left out), 0:4,9.", "all"
+    )
     ica_site: str = _help("Where activations are read and masked: mlp_intermediate or mlp_output.", "mlp_intermediate")
     ica_variant: str = _help("temporal (independent over tokens) or spatial (over neurons).", "temporal")
     ica_standardize: str = _help("center, or zscore: also divide by each neuron's standard deviation.", "center")

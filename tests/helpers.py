@@ -174,3 +174,22 @@ def run_processes(count: int, *arguments) -> list[str]:
     for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error
     return [printed for printed, _ in outputs]
+
+
+# A GGUF converter that only notes how it was called.
+FAKE_CONVERTER = f"""\
+#!{sys.executable}
+import json, pathlib, sys
+source = pathlib.Path(sys.argv[1])
+if (source / "broken").exists():
+    sys.exit("INFO: reading\\nModel ThatForCausalLM is not supported")
+call = {{"arguments": sys.argv[2:], "files": sorted(path.name for path in source.iterdir())}}
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps(call))
+"""
+
+
+def write_converter(path) -> None:
+    """Put the converter at a path, as a program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(FAKE_CONVERTER)
+    path.chmod(0o755)

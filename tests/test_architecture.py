@@ -49,6 +49,7 @@ STAGES = [
     "run_record",
     "trainer",
     "export",
+    "gguf",
     "report",
     "cli",
 ]

@@ -204,7 +204,7 @@ def refused(arguments, capsys, tmp_path):
         (["--use_peft", "--use_dora"], "DoRA rescales"),
         (["--use_peft", "--lora_target_modules", "q_proj"], "hold no MLP module"),
         (["--ica_fraction", "1.5"], "between 0 and 1"),
-        (["--max_steps", "many"], "invalid int value"),
+        (["--max_steps", "many"], "must be a whole number"),
         (["--dataset_streaming", "true"], "dataset_streaming"),
         (["--resume_from_checkpoint", "true"], "there is no checkpoint in"),
         (["--model_name_or_path", "nobody/nothing"], "cannot be loaded"),

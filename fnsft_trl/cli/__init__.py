@@ -14,7 +14,7 @@ VERBS = {
     "discover": "find the functional networks of a model and save them as a template",
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
-    "export": "write a trained adapter as a merged model or a plain LoRA",
+    "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
@@ -49,6 +49,11 @@ def buildtemplates() -> int:
 def check_hf_token() -> int:
     """`fnsft auth` under the name it has in the original project."""
     return run_verb("auth", sys.argv[1:])
+
+
+def convert_gguf() -> int:
+    """`fnsft export --to gguf` under the name it has in the original project."""
+    return run_verb("export", ["--to", "gguf", *sys.argv[1:]])
 
 
 def run_verb(verb: str, argv: list[str]) -> int:

@@ -44,7 +44,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, names: list[str]) -> N
     by_name = {f.name: f for f in fields(FunctionalNetworkConfig)}
     for name in names:
         field = by_name[name]
-        (kind,) = {*(get_args(field.type) or (field.type,))} - {NoneType}
+        kinds = {*(get_args(field.type) or (field.type,))} - {NoneType}
+        kind = str if str in kinds else kinds.pop()
         short = name if name == "ica_dtype" else name.removeprefix("ica_")  # --dtype is the model's
         parser.add_argument(
             *dict.fromkeys((f"--{name}", f"--{short}")),

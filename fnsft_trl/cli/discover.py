@@ -7,7 +7,6 @@ from dataclasses import fields
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
-from ..legacy import LEGACY_FILE, legacy_bytes
 from .arguments import ArgumentParser, add_config_arguments, check_writable
 from .pushing import add_push_arguments, push_options
 
@@ -30,6 +29,12 @@ _DISCOVERY_FIELDS = [
 ]
 
 _DATA_FIELDS = ("columns", "template_format", "prompt_template")
+# The original project's names.
+_OTHER_NAMES = {
+    "max_seq_length": "ica_max_length",
+    "ica_mask_layers": "ica_layers",
+    "ica_pca_preprocessing_components": "ica_rank",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -56,9 +61,9 @@ def main(argv: list[str]) -> None:
             parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"])
     parser.add_argument("--dtype", default="float32", help="precision of the model: float32, bfloat16, float16, auto")
     add_config_arguments(parser, _DISCOVERY_FIELDS)
-    parser.add_argument(
-        "--max_seq_length", type=int, dest="ica_max_length", default=SUPPRESS, help="another name of --ica_max_length"
-    )
+    for old, name in _OTHER_NAMES.items():
+        kind = str if name == "ica_layers" else int
+        parser.add_argument(f"--{old}", type=kind, dest=name, default=SUPPRESS, help=f"another name of --{name}")
     args = parser.parse_args(argv)
     named = [args.model_name_or_path] if args.model_name_or_path else []
     model_name, *datasets = [*named, *([args.model] if args.model else []), *args.datasets] or [None]
@@ -78,6 +83,7 @@ def main(argv: list[str]) -> None:
     from ..data.sources import load_texts
     from ..discovery import discover_group
     from .models import load_model_and_tokenizer
+    from .templates import save_template
 
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
@@ -90,13 +96,9 @@ def main(argv: list[str]) -> None:
     if not state.is_main_process:
         return
     template.license = args.license
-    template.save_pretrained(output_dir)
     for number, (name, part) in enumerate(of_datasets.items()):
         part.save_pretrained(output_dir / "datasets" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
-    print(f"Template saved to: {output_dir}")
-    if len(set(template.widths.values())) == 1:  # the original's form has no room for more
-        (output_dir / LEGACY_FILE).write_bytes(legacy_bytes(template.listed(), template.widths, template.site))
-        print(f"The same networks in the original project's form: {output_dir / LEGACY_FILE}")
+    save_template(template, output_dir)
     print(f"Number of components: {len(template.components)}\n")
     print("Component Coverage Summary:")
     for number, component in enumerate(template.components):

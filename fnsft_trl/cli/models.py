@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..embedded import resolve_model
 from ..errors import FNSFTError
 from ..hub import explain
+from ..neurons import find_neuron_sites
 
 
 @contextmanager
@@ -47,3 +51,32 @@ def load_model_and_tokenizer(name_or_path: str, dtype: str = "float32"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model, tokenizer
+
+
+def check_attention(name: str | None) -> None:
+    """Check that transformers knows an attention implementation; a kernel on the Hub (org/name) may be anything.
+
+    Raises:
+        FNSFTError: it does not.
+    """
+    known = ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    if name is not None and "/" not in name and name not in known:
+        raise FNSFTError(f"attn_implementation is {name!r}; it must be one of: {', '.join(known)}")
+
+
+def default_lora_targets(config: PretrainedConfig) -> list[str] | None:
+    """The modules for LoRA to train when none are named: PEFT's own choice (`None`) where it has one.
+
+    For architectures that PEFT's table lacks: the up, gate and down projections of the MLPs.
+
+    Raises:
+        FNSFTError: the model has no MLP that is understood either.
+    """
+    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        return None
+    with torch.device("meta"):  # only its structure is read
+        model = AutoModelForCausalLM.from_config(config)
+    sites = find_neuron_sites(model)
+    for site in sites:
+        site.check_no_experts("LoRA")
+    return sorted(name for site in sites for name in site.layout.modules())

@@ -1,0 +1,180 @@
+"""The options of one call of `fnsft train`, from both sources, checked against each other. Free of torch."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..config import FunctionalNetworkConfig
+from ..errors import FNSFTError
+from ..gguf import check_outtype, find_converter
+from .arguments import check_writable
+from .schema import training_options
+from .sources import COMMAND_LINE, read_sources
+from .translate import NETWORK_NAMES, original_options, translate
+
+
+# Options of which one can be given, or be on.
+_EXCLUSIVE = (
+    *(("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")),
+    ("dataset_name", "datasets"),
+)
+# Options that LoRA alone reads.
+_OF_LORA = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *("lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
+)
+# Option -> the switch without which it has no effect. A switch that says false may leave its options in place.
+_NEEDS = {
+    "hub_model_id": "push_to_hub",
+    "hub_token": "push_to_hub",
+    "hub_commit_message": "push_to_hub",
+    "gguf_quantization": "convert_to_gguf",
+}
+
+
+@dataclass
+class TrainOptions:
+    """What a call of `fnsft train` asks for.
+
+    Attributes:
+        values (`dict[str, Any]`): the options that were given, under TRL's names and ours.
+        network_config (`FunctionalNetworkConfig` or `None`): `None` is plain fine-tuning.
+        notes (`list[str]`): what the user should know of how the options were read.
+    """
+
+    values: dict[str, Any]
+    network_config: FunctionalNetworkConfig | None
+    notes: list[str]
+
+    def of(self, kind: type) -> dict[str, Any]:
+        """The given values that are fields of a dataclass."""
+        return {field.name: self.values[field.name] for field in fields(kind) if field.name in self.values}
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether what trains is an adapter, LoRA or neuron deltas, and the model's weights are frozen."""
+        lora = bool(self.values.get("use_peft"))
+        config = self.network_config
+        return lora if config is None else config.plan(lora_config=lora).method != "full"
+
+
+def parse_options(argv: list[str]) -> TrainOptions:
+    """Read and check the arguments of `fnsft train`: the command line over YAML over defaults.
+
+    Raises:
+        FNSFTError: a name that is not known, a value that its option cannot have, or options that contradict each
+            other.
+    """
+    options = training_options()
+    sources = read_sources(argv, options | original_options(options))
+    values: dict[str, Any] = {}
+    notes: list[str] = []
+    used: dict[str, str] = {}
+    for source, given in sources.items():
+        translated, names = translate(given)
+        _check_contradictions(translated)
+        if source == COMMAND_LINE:
+            notes += _drop_overruled(values, translated)
+        values |= translated
+        used |= names
+    if used:
+        notes.insert(0, "names of the original project: " + "; ".join(f"{old} -> {new}" for old, new in used.items()))
+    _check_presence(values)
+
+    networks = _network_options(values, sources, notes)
+    for name in _OF_LORA:
+        if values.get(name) is not None and not values.get("use_peft"):
+            raise FNSFTError(f"{name} has no effect without LoRA; add use_peft, or drop it")
+    config = FunctionalNetworkConfig(**networks) if networks else None
+    if config is not None:
+        config.plan(lora_config=bool(values.get("use_peft")))
+    result = TrainOptions(values, config, notes)
+    _check_effects(result)
+    check_writable(values.get("output_dir") or "trainer_output")
+    return result
+
+
+def _check_contradictions(values: dict[str, Any]) -> None:
+    """What one source says must go together."""
+    for a, b in _EXCLUSIVE:
+        if values.get(a) and values.get(b):
+            raise FNSFTError(f"{a} and {b} exclude each other; drop one of them")
+    lora = [name for name in _OF_LORA if values.get(name) is not None]
+    if values.get("use_peft") is False and lora:
+        raise FNSFTError(f"{lora[0]} has no effect without LoRA (no_peft, or use_peft: false); drop one of them")
+
+
+def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> list[str]:
+    """Drop the values of the file that contradict a switch of the command line, and say so."""
+    losers = [b for pair in _EXCLUSIVE for a, b in (pair, pair[::-1]) if command_line.get(a) and values.get(b)]
+    if command_line.get("use_peft") is False:
+        losers += [name for name in _OF_LORA if values.get(name) is not None]
+        losers += ["merge_adapter_with_base"] if values.get("merge_adapter_with_base") else []
+    for name in losers:
+        del values[name]
+    return [f"{name} of the config file is overruled by the command line" for name in losers]
+
+
+def _check_presence(values: dict[str, Any]) -> None:
+    if not values.get("model_name_or_path"):
+        raise FNSFTError("model_name_or_path is missing; give a Hub id, a directory, or `embedded`")
+    if not values.get("dataset_name") and not values.get("datasets"):
+        raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+
+
+def _network_options(values: dict[str, Any], sources: dict[str, dict], notes: list[str]) -> dict[str, Any]:
+    """The options of FunctionalNetworkConfig, none for plain fine-tuning; settles whether LoRA trains."""
+    networks = {name: values[name] for name in FunctionalNetworkConfig.field_names() if values.get(name) is not None}
+    if _is_original(sources):
+        networks = _read_as_the_original(values, networks, notes)
+    no_peft = any(given.get("no_peft") for given in sources.values()) and not values.get("use_peft")
+    if not networks or not no_peft:
+        return networks
+    if networks.get("train_method", "auto") not in ("auto", "full"):
+        raise FNSFTError(
+            f"no_peft and train_method={networks['train_method']} contradict each other; drop one of them"
+        )
+    return {**networks, "train_method": "full"}
+
+
+def _is_original(sources: dict[str, dict[str, Any]]) -> bool:
+    """Whether this is a command of the original: the first source that names a dataset does it in its way."""
+    for given in sources.values():
+        if given.get("dataset_name") or given.get("datasets"):
+            return False
+        if given.get("dataset_name_or_path"):
+            return True
+    return False
+
+
+def _read_as_the_original(values: dict[str, Any], networks: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """LoRA unless something else is asked for, and no networks without a mask. Returns the network options."""
+    if values.get("use_peft") is None and networks.get("train_method", "auto") in ("auto", "lora"):
+        values["use_peft"] = True
+        notes.append("LoRA trains, as in the original project; no_peft switches it off")
+    if not networks or networks.get("mask_mode") or not set(networks) <= NETWORK_NAMES:
+        return networks
+    notes.append(
+        f"without a mask_mode {', '.join(networks)} has no effect, as in the original project: this is plain "
+        "fine-tuning (train_neurons: selected trains networks without a mask)"
+    )
+    return {}
+
+
+def _check_effects(options: TrainOptions) -> None:
+    """What is asked for must be able to have an effect."""
+    values = options.values
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if values.get(name) and not options.has_adapter:
+            raise FNSFTError(f"{name} freezes the model's weights, which are to train; add use_peft, or drop it")
+    if values.get("merge_adapter_with_base") and not options.has_adapter:
+        raise FNSFTError("merge_adapter_with_base has nothing to merge, since no adapter trains; drop it")
+    if values.get("ica_template_output") and options.network_config is None:
+        raise FNSFTError("ica_template_output has no template to save in plain fine-tuning; drop it")
+    for name, switch in _NEEDS.items():
+        if values.get(name) is not None and values.get(switch) is None:
+            raise FNSFTError(f"{name} has no effect without {switch}; add it, or drop {name}")
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        raise FNSFTError("push_to_hub needs hub_model_id, the repository to push to (org/name)")
+    if values.get("convert_to_gguf"):
+        check_outtype(values.get("gguf_quantization", "auto"))
+        find_converter()

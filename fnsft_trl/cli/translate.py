@@ -1,0 +1,106 @@
+"""The original project's option names in terms of TRL's and ours. Free of torch."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..errors import FNSFTError
+from .schema import Option
+
+
+# Another name for the same thing.
+RENAMED = {
+    "dataset_name_or_path": "dataset_name",
+    "dataset_config_name": "dataset_config",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "use_4bit": "load_in_4bit",
+    "use_8bit": "load_in_8bit",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "validation_split": "eval_fraction",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "hub_repo_id": "hub_model_id",
+    "hub_private": "hub_private_repo",
+    "ica_mask_layers": "ica_layers",
+    "ica_pca_preprocessing_components": "ica_rank",
+    "ica_build_templates_from": "ica_datasets",
+}
+# Switches, and what they become when they are on.
+SWITCHES = {"no_peft": "use_peft: false", "use_wandb": "report_to: wandb"}
+# Names that nothing needs to be done for here, and why.
+DROPPED = {
+    "use_auth_token": "the token of HF_TOKEN, of .env or of `hf auth login` is always used",
+    "auto_detect_format": "the format of a dataset is always detected",
+    "lora_bias": "LoRA trains no biases here",
+    "bnb_4bit_compute_dtype": "4-bit weights are computed with in the precision of dtype",
+    "upload_merged_model": "the whole output directory is uploaded, a merged model with it",
+    "push_adapter_only": "the whole output directory is uploaded, a merged model with it",
+    "response_max_length": "max_length bounds the tokens of a whole row",
+    "instruction_max_length": "max_length bounds the tokens of a whole row",
+}
+# Fields of FunctionalNetworkConfig that the original has: without a mask_mode it does not use them.
+NETWORK_NAMES = {
+    *("mask_mode", "ica_template_path", "ica_component_ids", "ica_components", "ica_percentile", "ica_layers"),
+    *("ica_dtype", "ica_rank", "ica_datasets", "ica_template_samples_per_ds"),
+    *("anti_drift_row_param", "anti_drift_apply_to"),
+}
+# The value of `dtype` for `torch_dtype: auto`. TRL's own `auto` is the precision of the checkpoint.
+DEVICE_DTYPE = "device"
+
+
+def original_options(options: dict[str, Option]) -> dict[str, Option]:
+    """The options under the names that only the original has, given those of `fnsft train`."""
+    switches = {*SWITCHES, "use_auth_token", "auto_detect_format", "upload_merged_model", "push_adapter_only"}
+    found = {old: replace(options[new], nullable=True) for old, new in RENAMED.items()}
+    found |= {name: Option(name, "", "bool", nullable=True) for name in switches}
+    found |= {name: Option(name, "", "str", nullable=True) for name in DROPPED if name not in switches}
+    return found
+
+
+def translate(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Translate the options of one source, the command line or a YAML file.
+
+    Args:
+        given: name as it was written -> value.
+
+    Returns:
+        Name as it is here -> value; and the original's names that were used -> what they are here.
+
+    Raises:
+        FNSFTError: an option stands there under two names, or two of the switches contradict each other.
+    """
+    values = {name: value for name, value in given.items() if name not in (*RENAMED, *SWITCHES, *DROPPED)}
+    used = {name: f"nothing ({DROPPED[name]})" for name in given if name in DROPPED}
+    for old, new in RENAMED.items():
+        if given.get(old) is not None:
+            _check_once(values, old, new)
+            values[new] = given[old]
+            used[old] = new
+    if given.get("no_peft") is not None:
+        _check_once(values, "no_peft", "use_peft")
+        values["use_peft"] = not given["no_peft"]
+    if given.get("use_wandb") is not None:
+        _report_to_wandb(values, given["use_wandb"])
+    used |= {name: new for name, new in SWITCHES.items() if given.get(name)}
+    if given.get("torch_dtype") == "auto":
+        values["dtype"] = DEVICE_DTYPE
+        used["torch_dtype"] = "dtype, chosen for the device"
+    if values.get("attn_implementation") == "auto":  # the original's word for the default
+        del values["attn_implementation"]
+    return values, used
+
+
+def _check_once(values: dict[str, Any], old: str, new: str) -> None:
+    if values.get(new) is not None:
+        raise FNSFTError(f"{old} and {new} are two names of one option; drop {old}")
+
+
+def _report_to_wandb(values: dict[str, Any], use_wandb: bool) -> None:
+    trackers = values.get("report_to") or []
+    trackers = [trackers] if isinstance(trackers, str) else list(trackers)
+    if use_wandb and "none" in trackers:
+        raise FNSFTError("use_wandb with report_to: none contradict each other; drop one of them")
+    if not use_wandb and "wandb" in trackers:
+        raise FNSFTError("use_wandb: false with report_to: wandb contradict each other; drop one of them")
+    if use_wandb:
+        values["report_to"] = [*trackers, *(["wandb"] if "wandb" not in trackers else [])]
