@@ -318,12 +318,27 @@ def _freeze_factor(held: "FrozenSlices", found: FactorSlice, adapter_name: str, 
     view.masked_fill_(is_frozen, 0)
     if found.is_bare:
         held.freeze(weight, found.dims, positions, shape=found.shape)
+        found.layer.register_forward_pre_hook(_check_is_trained(found.factor, weight, found.part.full_name))
         return
     held.keep(weight, found.dims, positions)
     if found.part.side == "output":
         found.factor.register_forward_hook(_mask_output(is_frozen.flatten()))
     else:
         found.factor.register_forward_pre_hook(_mask_input(is_frozen.flatten()))
+
+
+def _check_is_trained(factor: nn.Module, weight: nn.Parameter, name: str):
+    """A hook that stops training when another tensor has taken the place of the one whose gradients are masked."""
+
+    def check(module: nn.Module, args: tuple) -> None:
+        if factor.weight is not weight and torch.is_grad_enabled() and factor.weight.requires_grad:
+            raise FNSFTError(
+                f"the LoRA factor on {name} was replaced (by sharding, or in a copy of the model) since "
+                "constrain_lora masked its gradients; use plain data parallelism, and call constrain_lora on the "
+                "model that is trained"
+            )
+
+    return check
 
 
 def _changes_anything(a: torch.Tensor, b: torch.Tensor, experts: int) -> bool:
@@ -431,7 +446,10 @@ class FrozenSlices:
         def zero_gradient(parameter: nn.Parameter) -> None:
             _local(parameter.grad, shape).masked_fill_(mask, 0)
 
+        requires_grad = parameter.requires_grad
+        parameter.requires_grad_(True)  # without, as in an adapter that is not active yet, there can be no hook
         self._hooks.append(parameter.register_post_accumulate_grad_hook(zero_gradient))
+        parameter.requires_grad_(requires_grad)
 
     def keep(
         self,

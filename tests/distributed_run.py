@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from helpers import medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
+from helpers import medium_experts, medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import distributed as dist
@@ -30,6 +30,12 @@ from fnsft_trl.constraints import FrozenSlices, set_lora_targets
 
 
 METHODS = ("neuron_delta", "lora", "full")
+EXPERTS = " experts"  # at the end of a method's name: on a mixture of experts
+
+
+def medium(method: str) -> torch.nn.Module:
+    """The model that a method trains."""
+    return (medium_experts if method.endswith(EXPERTS) else medium_model)(torch.float64)
 
 
 def whole(model) -> dict[str, torch.Tensor]:
@@ -55,13 +61,13 @@ def run_trainer(method: str, folder: Path, rank: int, processes: int) -> dict[st
     )
     assert args.world_size == processes
     trainer = FNSFTTrainer(
-        model=medium_model(torch.float64),
+        model=medium(method),
         args=args,
         train_dataset=Dataset.from_list(tiny_rows()),
         processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=4) if method == "lora" else None,
+        peft_config=LoraConfig(r=4) if method.startswith("lora") else None,
         network_config=FunctionalNetworkConfig(
-            train_method=method,
+            train_method=method.removesuffix(EXPERTS),
             ica_components=2,
             ica_rank=8,
             ica_max_tokens=200,
@@ -82,10 +88,10 @@ def run_trainer(method: str, folder: Path, rank: int, processes: int) -> dict[st
 
 def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
     """A plain loop over a model sharded by `fully_shard`."""
-    base = medium_model(torch.float64)
+    base = medium(method)
     mask = random_mask(base, "mlp_intermediate")
     torch.manual_seed(1)
-    if method == "neuron_delta":
+    if method.startswith("neuron_delta"):
         model = get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges()))
     elif method == "lora":
         config = LoraConfig(r=4)
@@ -114,7 +120,7 @@ def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
     weights = whole(model)
     if method != "full":  # merged by a process of its own, as after a training on many devices
-        fresh = medium_model(torch.float64)
+        fresh = medium(method)
         if method == "lora":
             model = get_peft_model(fresh, config)
         else:
@@ -131,7 +137,8 @@ def main(processes: str, kind: str, folder: str) -> None:
     rank = os.environ.get("RANK", "0")
     if int(processes) > 1 and kind == "fsdp2":
         dist.init_process_group("gloo")
-    for method in METHODS:
+    with_experts = ["neuron_delta", "lora"] if kind == "ddp" else ["neuron_delta"]
+    for method in [*METHODS, *(f"{method}{EXPERTS}" for method in with_experts)]:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))
         else:

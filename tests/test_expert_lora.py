@@ -15,6 +15,7 @@ from fnsft_trl import FNSFTError, FrozenNeuronGuard, constrain_lora, find_neuron
 from fnsft_trl.callbacks import FrozenNeuronMoved
 from fnsft_trl.constraints import factor_slices, set_lora_targets
 from fnsft_trl.export import changed_neurons
+from fnsft_trl.layout import mask_positions
 from fnsft_trl.neurons import SITES
 
 
@@ -90,8 +91,9 @@ def test_the_factors_entries_of_a_neuron_are_those_that_its_weights_depend_on(na
     """Every neuron's rows or columns of the weight change, and no other, when its entries of a factor change."""
     base = NAMED[name].model()
     mask = random_mask(base, site, share=1.1)
-    config = LoraConfig(r=2, init_lora_weights=False)
+    config = LoraConfig(r=2)
     set_lora_targets(config, base, mask)
+    config.init_lora_weights = False
     model = get_peft_model(base, config)
     seen = 0
     for s in find_neuron_sites(model, kind=site):
@@ -99,16 +101,10 @@ def test_the_factors_entries_of_a_neuron_are_those_that_its_weights_depend_on(na
             neuron = torch.tensor([found.part.first + found.part.count // 2 + 1])
             before = found.layer.get_delta_weight("default").detach()
             weight = found.factor.weight
-            rows = found.rows(neuron)
             with torch.no_grad():
                 view = weight.view(found.shape)
-                touched = torch.zeros(found.shape, dtype=torch.bool)
-                touched.view(-1)[:] = False
-                flat = torch.zeros_like(view, dtype=torch.bool).movedim(found.dims, tuple(range(len(found.dims))))
-                front = flat.reshape(-1, *flat.shape[len(found.dims) :])
-                front[found.positions(neuron)] = True
-                touched = front.view(flat.shape).movedim(tuple(range(len(found.dims))), found.dims)
-                assert int(touched.sum()) == rows.numel()
+                touched = mask_positions(view, found.dims, found.positions(neuron)).expand(found.shape)
+                assert int(touched.sum()) == found.rows(neuron).numel()
                 view += touched
             changed = found.layer.get_delta_weight("default").detach() != before
             expected = found.part.mask(neuron, changed).expand_as(changed)
@@ -129,7 +125,7 @@ def test_targets_are_the_weights_of_all_layers_with_trainable_neurons(name, site
     assert wrapped
     assert not any("layers.1." in key for key in wrapped)
     assert held.masks_gradients
-    assert model.peft_config["default"].target_modules == set()
+    assert not model.peft_config["default"].target_modules
     for s in find_neuron_sites(model, kind=site):
         weights = [p for p in s.layout.slices if "bias" not in p.parameter]
         assert len(list(factor_slices(model, s, "default"))) == (0 if s.layer == 1 else len(weights))
@@ -249,11 +245,25 @@ def test_what_cannot_be_held_is_refused(settings, message):
 
 def test_an_adapter_that_already_changes_a_frozen_neuron_is_refused(mixtral):
     mask = random_mask(mixtral, "mlp_intermediate")
-    config = LoraConfig(r=2, init_lora_weights=False)
+    config = LoraConfig(r=2)
     set_lora_targets(config, mixtral, mask)
     model = get_peft_model(mixtral, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
     with pytest.raises(FNSFTError, match=r"already changes neurons of .*experts that should be frozen"):
         constrain_lora(model, mask)
+
+
+def test_factors_that_were_replaced_do_not_train(mixtral, ids):
+    """As by sharding; the hooks on their gradients are gone."""
+    model, _ = adapted(mixtral, random_mask(mixtral, "mlp_intermediate"))
+    factor = model.get_submodule("base_model.model.model.layers.1.mlp.experts.lora_A.default")
+    factor.weight = torch.nn.Parameter(factor.weight.detach().clone())
+    logits(model, ids)
+    with pytest.raises(FNSFTError, match=r"factor on .*layers\.1\.mlp\.experts\.down_proj was replaced"):
+        model(ids)
 
 
 def test_the_guard_names_the_entry_of_a_factor_that_moved(name):
