@@ -8,7 +8,7 @@ import torch
 from architectures import ARCHITECTURES
 from helpers import changed_entries, logits, random_mask, state, zeroed
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fnsft_trl import FNSFTError, NeuronMask, NeuronTunerConfig, bake_lesion, find_neuron_sites, lesion, unbake
 from fnsft_trl.activations import ActivationReader, TokenSequence
@@ -338,6 +338,69 @@ def test_lora_beside_the_deltas_leaves_the_shared_expert_alone():
     for name in ("down_proj", "up_proj"):
         with pytest.raises(FNSFTError, match="a part of an MLP"):
             wrap("Qwen2MoeForCausalLM", lora={**lora, "target_modules": ["q_proj", name]})
+
+
+def test_zero3_is_refused(monkeypatch):
+    monkeypatch.setattr("fnsft_trl.tuner.experts.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(FNSFTError, match=r"experts \(model\.layers\.0\.mlp\.experts\) do not run under ZeRO-3"):
+        wrap("MixtralForCausalLM")
+
+
+def test_weights_that_are_not_there_are_an_error(ids):
+    """Offloaded, or sharded on their own: the loop over the experts reads them without calling their module."""
+    model = wrap("MixtralForCausalLM").eval()
+    model.get_base_model().model.layers[1].mlp.experts.base_layer.to("meta")
+    with pytest.raises(FNSFTError, match="sharded on their own, or offloaded"):
+        logits(model, ids)
+
+
+QUANTISED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_experts_beside_quantised_layers(kind, ids, tmp_path):
+    """transformers leaves fused experts as they are; their deltas merge, those of a quantised shared expert do not."""
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "head_dim": 32}
+    config = type(NAMED["Qwen2MoeForCausalLM"].model().config)(**{**NAMED["Qwen2MoeForCausalLM"].config, **wide})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load = {"quantization_config": BitsAndBytesConfig(**QUANTISED[kind]), "dtype": torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **load).train()
+    before = {key: value.detach().clone() for key, value in base.named_parameters()}
+    plain = logits(base, ids)
+    routed = {site.layer: site.experts.width for site in find_neuron_sites(base)}
+    mask = random_mask(base, "mlp_intermediate")
+    model = randomize(get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges(), task_type="CAUSAL_LM")))
+    assert all(gradient.any() for gradient in gradients(model, ids).values())
+    assert not torch.allclose(logits(model, ids), plain, atol=1e-3)
+    with pytest.raises(FNSFTError, match="cannot be merged into a Linear"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), plain)
+    assert changed_entries(before, base_values(model)) == {}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **load).train()
+    for layer, members in mask.layers.items():
+        members[routed[layer] :] = False
+    model = randomize(get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges(), task_type="CAUSAL_LM")))
+    expected = logits(model, ids)
+    model.merge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_half_precision_deltas_are_brought_back_to_float32():
+    """A trainer casts all adapters of a model with quantised layers."""
+    model = wrap("MixtralForCausalLM")
+    for module in model.modules():
+        if isinstance(module, ExpertDeltaLayer):
+            for _, delta in module._deltas("default"):
+                delta.data = delta.data.bfloat16()
+            module.float_deltas()
+    assert {p.dtype for name, p in model.named_parameters() if "neuron_delta" in name} == {torch.float32}
 
 
 def test_layers_get_deltas_only_where_they_have_a_selected_neuron():

@@ -1,15 +1,17 @@
 """What is particular to mixtures of experts: the way to the activations of routed experts."""
 
 import copy
+from functools import wraps
 
 import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES
 from datasets import Dataset
-from helpers import changed_entries, logits, random_mask, sft_config, state, zeroed
+from helpers import changed_entries, logits, medium_experts, random_mask, sft_config, state, zeroed
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from fnsft_trl import (
     FNSFTError,
@@ -200,6 +202,52 @@ def test_a_mixture_of_experts_is_trained_by_the_trainer(mixtral, rows, tokenizer
     changed, others = changed_neurons(find_neuron_sites(trained, kind=site), before, state(trained))
     assert others == []
     assert changed == trainer.trainable_neurons
+
+
+FEATURES = {
+    "accumulation and clipping": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "packing": {"packing": True},
+    "checkpointing, not reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "checkpointing, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "bf16": {"bf16": True},
+    "torch_compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "adamw_8bit": {"optim": "adamw_8bit"},
+}
+
+
+@pytest.mark.parametrize(
+    "feature", [pytest.param(name, marks=pytest.mark.slow) if "compile" in name else name for name in FEATURES]
+)
+@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
+def test_training_features_are_exact_on_experts(feature, method, rows, tokenizer, tmp_path):
+    base = medium_experts()
+    before = state(base)
+    trainer = trainer_of(base, rows, tokenizer, tmp_path, method, args={"max_length": 64, **FEATURES[feature]})
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    changed, others = changed_neurons(find_neuron_sites(merged), before, state(merged))
+    torch.compiler.reset()
+    assert others == []
+    assert changed == trainer.trainable_neurons
+
+
+def test_lora_on_experts_is_refused_when_sharded(mixtral, rows, tokenizer, tmp_path, monkeypatch):
+    plain = SFTTrainer.__init__
+
+    @wraps(plain)
+    def sharded(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
+    with pytest.raises(FNSFTError, match="LoRA on the weights of experts, held to neurons, does not run sharded"):
+        trainer_of(mixtral, rows, tokenizer, tmp_path, "lora")
 
 
 @pytest.mark.slow
