@@ -152,8 +152,14 @@ def set_lora_targets(config: LoraConfig, model: nn.Module, trainable: NeuronMask
     if any(site.experts for site in everywhere):
         parts = [part for site in sites for part in site.layout.slices if not part.parameter.endswith("bias")]
         if not has_targets or config.target_parameters:
-            _check_bare_targets(config, model, parts)
+            _check_bare_targets(config)
         if not has_targets:
+            quantised = [part.full_name for part in parts if not part.tensor(model).is_floating_point()]
+            if quantised:
+                raise FNSFTError(
+                    f"{quantised[0]} is quantised, so PEFT cannot adapt it as it does the experts beside it; name "
+                    "target_parameters (those of the experts), or use train_method=neuron_delta"
+                )
             config.target_modules, config.target_parameters = [], sorted(part.full_name for part in parts)
     elif not has_targets:
         config.target_modules = sorted(names)
@@ -169,7 +175,7 @@ def set_lora_targets(config: LoraConfig, model: nn.Module, trainable: NeuronMask
         )
 
 
-def _check_bare_targets(config: LoraConfig, model: nn.Module, parts: list[WeightSlice]) -> None:
+def _check_bare_targets(config: LoraConfig) -> None:
     """Refuse what PEFT cannot do where LoRA adapts bare parameters."""
     if config.lora_dropout:
         raise FNSFTError(
@@ -181,12 +187,6 @@ def _check_bare_targets(config: LoraConfig, model: nn.Module, parts: list[Weight
             f"init_lora_weights={config.init_lora_weights!r} does not exist on the weights of experts; use one of: "
             f"{', '.join(map(str, BARE_INITS))}"
         )
-    for part in parts:
-        if not part.tensor(model).is_floating_point():
-            raise FNSFTError(
-                f"{part.module_name} is quantised, and in a model with experts PEFT adapts it as a bare parameter, "
-                "which it cannot if it is quantised; load these layers unquantised, or use train_method=neuron_delta"
-            )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,21 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from helpers import changed_entries, logits, random_mask, state, zeroed
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fnsft_trl import FNSFTError, NeuronMask, NeuronTunerConfig, bake_lesion, find_neuron_sites, lesion, unbake
+from fnsft_trl import (
+    FNSFTError,
+    NeuronMask,
+    NeuronTunerConfig,
+    bake_lesion,
+    constrain_lora,
+    find_neuron_sites,
+    lesion,
+    unbake,
+)
 from fnsft_trl.activations import ActivationReader, TokenSequence
+from fnsft_trl.constraints import set_lora_targets
 from fnsft_trl.export import changed_neurons
 from fnsft_trl.neurons import SITES
 from fnsft_trl.tuner import ExpertDeltaLayer, NeuronDeltaLayer
@@ -390,6 +400,14 @@ def test_experts_beside_quantised_layers(kind, ids, tmp_path):
     expected = logits(model, ids)
     model.merge_adapter()
     assert torch.equal(logits(model, ids), expected)
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **load).train()
+    with pytest.raises(FNSFTError, match="is quantised, so PEFT cannot adapt it as it does the experts"):
+        set_lora_targets(LoraConfig(r=2), base, mask)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    constrain_lora(model, mask)
+    assert sum(bool(gradient.any()) for gradient in gradients(model, ids).values()) == 4  # B; A follows in later steps
 
 
 def test_half_precision_deltas_are_brought_back_to_float32():
