@@ -1,4 +1,6 @@
-"""Cost of a training step against its peers, on stacks of blocks of SmolLM2-135M's and of Llama-3.2-1B's shape.
+"""Cost of a training step against its peers, on stacks of blocks of SmolLM2-135M's and of Llama-3.2-1B's shape, and on
+a whole model of SmolLM2-135M's shape, with its embeddings and head (some of the arms only: floor,
+full, lora, delta 10%).
 
     python benchmarks/training_step.py --output benchmarks/results/training_step.json
 
@@ -24,6 +26,7 @@ before the arm was built.
 import argparse
 import copy
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -38,7 +41,7 @@ import torch
 from peft import LoraConfig, OSFConfig, ShiraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from fnsft_trl import NeuronMask, NeuronTunerConfig, find_neuron_sites
 from fnsft_trl.tuner import NeuronDeltaLayer
@@ -53,10 +56,15 @@ SHAPES = {
         "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
         "num_hidden_layers": 1,
     },
+    "smollm2-135m, whole": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 MLP = ["gate_proj", "up_proj", "down_proj"]
-ROUNDS = {"smollm2-135m": 12, "llama-3.2-1b": 6}
-TOKENS = {"smollm2-135m": 768, "llama-3.2-1b": 512}
+ROUNDS = {"smollm2-135m": 12, "llama-3.2-1b": 6, "smollm2-135m, whole": 4}
+TOKENS = {"smollm2-135m": 768, "llama-3.2-1b": 512, "smollm2-135m, whole": 768}
+OF_A_WHOLE_MODEL = ["floor", "full", "lora", "delta 10%"]
 SEQUENCE = 256
 
 
@@ -132,25 +140,32 @@ ARMS = {
 
 
 class Arm:
-    """One way to train a copy of the model."""
+    """One way to train a copy of the model, on embedded (tokens, hidden) or whole numbers of tokens."""
 
-    def __init__(self, build, model: nn.Module, x: torch.Tensor) -> None:
+    def __init__(self, build, model: nn.Module, inputs: torch.Tensor) -> None:
         self.model = build(copy.deepcopy(model)).train()
-        self.x = x
+        self.inputs = inputs
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if self.trained else None
 
     def step(self) -> tuple[float, float]:
         """CPU seconds of forward and backward pass, and of the whole step."""
-        x = self.x.clone().requires_grad_(True)
         start = time.process_time()
-        y = self.model(inputs_embeds=x).last_hidden_state
-        y.backward(torch.full_like(y, 1e-3))
+        self.forward_backward()
         middle = time.process_time()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return middle - start, time.process_time() - start
+
+    def forward_backward(self) -> None:
+        """The pass through the model and back to its embedded inputs."""
+        embedded = self.inputs.is_floating_point()
+        x = self.inputs.clone() if embedded else self.model.get_input_embeddings()(self.inputs)
+        if not x.requires_grad:
+            x.requires_grad_(True)
+        y = self.model(inputs_embeds=x)[0]
+        y.backward(torch.full_like(y, 1e-3))
 
     def memory(self) -> dict[str, float]:
         """MiB of everything that a step holds, by kind."""
@@ -166,9 +181,7 @@ class Arm:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            x = self.x.clone().requires_grad_(True)
-            y = self.model(inputs_embeds=x).last_hidden_state
-            y.backward(torch.full_like(y, 1e-3))
+            self.forward_backward()
         states = [] if self.optimizer is None else self.optimizer.state.values()
         layers = [module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer)]
         originals = [rows for layer in layers for rows in layer._originals.values()]
@@ -182,14 +195,17 @@ class Arm:
         return {f"{name}_mib": round(size / 2**20, 2) for name, size in held.items()}
 
 
-def memory_of(name: str, model: nn.Module, x: torch.Tensor) -> dict[str, float]:
+def memory_of(name: str, model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
     """Memory of one arm, in a process of its own that is forked from this one."""
 
     def work(pipe) -> None:
+        gc.collect()
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
         before = psutil.Process().memory_info().rss
-        arm = Arm(ARMS[name], model, x)
+        arm = Arm(ARMS[name], model, inputs)
         arm.step()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory starts anew
         arm.step()
         status = Path("/proc/self/status").read_text()
@@ -208,12 +224,18 @@ def memory_of(name: str, model: nn.Module, x: torch.Tensor) -> dict[str, float]:
 def measure(shape: str, names: list[str], rounds: int, tokens: int) -> dict[str, dict]:
     """Step all arms in a random order, `rounds` times, after one step each that is not counted."""
     torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(vocab_size=8, **SHAPES[shape])).requires_grad_(False)
-    x = torch.randn(max(1, tokens // SEQUENCE), min(SEQUENCE, tokens), SHAPES[shape]["hidden_size"])
-    memory = {name: memory_of(name, model, x) for name in names}
+    config = LlamaConfig(**{"vocab_size": 8, **SHAPES[shape]})
+    size = (max(1, tokens // SEQUENCE), min(SEQUENCE, tokens))
+    if "vocab_size" in SHAPES[shape]:
+        model, inputs = LlamaForCausalLM(config), torch.randint(config.vocab_size, size)
+        names = [name for name in names if name in OF_A_WHOLE_MODEL]
+    else:
+        model, inputs = LlamaModel(config), torch.randn(*size, config.hidden_size)
+    model.requires_grad_(False)
+    memory = {name: memory_of(name, model, inputs) for name in names}
     arms = {}
     for name in names:
-        arms[name] = Arm(ARMS[name], model, x)
+        arms[name] = Arm(ARMS[name], model, inputs)
         arms[name].step()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     draw = random.Random(0)
@@ -239,8 +261,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--rounds", type=int, help="default: 12 for the small shape, 6 for the large one")
-    parser.add_argument("--tokens", type=int, help="default: 768 for the small shape, 512 for the large one")
+    parser.add_argument("--rounds", type=int, help="default: 12, 6 and 4")
+    parser.add_argument("--tokens", type=int, help="default: 768, 512 and 768")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -13,6 +13,8 @@ _HOMES = {
     "FNSFTError": "errors",
     "FunctionalNetworkConfig": "config",
     "ThresholdRule": "config",
+    "DataConfig": "data.config",
+    "to_trl_format": "data.conversion",
     "NeuronSite": "neurons",
     "NeuronLayout": "neurons",
     "find_neuron_sites": "neurons",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from trl import maybe_convert_to_chatml
 
+from .data.formats import UnusableRow, convert_row, find_formats, read_messages
 from .errors import FNSFTError
 from .neurons import NeuronSite, base_model
 
@@ -35,7 +35,7 @@ def text_token_ids(text, tokenizer) -> list[int]:
 
     Args:
         text: a string; a conversation (list of messages with `role` and `content`, put through the chat template); or
-            a row of a dataset with `input_ids`, `messages`, `conversations`, `text`, or `prompt` and `completion`.
+            a row of a dataset in one of the formats of [`~fnsft_trl.data.formats`].
         tokenizer: the model's tokenizer.
 
     Raises:
@@ -50,16 +50,19 @@ def text_token_ids(text, tokenizer) -> list[int]:
     if isinstance(text, dict):
         if "input_ids" in text:
             return list(text["input_ids"])
-        if "messages" in text or "conversations" in text:
-            return text_token_ids(maybe_convert_to_chatml(text)["messages"], tokenizer)
+        if (turns := text.get("messages") or text.get("conversations")) is not None:
+            return text_token_ids(read_messages(turns, "a row for the discovery"), tokenizer)
         if "prompt" in text and "completion" in text:
-            return text_token_ids(text["prompt"] + text["completion"], tokenizer)
+            return text_token_ids(text["prompt"] + text["completion"], tokenizer)  # as TRL trains them
         if "text" in text:
             return text_token_ids(text["text"], tokenizer)
-        raise FNSFTError(
-            f"no text in a row with the columns {', '.join(map(repr, text))}; expected text, messages, prompt and "
-            "completion, or input_ids"
-        )
+        try:
+            row = convert_row(text, find_formats(text))
+        except UnusableRow as missing:
+            raise FNSFTError(f"a row for the discovery has nothing in {missing.args[0]!r}; leave it out") from missing
+        except FNSFTError as error:
+            raise FNSFTError(f"a row for the discovery {error}") from error
+        return text_token_ids(row["prompt"] + row["completion"], tokenizer)
     raise FNSFTError(
         f"a text of type {type(text).__name__} is not understood; expected a string or a list of messages"
     )

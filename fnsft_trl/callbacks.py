@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from .constraints import FrozenSlices, factor_slices, hold_neurons
@@ -81,7 +82,7 @@ class FrozenNeuronGuard(TrainerCallback):
                 parameter = part.tensor(self.model)
                 neurons = part.held(frozen if parameter.requires_grad else torch.arange(site.width))
                 if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
-                    rows = part.select(parameter.detach(), part.indices(neurons).to(parameter.device))
+                    rows = part.select(_whole(parameter), part.indices(neurons).to(parameter.device))
                     yield part.full_name, rows, neurons.repeat(len(part.offsets))
                     watched.add(id(parameter))
             for adapter in self.model.peft_config if isinstance(self.model, PeftModel) else ():
@@ -90,14 +91,24 @@ class FrozenNeuronGuard(TrainerCallback):
                     if len(neurons):
                         letter = "B" if found.part.side == "output" else "A"
                         name = f"{found.part.full_name.removesuffix('.weight')}.lora_{letter}.{adapter}"
-                        yield name, found.rows(neurons), neurons.repeat(len(found.part.offsets))
+                        yield (
+                            name,
+                            found.rows(neurons, _whole(found.factor.weight)),
+                            neurons.repeat(len(found.part.offsets)),
+                        )
         for name, parameter in self.model.named_parameters():
             # Quantised weights cannot train, and their kernels repack them between training and inference.
             if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in watched:
-                flat = parameter.detach().flatten()
+                flat = _whole(parameter).flatten()
                 if len(flat) % _BLOCK:
                     flat = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
                 yield name, flat.view(-1, _BLOCK), None
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's values; gathered from all processes where it is sharded."""
+    values = parameter.detach()
+    return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def _row_checksums(rows: torch.Tensor) -> torch.Tensor:
@@ -168,6 +179,18 @@ class MaskScheduleCallback(TrainerCallback):
         self._held = FrozenSlices()
         self._starts: list[int] = []
         self._current = -1
+
+    def to_dict(self) -> list[dict]:
+        """The phases as plain JSON values; checkpoints hold them, so that a run resumes with the same ones."""
+        return [
+            {
+                "start": phase.start,
+                "mask_mode": phase.mask_mode,
+                "mask": None if phase.mask is None else phase.mask.sha256,
+                "trainable": trainable.sha256,
+            }
+            for phase, trainable in zip(self.phases, self._trainable, strict=True)
+        ]
 
     def _check(self, phase: MaskPhase) -> NeuronMask:
         fraction = isinstance(phase.start, float)

@@ -1,4 +1,4 @@
-"""A template's model card and its figure, made from its description alone: the same template, the same bytes."""
+"""Model cards: of a template, made from its description alone, and of a model that an adapter was merged into."""
 
 import re
 from pathlib import PurePath
@@ -7,10 +7,16 @@ from typing import Any
 import yaml
 
 from .config import ThresholdRule
-from .storage import FIGURE_FILE, UNKNOWN, describe_threshold
+from .description import describe_threshold
+from .names import UNKNOWN, is_source_name
+from .storage import FIGURE_FILE
 
 
 TAGS = ["fnsft", "functional-networks", "independent-component-analysis", "interpretability"]
+SECTION = "## Functional networks"  # heading of what a trained model's card says of them
+ADAPTER_NOTE = (
+    "The adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before `PeftModel.from_pretrained`."
+)
 
 _HEADER = "| network | neurons | layers | explained variance | kurtosis | reliability | overlap |\n|" + 7 * "---|"
 
@@ -24,7 +30,7 @@ def template_card(config: dict[str, Any], name: str | None = None) -> str:
     """The README of a template, with the Hub's metadata on top.
 
     Args:
-        config: the template's description, see [`~fnsft_trl.storage.check_config`].
+        config: the template's description, see [`~fnsft_trl.description.check_config`].
         name: the repository it is loaded from, where that is known.
     """
     model, calibration, components = config["base_model"] or UNKNOWN, config["calibration"], config["components"]
@@ -87,6 +93,65 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 """
 
 
+def publishable_card(card: str) -> str:
+    """A trained model's README without local paths in its metadata, for which the Hub would refuse it."""
+    metadata, body = _split(card)
+    public = _without_paths(metadata)
+    return card if public == metadata else _front(public) + body
+
+
+def merged_card(base_model: str, adapter_card: str | None) -> str:
+    """The README of a model that an adapter was merged into.
+
+    Args:
+        base_model: the model, as the adapter names it.
+        adapter_card: the README of the adapter, whose metadata and section on networks go along, where there is one.
+    """
+    known, body = _split(adapter_card or "")
+    known = _without_paths(known)
+    kept = ("base_model", "datasets", "license", "language")
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata |= {key: known[key] for key in kept if key in known}
+    tags = (tag for tag in known.get("tags", []) if not tag.startswith(("base_model:adapter:", "peft", "lora")))
+    metadata["tags"] = sorted({*TAGS[:2], *tags})
+    section = body[body.find(SECTION) :] if SECTION in body else ""
+    paragraphs = [part.strip() for part in section.split("\n\n") if part.strip() not in ("", ADAPTER_NOTE)]
+    name = PurePath(base_model).name if _is_path(base_model) else base_model
+    told = "`fnsft_trl` merged a trained adapter into its weights: an ordinary checkpoint, which needs no adapter."
+    return (
+        "\n\n".join(
+            [
+                _front(metadata).strip(),
+                f"# {PurePath(name).name}, fine-tuned",
+                f"`{name}`, fine-tuned. {told}",
+                *paragraphs,
+            ]
+        )
+        + "\n"
+    )
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and what follows them."""
+    front, body = re.fullmatch(r"(?:---\n(.*?)---\n)?(.*)", card, flags=re.DOTALL).groups()
+    return yaml.safe_load(front or "") or {}, body
+
+
+def _without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
+    public = {key: value for key, value in metadata.items() if not _is_path(value)}
+    if "tags" in public:
+        public["tags"] = [tag for tag in public["tags"] if not _is_path(tag.rpartition(":")[2])]
+    return public
+
+
+def _front(metadata: dict[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n"
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and not is_source_name(value)
+
+
 def _metadata(config: dict[str, Any]) -> str:
     metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config["base_model"]):
@@ -136,59 +201,3 @@ def _method(settings: dict[str, Any]) -> str:
 
 def _threshold(config: dict[str, Any]) -> ThresholdRule | None:
     return ThresholdRule(**config["threshold"]) if config["threshold"] else None
-
-
-def networks_svg(config: dict[str, Any]) -> str:
-    """The networks over the layers as a picture: the share of each layer's neurons in each network, and reliability.
-
-    Args:
-        config: the template's description.
-    """
-    layers, components = sorted(map(int, config["widths"])), config["components"]
-    cell, left, top = 18, 70, 34
-    width, height = len(layers) * cell, len(components) * cell
-    shares = [
-        {int(layer): count / config["widths"][layer] for layer, count in component["layers"].items()}
-        for component in components
-    ]
-    most = max((value for share in shares for value in share.values()), default=0) or 1
-    step = max(1, -(-len(layers) // 16))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 150}" height="{top + height + 64}" '
-        'font-family="sans-serif" font-size="11" fill="#1c2733">',
-        '<rect width="100%" height="100%" fill="#ffffff"/>',
-        f'<text x="{left}" y="18" font-size="12">share of each layer\'s neurons in the network</text>',
-        f'<text x="{left + width + 24}" y="18" font-size="12">reliability</text>',
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="#f4f6f8"/>',
-    ]
-    for number, (component, share) in enumerate(zip(components, shares, strict=True)):
-        y = top + number * cell
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{number}</text>')
-        for column, layer in enumerate(layers):
-            if share.get(layer):
-                opacity = f"{max(0.04, share[layer] / most):.2f}"
-                parts.append(
-                    f'<rect x="{left + column * cell}" y="{y}" width="{cell}" height="{cell}" fill="#4b2e83" '
-                    f'fill-opacity="{opacity}"><title>network {number}, layer {layer}: {share[layer]:.1%}</title>'
-                    "</rect>"
-                )
-        if component["reliability"] is not None:
-            length = round(100 * min(1, component["reliability"]))
-            parts.append(
-                f'<rect x="{left + width + 24}" y="{y + 4}" width="{length}" height="10" fill="#3b6ea5">'
-                f"<title>{component['reliability']:.2f}</title></rect>"
-            )
-    for column in range(0, len(layers), step):
-        x = left + column * cell + cell // 2
-        parts.append(f'<text x="{x}" y="{top + height + 15}" text-anchor="middle">{layers[column]}</text>')
-    parts += [
-        f'<text x="{left + width // 2}" y="{top + height + 34}" text-anchor="middle">layer</text>',
-        f'<text x="8" y="{top + height // 2}">network</text>',
-        f'<text x="{left}" y="{top + height + 54}">darkest: {most:.1%} of a layer</text>',
-        *(
-            f'<text x="{left + width + 24 + 100 * value}" y="{top + height + 15}" text-anchor="middle">{value}</text>'
-            for value in (0, 1)
-        ),
-        "</svg>\n",
-    ]
-    return "\n".join(parts)

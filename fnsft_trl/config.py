@@ -242,7 +242,8 @@ class FunctionalNetworkConfig:
             Whose weights may change: `selected`, `unselected`, `all`, or `auto` (`lesion` trains the unselected,
             `preserve` the selected, no mask the selected).
         train_method (`str`, *optional*, defaults to `"auto"`):
-            `neuron_delta`, `lora` or `full`. `auto`: `lora` when a LoraConfig is given, otherwise `neuron_delta`.
+            `neuron_delta`, `lora` or `full`. `auto`: `lora` when a LoraConfig is given, otherwise `neuron_delta`. With
+            `neuron_delta`, a LoraConfig adds LoRA on modules outside the MLPs.
         train_other (`bool`, *optional*, defaults to `True`):
             With `full` and `unselected`: whether the weights outside the MLP neurons train too.
         anti_drift_row_param (`bool`, *optional*, defaults to `True`):
@@ -411,8 +412,8 @@ class FunctionalNetworkConfig:
         method = self.train_method
         if method == "auto":
             method = "lora" if lora_config else "neuron_delta"
-        if method != "lora" and lora_config:
-            raise FNSFTError(f"train_method={method} with a LoraConfig: drop peft_config, or use train_method=lora")
+        if method == "full" and lora_config:
+            raise FNSFTError("train_method=full with a LoraConfig: drop peft_config, or use train_method=lora")
         if method == "lora" and not lora_config:
             raise FNSFTError("train_method=lora needs a LoraConfig (peft_config, or use_peft on the command line)")
         if reason := ANTI_DRIFT_ERRORS.get((method, self.anti_drift_apply_to)):

@@ -224,9 +224,9 @@ class FactorSlice:
         out, _, experts = self.shape
         return positions % out * experts + positions // out  # B counts the experts last
 
-    def rows(self, neurons: torch.Tensor) -> torch.Tensor:
-        """A copy of the factor's entries of some neurons, shape (positions, ...)."""
-        weight = self.factor.weight.detach().view(self.shape)
+    def rows(self, neurons: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of the entries of some neurons, shape (positions, ...), from the factor's whole weight."""
+        weight = weight.detach().view(self.shape)
         return select_positions(weight, self.dims, self.positions(neurons).to(weight.device))
 
 

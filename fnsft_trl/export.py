@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from .card import merged_card
 from .errors import FNSFTError
 from .neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
 from .selection import NeuronMask
+from .storage import CARD_FILE, NETWORK_DIR
 from .tuner import NeuronTunerConfig
 
 
@@ -256,7 +259,9 @@ def _factors_beside(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor]
 
 
 def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto") -> PeftConfig:
-    """Merge a saved adapter into its base model and save the result as an ordinary checkpoint, with its tokenizer.
+    """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
+
+    With its tokenizer, a model card, and the template and the selection that lie beside the adapter.
 
     Args:
         adapter_dir: directory of a saved adapter, of neuron deltas or any other PEFT method that merges.
@@ -280,7 +285,17 @@ def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, 
         revision=None if has_tokenizer else config.revision,
     )
     tokenizer.save_pretrained(output_dir)
+    _describe_merged(config, Path(adapter_dir), Path(output_dir))
     return config
+
+
+def _describe_merged(config: PeftConfig, adapter_dir: Path, output_dir: Path) -> None:
+    card = adapter_dir / CARD_FILE
+    adapter_card = card.read_text(encoding="utf-8") if card.is_file() else None
+    merged = merged_card(config.base_model_name_or_path, adapter_card)
+    (output_dir / CARD_FILE).write_text(merged, encoding="utf-8")
+    if (adapter_dir / NETWORK_DIR).is_dir():
+        shutil.copytree(adapter_dir / NETWORK_DIR, output_dir / NETWORK_DIR, dirs_exist_ok=True)
 
 
 def changed_neurons(

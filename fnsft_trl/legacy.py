@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .description import FORMAT, FORMAT_VERSION, SITES, check_config
 from .errors import FNSFTError
-from .storage import FORMAT, FORMAT_VERSION, SITES, UNKNOWN, check_config, read_json
+from .names import UNKNOWN
+from .storage import read_json
 
 
 LEGACY_FILE = "global_templates.json"
@@ -21,8 +23,8 @@ def read_legacy(path: Path) -> tuple[dict[str, Any], Members]:
         path: the file.
 
     Returns:
-        A description as [`~fnsft_trl.storage.check_config`] gives it, of unknown reliability and, unless the file says
-        otherwise, of the MLPs' output channels; and the neurons of every network.
+        A description as [`~fnsft_trl.description.check_config`] gives it, of unknown reliability and, unless the file
+        says otherwise, of the MLPs' output channels; and the neurons of every network.
 
     Raises:
         FNSFTError: the file does not have that form, or names a neuron or a layer that it has no room for.

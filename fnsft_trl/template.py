@@ -7,35 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from huggingface_hub import HfApi, ModelHubMixin
+from huggingface_hub import ModelHubMixin
 
-from .card import TAGS, networks_svg, template_card
+from .card import TAGS, template_card
 from .config import ThresholdRule
+from .description import FORMAT, FORMAT_VERSION, describe, dump_config
 from .errors import FNSFTError
-from .hub import fetch_file, hub_errors, is_hub_id
-from .legacy import Members, read_legacy
-from .storage import (
-    CARD_FILE,
-    CONFIG_FILE,
-    FIGURE_FILE,
-    FORMAT,
-    FORMAT_VERSION,
-    TENSOR_FILE,
-    UNKNOWN,
-    check_config,
-    clean_model_name,
-    clean_text,
-    dump_config,
-    read_config,
-    read_json,
-    read_tensors,
-    write_files,
-)
+from .figure import networks_svg
+from .hub import hub_errors, prepare_repo
+from .legacy import Members
+from .names import UNKNOWN, model_name
+from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
+from .stored import StoredTemplate
 
 
 if TYPE_CHECKING:
@@ -235,7 +222,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
         # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
         data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
-        config = self._config(hashlib.sha256(data).hexdigest())
+        config = describe(self, hashlib.sha256(data).hexdigest())
         directory = Path(save_directory)
         name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
         files = {
@@ -330,11 +317,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
         """
         branch = branch or revision
-        with hub_errors(repo_id, branch):
-            api = HfApi(token=token, library_name="fnsft_trl")
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if branch is not None and not branch.startswith("refs/"):
-                api.create_branch(repo_id, branch=branch, exist_ok=True)
+        with hub_errors(repo_id, branch, token=token):
+            repo_id = prepare_repo(repo_id, private=private, token=token, branch=branch)
             commit = super().push_to_hub(
                 repo_id,
                 token=token,
@@ -353,93 +337,3 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             members = self.members(number).items()
             networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
         return networks
-
-    def _config(self, tensors_sha256: str) -> dict[str, Any]:
-        from . import __version__
-
-        components = [asdict(component) for component in self.components]
-        for component in components:
-            component["layers"] = {str(layer): count for layer, count in component["layers"].items()}
-            component["recurrence"] = {clean_text(name): found for name, found in component["recurrence"].items()}
-        sources = [clean_text(source) for source in self.calibration["sources"]]
-        config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "fnsft_trl_version": __version__,
-            "base_model": clean_model_name(self.base_model),
-            "revision": self.revision,
-            "architecture": self.architecture,
-            "site": self.site,
-            "license": self.license,
-            "widths": {str(layer): width for layer, width in self.widths.items()},
-            "statistics": bool(self.mean),
-            "threshold": asdict(self.threshold) if self.threshold else None,
-            "settings": self.settings,
-            "calibration": {**self.calibration, "sources": sources},
-            "null": self.null,
-            "weights": {str(i): layer for i, layer in self.weights.items()} if self.weights else None,
-            "tensors_sha256": tensors_sha256,
-            "components": components,
-        }
-        return check_config(config, Path(CONFIG_FILE))
-
-
-@dataclass
-class StoredTemplate:
-    """A template where it lies: its description is read and checked, its tensors wait. Free of torch until then.
-
-    Attributes:
-        config (`dict`): the description, see [`~fnsft_trl.storage.check_config`].
-        read (`Callable[[], dict[str, torch.Tensor]]`): gives the tensors, checked.
-        hub_id (`str` or `None`), commit (`str` or `None`): where on the Hub.
-    """
-
-    config: dict[str, Any]
-    read: Callable[[], dict[str, torch.Tensor]]
-    hub_id: str | None = None
-    commit: str | None = None
-
-    @classmethod
-    def open(cls, reference: str | os.PathLike, **options) -> StoredTemplate:
-        """Find a template by its directory, its JSON file or its id on the Hub.
-
-        Args:
-            reference: which one.
-            options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` of
-                [`~fnsft_trl.hub.fetch_file`].
-
-        Raises:
-            FNSFTError: it is not there, or its description is not that of a template.
-        """
-        path, name = Path(reference), os.fspath(reference)
-        if path.is_file():
-            config, members = read_legacy(path)
-            return cls(config, lambda: _membership_tensors(config, members))
-        if path.exists() or not is_hub_id(name):
-            if options.get("revision") is not None:
-                raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
-            config = read_config(path)
-            return cls(config, lambda: read_tensors(path / TENSOR_FILE, config))
-        file, commit = fetch_file(name, CONFIG_FILE, **options)
-        config = check_config(read_json(file), file)
-        # Of the same commit, whatever happens to the branch meanwhile.
-        options = {**options, "revision": commit}
-        return cls(config, lambda: read_tensors(fetch_file(name, TENSOR_FILE, **options).path, config), name, commit)
-
-
-def _membership_tensors(config: dict[str, Any], members: Members) -> dict[str, torch.Tensor]:
-    import torch
-
-    tensors = {}
-    for layer, width in config["widths"].items():
-        loadings = torch.zeros(len(members), width)
-        for number, of_network in enumerate(members):
-            loadings[number, of_network.get(int(layer), [])] = 1.0
-        tensors[f"layers.{layer}.loadings"] = loadings
-    return tensors
-
-
-def model_name(model: nn.Module) -> str:
-    """The id of a model, or the name of the directory it was loaded from; empty when it was made in memory."""
-    name = model.config._name_or_path
-    return clean_model_name(Path(name).name if Path(name).exists() else name)

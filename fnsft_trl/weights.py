@@ -10,10 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .description import PROBES
 from .neurons import NeuronSite
 
 
-PROBES = 16
 _ROWS = 4096  # of a weight at a time, so that no large copy of it is made
 
 WeightProbes = dict[int, dict]  # layer -> {"norm": float, "probes": list of floats}

@@ -33,14 +33,34 @@ def hub_home():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Tokenised data of the tests stay out of the user's cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fnsft_trl.data.tokenized.cache_dir", lambda: directory)
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """The loopback Hub, empty, with the token of a user who may write to repositories under `alice/`."""
     HUB.repos.clear()
     HUB.requests.clear()
-    HUB.cut = 0
+    HUB.cut, HUB.sent, HUB.down = 0, 0.5, 0
     monkeypatch.setenv("HF_TOKEN", ALICE)
     return HUB
+
+
+@pytest.fixture
+def no_token(monkeypatch, tmp_path):
+    """An empty working directory, and no token anywhere."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, "so that it is put back")
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

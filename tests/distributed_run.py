@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from helpers import medium_experts, medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -47,8 +49,33 @@ def whole(model) -> dict[str, torch.Tensor]:
     return weights
 
 
-def run_trainer(method: str, folder: Path, rank: int, processes: int) -> dict[str, torch.Tensor]:
-    """FNSFTTrainer under DDP; with several processes, a batch is split over them."""
+def shard_on_cpu() -> None:
+    """Let accelerate shard on a CPU, which it keeps for accelerators: it would take DDP instead."""
+    own = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs) -> None:
+        own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if "fsdp_plugin" in vars(self):  # a later call copies the type of PartialState
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def merged(method: str, weights: dict[str, torch.Tensor], config: PeftConfig | None) -> dict[str, torch.Tensor]:
+    """Gathered weights, an adapter's merged by this process alone, as after a training on many devices."""
+    if config is None:
+        return weights
+    model = get_peft_model(medium(method), config)
+    model.load_state_dict(weights)
+    return whole(model.merge_and_unload())
+
+
+def run_trainer(
+    method: str, folder: Path, rank: int, processes: int, *, is_sharded: bool = False
+) -> dict[str, torch.Tensor]:
+    """FNSFTTrainer under DDP or FSDP2; with several processes, a batch is split over them."""
 
     args = sft_config(
         folder / f"{method}-out-{rank}",
@@ -60,6 +87,7 @@ def run_trainer(method: str, folder: Path, rank: int, processes: int) -> dict[st
         save_steps=2,
         # Routers compute in float32; where a gradient is next to nothing, AdamW would make whole steps of rounding.
         adam_epsilon=1e-3 if method.endswith(EXPERTS) else 1e-8,
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if is_sharded else {}),
     )
     assert args.world_size == processes
     trainer = FNSFTTrainer(
@@ -80,9 +108,13 @@ def run_trainer(method: str, folder: Path, rank: int, processes: int) -> dict[st
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.train()
-    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel) == (processes > 1)
-    model = trainer.model if method == "full" else trainer.model.merge_and_unload()
-    weights = whole(model)
+    if is_sharded:
+        assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters())
+        config = None if method == "full" else trainer.model.peft_config["default"]
+        weights = merged(method, whole(trainer.model), config)
+    else:
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel) == (processes > 1)
+        weights = whole(trainer.model if method == "full" else trainer.model.merge_and_unload())
     for layer, members in trainer.trainable_neurons.layers.items():
         weights[f"trainable.{layer}"] = members
     return weights
@@ -120,15 +152,7 @@ def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
         optimizer.zero_grad()
-    weights = whole(model)
-    if method != "full":  # merged by a process of its own, as after a training on many devices
-        fresh = medium(method)
-        if method == "lora":
-            model = get_peft_model(fresh, config)
-        else:
-            model = get_peft_model(fresh, NeuronTunerConfig(neurons=mask.to_ranges()))
-        model.load_state_dict(weights)
-        weights = whole(model.merge_and_unload())
+    weights = merged(method, whole(model), None if method == "full" else model.peft_config["default"])
     for layer, members in mask.layers.items():
         weights[f"trainable.{layer}"] = members
     return weights
@@ -137,6 +161,8 @@ def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
 def main(processes: str, kind: str, folder: str) -> None:
     """Train by each method, and write the results."""
     rank = os.environ.get("RANK", "0")
+    if kind == "accelerate":
+        shard_on_cpu()
     if int(processes) > 1 and kind == "fsdp2":
         dist.init_process_group("gloo")
     with_experts = ["neuron_delta", "lora"] if kind == "ddp" else ["neuron_delta"]
@@ -144,7 +170,8 @@ def main(processes: str, kind: str, folder: str) -> None:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))
         else:
-            weights = run_trainer(method, Path(folder), int(rank), int(processes))
+            is_sharded = kind == "accelerate" and int(processes) > 1
+            weights = run_trainer(method, Path(folder), int(rank), int(processes), is_sharded=is_sharded)
         save_file(weights, Path(folder) / f"{method}-{rank}.safetensors")
     if int(processes) > 1:
         assert dist.get_backend() == "gloo"

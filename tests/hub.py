@@ -10,12 +10,36 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
 
-USERS = {"hf_aliceWritesEverything": "alice", "hf_bobReadsNothingPrivate": "bob"}  # token -> user
-ALICE, BOB = USERS
+
+ALICE, BOB = "hf_aliceWritesEverything", "hf_bobReadsNothingPrivate"
+READER, FINE = "hf_aliceReadsAndNeverWrites", "hf_aliceWritesHerOwnOnly"  # two more tokens of alice
+USERS = {ALICE: "alice", BOB: "bob", READER: "alice", FINE: "alice"}
+SCOPES = [
+    {"entity": {"_id": "1", "type": "user", "name": "alice"}, "permissions": ["repo.content.read", "repo.write"]},
+    {"entity": {"_id": "2", "type": "org", "name": "team"}, "permissions": ["repo.content.read"]},
+]
+ACCESS = {  # what the Hub says of a token
+    ALICE: {"displayName": "laptop", "role": "write"},
+    BOB: {"displayName": "laptop", "role": "write"},
+    READER: {"displayName": "reader", "role": "read"},
+    FINE: {
+        "displayName": "fine",
+        "role": "fineGrained",
+        "expiration": "2027-01-31T00:00:00.000Z",
+        "fineGrained": {"canReadGatedRepos": True, "global": ["discussion.write"], "scoped": SCOPES},
+    },
+}
 _REPO = r"/(?:api/models/)?(?P<repo>[^/]+/[^/]+)"
+_CARD_VALUES = {  # what the Hub accepts in a model card
+    "base_model": r"[\w.-]+(/[\w.-]+)?",
+    "datasets": r"[\w.-]+(/[\w.-]+)?",
+    "license": r"[a-z0-9.-]+",
+}
 
 
 @dataclass
@@ -52,14 +76,17 @@ class Hub:
 
     Attributes:
         requests (`list[tuple[str, str]]`): method and path of every request.
-        cut (`int`): how many of the next downloads of a file break off half way.
+        cut (`int`): how many of the next downloads of a file break off,
+        sent (`float`): after which share of it.
+        down (`int`): a status that every request is answered with; 0 for none.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        self.cut = 0
+        self.cut, self.sent = 0, 0.5
+        self.down = 0
         handler = type("BoundHandler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -103,8 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((method, url.path))
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length) if length else b""
+        if self.hub.down:
+            return self._error(self.hub.down, "the Hub is down")
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        self.user = USERS.get(token)
+        self.user, self.access = USERS.get(token), ACCESS.get(token, {})
         if token and self.user is None:
             return self._error(401, "Invalid credentials in Authorization header")
         for methods, pattern, name in _ROUTES:
@@ -146,9 +175,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _writable(self, repo_id: str) -> Repo | None:
         repo = self._readable(repo_id)
-        if repo is not None and repo.owner != self.user:
+        if repo is not None and (repo.owner != self.user or self.access["role"] == "read"):
             return self._error(403 if self.user else 401, "You don't have the rights to write to this repository")
         return repo
+
+    def _changeable(self, repo_id: str) -> Repo | None:
+        """A repository to commit to, or to open a pull request in, which whoever may read it may."""
+        return self._readable(repo_id) if self.query.get("create_pr") and self.user else self._writable(repo_id)
 
     def _at(self, repo: Repo, revision: str) -> str | None:
         oid = repo.resolve(revision)
@@ -157,7 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if self.user is None:
             return self._error(401, "Invalid username or password.")
-        self._json({"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        orgs = [{"name": "team"}] if self.user == "alice" else []
+        auth = {"type": "access_token", "accessToken": self.access}
+        self._json({"type": "user", "name": self.user, "orgs": orgs, "auth": auth})
 
     def create_repo(self) -> None:
         asked = json.loads(self.body)
@@ -165,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, "Invalid username or password.")
         owner = asked.get("organization") or self.user
         repo_id = f"{owner}/{asked['name']}"
-        if owner != self.user:
+        if owner != self.user or self.access["role"] == "read":
             return self._error(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         answer = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repos:
@@ -176,7 +211,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(answer)
 
     def validate_yaml(self) -> None:
-        self._json({"errors": [], "warnings": []})
+        front = re.match(r"---\n(.*?)---\n", json.loads(self.body)["content"], flags=re.DOTALL)
+        card = yaml.safe_load(front[1]) if front else {}
+        errors = []
+        for key, pattern in _CARD_VALUES.items():
+            values = card.get(key) or []
+            for value in values if isinstance(values, list) else [values]:
+                if not re.fullmatch(pattern, str(value)):
+                    errors.append({"message": f'"{key}" with value "{value}" is not valid'})
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def info(self, repo: str, revision: str = "main") -> None:
         if (found := self._readable(repo)) is None or (oid := self._at(found, revision)) is None:
@@ -236,7 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def preupload(self, repo: str, revision: str) -> None:
-        if self._writable(repo) is None:
+        if self._changeable(repo) is None:
             return
         files = json.loads(self.body)["files"]
         modes = ["lfs" if file["path"].endswith((".safetensors", ".bin")) else "regular" for file in files]
@@ -250,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def lfs_batch(self, repo: str) -> None:
-        if self._writable(repo) is None:
+        if self._readable(repo) is None:  # preupload and commit ask for the right to write
             return
         objects = []
         for entry in json.loads(self.body)["objects"]:
@@ -265,7 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200)
 
     def commit(self, repo: str, revision: str) -> None:
-        found = self._readable(repo) if self.query.get("create_pr") and self.user else self._writable(repo)
+        found = self._changeable(repo)
         if found is None or (oid := self._at(found, revision)) is None:
             return
         files, message = dict(found.commits[oid]), ""
@@ -287,7 +330,6 @@ class _Handler(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{self.hub.endpoint}/{repo}/discussions/{number}"
         oid = found.commit(files, ref, message)
         answer["commitUrl"] = f"{self.hub.endpoint}/{repo}/commit/{oid}"
-        answer["commitUrl"] = f"{self.hub.endpoint}/{repo}/commit/{oid}"
         self._json({"success": True, "commitOid": oid, **answer})
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
@@ -304,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
+            self.wfile.write(content[: int(len(content) * self.hub.sent)])
             self.close_connection = True
             return
         start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -313,6 +355,15 @@ class _Handler(BaseHTTPRequestHandler):
             spans = f"bytes {start[1]}-{len(content) - 1}/{len(content)}"
             return self._send(206, rest, Content_Range=spans, **headers)
         self._send(200, content, Accept_Ranges="bytes", **headers)
+
+
+def save_login(token: str) -> None:
+    """What `hf auth login` leaves."""
+    from huggingface_hub import constants  # not before the address of this Hub is in the environment
+
+    path = Path(constants.HF_TOKEN_PATH)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(token + "\n")
 
 
 _ROUTES = [
@@ -332,9 +383,6 @@ _ROUTES = [
     ("GET", _REPO, "info"),
 ]
 _ROUTES = [(methods.split(), pattern, name) for methods, pattern, name in _ROUTES]
-
-
-HUB = Hub()
 
 
 HUB = Hub()

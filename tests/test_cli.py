@@ -78,7 +78,7 @@ def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     assert "Component 1: 24 neurons across" in text
     assert "Shuffled in time" in text
     template = FunctionalNetworkTemplate.from_pretrained(target)
-    assert template.calibration["sources"] == [str(data)]
+    assert template.calibration["sources"] == ["data.jsonl"]
     assert template.threshold == ThresholdRule("percentile", 80)
     assert {path.name for path in target.iterdir()} == {*FILES, LEGACY_FILE}
 
@@ -91,11 +91,12 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
     arguments = ["--components", "2", "--ica_rank", "8", "--max_tokens", "600", "--until-reliable", "0.99"]
     arguments += ["--ica-skip-special", "false", "--output_dir", str(target)]
     assert main(["discover", str(model_dir), str(data), str(other), *arguments]) == 0
-    assert f"in {other}" in capsys.readouterr().out
+    assert "in other rows.jsonl" in capsys.readouterr().out
     template = FunctionalNetworkTemplate.from_pretrained(target)
     assert template.settings["ica_until_reliable"] == 0.99
     assert template.settings["ica_skip_special"] is False
     assert len(template.calibration["curve"]) > 1
+    assert template.calibration["sources"] == ["data.jsonl", "other rows.jsonl"]
     assert [path.name for path in sorted((target / "datasets").iterdir())][1].endswith("other-rows-jsonl")
     for directory in (target / "datasets").iterdir():
         assert len(FunctionalNetworkTemplate.from_pretrained(directory).components) == 2
@@ -103,7 +104,7 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
     text = capsys.readouterr().out
     assert "mean reliability over tokens: " in text
     assert "shuffled in time" in text
-    assert f"recur in {other}" in text or f"recurs in {other}" in text
+    assert "recur in other rows.jsonl" in text or "recurs in other rows.jsonl" in text
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,10 @@ def test_without_any_network_option_it_is_plain_fine_tuning(model_dir, data, tmp
 @pytest.mark.slow
 def test_module_form_for_accelerate_launch(train_args, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fnsft_trl.cli.train", *train_args], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fnsft_trl.cli.train", *train_args, "--tokenized_cache", "false"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_config.json").exists()
@@ -208,7 +212,13 @@ def refused(arguments, capsys, tmp_path):
         (["--ica_site", "mlp_output"], "set ica_site=mlp_intermediate"),
         (["--train_method", "lora"], "use_peft"),
         (["--dataset_train_split", "trian"], "has no split 'trian'; it has train"),
-        (["--eval_strategy", "steps", "--eval_steps", "1"], "dataset_test_split"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "held"],
+            "no split 'held'; it has train",
+        ),
+        (["--template_format", "alpaka"], "template_format is 'alpaka'; it must be one of: auto, chat"),
+        (["--prompt_template", "{instruction}{response}"], "prompt_template has no effect with template_format=auto"),
+        (["--columns", "prompt=title,completion=body"], "no column 'title' (it has 'prompt', 'completion')"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(train_args, extra, message, capsys, tmp_path):

@@ -104,7 +104,7 @@ def test_the_factors_entries_of_a_neuron_are_those_that_its_weights_depend_on(na
             with torch.no_grad():
                 view = weight.view(found.shape)
                 touched = mask_positions(view, found.dims, found.positions(neuron)).expand(found.shape)
-                assert int(touched.sum()) == found.rows(neuron).numel()
+                assert int(touched.sum()) == found.rows(neuron, found.factor.weight).numel()
                 view += touched
             changed = found.layer.get_delta_weight("default").detach() != before
             expected = found.part.mask(neuron, changed).expand_as(changed)
@@ -181,9 +181,9 @@ def test_frozen_gradients_do_not_count_in_the_norm(ids):
         for found in factor_slices(model, s, "default"):
             factor = found.factor.weight
             factor.data, kept = factor.grad, factor.data
-            assert not found.rows((~mask).indices(s.layer)).any()
+            assert not found.rows((~mask).indices(s.layer), found.factor.weight).any()
             if found.part.side == "output":  # A has no gradient as long as B is zero
-                assert found.rows(mask.indices(s.layer)).any()
+                assert found.rows(mask.indices(s.layer), found.factor.weight).any()
             factor.data = kept
 
 

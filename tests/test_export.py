@@ -104,7 +104,7 @@ def test_ranks_are_the_numbers_of_positions(root):
 
 @pytest.mark.parametrize(
     ("lora", "message"),
-    [({"use_dora": True}, "has use_dora"), ({"lora_bias": True}, "has lora_bias"), ({"bias": "all"}, "has bias")],
+    [({"use_dora": True}, "has use_dora"), ({"lora_bias": True}, "has lora_bias")],
 )
 def test_lora_variants_that_cannot_go_along(lora, message, tmp_path):
     model = trained(tiny_model("opt"), lora={"r": 2, "target_modules": ["q_proj"], **lora})

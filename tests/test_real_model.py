@@ -112,7 +112,7 @@ def test_the_demo_runs_to_its_report(tmp_path, capsys):
 
 
 def test_the_shipped_recipe_data_is_readable():
-    from fnsft_trl.data import load_data
+    from fnsft_trl.data.sources import load_data
 
     path = Path(__file__).parent.parent / "recipes" / "data" / "opposites.jsonl"
     assert len(load_data(str(path), split="train")) > 100

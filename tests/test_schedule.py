@@ -218,3 +218,16 @@ def test_a_phase_that_cannot_be_meant_is_refused(templates, rows, tokenizer, tmp
         with pytest.raises(FNSFTError, match=message):
             trainer.train()
         assert trainer.state.global_step == 0
+
+
+def test_a_run_resumes_only_with_the_phases_of_its_checkpoint(templates, rows, tokenizer, tmp_path):
+    def phases(start):
+        return [MaskPhase(start, mask_mode="lesion")]
+
+    args = {"save_strategy": "steps", "save_steps": 3}
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], phases(2), args=args, train_neurons="unselected")
+    trainer.train()
+    for other in (None, phases(4)):
+        resumed = make(tmp_path, rows, tokenizer, templates["llama"], other, args=args, train_neurons="unselected")
+        with pytest.raises(FNSFTError, match="1 mask phases, this run has"):
+            resumed.train(resume_from_checkpoint=True)

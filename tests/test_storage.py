@@ -13,11 +13,12 @@ from helpers import tiny_model
 from safetensors.torch import load, save
 
 from fnsft_trl import FNSFTError, FunctionalNetworkTemplate
-from fnsft_trl.storage import FORMAT
+from fnsft_trl.cli import main
+from fnsft_trl.description import FORMAT, FORMAT_VERSION
 
 
 COUNT = 200
-METADATA = {FORMAT: "2"}
+METADATA = {FORMAT: str(FORMAT_VERSION)}
 PATHS = (
     "../../etc/passwd",
     "/etc/passwd",
@@ -29,6 +30,10 @@ PATHS = (
     "~/x/y",
     "x\n# y",
 )
+SOURCE_PATHS = ("../../etc/passwd", "/etc/passwd", "..", "a/../b", "C:\\texts", "~/texts.jsonl", "x\n# y")
+
+
+PROBED = {"norm": 1, "probes": [0] * 16}
 
 
 def put(config, path, value):
@@ -38,39 +43,41 @@ def put(config, path, value):
     config[last] = value
 
 
+BAD_VALUES = [
+    (["format_version"], [0, -1, True, "2", 2.0, None, [], 10**30]),
+    (["format"], ["", None, "fnsft_trl.other", {}]),
+    (["site"], ["mlp", None, 3, "../mlp_output"]),
+    (["architecture"], [None, "", 5, "A\x1b[31m", "a" * 600, "../Model", "Llama ForCausalLM"]),
+    (["widths"], [{}, [], None, {"0": 40, "1": -3, "2": 40}, {"0": 40.0, "1": 40, "2": 40}, {"00": 40}]),
+    (["widths", "1"], [0, 39, 10**9, "40", None, True]),
+    (["statistics"], [None, 1, "yes"]),
+    (
+        ["threshold"],
+        [{"rule": "percentile"}, {"rule": "no", "value": 3}, {"rule": "percentile", "value": 100}],
+    ),
+    (["threshold", "value"], ["98", None, -1, 1e400, [98]]),
+    (["calibration"], [None, [], "text"]),
+    (["calibration", "tokens"], [-1, 2.5, "250", None]),
+    (["calibration", "sources"], ["text", [1], [""], ["a\nb"], None]),
+    (["calibration", "sha256"], ["", "xyz", 7, "g" * 64]),
+    (["settings"], [None, [], {"ica_rank": {"deep": 1}}, {"ica_rank": [1]}]),
+    (["null"], [1, {"reliability": "high", "jaccard": 0}, {}]),
+    (["weights"], [1, [], {"0": 3}, {"x": PROBED}, {"0": PROBED}, {str(i): PROBED for i in range(4)}]),
+    (["weights", "1"], [{"norm": 1, "probes": [0] * 15}, {"norm": "1", "probes": [0] * 16}, {"norm": 1}]),
+    (["components"], [[], None, {}, [1], [{}]]),
+    (["components", 0, "reliability"], [1.5, -0.1, "high", True, [0.5]]),
+    (["components", 1, "jaccard"], [2, -1, "0.5"]),
+    (["components", 2, "explained_variance"], [-0.5, 7, {}]),
+    (["components", 0, "layers"], [{"9": 1}, {"0": 41}, {"0": -1}, [], None]),
+    (["components", 0, "neurons"], [10**6, -1, "24", None]),
+    (["components", 0, "recurrence"], [[], {"x": 1}, {"x\n": {}}]),
+    (["license"], [3, "", "mit\nbase_model: other", []]),
+    (["tensors_sha256"], ["", "0" * 64, 5]),
+]
+
+
 def bad_value(draw, config, tensors):
-    path, values = draw.choice(
-        [
-            (["format_version"], [0, -1, True, "2", 2.0, None, [], 10**30]),
-            (["format"], ["", None, "fnsft_trl.other", {}]),
-            (["site"], ["mlp", None, 3, "../mlp_output"]),
-            (["architecture"], [None, "", 5, "A\x1b[31m", "a" * 600]),
-            (["widths"], [{}, [], None, {"0": 40, "1": -3, "2": 40}, {"0": 40.0, "1": 40, "2": 40}, {"00": 40}]),
-            (["widths", "1"], [0, 39, 10**9, "40", None, True]),
-            (["statistics"], [None, 1, "yes"]),
-            (
-                ["threshold"],
-                [{"rule": "percentile"}, {"rule": "no", "value": 3}, {"rule": "percentile", "value": 100}],
-            ),
-            (["threshold", "value"], ["98", None, -1, 1e400, [98]]),
-            (["calibration"], [None, [], "text"]),
-            (["calibration", "tokens"], [-1, 2.5, "250", None]),
-            (["calibration", "sources"], ["text", [1], [""], ["a\nb"], None]),
-            (["calibration", "sha256"], ["", "xyz", 7, "g" * 64]),
-            (["settings"], [None, [], {"ica_rank": {"deep": 1}}, {"ica_rank": [1]}]),
-            (["null"], [1, {"reliability": "high", "jaccard": 0}, {}]),
-            (["weights"], [1, [], {"0": 3}, {"x": {"norm": 1, "probes": []}}, {"0": {"norm": 1, "probes": ["a"]}}]),
-            (["components"], [[], None, {}, [1], [{}]]),
-            (["components", 0, "reliability"], [1.5, -0.1, "high", True, [0.5]]),
-            (["components", 1, "jaccard"], [2, -1, "0.5"]),
-            (["components", 2, "explained_variance"], [-0.5, 7, {}]),
-            (["components", 0, "layers"], [{"9": 1}, {"0": 41}, {"0": -1}, [], None]),
-            (["components", 0, "neurons"], [10**6, -1, "24", None]),
-            (["components", 0, "recurrence"], [[], {"x": 1}, {"x\n": {}}]),
-            (["license"], [3, "", "mit\nbase_model: other", []]),
-            (["tensors_sha256"], ["", "0" * 64, 5]),
-        ]
-    )
+    path, values = draw.choice(BAD_VALUES)
     put(config, path, draw.choice(values))
 
 
@@ -79,11 +86,18 @@ def missing_key(draw, config, tensors):
 
 
 def path_trick(draw, config, tensors):
-    config["base_model"] = draw.choice(PATHS)
+    place = draw.choice(["base_model", "sources", "recurrence"])
+    if place == "base_model":
+        config["base_model"] = draw.choice(PATHS)
+    elif place == "sources":
+        config["calibration"]["sources"] = ["org/corpus", draw.choice(SOURCE_PATHS)]
+    else:
+        found = {"component": 0, "correlation": 0.5, "iou": 0.5, "recurs": True}
+        config["components"][1]["recurrence"] = {draw.choice(SOURCE_PATHS): found}
 
 
 def newer_version(draw, config, tensors):
-    config["format_version"] = draw.randint(3, 10**6)
+    config["format_version"] = draw.randint(FORMAT_VERSION + 1, 10**6)
 
 
 def not_finite(draw, config, tensors):
@@ -124,7 +138,15 @@ def one_more_tensor(draw, config, tensors):
 
 
 def other_model(draw, config, tensors):
-    config["widths"] = {str(layer): 41 for layer in range(3)}
+    """Well-formed, of another model: refused when it meets this one."""
+    if draw.random() < 0.5:
+        config["architecture"] = draw.choice(["OPTForCausalLM", "GPT2LMHeadModel"])
+        return
+    layer = draw.randrange(3)
+    config["widths"][str(layer)] += 8
+    for name in list(tensors):
+        if name.startswith(f"layers.{layer}."):
+            tensors[name] = torch.cat([tensors[name], tensors[name][..., :8]], -1)
 
 
 PARTS = [bad_value, bad_value, bad_value, missing_key, path_trick, newer_version, not_finite, out_of_range]
@@ -158,7 +180,7 @@ CONFIG_BYTES = {
     "nested": nested_json,
     "not a number": lambda draw, data: data.replace(b'"kurtosis": ', b'"kurtosis": NaN, "x": ', 1),
     "no text": lambda draw, data: b"\xff\xfe" + data,
-    "long number": lambda draw, data: data.replace(b'"format_version": 2', b'"format_version": ' + b"9" * 5000),
+    "long number": lambda draw, data: data.replace(b'"format_version": ', b'"format_version": ' + b"9" * 5000),
     "empty": lambda draw, data: b"",
 }
 
@@ -191,16 +213,19 @@ def files(templates, tmp_path):
     return {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
-def refusal(directory) -> str:
+def refusal(directory, model=None) -> str:
     try:
-        FunctionalNetworkTemplate.from_pretrained(directory)
+        template = FunctionalNetworkTemplate.from_pretrained(directory)
+        if model is not None:
+            template.check_model(model)
     except FNSFTError as error:
         return str(error)
     return ""
 
 
-def test_two_hundred_malformed_templates_are_refused(files, tmp_path, monkeypatch):
+def test_two_hundred_malformed_templates_are_refused(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
     directory = tmp_path / "template"
     directory.mkdir()
     seen = set()
@@ -209,14 +234,29 @@ def test_two_hundred_malformed_templates_are_refused(files, tmp_path, monkeypatc
         seen.add(what)
         for name, content in damaged.items():
             (directory / name).write_bytes(content)
-        message = refusal(directory)
+        message = refusal(directory, model)
         assert message, f"seed {seed} was loaded: {what}"
         assert "\n" not in message, (seed, what)
         assert message.isprintable(), (seed, what)
         assert len(message) < 1500, (seed, what)
+        if "other_model" not in what:  # whose files are those of a template
+            assert main(["inspect", str(directory), "--convert", "converted"]) == 2, (seed, what)
+            printed = capsys.readouterr()
+            assert printed.err == f"fnsft inspect: error: {message}\n", (seed, what)
+            assert printed.out == "", (seed, what)
         assert {path.name: path.read_bytes() for path in directory.iterdir()} == damaged, (seed, what)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["template", "whole"]
     assert len(seen) >= 28
+
+
+def test_every_value_that_has_no_meaning_is_refused(files, tmp_path):
+    (tmp_path / "template.safetensors").write_bytes(files["template.safetensors"])
+    for path, values in BAD_VALUES:
+        for value in values:
+            config = json.loads(files["config.json"])
+            put(config, path, value)
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            assert refusal(tmp_path), f"{path} = {value} was loaded"
 
 
 def test_what_is_not_malformed_is_loaded(files, tmp_path):
@@ -227,6 +267,28 @@ def test_what_is_not_malformed_is_loaded(files, tmp_path):
     (tmp_path / "template.safetensors").write_bytes(data)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert len(FunctionalNetworkTemplate.from_pretrained(tmp_path).components) == 3
+
+
+def test_the_second_version_is_read_without_the_paths_that_it_holds(files, tmp_path):
+    config = json.loads(files["config.json"])
+    config["format_version"] = 2
+    config["calibration"]["sources"] = ["/home/me/a/data.jsonl", "/home/me/b/data.jsonl", "org/corpus"]
+    found = {"component": 0, "correlation": 0.5, "iou": 0.5, "recurs": True}
+    config["components"][1]["recurrence"] = dict.fromkeys(config["calibration"]["sources"], found)
+    data = save(load(files["template.safetensors"]), metadata={FORMAT: "2"})
+    config["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "template.safetensors").write_bytes(data)
+    names = ["a/data.jsonl", "b/data.jsonl", "org/corpus"]
+    for directory in (tmp_path, tmp_path / "new"):
+        old = FunctionalNetworkTemplate.from_pretrained(directory)
+        assert old.calibration["sources"] == names
+        assert list(old.components[1].recurrence) == names
+        old.save_pretrained(tmp_path / "new")
+    saved = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert saved["format_version"] == FORMAT_VERSION
+    assert (tmp_path / "new" / "template.safetensors").read_bytes() == files["template.safetensors"]
+    assert b"/home" not in b"".join(path.read_bytes() for path in (tmp_path / "new").iterdir())
 
 
 def test_the_first_version_is_read_and_saved_in_the_current_one(files, tmp_path):
@@ -240,7 +302,7 @@ def test_the_first_version_is_read_and_saved_in_the_current_one(files, tmp_path)
     assert old.weights is None
     old.check_model(tiny_model("llama"))
     old.save_pretrained(tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == FORMAT_VERSION
     assert (tmp_path / "new" / "template.safetensors").read_bytes() == files["template.safetensors"]
 
 

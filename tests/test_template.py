@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.config import ThresholdRule
-from fnsft_trl.template import StoredTemplate
+from fnsft_trl.description import FORMAT_VERSION
+from fnsft_trl.stored import StoredTemplate
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_shapes_thresholds_and_provenance(templates):
 
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
     with safe_open(saved / "template.safetensors", framework="pt") as file:
-        assert file.metadata() == {"fnsft_trl.template": "2"}
+        assert file.metadata() == {"fnsft_trl.template": str(FORMAT_VERSION)}
 
 
 def test_thresholds_change_without_discovery(templates, tmp_path):
@@ -106,7 +107,7 @@ def test_other_widths_or_fewer_layers_are_refused(templates):
 def test_files_that_are_not_a_template_are_refused(saved, tmp_path):
     with pytest.raises(FNSFTError, match=r"config\.json is missing"):
         StoredTemplate.open(tmp_path)
-    edit(saved, format_version=3)
+    edit(saved, format_version=FORMAT_VERSION + 1)
     with pytest.raises(FNSFTError, match="upgrade fnsft-trl"):
         FunctionalNetworkTemplate.from_pretrained(saved)
     edit(saved, format="something else")

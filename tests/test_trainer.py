@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
@@ -17,6 +17,7 @@ from fnsft_trl import (
     RetentionCallback,
     find_neuron_sites,
 )
+from fnsft_trl.export import changed_neurons
 
 
 try:
@@ -63,7 +64,7 @@ def test_networks_are_discovered_on_the_named_files(model_dir, rows, tmp_path):
         train_dataset=Dataset.from_list(rows),
         network_config=FunctionalNetworkConfig(ica_datasets=[str(file)], **DISCOVERY),
     )
-    assert trainer.network_template.calibration["sources"] == [str(file)]
+    assert trainer.network_template.calibration["sources"] == [file.name]
 
 
 def test_conversations_and_text_train_too(model_dir, rows, tmp_path):
@@ -234,7 +235,9 @@ def test_streamed_data_and_other_text_fields_are_discovered_on(model_dir, rows, 
 
 
 def test_what_is_known_to_fail_fails_before_a_discovery(model_dir, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.trainer.discover_networks", lambda *a, **k: pytest.fail("discovery was started"))
+    monkeypatch.setattr(
+        "fnsft_trl.preparation.discover_networks", lambda *a, **k: pytest.fail("discovery was started")
+    )
     for changes, peft_config, message in (
         ({"ica_component_ids": [12]}, None, "networks are 0-9"),
         ({}, LoraConfig(use_dora=True), "DoRA"),
@@ -333,6 +336,11 @@ def test_retention_is_logged_at_each_evaluation(templates, rows, tokenizer, tmp_
         ({"peft_config": LoraConfig(target_modules=["q_proj"])}, "no MLP module"),
         ({"peft_config": LoraConfig(modules_to_save=["mlp"])}, "modules_to_save"),
         ({"peft_config": LoraConfig(target_modules=["q_proj"]), "train_method": "full"}, "drop peft_config"),
+        ({"peft_config": LoraConfig(), "train_method": "neuron_delta"}, "lora needs target_modules"),
+        (
+            {"peft_config": LoraConfig(target_modules="all-linear"), "train_method": "neuron_delta"},
+            "lora needs target_modules",
+        ),
         ({"train_method": "lora"}, "needs a LoraConfig"),
         ({"train_method": "full", "args": {"optim": "galore_adamw_layerwise"}}, "during the backward pass"),
         ({"ica_component_ids": [9]}, "it has the networks 0-2"),
@@ -348,7 +356,7 @@ def test_bad_combinations_are_errors_before_the_first_step(templates, rows, toke
 @pytest.mark.parametrize(
     ("method", "optim", "message"),
     [
-        ("full", "adamw_torch", "does not run sharded"),
+        ("full", "adamw_torch", "does not run under DeepSpeed or FSDP1"),
         ("lora", "adamw_8bit", "with optim=adamw_8bit"),
     ],
 )
@@ -372,7 +380,7 @@ def test_what_does_not_run_sharded_is_refused(
 
 
 def test_no_discovery_on_weights_that_zero3_has_sharded(rows, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("fnsft_trl.preparation.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(FNSFTError, match="run fnsft discover first"):
         make(tmp_path, rows, tokenizer, **DISCOVERY)
 
@@ -408,3 +416,17 @@ def test_the_tokenizer_is_found_by_the_models_name(model_dir, rows, templates, t
         network_template=templates["llama"],
     )
     assert trainer.processing_class.get_vocab() == AutoTokenizer.from_pretrained(model_dir).get_vocab()
+
+
+def test_lora_on_attention_trains_beside_neuron_deltas(templates, rows, tokenizer, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = make(tmp_path, rows, tokenizer, templates["llama"], peft_config=lora, train_method="neuron_delta")
+    base = tiny_model("llama")
+    before = state(base)
+    trainer.train()
+    trainer.save_model()
+    merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    changed, others = changed_neurons(find_neuron_sites(merged), before, state(merged))
+    assert changed == trainer.neuron_mask
+    assert others == ["lm_head.weight", *(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3))]
+    assert lora.modules_to_save == ["lm_head"]  # the caller's configuration is left alone

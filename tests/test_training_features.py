@@ -224,7 +224,7 @@ def switch_off(method, monkeypatch):
     else:
         everything = {"0": "0-127", "1": "0-127"}
         monkeypatch.setattr(
-            "fnsft_trl.trainer.NeuronTunerConfig",
+            "fnsft_trl.preparation.NeuronTunerConfig",
             lambda **given: NeuronTunerConfig(**{**given, "neurons": everything}),
         )
 

@@ -719,7 +719,10 @@ def test_lora_beside_the_deltas_is_saved_switched_and_deleted_with_them(ids, tmp
         ({"r": 4}, "needs target_modules"),
         ({"rank": 4, "target_modules": ["q_proj"]}, "no arguments of a LoraConfig"),
         ({"target_modules": ["q_proj", "up_proj"]}, "up_proj, a part of an MLP"),
-        ({"target_modules": "all-linear"}, "match no linear layer"),
+        ({"target_modules": "all-linear"}, "needs target_modules by name"),
+        ({"target_modules": ["nothing"]}, "match no linear layer"),
+        ({"target_modules": ["q_proj"], "bias": "all"}, "sets bias, which reaches beyond"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "sets modules_to_save"),
     ],
 )
 def test_lora_beside_the_deltas_that_is_refused(lora, message):

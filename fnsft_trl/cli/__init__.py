@@ -5,6 +5,7 @@ import sys
 from importlib import import_module
 
 from .. import __version__
+from ..credentials import hide_tokens, use_env_file
 from ..errors import FNSFTError
 
 
@@ -14,6 +15,7 @@ VERBS = {
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
     "export": "write a trained adapter as a merged model or a plain LoRA",
+    "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
 
@@ -44,16 +46,26 @@ def buildtemplates() -> int:
     return run_verb("discover", sys.argv[1:])
 
 
+def check_hf_token() -> int:
+    """`fnsft auth` under the name it has in the original project."""
+    return run_verb("auth", sys.argv[1:])
+
+
 def run_verb(verb: str, argv: list[str]) -> int:
-    """Run a verb with its arguments; an [`FNSFTError`] becomes one line on standard error and status 2."""
+    """Run a verb with its arguments; an [`FNSFTError`] becomes one line on standard error and status 2.
+
+    A token in the file `.env` of the working directory is used as one in the environment is.
+    """
     try:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise FNSFTError(f"there is no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
+        if verb != "auth":  # which says whether a token comes from that file
+            use_env_file()
         import_module(f".{verb}", __package__).main(argv)
     except FNSFTError as error:
-        message = " ".join(str(error).split())
+        message = hide_tokens(" ".join(str(error).split()))
         print(f"fnsft {verb}: error: {message}", file=sys.stderr)
         return 2
     return 0

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def _time_courses(args, a, b):
-    from ..data import load_texts
+    from ..data.sources import load_texts
     from ..fingerprint import network_time_courses, split_passages
     from .models import load_model_and_tokenizer
 
@@ -66,13 +66,12 @@ def _time_courses(args, a, b):
 
 
 def _strings(rows):
+    """The text of every row, without anything that a chat template would add."""
     for row in rows:
-        if "text" in row:
-            yield row["text"]
-        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            yield row["prompt"] + row["completion"]
-        else:
-            raise FNSFTError("the shared text must have a column text, or prompt and completion as strings")
+        if "input_ids" in row:
+            raise FNSFTError("the shared text is token ids of one tokenizer; give text or conversations")
+        messages = row.get("messages") or row.get("prompt", []) + row.get("completion", [])
+        yield row["text"] if "text" in row else "\n".join(message["content"] or "" for message in messages)
 
 
 def _known(value, form: str = ".2f") -> str:

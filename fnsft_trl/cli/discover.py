@@ -2,12 +2,14 @@
 
 import re
 from argparse import SUPPRESS
+from dataclasses import fields
 
 from ..config import FunctionalNetworkConfig
+from ..data.config import DataConfig
 from ..errors import FNSFTError
-from ..hub import is_hub_id
 from ..legacy import LEGACY_FILE, legacy_bytes
 from .arguments import ArgumentParser, add_config_arguments, check_writable
+from .pushing import add_push_arguments, push_options
 
 
 _DISCOVERY_FIELDS = [
@@ -27,13 +29,17 @@ _DISCOVERY_FIELDS = [
     )
 ]
 
+_DATA_FIELDS = ("columns", "template_format", "prompt_template")
+
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(
         prog="fnsft discover", description="Find the functional networks of a model and save them as a template."
     )
     parser.add_argument("model", nargs="?", help="Hub id or directory of a model, or `embedded`")
-    parser.add_argument("datasets", nargs="*", help="Hub ids or files (.json, .jsonl, .csv, .parquet, .txt)")
+    parser.add_argument(
+        "datasets", nargs="*", help="Hub ids, directories or files (.json, .jsonl, .csv, .parquet, .txt)"
+    )
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="the model, by name")
     parser.add_argument(
         "--ica_build_templates_from", nargs="+", default=[], metavar="DATASET", help="the datasets, by name"
@@ -41,13 +47,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--output_dir", "--ica_template_output", default="ica_templates", help="where to save the template"
     )
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="also push the template to this repository")
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
-    parser.add_argument("--hub_revision", metavar="BRANCH", help="with --push_to_hub: the branch to push to")
-    parser.add_argument("--hub_token", help="with --push_to_hub: instead of HF_TOKEN or the token of `hf auth login`")
+    add_push_arguments(parser)
     parser.add_argument("--license", help="id of a license for the model card, for instance mit")
     parser.add_argument("--dataset_split", default="train", help="split of the datasets to read")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted discovery in --output_dir")
+    for field in fields(DataConfig):
+        if field.name in _DATA_FIELDS:
+            parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"])
     parser.add_argument("--dtype", default="float32", help="precision of the model: float32, bfloat16, float16, auto")
     add_config_arguments(parser, _DISCOVERY_FIELDS)
     parser.add_argument(
@@ -59,25 +65,25 @@ def main(argv: list[str]) -> None:
     datasets += args.ica_build_templates_from
     if model_name is None or not datasets:
         raise FNSFTError("a model and at least one dataset are needed: fnsft discover MODEL DATASET...")
-    if args.push_to_hub is None and (args.private or args.hub_revision or args.hub_token):
-        raise FNSFTError("--private, --hub_revision and --hub_token go with --push_to_hub; give it or drop them")
-    if args.push_to_hub is not None and not is_hub_id(args.push_to_hub):
-        raise FNSFTError(f"--push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
     config = FunctionalNetworkConfig(**{name: getattr(args, name) for name in _DISCOVERY_FIELDS})
+    data_config = DataConfig(**{name: getattr(args, name) for name in _DATA_FIELDS})
     output_dir = check_writable(args.output_dir)
+    push = push_options(args)
 
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from ..data import load_texts
+    from ..data.prompts import set_chat_template
+    from ..data.sources import load_texts
     from ..discovery import discover_group
     from .models import load_model_and_tokenizer
 
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    texts = load_texts(datasets, split=args.dataset_split)
+    texts = load_texts(datasets, split=args.dataset_split, columns=data_config.columns)
     model, tokenizer = load_model_and_tokenizer(model_name, args.dtype)
+    set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
     template, of_datasets = discover_group(
         model.to(state.device), tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
     )
@@ -103,8 +109,6 @@ def main(argv: list[str]) -> None:
         f"\nShuffled in time, as many components have reliability {template.null['reliability']:.2f} and overlap "
         f"{template.null['jaccard']:.2f} (see docs/discovery.md)"
     )
-    if args.push_to_hub:
-        url = template.push_to_hub(
-            args.push_to_hub, private=args.private or None, branch=args.hub_revision, token=args.hub_token
-        )
+    if push is not None:
+        url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")

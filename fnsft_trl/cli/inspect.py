@@ -4,9 +4,11 @@ import json
 
 from ..card import format_known
 from ..config import ThresholdRule, format_ranges
+from ..description import describe_threshold
 from ..errors import FNSFTError
-from ..storage import UNKNOWN, describe_threshold
-from ..template import FunctionalNetworkTemplate, StoredTemplate
+from ..names import UNKNOWN
+from ..stored import StoredTemplate
+from ..template import FunctionalNetworkTemplate
 from .arguments import ArgumentParser, check_writable
 
 

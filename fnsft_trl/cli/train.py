@@ -8,15 +8,15 @@ from dataclasses import fields
 import yaml
 
 from ..config import FunctionalNetworkConfig
+from ..data.config import DataConfig
 from ..errors import FNSFTError
 from . import run_verb
 from .arguments import check_writable
 
 
 def main(argv: list[str]) -> None:
-    from datasets import DatasetDict
-    from datasets.exceptions import DatasetsError
-    from transformers import AutoConfig
+    from datasets import disable_caching
+    from transformers import AutoConfig, AutoProcessor
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
     from trl import (
@@ -25,12 +25,11 @@ def main(argv: list[str]) -> None:
         ScriptArguments,
         SFTConfig,
         TrlParser,
-        get_dataset,
         get_peft_config,
         get_quantization_config,
     )
 
-    from ..data import check_rows, load_data
+    from ..data.training import load_training_data
     from ..embedded import resolve_model
     from ..trainer import FNSFTTrainer
     from .models import model_errors
@@ -41,18 +40,19 @@ def main(argv: list[str]) -> None:
         def error(self, message: str) -> None:
             raise FNSFTError(f"{message} (see --help)")
 
-    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FunctionalNetworkConfig)
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, DataConfig, FunctionalNetworkConfig)
     known = [f.name for kind in kinds for f in fields(kind)]
     parser = Parser(kinds, prog="fnsft train", allow_abbrev=False)
     lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     argv, settings = _normalise(argv, known, lists)
     parser.set_defaults_with_config(**settings)
     try:
-        script_args, training_args, model_args, mixture, network_config = parser.parse_args_into_dataclasses(args=argv)
+        parsed = parser.parse_args_into_dataclasses(args=argv)
     except FNSFTError:
         raise
     except (ValueError, TypeError) as error:  # what TRL and transformers say of their own fields
         raise FNSFTError(" ".join(str(error).split())) from error
+    script_args, training_args, model_args, mixture, data_config, network_config = parsed
     given = {name.removeprefix("no_") for name in _flags(argv)} | {k for k, v in settings.items() if v is not None}
     if not given & set(FunctionalNetworkConfig.field_names()):
         logger.warning("no option of functional networks was given: this is plain supervised fine-tuning")
@@ -69,37 +69,14 @@ def main(argv: list[str]) -> None:
         if resume is None:
             raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
 
-    if script_args.dataset_streaming:
-        raise FNSFTError("dataset_streaming is not supported by fnsft train; use FNSFTTrainer in Python")
-    if mixture.datasets and script_args.dataset_name:
-        raise FNSFTError("dataset_name and datasets are both given; drop one of them")
-    if mixture.datasets:
-        try:
-            dataset = get_dataset(mixture)
-        except (ValueError, OSError, KeyError, DatasetsError) as error:
-            raise FNSFTError(f"the mixture of datasets cannot be read: {error}") from error
-    elif script_args.dataset_name:
-        dataset = load_data(script_args.dataset_name, config_name=script_args.dataset_config)
-    else:
-        raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
-    if not isinstance(dataset, DatasetDict):
-        raise FNSFTError("the dataset has no splits; expected at least a train split")
-    wanted = {"train": script_args.dataset_train_split}
-    if str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
-        wanted["test"] = script_args.dataset_test_split
-    for use, split in wanted.items():
-        if split not in dataset:
-            raise FNSFTError(
-                f"the dataset has no split {split!r}; it has {', '.join(dataset)}; set dataset_{use}_split"
-                + (" or eval_strategy: 'no'" if use == "test" else "")
-            )
-        check_rows(dataset[split], f"split {split!r}", text_field=training_args.dataset_text_field)
-
     name = resolve_model(model_args.model_name_or_path)
     with model_errors(model_args.model_name_or_path):
-        AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+        options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+        AutoConfig.from_pretrained(name, **options)
+        processing_class = AutoProcessor.from_pretrained(name, **options)
+    if not data_config.tokenized_cache:
+        disable_caching()  # of TRL's own steps too
+    data = load_training_data(script_args, training_args, mixture, data_config, processing_class)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -109,11 +86,13 @@ def main(argv: list[str]) -> None:
     trainer = FNSFTTrainer(
         model=name,
         args=training_args,
-        train_dataset=dataset[wanted["train"]],
-        eval_dataset=dataset[wanted["test"]] if "test" in wanted else None,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=data.processing_class,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config,
         network_config=network_config,
+        tokenized_cache=data_config.tokenized_cache,
     )
     if trainer.network_config is not None:
         logger.warning(

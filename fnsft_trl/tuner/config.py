@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from peft import LoraConfig
 from peft.config import PeftConfig
 
 from ..errors import FNSFTError
+
+
+# Arguments of a LoraConfig that the configuration of the whole adapter has itself, ...
+_OF_THE_ADAPTER = {
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+}
+# ... and those that would change more than the modules that LoRA is put on.
+_BEYOND_LORA = {"bias", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
 
 
 class NeuronPeftType(str, Enum):
@@ -38,13 +51,14 @@ class NeuronTunerConfig(PeftConfig):
             Modules that hold a part of the MLPs are refused.
         trainable_token_indices (`dict[str, list[int]]`, *optional*):
             Rows of the embedding that train too, for tokens added to the tokenizer.
-        lora (`dict`, *optional*):
-            LoRA beside the deltas, on modules outside the MLPs: the arguments of a [`~peft.LoraConfig`], for instance
+        lora ([`~peft.LoraConfig`] or `dict`, *optional*):
+            LoRA beside the deltas, on modules outside the MLPs: a configuration, or its arguments, for instance
             `{"r": 8, "target_modules": ["q_proj", "v_proj"]}`. It is part of the adapter: switched, saved, loaded and
-            merged with it.
+            merged with it. Kept as a `dict` of the arguments that are not at their defaults.
 
     Raises:
-        FNSFTError: no neuron is selected, or `lora` is no LoRA configuration with `target_modules`.
+        FNSFTError: no neuron is selected, or `lora` is no LoRA configuration with `target_modules`, or one that asks
+            for more than LoRA on these modules.
     """
 
     neurons: dict[str, str] = field(
@@ -59,7 +73,7 @@ class NeuronTunerConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding that train too, for added tokens."}
     )
 
-    lora: dict | None = field(
+    lora: LoraConfig | dict | None = field(
         default=None, metadata={"help": "LoRA beside the deltas, outside the MLPs: arguments of a LoraConfig."}
     )
 
@@ -70,9 +84,22 @@ class NeuronTunerConfig(PeftConfig):
         if not self.neurons:
             raise FNSFTError("NeuronTunerConfig selects no neuron; give neurons=mask.to_ranges()")
         if self.lora is not None:
-            if not self.lora.get("target_modules"):
-                raise FNSFTError('lora needs target_modules, for instance ["q_proj", "v_proj"]')
-            try:
-                LoraConfig(**self.lora)
-            except TypeError as error:
-                raise FNSFTError(f"lora holds no arguments of a LoraConfig: {error}") from error
+            self.lora = _lora_arguments(self.lora)
+
+
+def _lora_arguments(lora: LoraConfig | dict) -> dict:
+    """The arguments of a LoraConfig that are not at their defaults, as JSON values."""
+    if isinstance(lora, dict):
+        try:
+            lora = LoraConfig(**lora)
+        except TypeError as error:
+            raise FNSFTError(f"lora holds no arguments of a LoraConfig: {error}") from error
+    plain = LoraConfig()
+    given = {f.name: getattr(lora, f.name) for f in fields(lora) if getattr(lora, f.name) != getattr(plain, f.name)}
+    given = {name: value for name, value in given.items() if name not in _OF_THE_ADAPTER}
+    if refused := given.keys() & _BEYOND_LORA:
+        name = sorted(refused)[0]
+        raise FNSFTError(f"lora sets {name}, which reaches beyond the modules that LoRA is put on; drop {name} there")
+    if given.get("target_modules") in (None, "all-linear"):
+        raise FNSFTError('lora needs target_modules by name, outside the MLPs, for instance ["q_proj", "v_proj"]')
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}

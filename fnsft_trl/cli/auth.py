@@ -1,0 +1,46 @@
+"""fnsft auth: which token of the Hub is used, where it comes from, as whom, with which rights. It is never printed."""
+
+from ..account import HubAccount, whose_token
+from ..credentials import ENV_FILE, HubToken, find_token
+from ..errors import FNSFTError
+from .arguments import ArgumentParser
+
+
+_ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-grained"}
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="fnsft auth",
+        description="Show which token of the Hub models and datasets are loaded with, and which one uploads use: "
+        "where it was found, whose it is, and what it may do. The token itself is never shown.",
+    )
+    parser.add_argument("--hub_token", help="the token that an upload would be given by this option")
+    args = parser.parse_args(argv)
+    loading, upload = find_token(), find_token(args.hub_token)
+    if upload is None:
+        raise FNSFTError(
+            f"there is no token of the Hub: HF_TOKEN is not set, here or in a file {ENV_FILE}, and no login is saved, "
+            "so only public repositories can be read; log in with `hf auth login`, or set HF_TOKEN"
+        )
+    uses = {"loading and upload": upload} if loading == upload else {"loading": loading, "upload": upload}
+    accounts = {purpose: whose_token(token) for purpose, token in uses.items() if token is not None}
+    for purpose, token in uses.items():
+        if token is None:
+            print(f"for {purpose}: no token, so only public repositories can be read")
+        else:
+            _show(purpose, token, accounts[purpose])
+
+
+def _show(purpose: str, token: HubToken, account: HubAccount) -> None:
+    rights = _ROLES.get(account.role, account.role)
+    if not account.may_write:
+        rights += "; uploads would be refused"
+    print(f"for {purpose}: {token.source}")
+    print(f"  account  {account.name} ({account.kind})")
+    if account.organisations:
+        print(f"  member   {', '.join(account.organisations)}")
+    print(f"  rights   {rights}")
+    for what, permissions in account.permissions.items():
+        print(f"           {what}: {', '.join(permissions)}")
+    print(f"  expires  {account.expires or 'not said by the Hub'}")

@@ -1,0 +1,319 @@
+"""The column formats that are understood, in one table, and how a row in one of them becomes a row of TRL's."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import FNSFTError
+
+
+PROMPT_COMPLETION, MESSAGES, TEXT, TOKENS = "prompt, completion", "messages", "text", "input_ids"
+
+SYSTEM_COLUMNS = ("system", "system_prompt")
+KEPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images")  # which TRL reads beside the text
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+} | {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to name the columns of a dataset.
+
+    Attributes:
+        becomes (`str`): what a row is for TRL: conversational prompt and completion, messages, text or tokens.
+        prompt (`tuple[str]`): columns of the user's turn, joined by an empty line in this order; of the other kinds,
+            the one column that is read.
+        completion (`str`, *optional*): column of the assistant's turn.
+        optional (`tuple[str]`): columns of the prompt that may be null or empty in a row.
+        labels (`tuple[str]`): columns that go with the format and are not part of the text.
+    """
+
+    becomes: str
+    prompt: tuple[str, ...]
+    completion: str | None = None
+    optional: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns without which a row cannot be read."""
+        names = (*self.prompt, *([self.completion] if self.completion else []))
+        return tuple(name for name in names if name not in self.optional)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of the format."""
+        return (*self.prompt, *([self.completion] if self.completion else []), *self.labels)
+
+    @property
+    def name(self) -> str:
+        """Its columns without the labels, as messages and the documentation write them."""
+        return ", ".join(name for name in self.columns if name not in self.labels)
+
+
+def _turns(*prompt: str, completion: str, **options) -> Format:
+    return Format(PROMPT_COMPLETION, prompt, completion, **options)
+
+
+# Of several that match, the one with the most columns is taken, and of equally many the first one here. The names are
+# compared without regard to case. A column of SYSTEM_COLUMNS beside any of them is the system turn.
+FORMATS = (
+    _turns("prompt", completion="completion"),
+    _turns("instruction", "context", completion="response", optional=("context",)),
+    _turns("instruction", "input", completion="output", optional=("input",)),
+    _turns("context", "question", completion="answer", optional=("context",)),
+    _turns("context", "question", completion="answers"),
+    _turns("instruction", completion="response"),
+    _turns("instruction", completion="output"),
+    _turns("question", completion="answer"),
+    _turns("question", completion="response"),
+    _turns("prompt", completion="response"),
+    _turns("context", completion="response"),
+    _turns("input", completion="output"),
+    _turns("user", completion="assistant"),
+    _turns("message_1", completion="message_2", labels=("role_1", "topic", "topic;", "sub_topic")),
+    Format(MESSAGES, ("messages",)),
+    Format(MESSAGES, ("conversations",)),
+    Format(TEXT, ("text",)),
+    Format(TOKENS, ("input_ids",), labels=("labels", "completion_mask", "assistant_masks")),
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A format found in a dataset: `names` has the dataset's spelling of each of the format's columns."""
+
+    format: Format
+    names: Mapping[str, str]
+    system: str | None = None
+
+    @property
+    def used(self) -> set[str]:
+        """The dataset's columns whose content is used."""
+        names = {name for column, name in self.names.items() if column not in self.format.labels}
+        return names | ({self.system} if self.system else set())
+
+
+class UnusableRow(Exception):
+    """A row without the text of a required column; `args[0]` is the column."""
+
+
+def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
+    """Read a choice of columns, `prompt=question,completion=answer`, or check one given as a mapping.
+
+    Raises:
+        FNSFTError: it names neither prompt and completion, nor text, nor messages; or a target twice.
+    """
+    if isinstance(columns, str):
+        pairs = [item.partition("=") for item in columns.split(",") if item.strip()]
+        named = [(target.strip(), name.strip()) for target, _, name in pairs]
+    else:
+        named = list(columns.items())
+    chosen = dict(named)
+    targets = set(chosen) - {"system"}
+    if (
+        len(chosen) != len(named)
+        or targets not in ({"prompt", "completion"}, {"text"}, {"messages"})
+        or ("system" in chosen and targets == {"text"})
+        or not all(isinstance(name, str) and name for name in chosen.values())
+    ):
+        raise FNSFTError(
+            f"columns is {columns!r}; write prompt=COLUMN,completion=COLUMN, or messages=COLUMN, or text=COLUMN, each "
+            "once, and system=COLUMN beside the first two if there is one"
+        )
+    return chosen
+
+
+def find_formats(
+    columns: Iterable[str], *, chosen: str | Mapping[str, str] | None = None, text_field: str = "text"
+) -> list[Match]:
+    """The formats whose columns a dataset has, longest first.
+
+    Args:
+        columns: the dataset's column names.
+        chosen: the columns to read instead, as [`parse_columns`] takes them.
+        text_field: name of the column that TRL reads text from.
+
+    Raises:
+        FNSFTError: no format matches, or a chosen column does not exist; the message names the columns found.
+    """
+    found = list(columns)
+    if chosen is not None:
+        return [_chosen(parse_columns(chosen), found, text_field)]
+    if text_field != "text" and text_field in found:  # it was named, so it comes before all others
+        return [Match(Format(TEXT, (text_field,)), {text_field: text_field})]
+    if TOKENS in found:  # TRL takes the tokens, whatever stands beside them
+        return [Match(FORMATS[-1], {name: name for name in FORMATS[-1].columns if name in found})]
+    spelt = {name.lower(): name for name in reversed(found)} | {name: name for name in found if name == name.lower()}
+    system = next((spelt[name] for name in SYSTEM_COLUMNS if name in spelt), None)
+    matches = []
+    for form in FORMATS:
+        if not {*form.required, *form.optional} <= set(spelt):
+            continue
+        if form.becomes == TEXT:
+            matches.append(Match(Format(TEXT, (text_field,)), {text_field: spelt["text"]}))
+        else:
+            names = {column: spelt[column] for column in form.columns if column in spelt}
+            matches.append(Match(form, names, None if form.becomes == TOKENS else system))
+    if not matches:
+        raise FNSFTError(
+            f"has the columns {', '.join(map(repr, found)) or 'none'}, which are no known format; the nearest are "
+            f"{_nearest(found)}; rename the columns, or choose them with columns (--columns "
+            "prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN)"
+        )
+    return sorted(matches, key=lambda match: -len(match.names))
+
+
+def _chosen(chosen: dict[str, str], found: list[str], text_field: str) -> Match:
+    for name in chosen.values():
+        if name not in found:
+            near = difflib.get_close_matches(name, found, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FNSFTError(f"has no column {name!r}{hint} (it has {', '.join(map(repr, found))})")
+    system = chosen.pop("system", None)
+    if "text" in chosen:
+        return Match(Format(TEXT, (text_field,)), {text_field: chosen["text"]})
+    form = _turns("prompt", completion="completion") if "prompt" in chosen else Format(MESSAGES, ("messages",))
+    return Match(form, chosen, system)
+
+
+def _nearest(found: Sequence[str]) -> str:
+    lowered = [name.lower() for name in found]
+
+    def distance(form: Format) -> tuple[float, float]:
+        near = [difflib.get_close_matches(name, lowered, n=1, cutoff=0.6) for name in form.required]
+        return sum(map(bool, near)) / len(near), len(near)
+
+    ranked = sorted((form for form in FORMATS if form.becomes != TOKENS), key=distance, reverse=True)
+    return "; ".join(form.name for form in ranked[:3])
+
+
+def choose(row: Mapping, matches: Sequence[Match]) -> Match:
+    """The format of one row: the longest whose required columns are all filled in it.
+
+    A shorter format takes a row over from a longer one that is filled in part only if it reads everything that is
+    filled in that part: rows of several formats in one dataset are each read in their own, and a row with an
+    instruction and an empty answer is not read as something else.
+
+    Raises:
+        UnusableRow: there is none; a required column of the nearest is null or empty.
+    """
+    partial: Match | None = None
+    filled_of_partial: set[str] = set()
+    for match in matches:
+        required = [match.names[column] for column in match.format.required]
+        filled = {name for name in required if not is_empty(row.get(name))}
+        if len(filled) == len(required) and filled_of_partial <= match.used:
+            return match
+        if filled and partial is None:
+            partial, filled_of_partial = match, filled
+    match = partial or matches[0]
+    raise UnusableRow(next(n for c in match.format.required if is_empty(row.get(n := match.names[c]))))
+
+
+def is_empty(value) -> bool:
+    """Whether a cell holds nothing: null, NaN, white space, an empty list, or a SQuAD answer without text."""
+    if value is None or value != value:
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        return is_empty(_squad_answer(value)) if "text" in value else not value
+    return isinstance(value, Sequence) and len(value) == 0
+
+
+def _squad_answer(value: Mapping):
+    texts = value["text"]
+    return texts if isinstance(texts, str) or not texts else texts[0]
+
+
+def convert_row(row: Mapping, matches: Sequence[Match]) -> dict:
+    """One row of a dataset as TRL reads it.
+
+    Returns:
+        `prompt` and `completion` as lists of messages, `messages`, the text under the name of its column, or `{}` for
+        a row of token ids, which stays as it is.
+
+    Raises:
+        UnusableRow: a required column is null or empty.
+        FNSFTError: a cell holds something else than text or messages, or a message has an unknown role.
+    """
+    match = choose(row, matches)
+    form, names = match.format, match.names
+    system = [] if match.system is None else _turn("system", row.get(match.system), match.system)
+    if form.becomes == TOKENS:
+        return {}
+    if form.becomes == TEXT:
+        (column,) = form.prompt
+        return {column: _text(row[names[column]], names[column])}
+    if form.becomes == MESSAGES:
+        column = names[form.prompt[0]]
+        messages = read_messages(row[column], column)
+        _check_answers(messages, column)
+        return {"messages": _with_system(system, messages)}
+    cells = [(row.get(names[column]), names[column]) for column in form.prompt if column in names]
+    answer, answer_name = row[names[form.completion]], names[form.completion]
+    if isinstance(cells[0][0], list) and len(cells) == 1:
+        prompt = read_messages(*cells[0])
+    else:
+        parts = [text for text in (_text(value, name) for value, name in cells) if text.strip()]
+        prompt = _turn("user", "\n\n".join(parts), "prompt")
+    if isinstance(answer, list) and isinstance(answer[0], Mapping):
+        completion = read_messages(answer, answer_name)
+        _check_answers(completion, answer_name)
+    else:
+        completion = _turn("assistant", answer, answer_name)
+    return {"prompt": _with_system(system, prompt), "completion": completion}
+
+
+def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
+    return messages if messages[0]["role"] in ("system", "developer") else [*system, *messages]
+
+
+def _turn(role: str, value, name: str) -> list[dict]:
+    return [] if is_empty(value) else [{"role": role, "content": _text(value, name)}]
+
+
+def _text(value, name: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool | int | float):
+        return "" if is_empty(value) else str(value)
+    if isinstance(value, Mapping) and "text" in value:
+        return _text(_squad_answer(value), name)
+    raise FNSFTError(f"{name!r} holds a {type(value).__name__}; expected text")
+
+
+def read_messages(value, name: str) -> list[dict]:
+    """Messages with role and content, whatever names and roles they came with.
+
+    Raises:
+        FNSFTError: the value is no list of messages, or one of them has an unknown role.
+    """
+    if isinstance(value, Mapping) and all(isinstance(cells, list) for cells in value.values()):
+        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]  # by columns
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise FNSFTError(f"{name!r} holds a {type(value).__name__}; expected a list of messages (role and content)")
+    messages = []
+    for message in value:
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if str(role).lower() not in _ROLES:
+            raise FNSFTError(f"{name!r} has a message of the role {role!r}; expected one of: {', '.join(_ROLES)}")
+        rest = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
+        messages.append({"role": _ROLES[str(role).lower()], "content": content, **rest})
+    return messages
+
+
+def _check_answers(messages: list[dict], name: str) -> None:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or any(is_empty(answer["content"]) and not answer.get("tool_calls") for answer in answers):
+        raise UnusableRow(name)

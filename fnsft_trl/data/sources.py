@@ -1,0 +1,156 @@
+"""Datasets by name: Hub ids, local files and directories, read afresh whenever their content has changed."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from glob import glob
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, config, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+from ..embedded import EMBEDDED, wikipedia_passages
+from ..errors import FNSFTError
+from .conversion import to_trl_format
+
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_SAVED = ("state.json", "dataset_dict.json")  # what marks a directory written by `save_to_disk`
+
+
+def load_data(
+    name_or_path: str,
+    *,
+    config_name: str | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+    streaming: bool = False,
+) -> Dataset | DatasetDict | IterableDataset:
+    """Load a dataset as it is.
+
+    What `datasets` makes of local files is kept in its cache under the hash of their content, so that an edited file
+    is read again whatever its path, size and date say.
+
+    Args:
+        name_or_path: a Hub id, a directory, a `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file (one row a line),
+            or `embedded`: English Wikipedia passages from a package on the Python index.
+        config_name: configuration of a Hub dataset.
+        split: one split of it; all of them by default.
+        data_dir: of [`~datasets.load_dataset`].
+        data_files: of [`~datasets.load_dataset`].
+        streaming: read a Hub dataset row by row, without downloading the rest. What is local is loaded as a whole.
+
+    Raises:
+        FNSFTError: it is not found or cannot be read.
+    """
+    path = Path(name_or_path).expanduser()
+    try:
+        if name_or_path == EMBEDDED:
+            return _of_splits(DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")})), split)
+        if data_dir is not None or data_files is not None:
+            files = _local_files(path if path.is_dir() else Path(), data_dir, data_files)
+            where = {"data_dir": data_dir, "data_files": data_files, "cache_dir": _cache_of(files) if files else None}
+            return load_dataset(name_or_path, config_name, split=split, **where)
+        if path.is_file():
+            return _load_file(path, split)
+        if path.suffix in _BUILDERS and not path.exists():
+            raise FNSFTError(f"the dataset file {name_or_path} does not exist")
+        if path.is_dir():
+            if any((path / file).exists() for file in _SAVED):
+                saved = load_from_disk(str(path))
+                return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
+        return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise FNSFTError(f"the dataset {name_or_path!r} was found neither here nor on the Hub ({reason})") from error
+    except FNSFTError:
+        raise
+    except (ValueError, OSError, DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
+        reason = str(error).splitlines()[0]
+        raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
+
+
+def _of_splits(data: DatasetDict, split: str | None) -> Dataset | DatasetDict:
+    if split is None:
+        return data
+    if split not in data:
+        raise FNSFTError(f"the dataset has no split {split!r}; it has {', '.join(data)}")
+    return data[split]
+
+
+def _load_file(path: Path, split: str | None) -> Dataset | DatasetDict:
+    if path.suffix not in _BUILDERS:
+        raise FNSFTError(f"the ending of {path} is not known; expected one of: {', '.join(_BUILDERS)}")
+    if path.stat().st_size == 0:
+        raise FNSFTError(f"the dataset {path} is empty; at least one row was expected")
+    data = load_dataset(
+        _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=_cache_of([path]), **_options([path])
+    )
+    features = data["train"].features if split is None else data.features
+    if path.suffix != ".parquet" and "timestamp" in str(features):
+        # Texts that look like dates were taken for dates, and would come back in another spelling.
+        return _of_splits(DatasetDict(train=Dataset.from_list(_json_rows(path))), split)
+    return data
+
+
+def _json_rows(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _options(files: Sequence[Path]) -> dict:
+    """How `datasets` is to read files so that their text stays as it is written."""
+    files = [file for file in files if file.suffix in _BUILDERS]
+    kinds = {_BUILDERS[file.suffix] for file in files}
+    if kinds == {"csv"}:  # 007 is not 7, and an answer "None" is not a missing one
+        with files[0].open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+        return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
+    if kinds == {"json"}:  # in one piece: a column that begins further down is known from the first row on
+        return {"chunksize": max(10 << 20, *(file.stat().st_size + 1 for file in files))}
+    return {}
+
+
+def _local_files(root: Path, data_dir: str | None, data_files) -> list[Path]:
+    """The files here that are meant by what `load_dataset` takes."""
+    found = [*(root / data_dir).rglob("*")] if data_dir is not None else []
+    groups = data_files.values() if isinstance(data_files, Mapping) else [data_files or []]
+    for pattern in (name for group in groups for name in ([group] if isinstance(group, str) else group)):
+        found += map(Path, glob(str(root / (data_dir or "") / Path(pattern).expanduser()), recursive=True))
+    return sorted(file for file in found if file.is_file())
+
+
+def _cache_of(files: Sequence[Path]) -> str:
+    """A directory in the cache of `datasets` that belongs to the content of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return str(Path(config.HF_DATASETS_CACHE) / "fnsft_trl" / digest.hexdigest())
+
+
+def load_texts(
+    names: Sequence[str], *, split: str = "train", columns: str | Mapping[str, str] | None = None
+) -> dict[str, Dataset | IterableDataset]:
+    """Several datasets by name, in TRL's format, checked before the first is read through.
+
+    Datasets of the Hub are streamed, unless the Hub is switched off (`HF_HUB_OFFLINE`): a discovery reads as many rows
+    as it needs, and a large corpus is not downloaded.
+
+    Raises:
+        FNSFTError: as [`load_data`] and [`~fnsft_trl.data.conversion.to_trl_format`].
+    """
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise FNSFTError(f"the dataset {repeated[0]} is named twice; name each once")
+    parts = [load_data(name, split=split, streaming=not config.HF_HUB_OFFLINE) for name in names]
+    return {
+        name: to_trl_format(part, columns, name=f"the dataset {name}") for name, part in zip(names, parts, strict=True)
+    }

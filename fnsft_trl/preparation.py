@@ -1,0 +1,129 @@
+"""What a run needs before PEFT wraps its model: the base model, the template, and a configuration of neuron deltas."""
+
+import copy
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.utils import logging
+from trl.trainer.utils import create_model_from_path
+
+from .config import FunctionalNetworkConfig
+from .data.prompts import set_chat_template
+from .data.sources import load_texts
+from .discovery import discover_networks
+from .errors import FNSFTError
+from .selection import NeuronMask
+from .template import FunctionalNetworkTemplate
+from .tuner import NeuronTunerConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_base_model(name: str, args, model_init_kwargs: dict | None, quantization_config):
+    """Load a model as SFTTrainer does."""
+    options = dict(model_init_kwargs or {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    return create_model_from_path(name, **options)
+
+
+def keep_4bit_layers_differentiable(model) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
+
+    It does so in the first forward pass of a discovery or an evaluation and does not undo it in training, where no
+    gradient passes through a packed layer.
+    """
+    for name, module in model.named_modules():
+        if "support_avx512bf16_for_cpu" not in vars(module):
+            continue
+        quant_state = module.weight.quant_state
+        if quant_state is not None and vars(quant_state).get("packing_format_for_cpu"):
+            raise FNSFTError(
+                f"the 4-bit weights of {name} are packed for inference on a CPU, and no gradient would pass through "
+                "them; load the model anew, and train it before any inference"
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
+def tuner_config(trainable: NeuronMask, lora: LoraConfig | None) -> NeuronTunerConfig:
+    """Deltas for the trainable neurons; LoRA beside them, if a configuration is given."""
+    whole = {}
+    if lora is not None:
+        lora = copy.deepcopy(lora)
+        for name in ("modules_to_save", "trainable_token_indices"):  # of the adapter, not of LoRA
+            whole[name] = getattr(lora, name)
+            setattr(lora, name, None)
+    return NeuronTunerConfig(
+        neurons=trainable.to_ranges(), site=trainable.site, task_type="CAUSAL_LM", lora=lora, **whole
+    )
+
+
+def given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkTemplate | None:
+    """The template that was given to the trainer or named in its config, if any."""
+    if isinstance(given, FunctionalNetworkTemplate):
+        return given
+    reference = given if given is not None else config.ica_template_path
+    if reference is None:
+        return None
+    return FunctionalNetworkTemplate.from_pretrained(reference, revision=config.ica_template_revision)
+
+
+def check_template(config: FunctionalNetworkConfig, model, template: FunctionalNetworkTemplate):
+    """The template, checked against model and config, with the threshold that the config asks for."""
+    if template.site != config.ica_site:
+        raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
+    template.check_model(model)
+    rule = config.threshold_rule()
+    if rule is not None and template.threshold is None:
+        logger.warning(
+            "the template lists its neurons, so ica_threshold, ica_percentile and ica_zscore have no effect"
+        )
+        return template
+    return template if rule is None else template.with_threshold(rule)
+
+
+def discover_template(config: FunctionalNetworkConfig, model, processing_class, args, given: dict):
+    """Discover the networks on `ica_datasets` or on the training data."""
+    unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
+    if unknown:
+        raise FNSFTError(
+            f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
+            f"the networks are 0-{config.ica_components - 1}"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise FNSFTError(
+            "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "
+            "ica_template_path"
+        )
+    if is_fsdp_enabled():
+        raise FNSFTError(
+            "networks cannot be discovered with cpu_ram_efficient_loading, which gives the weights to one process "
+            "only; run fnsft discover first, and give ica_template_path"
+        )
+    if config.ica_datasets:
+        datasets = load_texts(config.ica_datasets)
+        if processing_class.chat_template is None:
+            processing_class = copy.deepcopy(processing_class)
+            set_chat_template(processing_class)
+    else:
+        texts = given.get("train_dataset")
+        if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):
+            raise FNSFTError(
+                "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
+                "a template"
+            )
+        formatting_func, field = given.get("formatting_func"), getattr(args, "dataset_text_field", "text")
+        if formatting_func is not None:
+            texts = map(formatting_func, texts)
+        else:
+            texts = (row.get(field, row) for row in texts)
+        datasets = {"the training data": texts}
+    if args.place_model_on_device and not hasattr(model, "hf_device_map"):
+        model.to(args.device)  # where the parent would place it later; discovery is slow on another one
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return discover_networks(model, tokenizer, datasets, config)

@@ -1,0 +1,135 @@
+"""RunRecord: what a run trained, froze and masked, written beside its weights and into its model card."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .baking import lesion_note
+from .card import ADAPTER_NOTE, SECTION, publishable_card
+from .config import FunctionalNetworkConfig, TrainingPlan
+from .errors import FNSFTError
+from .selection import NeuronMask
+from .storage import CARD_FILE, NETWORK_DIR
+from .template import FunctionalNetworkTemplate
+
+
+SELECTION_FILE = "selection.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run trains, freezes and masks.
+
+    Attributes:
+        config (`FunctionalNetworkConfig`): what was asked for.
+        plan (`TrainingPlan`): what it came to.
+        template (`FunctionalNetworkTemplate`): the networks.
+        selected (`NeuronMask`): the selected neurons.
+        trainable (`NeuronMask`): the neurons whose weights may change, over all layers.
+        mask_phases (`list[dict]`): the phases of a `MaskScheduleCallback`, as JSON values.
+    """
+
+    config: FunctionalNetworkConfig
+    plan: TrainingPlan
+    template: FunctionalNetworkTemplate
+    selected: NeuronMask
+    trainable: NeuronMask
+    mask_phases: list[dict]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in `selection.json`."""
+        return {
+            "network_config": self.config.to_dict(),
+            "template": {
+                "hub_id": self.template.hub_id,
+                "commit": self.template.commit,
+                "base_model": self.template.base_model,
+            },
+            "train_method": self.plan.method,
+            "train_neurons": self.plan.train,
+            "mask_mode": self.plan.mask_mode,
+            "mask_phases": self.mask_phases,
+            "selected": {"count": self.selected.count, "sha256": self.selected.sha256},
+            "trainable": {"count": self.trainable.count, "sha256": self.trainable.sha256},
+            "neurons": self.selected.to_ranges(),
+        }
+
+    def save(self, directory: Path, model: nn.Module) -> None:
+        """Write template and selection beside saved weights, and a section into their model card if there is one.
+
+        Args:
+            directory: that of the weights.
+            model: the trained model.
+        """
+        networks = directory / NETWORK_DIR
+        self.template.save_pretrained(networks)
+        card = directory / CARD_FILE
+        if card.exists():  # of PEFT, which names the base model by where it was loaded from
+            card.write_text(publishable_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+        self.extend_card(directory, model)
+        (networks / SELECTION_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def check(self, checkpoint: str | os.PathLike) -> None:
+        """Check that a checkpoint was written by a run with the same neurons and phases.
+
+        Raises:
+            FNSFTError: it was not.
+        """
+        file = Path(checkpoint) / NETWORK_DIR / SELECTION_FILE
+        if not file.is_file():
+            raise FNSFTError(f"{checkpoint} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
+        written = json.loads(file.read_text(encoding="utf-8"))
+        trained, phases = written["trainable"], written.get("mask_phases", [])
+        if trained["sha256"] != self.trainable.sha256:
+            raise FNSFTError(
+                f"{checkpoint} was written with {trained['count']} trainable neurons, this run has another set of "
+                f"{self.trainable.count}; resume with the same network_config and template"
+            )
+        if phases != self.mask_phases:
+            raise FNSFTError(
+                f"{checkpoint} was written with {len(phases)} mask phases, this run has {len(self.mask_phases)}, or "
+                "other ones; resume with the same MaskScheduleCallback"
+            )
+
+    def extend_card(self, directory: Path, model: nn.Module) -> None:
+        """Add the section on functional networks to a model card that has none yet."""
+        card = directory / CARD_FILE
+        if not card.exists() or SECTION in card.read_text(encoding="utf-8"):
+            return
+        with card.open("a", encoding="utf-8") as file:
+            file.write(self._section(model))
+
+    def _section(self, model: nn.Module) -> str:
+        trained, template = self.trainable, self.template
+        what = "every neuron could change."
+        if self.plan.train != "all":
+            what = (
+                f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
+                "are bit-identical to the base model."
+            )
+        origin = "were converted from lists of neurons"
+        if sources := ", ".join(template.calibration["sources"]):
+            origin = f"were found on {template.calibration['tokens']} tokens of {sources}"
+        if template.hub_id is not None:
+            origin += f", come from [{template.hub_id}](https://huggingface.co/{template.hub_id}) at commit "
+            origin += f"`{template.commit}`"
+        lines = [
+            f"\n{SECTION}\n",
+            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks {origin}; they are in "
+            f"`{NETWORK_DIR}/`.",
+        ]
+        if self.plan.mask_mode is not None:
+            lines.append(
+                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
+                f"{self.selected.count} selected neurons. "
+                + (lesion_note(model) or "The mask is not part of these weights.")
+            )
+        elif note := lesion_note(model):
+            lines.append(f"\n{note}")
+        if self.plan.method == "neuron_delta":
+            lines.append(f"\n{ADAPTER_NOTE}")
+        return "\n".join(lines) + "\n"

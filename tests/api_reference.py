@@ -1,0 +1,93 @@
+"""docs/api.md, made from the docstrings of the public names.
+
+python tests/api_reference.py > docs/api.md
+"""
+
+import inspect
+import re
+import sys
+from textwrap import dedent
+
+import fnsft_trl
+
+
+SECTIONS = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$", flags=re.MULTILINE)
+ITEM = re.compile(r"^(?=\S)", flags=re.MULTILINE)
+
+
+def api_reference() -> str:
+    """The page: every public name in the order in which data passes through the package."""
+    head = (
+        "# API reference\n\nMade from the docstrings. Everything here is imported from `fnsft_trl`. "
+        "`fnsft VERB --help` documents the command line.\n"
+    )
+    return "\n".join([head, *(_entry(name) for name in fnsft_trl._HOMES)])
+
+
+def _entry(name: str) -> str:
+    thing = getattr(fnsft_trl, name)
+    parts = [f"## `{name}`\n", f"```text\n{name}{_signature(thing)}\n```\n", _markdown(thing.__doc__)]
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if member.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
+                continue
+            call = "" if isinstance(value, property) else _signature(getattr(thing, member))
+            parts += [f"### `{name}.{member}`\n", f"```text\n{member}{call}\n```\n", _markdown(function.__doc__)]
+    return "\n".join(parts)
+
+
+def _signature(thing) -> str:
+    """The call, one argument a line where it is long; types are in the text below it."""
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return "(message)"
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty)
+        for p in inspect.signature(thing).parameters.values()
+        if p.name != "self"
+    ]
+    words = [re.sub(r"<factory>|<dataclasses.*?>", "...", str(p)) for p in parameters]
+    names = [p.name for p in parameters]
+    first = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
+    if first is not None and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        words.insert(first, "*")
+    line = f"({', '.join(words)})"
+    return line if len(line) + len(names) < 100 else "(\n    " + ",\n    ".join(words) + ",\n)"
+
+
+def _markdown(docstring: str) -> str:
+    """Google's sections as bullet lists, references as links."""
+    text, *sections = SECTIONS.split(inspect.cleandoc(docstring))
+    lines = [text.strip()]
+    for title, body in zip(sections[::2], sections[1::2], strict=True):
+        body, after = re.match(r"((?:\n|[ ]+.*\n)*)((?:.|\n)*)", body.lstrip("\n") + "\n").groups()
+        body = dedent(body).strip("\n")
+        if title in ("Returns", "Example"):
+            lines.append(f"**{title}**\n\n{body if title == 'Example' else ' '.join(body.split())}")
+        else:
+            items = [" ".join(item.split()) for item in ITEM.split(body) if item.strip()]
+            lines.append(f"**{title}**\n\n" + "\n".join(f"- {_named(item)}" for item in items))
+        if after.strip():
+            lines.append(after.strip())
+    return _linked("\n\n".join(lines)) + "\n"
+
+
+def _named(item: str) -> str:
+    """`name: text` with the name as code."""
+    name, colon, text = item.partition(":")
+    bare = re.fullmatch(r"[\w*, ]+", name)
+    return f"`{name}`:{text}" if colon and bare else re.sub(r"^(\*?\w+) \(", r"`\1` (", item)
+
+
+def _linked(text: str) -> str:
+    def link(match: re.Match) -> str:
+        name = match[1].lstrip("~").rpartition(".")[2] if match[1].startswith("~") else match[1]
+        home = name.partition(".")[0]
+        anchor = name.replace(".", "").lower()
+        return f"[`{name}`](#{anchor})" if home in fnsft_trl._HOMES else f"`{name}`"
+
+    return re.sub(r"\[`([~\w.]+)`\]", link, text)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(api_reference())

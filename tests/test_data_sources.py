@@ -1,0 +1,154 @@
+import json
+import os
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from fnsft_trl import FNSFTError
+from fnsft_trl.cli.compare import _strings
+from fnsft_trl.data import sources
+from fnsft_trl.data.sources import load_data, load_texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}])),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'),
+        ("a.csv", "text\none\ntwo\n"),
+        ("a.txt", "one\ntwo\n"),
+    ],
+)
+def test_local_files_load(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_data(str(tmp_path / name))["train"]["text"][:] == ["one", "two"]
+    assert load_data(str(tmp_path / name), split="train")["text"][:] == ["one", "two"]
+
+
+def test_parquet_and_directories_load(tmp_path):
+    rows = Dataset.from_dict({"text": ["one", "two"]})
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert load_data(str(tmp_path / "a.parquet"), split="train")["text"][:] == ["one", "two"]
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "many" / "validation.jsonl").write_text('{"text": "two"}\n')
+    data = load_data(str(tmp_path / "many"))
+    assert {name: part["text"][:] for name, part in data.items()} == {"train": ["one"], "validation": ["two"]}
+    rows.save_to_disk(tmp_path / "saved")
+    assert load_data(str(tmp_path / "saved"), split="train")["text"][:] == ["one", "two"]
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    assert set(load_data(str(tmp_path / "splits"))) == {"train", "test"}
+    with pytest.raises(FNSFTError, match="no split 'dev'; it has train, test"):
+        load_data(str(tmp_path / "splits"), split="dev")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "many", "json"])
+def test_an_edit_in_place_is_seen_whatever_size_and_date_say(tmp_path, name):
+    file = tmp_path / "a.jsonl" if name == "a.jsonl" else tmp_path / "many" / "a.jsonl"
+    file.parent.mkdir(exist_ok=True)
+
+    def load_data(path, split):
+        if name == "json":
+            return sources.load_data("json", split=split, data_files={"train": [str(file.parent / "*.jsonl")]})
+        return sources.load_data(path, split=split)
+
+    file.write_text('{"text": "one"}\n')
+    before = file.stat()
+    assert load_data(str(tmp_path / name), split="train")["text"][:] == ["one"]
+    file.write_text('{"text": "two"}\n')
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert load_data(str(tmp_path / name), split="train")["text"][:] == ["two"]
+
+
+def test_cells_of_a_csv_file_stay_as_they_are_written(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\ncode?,007\nwhat?,None\nhow much?,1.50\nnothing?,\n")
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "train.csv").write_text((tmp_path / "a.csv").read_text())
+    for rows in load_texts([str(tmp_path / "a.csv"), str(tmp_path / "many")]).values():
+        assert [row["completion"][0]["content"] for row in rows] == ["007", "None", "1.50"]
+
+
+def test_strings_of_a_json_file_stay_as_they_are_written(tmp_path):
+    answers = ["2009-01-01", "2009-01-01T00:00:00Z", "12:30", "007", "null", "NaN"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"question": "q", "answer": a}) for a in answers))
+    (rows,) = load_texts([str(tmp_path / "a.jsonl")]).values()
+    assert [row["completion"][0]["content"] for row in rows] == answers
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"question": "q", "answer": a}) for a in answers[:1] * 3))
+    (rows,) = load_texts([str(tmp_path / "b.jsonl")]).values()
+    assert rows[0]["completion"][0]["content"] == "2009-01-01"
+
+
+@pytest.mark.parametrize(("first", "length"), [(10, 30), (200, 100_000)])
+def test_rows_of_several_formats_in_one_file(tmp_path, first, length):
+    """The second format begins in the first block that is read of the file, or far behind it."""
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(first):
+            file.write(json.dumps({"question": f"question {number} of many?", "answer": "a" * length}) + "\n")
+        file.write(json.dumps({"instruction": "do", "input": "this", "output": "done"}) + "\n")
+    (rows,) = load_texts([str(tmp_path / "a.jsonl")]).values()
+    assert len(rows) == first + 1
+    assert rows[-1]["prompt"] == [{"role": "user", "content": "do\n\nthis"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"premise": "one", "hypothesis": "two"}\n', "has the columns 'premise', 'hypothesis'"),
+        ("a.csv", "text\n", "is empty"),
+        ("a.csv", "text\n\n", "is empty|no row"),
+        ("a.xyz", "text", "ending of"),
+        ("a.json", "{broken", "cannot be read"),
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", '{"question": "one", "answer": ""}\n', "no row to train on: 'answer' is empty.* in row 0"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FNSFTError, match=message):
+        load_texts([str(tmp_path / name)])
+
+
+def test_several_datasets_are_each_read_in_their_own_format(tmp_path):
+    (tmp_path / "a.txt").write_text("a1\na2\n")
+    (tmp_path / "b.jsonl").write_text('{"question": "b1", "answer": "b2"}\n')
+    a, b = load_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]).values()
+    assert a["text"][:] == ["a1", "a2"]
+    assert b.column_names == ["prompt", "completion"]
+    with pytest.raises(FNSFTError, match="named twice"):
+        load_texts([str(tmp_path / "a.txt")] * 2)
+
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
+    """Of an endless corpus, as many rows are made as are read."""
+    made = []
+
+    def corpus():
+        for number in range(10**9):
+            made.append(number)
+            yield {"question": f"q{number}", "answer": "" if number % 2 else "a"}
+
+    def load(name, config_name, *, split, streaming):
+        assert (name, split, streaming) == ("org/huge", "train", True)
+        return IterableDataset.from_generator(corpus)
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    rows = iter(load_texts(["org/huge"])["org/huge"])
+    assert [next(rows)["prompt"][0]["content"] for _ in range(3)] == ["q0", "q2", "q4"]
+    assert max(made) < 100
+
+
+def test_what_does_not_exist_says_so():
+    with pytest.raises(FNSFTError, match="does not exist"):
+        load_data("nowhere.jsonl")
+    with pytest.raises(FNSFTError, match="neither here nor on the Hub"):
+        load_data("nobody/nothing")
+
+
+def test_a_comparison_reads_the_text_of_any_format(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.jsonl").write_text('{"system": "s", "question": "q", "answer": "a"}\n')
+    chat = '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
+    (tmp_path / "c.jsonl").write_text(chat)
+    parts = load_texts([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.jsonl")])
+    assert [text for rows in parts.values() for text in _strings(rows)] == ["one", "s\nq\na", "q\na"]
