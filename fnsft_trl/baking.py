@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .errors import FNSFTError
+from .layout import mask_positions, write_positions
 from .neurons import base_linear, base_model, find_neuron_sites
 from .selection import NeuronMask
 
@@ -18,11 +19,11 @@ class KeptWeights:
     """The values that some neurons' weights had, to be put back by [`unbake`].
 
     Attributes:
-        values (`dict`): parameter name -> (dimension, positions, their values).
+        values (`dict`): parameter name -> (dimensions, positions along them, their values).
         lesion (`dict`, *optional*): the lesion that the model's config named at the time.
     """
 
-    values: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = field(repr=False)
+    values: dict[str, tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = field(repr=False)
     lesion: dict | None = None
 
 
@@ -61,8 +62,9 @@ def bake_lesion(model: nn.Module, mask: NeuronMask) -> KeptWeights:
     before = kept.lesion or {"site": mask.site, "neurons": {}}
     if before["site"] != mask.site:
         raise FNSFTError(f"the model carries a lesion at {before['site']}, so none can be baked at {mask.site}")
-    for name, (dim, positions, _) in kept.values.items():
-        model.get_parameter(name).index_fill_(dim, positions, 0)
+    for name, (dims, positions, _) in kept.values.items():
+        parameter = model.get_parameter(name)
+        parameter.masked_fill_(mask_positions(parameter, dims, positions), 0)
     widths = {site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)}
     both = [NeuronMask.from_ranges(ranges, widths, mask.site) for ranges in (before["neurons"], mask.to_ranges())]
     setattr(model.config, _CONFIG_ENTRY, {"site": mask.site, "neurons": (both[0] | both[1]).to_ranges()})
@@ -77,8 +79,8 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
         model: the model they were taken from. Changed in place.
         kept: what the function returned. Of several lesions, the last is to be taken out first.
     """
-    for name, (dim, positions, values) in kept.values.items():
-        model.get_parameter(name).index_copy_(dim, positions, values)
+    for name, (dims, positions, values) in kept.values.items():
+        write_positions(model.get_parameter(name), dims, positions, values)
     if kept.lesion is not None:
         setattr(model.config, _CONFIG_ENTRY, kept.lesion)
     elif _CONFIG_ENTRY in vars(model.config):
@@ -114,13 +116,12 @@ def _keep(model: nn.Module, mask: NeuronMask, *, outgoing_only: bool) -> KeptWei
             module = model.get_submodule(part.module_name)
             if base_linear(module) is not module:
                 raise FNSFTError(f"{part.module_name} carries an adapter; merge it (merge_and_unload), then bake")
-            parameter = getattr(module, part.parameter)
+            parameter = part.tensor(model)
             if not parameter.is_floating_point():
                 raise FNSFTError(
                     f"{part.module_name} is quantised, so no single neuron can be zeroed; load it unquantised, "
                     "then bake"
                 )
             positions = part.indices(mask.indices(layer)).to(parameter.device)
-            kept = parameter.detach().index_select(part.dim, positions)
-            values[f"{part.module_name}.{part.parameter}"] = (part.dim, positions, kept)
+            values[part.full_name] = (part.dims, positions, part.select(parameter.detach(), positions))
     return KeptWeights(values, vars(model.config).get(_CONFIG_ENTRY))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from .constraints import FrozenSlices, hold_neurons
+from .constraints import FrozenSlices, factor_slices, hold_neurons
 from .errors import FNSFTError
 from .evaluation.retention import RetentionText
 from .masking import MaskHandle, lesion, masks_off, preserve
@@ -79,20 +79,23 @@ class FrozenNeuronGuard(TrainerCallback):
             members = self.trainable.layers.get(site.layer, torch.zeros(site.width, dtype=torch.bool))
             frozen = (~members).nonzero().flatten()
             for part in site.layout.slices:
-                layer = self.model.get_submodule(part.module_name)
                 parameter = part.tensor(self.model)
                 neurons = part.held(frozen if parameter.requires_grad else torch.arange(site.width))
                 if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
                     rows = part.select(_whole(parameter), part.indices(neurons).to(parameter.device))
                     yield part.full_name, rows, neurons.repeat(len(part.offsets))
                     watched.add(id(parameter))
-                if isinstance(layer, LoraLayer) and part.parameter == "weight" and len(frozen):
-                    letter, factors = ("B", layer.lora_B) if part.side == "output" else ("A", layer.lora_A)
-                    for adapter, factor in factors.items():
-                        rows = _whole(factor.weight) if letter == "B" else _whole(factor.weight).T
-                        rows = rows[part.indices(frozen).to(rows.device)]
-                        name = f"{part.module_name}.lora_{letter}.{adapter}"
-                        yield name, rows, frozen.repeat(len(part.offsets))
+            for adapter in self.model.peft_config if isinstance(self.model, PeftModel) else ():
+                for found in factor_slices(self.model, site, adapter):
+                    neurons = found.part.held(frozen)
+                    if len(neurons):
+                        letter = "B" if found.part.side == "output" else "A"
+                        name = f"{found.part.full_name.removesuffix('.weight')}.lora_{letter}.{adapter}"
+                        yield (
+                            name,
+                            found.rows(neurons, _whole(found.factor.weight)),
+                            neurons.repeat(len(found.part.offsets)),
+                        )
         for name, parameter in self.model.named_parameters():
             # Quantised weights cannot train, and their kernels repack them between training and inference.
             if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in watched:

@@ -18,6 +18,8 @@ _FORM = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_e
 # (activations of one expert (tokens, units), number of the expert, numbers of the tokens routed to it (tokens,))
 # -> the activations to go on with, or `None` to leave them.
 ExpertTap = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor | None]
+# (name of the weight, number of the expert, inputs (tokens, in)) -> outputs (tokens, out)
+ExpertProjection = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,27 +147,65 @@ class _TappedForward:
         if self.was_own is not None:
             self.module.forward = self.was_own
 
-    def __call__(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """hidden_states (tokens, hidden); chosen and weights of the experts (tokens, experts per token)."""
-        taps = [function for function, enabled in self.taps if enabled()]
-        if not taps:
-            return self.own(hidden_states, chosen, weights)
-        module = self.module
-        output = torch.zeros_like(hidden_states)
-        for expert in range(len(module.down_proj)):
-            tokens, slots = (chosen == expert).nonzero(as_tuple=True)
-            if len(tokens) == 0:
-                continue
-            values = self._project("gate_up_proj" if module.has_gate else "up_proj", expert, hidden_states[tokens])
-            values = module._apply_gate(values) if module.has_gate else module.act_fn(values)  # (tokens, units)
-            for function in taps:
-                changed = function(values, expert, tokens)
-                values = values if changed is None else changed
-            result = self._project("down_proj", expert, values) * weights[tokens, slots, None]
-            output.index_add_(0, tokens, result.to(output.dtype))
-        return output
+    def enabled(self) -> list[ExpertTap]:
+        """The functions that are to be called at present."""
+        return [function for function, enabled in self.taps if enabled()]
 
-    def _project(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        weight = getattr(self.module, name)[expert]
-        bias = getattr(self.module, f"{name}_bias")[expert] if self.module.has_bias else None
-        return nn.functional.linear(x, weight.T if self.module.is_transposed else weight, bias)
+    def __call__(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if not self.enabled():
+            return self.own(hidden_states, chosen, weights)
+        return expert_by_expert(self.module, hidden_states, chosen, weights)
+
+
+def expert_by_expert(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    project: ExpertProjection | None = None,
+) -> torch.Tensor:
+    """The forward pass of an experts module, one expert after the other, with the taps that are enabled.
+
+    Args:
+        module: a module of the form that [`Experts`] describes.
+        hidden_states: shape (tokens, hidden).
+        chosen: numbers of the experts, shape (tokens, experts per token).
+        weights: the router's, shape (tokens, experts per token).
+        project: computes the projections; [`project_expert`] by default.
+
+    Returns:
+        Outputs, shape (tokens, hidden).
+    """
+    forward = vars(module).get("forward")
+    taps = forward.enabled() if isinstance(forward, _TappedForward) else []
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    if project is None:
+
+        def project(name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+            return project_expert(module, name, expert, x)
+
+    output = torch.zeros_like(hidden_states)
+    for expert in range(len(module.down_proj)):
+        tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+        if len(tokens) == 0:
+            continue
+        values = project(up_name, expert, hidden_states[tokens])
+        values = module._apply_gate(values) if module.has_gate else module.act_fn(values)  # (tokens, units)
+        for function in taps:
+            changed = function(values, expert, tokens)
+            values = values if changed is None else changed
+        result = project("down_proj", expert, values) * weights[tokens, slots, None]
+        output.index_add_(0, tokens, result.to(output.dtype))
+    return output
+
+
+def expert_weight(module: nn.Module, name: str, expert: int) -> torch.Tensor:
+    """One expert's matrix of a weight, as a view of shape (out, in)."""
+    weight = getattr(module, name)[expert]
+    return weight.T if module.is_transposed else weight
+
+
+def project_expert(module: nn.Module, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """One expert's projection of x, shape (tokens, in), by the weight of a name and its bias, if there is one."""
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    return nn.functional.linear(x, expert_weight(module, name, expert), bias)

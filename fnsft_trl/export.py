@@ -11,19 +11,19 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .card import merged_card
 from .errors import FNSFTError
-from .neurons import NeuronSite, base_linear, find_neuron_sites, linear_shape
+from .neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
 from .selection import NeuronMask
 from .storage import CARD_FILE, NETWORK_DIR
 from .tuner import NeuronTunerConfig
 
 
 _PREFIX = "base_model.model."
-_DELTA = {"weight": "neuron_delta_weight", "bias": "neuron_delta_bias"}
 # Arguments of LoRA beside the deltas that have a counterpart in one LoRA for all modules.
 _PLAIN_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "alpha_pattern", "rank_pattern"}
 
@@ -52,6 +52,10 @@ def _load(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None 
         raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error
 
 
+def _delta_key(part: WeightSlice) -> str:
+    return f"{_PREFIX}{part.module_name}.neuron_delta_{part.parameter}"
+
+
 def _mask(config: NeuronTunerConfig, sites: Sequence[NeuronSite]) -> NeuronMask:
     return NeuronMask.from_ranges(config.neurons, {site.layer: site.width for site in sites}, config.site)
 
@@ -70,6 +74,9 @@ def to_plain_lora(
     adapter; it merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
     token rows saved as a whole go along. The one-hot factors make the files larger than those of the deltas.
 
+    In a model with experts, PEFT adapts the parameters themselves (`target_parameters`), those of shared experts and
+    dense layers too. All experts of a layer have one rank, which is the largest number of positions in any of them.
+
     Args:
         model_or_adapter: a `PeftModel` with neuron deltas, or the directory of a saved one.
         output_dir: where `adapter_config.json` and `adapter_model.safetensors` are written.
@@ -79,7 +86,8 @@ def to_plain_lora(
         The configuration that was written.
 
     Raises:
-        FNSFTError: it is no adapter of neuron deltas, or LoRA beside them is of a variant that cannot go along.
+        FNSFTError: it is no adapter of neuron deltas, LoRA beside them is of a variant that cannot go along, or a
+            linear layer beside experts has a delta of its bias.
     """
     if isinstance(model_or_adapter, PeftModel):
         config = model_or_adapter.peft_config[adapter_name]
@@ -100,15 +108,31 @@ def to_plain_lora(
             f"LoRA beside the deltas has {', '.join(sorted(refused))}, which one plain LoRA for all modules cannot "
             "express; export it merged"
         )
-    factors = _lora_factors(config, state, find_neuron_sites(base, kind=config.site))
-    has_bias = any(key.endswith(_DELTA["bias"]) for key in state)
+    sites = find_neuron_sites(base, kind=config.site)
+    has_experts = any(site.experts for site in sites)
+    deltas = _delta_factors(config, state, sites, base)
+    biases = _linear_biases(config, state, sites)
+    if biases and has_experts:
+        raise FNSFTError(
+            f"{next(iter(biases))} has a delta of its bias, which plain LoRA cannot express in a model with experts; "
+            "export it merged"
+        )
+    beside = _factors_beside(config, state)
     tensors = {key: value for key, value in state.items() if "neuron_delta_" not in key and ".lora_" not in key}
-    for name, (a, b, bias) in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
-        if has_bias:
-            tensors[f"{_PREFIX}{name}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
-    ranks = {name: len(a) for name, (a, _, _) in factors.items()}
+    for name, (a, b) in [*deltas.items(), *beside.items()]:
+        holder = _holder(name, deltas, base) if has_experts and name in deltas else name.removesuffix(".weight")
+        tensors[f"{_PREFIX}{holder}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{holder}.lora_B.weight"] = b
+        if biases:
+            bias = biases.get(holder)
+            tensors[f"{_PREFIX}{holder}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
+    modules = list(beside) if has_experts else [*(name.removesuffix(".weight") for name in deltas), *beside]
+    experts = {site.experts.name: len(site.experts.module.down_proj) for site in sites if site.experts}
+    ranks = {name.removesuffix("" if has_experts else ".weight"): len(a) for name, (a, _) in deltas.items()}
+    for name in ranks:
+        if has_experts and not name.endswith("_bias"):
+            ranks[name] //= experts.get(name.rpartition(".")[0], 1)
+    ranks |= {name: len(a) for name, (a, _) in beside.items()}
     largest = max(ranks.values())
     pattern = {name: rank for name, rank in ranks.items() if rank != largest}
     lora = LoraConfig(
@@ -116,9 +140,10 @@ def to_plain_lora(
         lora_alpha=largest,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=sorted(factors),
-        lora_bias=has_bias,
-        fan_in_fan_out=any(isinstance(base_linear(base.get_submodule(name)), Conv1D) for name in factors),
+        target_modules=sorted(modules),
+        target_parameters=sorted(deltas) if has_experts else None,
+        lora_bias=bool(biases),
+        fan_in_fan_out=any(isinstance(base_linear(base.get_submodule(name)), Conv1D) for name in modules),
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
@@ -133,28 +158,95 @@ def to_plain_lora(
     return lora
 
 
-def _lora_factors(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor], sites: Sequence[NeuronSite]):
-    """Module name -> (A, B, bias of B or `None`), with a scaling of 1."""
+def _holder(name: str, deltas: Mapping[str, object], base: nn.Module) -> str:
+    """Name of the layer that PEFT makes for a bare parameter: it wraps a module once for each, in their order."""
+    module_name, _, parameter = name.rpartition(".")
+    module = base_linear(base.get_submodule(module_name))
+    wrapped = [other for other, _ in module.named_parameters(recurse=False) if f"{module_name}.{other}" in deltas]
+    return module_name + ".base_layer" * (len(wrapped) - 1 - wrapped.index(parameter))
+
+
+def _delta_factors(
+    config: NeuronTunerConfig, state: Mapping[str, torch.Tensor], sites: Sequence[NeuronSite], base: nn.Module
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Parameter name -> (A, B), with a scaling of 1, of all deltas but those of linear layers' biases."""
     factors = {}
     mask = _mask(config, sites)
     for site in sites:
         for part in site.layout.slices:
-            delta = state.get(f"{_PREFIX}{part.module_name}.{_DELTA['weight']}")
-            if delta is None or part.parameter != "weight":
+            delta = state.get(_delta_key(part))
+            if delta is None or part.parameter == "bias":
                 continue
-            n_in, n_out = linear_shape(site.down if part.module_name == site.name else site.ups[0])
             positions = part.indices(mask.indices(site.layer)).to(delta.device)
+            if site.experts and part.module_name == site.experts.name:
+                factors[part.full_name] = _expert_factors(site.experts.module, part, positions, delta)
+                continue
+            n_in, n_out = linear_shape(base.get_submodule(part.module_name))
             if part.side == "output":
-                one_hot = delta.new_zeros(n_out, len(positions))
-                one_hot[positions, torch.arange(len(positions))] = 1
-                bias = state.get(f"{_PREFIX}{part.module_name}.{_DELTA['bias']}")
-                if bias is not None:
-                    bias = bias.new_zeros(n_out).index_copy_(0, positions, bias.detach())
-                factors[part.module_name] = (delta, one_hot, bias)
+                factors[part.full_name] = (delta, _one_hot(positions, n_out, delta).T)
             else:
-                one_hot = delta.new_zeros(len(positions), n_in)
-                one_hot[torch.arange(len(positions)), positions] = 1
-                factors[part.module_name] = (one_hot, delta.T, None)
+                factors[part.full_name] = (_one_hot(positions, n_in, delta), delta.T)
+    return factors
+
+
+def _expert_factors(module: nn.Module, part: WeightSlice, positions: torch.Tensor, delta: torch.Tensor):
+    """(A, B) of a delta of one parameter of all experts, in the shape that PEFT gives them."""
+    parameter = getattr(module, part.parameter)
+    experts = len(parameter)
+    if part.parameter.endswith("_bias"):  # one matrix of shape (experts, out), and one row of A for each position
+        hot, width = positions, parameter.shape[1]
+        if 0 in part.dims:
+            hot, owner = positions % width, positions // width
+            delta = delta[:, None] * _one_hot(owner, experts, delta)  # (positions, experts)
+        return _one_hot(hot, width, delta), delta.T
+    n_in, n_out = parameter.shape[1:] if module.is_transposed else parameter.shape[:0:-1]
+    if 0 not in part.dims:  # every expert has all positions
+        a = delta.view(len(positions), experts, n_in).transpose(0, 1)
+        b = _one_hot(positions, n_out, delta).T[..., None].expand(-1, -1, experts)
+        return a.reshape(-1, n_in), b.reshape(n_out, -1)
+    size = n_out if part.side == "output" else n_in
+    owner, local = positions // size, positions % size
+    order = owner.argsort(stable=True)
+    counts = owner.bincount(minlength=experts)
+    rank = int(counts.max())
+    number = torch.empty_like(owner)  # of a position within its expert
+    number[order] = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner[order]]
+    a, b = delta.new_zeros(experts, rank, n_in), delta.new_zeros(n_out, rank, experts)
+    if part.side == "output":
+        a[owner, number] = delta
+        b[local, number, owner] = 1
+    else:
+        a[owner, number, local] = 1
+        b[:, number, owner] = delta.T
+    return a.view(-1, n_in), b.view(n_out, -1)
+
+
+def _one_hot(positions: torch.Tensor, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Row i is 1 at the i-th position, shape (positions, size)."""
+    rows = like.new_zeros(len(positions), size)
+    rows[torch.arange(len(positions)), positions] = 1
+    return rows
+
+
+def _linear_biases(
+    config: NeuronTunerConfig, state: Mapping[str, torch.Tensor], sites: Sequence[NeuronSite]
+) -> dict[str, torch.Tensor]:
+    """Module name -> change of the bias, shape (out,), of linear layers."""
+    biases = {}
+    mask = _mask(config, sites)
+    for site in sites:
+        for part in site.layout.slices:
+            delta = state.get(_delta_key(part))
+            if delta is not None and part.parameter == "bias":
+                positions = part.indices(mask.indices(site.layer)).to(delta.device)
+                whole = delta.new_zeros(part.count * len(part.offsets))
+                biases[part.module_name] = whole.index_copy_(0, positions, delta.detach())
+    return biases
+
+
+def _factors_beside(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor]):
+    """Module name -> (A, B), with a scaling of 1, of LoRA beside the deltas."""
+    factors = {}
     lora = LoraConfig(**config.lora) if config.lora else None
     for key, a in state.items():
         name, found, _ = key.removeprefix(_PREFIX).partition(".lora_A.")
@@ -162,7 +254,7 @@ def _lora_factors(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor], 
             alpha_key = get_pattern_key(lora.alpha_pattern, name)
             alpha = lora.alpha_pattern.get(alpha_key, lora.lora_alpha)
             scaling = alpha / (math.sqrt(len(a)) if lora.use_rslora else len(a))
-            factors[name] = (a, state[key.replace("lora_A", "lora_B")] * scaling, None)
+            factors[name] = (a, state[key.replace("lora_A", "lora_B")] * scaling)
     return factors
 
 
@@ -302,16 +394,15 @@ def verify_merge(
 
 def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after) -> None:
     for part in site.layout.slices:
-        delta = state.get(f"{_PREFIX}{part.module_name}.{_DELTA[part.parameter]}")
+        delta = state.get(_delta_key(part))
         if delta is None:
             continue
-        name = f"{part.module_name}.{part.parameter}"
-        positions = part.indices(neurons)
-        rows, found = (values[name].detach().movedim(part.dim, 0)[positions] for values in (before, after))
-        wrong = (rows + delta).to(rows.dtype) != found
+        name, positions = part.full_name, part.indices(neurons)
+        rows, found = (part.select(values[name].detach(), positions) for values in (before, after))
+        wrong = (rows + delta.view_as(rows)).to(rows.dtype) != found
         if wrong.any():
             first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
+            neuron = int(part.held(neurons).repeat(len(part.offsets))[first])
             raise FNSFTError(
-                f"{name} of neuron {int(neurons.repeat(len(part.offsets))[first])} (layer {site.layer}) is not the "
-                "base value plus the adapter's delta"
+                f"{name} of neuron {neuron} (layer {site.layer}) is not the base value plus the adapter's delta"
             )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 
 from .errors import FNSFTError
@@ -53,14 +54,17 @@ class WeightSlice:
         """
         if len(self.dims) > 1:
             raise FNSFTError(
-                f"{self.full_name} holds all experts of its layer, so its neurons lie along two dimensions; a plain "
-                "linear layer was expected: use train_method=full for mixture-of-experts layers"
+                f"{self.full_name} holds all experts of its layer, so its neurons lie along two dimensions; the "
+                "weight of a plain linear layer was expected"
             )
         return self.dims[0]
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """The parameter, from the model in which the site was found."""
-        return getattr(model.get_submodule(self.module_name), self.parameter)
+        """The parameter, from the model in which the site was found; of a layer with an adapter, the base weight."""
+        module = model.get_submodule(self.module_name)
+        if isinstance(module, ParamWrapper):  # PEFT's LoRA on bare parameters, which does not show them
+            module = module.get_base_layer()
+        return getattr(module, self.parameter)
 
     def held(self, neurons: torch.Tensor) -> torch.Tensor:
         """Those of the site's neurons that have a part in this parameter, in their order, shape (held,)."""
@@ -123,7 +127,8 @@ def write_positions(
 ) -> None:
     """Overwrite the entries at some positions with values of the shape that [`select_positions`] gives."""
     if len(dims) == 1:  # where neurons are columns, several times faster than the general way
-        tensor.index_copy_(dims[0], positions, values.movedim(0, dims[0]))
+        # Copying columns from a transposed view takes many times as long as transposing first.
+        tensor.index_copy_(dims[0], positions, values.movedim(0, dims[0]).contiguous())
     else:
         front, index = _front(tensor, dims, positions)
         front.index_put_(index, values)

@@ -88,18 +88,6 @@ class NeuronSite:
             parts.append(WeightSlice(self.down_name, "weight", (dim,), (0,), "input", units, units, first))
         return NeuronLayout(self.width, tuple(parts))
 
-    def check_no_experts(self, method: str) -> None:
-        """Refuse a method that trains linear layers only.
-
-        Raises:
-            FNSFTError: the layer is a mixture of experts.
-        """
-        if self.experts:
-            raise FNSFTError(
-                f"layer {self.layer} ({self.name}) is a mixture of experts, whose weights are no linear layers: "
-                f"{method} cannot train its neurons; use train_method=full, or select neurons of other layers"
-            )
-
     def tap(self, function: ActivationFunction, enabled: Callable[[], bool] = lambda: True) -> list:
         """Call a function on the site's activations in every forward pass, until the returned handles are removed.
 
@@ -234,8 +222,13 @@ def _experts_of(block_name: str, block: nn.Module) -> Experts | None:
             f"block {block_name} has several modules with the weights of experts ({', '.join(found)}); one was "
             "expected"
         )
-    prefix = len(block_name) + 1
-    return Experts(found[0], block.get_submodule(found[0][prefix:])) if found else None
+    if not found:
+        return None
+    module = block.get_submodule(found[0][len(block_name) + 1 :])
+    name = found[0]
+    while name.endswith(".base_layer"):  # adapters wrap the module, LoRA on bare parameters once for each of them
+        name = name.removesuffix(".base_layer")
+    return Experts(name, module)
 
 
 def _mlp_of(block_name: str, block: nn.Module, hidden: int) -> tuple[str, list[str]] | None:
@@ -315,10 +308,7 @@ def _site(block_name: str, block: nn.Module, layer: int, hidden: int, kind: str)
         if not mlp:
             return None
         return NeuronSite(down_name, layer, width if kind == "mlp_intermediate" else hidden, kind, down, **linear)
-    name = experts.name
-    while name.endswith(".base_layer"):  # PEFT's adapters on bare parameters wrap the module
-        name = name.removesuffix(".base_layer")
-    name = name.rpartition(".")[0]
+    name = experts.name.rpartition(".")[0]
     if mlp and not down_name.startswith(f"{name}."):
         raise FNSFTError(
             f"block {block_name} has experts ({experts.name}) and an MLP outside of {name} ({down_name}); a block "

@@ -216,10 +216,13 @@ ARCHITECTURES = [
 
 def architectures_table() -> str:
     """The table of the documentation: what is tested on which model."""
-    lines = ["| model | MLP | sites | discovery, masks, full | neuron_delta, lora |", "|---|---|---|---|---|"]
+    lines = [
+        "| model | MLP | sites | discovery, masks | `neuron_delta` | `lora` | `full` |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for architecture in ARCHITECTURES:
         names = [architecture.site] if isinstance(architecture.site, str) else architecture.site
         sites = ", ".join(f"`{name.format('N')}`" for name in names)
-        adapters = "yes" if architecture.dense else "refused where a layer has experts"
-        lines.append(f"| {architecture} | {architecture.mlp} | {sites} | yes | {adapters} |")
+        lora = "exact" if architecture.dense else "exact, by `target_parameters`"
+        lines.append(f"| {architecture} | {architecture.mlp} | {sites} | yes | exact | {lora} | exact |")
     return "\n".join(lines)

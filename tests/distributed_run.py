@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from helpers import medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
+from helpers import medium_experts, medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import distributed as dist
@@ -32,6 +32,12 @@ from fnsft_trl.constraints import FrozenSlices, set_lora_targets
 
 
 METHODS = ("neuron_delta", "lora", "full")
+EXPERTS = " experts"  # at the end of a method's name: on a mixture of experts
+
+
+def medium(method: str) -> torch.nn.Module:
+    """The model that a method trains."""
+    return (medium_experts if method.endswith(EXPERTS) else medium_model)(torch.float64)
 
 
 def whole(model) -> dict[str, torch.Tensor]:
@@ -57,11 +63,11 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def merged(weights: dict[str, torch.Tensor], config: PeftConfig | None) -> dict[str, torch.Tensor]:
+def merged(method: str, weights: dict[str, torch.Tensor], config: PeftConfig | None) -> dict[str, torch.Tensor]:
     """Gathered weights, an adapter's merged by this process alone, as after a training on many devices."""
     if config is None:
         return weights
-    model = get_peft_model(medium_model(torch.float64), config)
+    model = get_peft_model(medium(method), config)
     model.load_state_dict(weights)
     return whole(model.merge_and_unload())
 
@@ -79,17 +85,19 @@ def run_trainer(
         learning_rate=1e-3,
         save_strategy="steps",
         save_steps=2,
+        # Routers compute in float32; where a gradient is next to nothing, AdamW would make whole steps of rounding.
+        adam_epsilon=1e-3 if method.endswith(EXPERTS) else 1e-8,
         **({"fsdp": True, "fsdp_config": {"version": 2}} if is_sharded else {}),
     )
     assert args.world_size == processes
     trainer = FNSFTTrainer(
-        model=medium_model(torch.float64),
+        model=medium(method),
         args=args,
         train_dataset=Dataset.from_list(tiny_rows()),
         processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=4) if method == "lora" else None,
+        peft_config=LoraConfig(r=4) if method.startswith("lora") else None,
         network_config=FunctionalNetworkConfig(
-            train_method=method,
+            train_method=method.removesuffix(EXPERTS),
             ica_components=2,
             ica_rank=8,
             ica_max_tokens=200,
@@ -103,7 +111,7 @@ def run_trainer(
     if is_sharded:
         assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters())
         config = None if method == "full" else trainer.model.peft_config["default"]
-        weights = merged(whole(trainer.model), config)
+        weights = merged(method, whole(trainer.model), config)
     else:
         assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel) == (processes > 1)
         weights = whole(trainer.model if method == "full" else trainer.model.merge_and_unload())
@@ -114,10 +122,10 @@ def run_trainer(
 
 def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
     """A plain loop over a model sharded by `fully_shard`."""
-    base = medium_model(torch.float64)
+    base = medium(method)
     mask = random_mask(base, "mlp_intermediate")
     torch.manual_seed(1)
-    if method == "neuron_delta":
+    if method.startswith("neuron_delta"):
         model = get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges()))
     elif method == "lora":
         config = LoraConfig(r=4)
@@ -144,7 +152,7 @@ def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
         optimizer.zero_grad()
-    weights = merged(whole(model), None if method == "full" else model.peft_config["default"])
+    weights = merged(method, whole(model), None if method == "full" else model.peft_config["default"])
     for layer, members in mask.layers.items():
         weights[f"trainable.{layer}"] = members
     return weights
@@ -157,7 +165,8 @@ def main(processes: str, kind: str, folder: str) -> None:
         shard_on_cpu()
     if int(processes) > 1 and kind == "fsdp2":
         dist.init_process_group("gloo")
-    for method in METHODS:
+    with_experts = ["neuron_delta", "lora"] if kind == "ddp" else ["neuron_delta"]
+    for method in [*METHODS, *(f"{method}{EXPERTS}" for method in with_experts)]:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))
         else:

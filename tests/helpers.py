@@ -64,6 +64,17 @@ def medium_model(dtype=torch.float32) -> torch.nn.Module:
     return tf.LlamaForCausalLM(tf.LlamaConfig(mlp_bias=True, **shape, **tokens)).to(dtype).eval()
 
 
+def medium_experts(dtype=torch.float32) -> torch.nn.Module:
+    """A random Mixtral of 2 layers with 3 experts in each, of the widths of [`medium_model`]."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**shape, **experts, **tokens)).to(dtype).eval()
+    model.set_experts_implementation("eager")  # the default one does not compute in float64
+    return model
+
+
 def tiny_tokenizer() -> tf.PreTrainedTokenizerFast:
     """Byte-pair tokens over letters and common endings, with a chat template."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))

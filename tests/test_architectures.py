@@ -25,9 +25,6 @@ from fnsft_trl.export import changed_neurons
 from fnsft_trl.neurons import SITES
 
 
-DENSE = [architecture for architecture in ARCHITECTURES if architecture.dense]
-
-
 @pytest.fixture(params=ARCHITECTURES, ids=str)
 def architecture(request):
     return request.param
@@ -221,22 +218,43 @@ def test_full_fine_tuning_of_all_but_the_selected_neurons(architecture):
 
 @pytest.mark.parametrize("kind", SITES)
 @pytest.mark.parametrize("method", ["neuron_delta", "lora"])
-@pytest.mark.parametrize("architecture", DENSE, ids=str)
 def test_adapters_change_the_selected_neurons_and_no_more(architecture, method, kind):
     base = architecture.model()
     mask = random_mask(base, kind)
     before = state(base)
-    if method == "lora":
-        config = LoraConfig(r=2)
-        set_lora_targets(config, base, mask)
-    else:
-        config = NeuronTunerConfig(neurons=mask.to_ranges(), site=kind)
-    model = get_peft_model(base, config)
-    if method == "lora":
-        constrain_lora(model, mask)
-    model.eval()
+    model = adapted(base, mask, method)
     fit(model)
     merged = model.merge_and_unload()
     changed, others = changed_neurons(find_neuron_sites(merged, kind=kind), before, state(merged))
     assert others == []
     assert changed == mask
+
+
+def adapted(base, mask, method, *, is_held=True):
+    """The model with an adapter held to the neurons."""
+    if method == "neuron_delta":
+        model = get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges(), site=mask.site))
+        return model.eval()
+    config = LoraConfig(r=2)
+    set_lora_targets(config, base, mask)
+    model = get_peft_model(base, config)
+    if is_held:
+        constrain_lora(model, mask)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+def test_not_held_more_would_change(architecture, method):
+    """The control of the tests above, with what holds the frozen weights switched off."""
+    model = architecture.model()
+    mask = random_mask(model, SITES[0])
+    before = state(model)
+    if method != "full":
+        model = adapted(model, mask, method, is_held=False)
+    if method == "neuron_delta":  # nothing but the frozen base holds them
+        model.requires_grad_(True)
+    fit(model, steps=1)
+    if method != "full":
+        model = model.merge_and_unload()
+    changed, others = changed_neurons(find_neuron_sites(model), before, state(model))
+    assert changed != mask or others

@@ -1,32 +1,35 @@
 """What is particular to mixtures of experts: the way to the activations of routed experts."""
 
 import copy
+from functools import wraps
 
 import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES
 from datasets import Dataset
-from helpers import logits, random_mask, sft_config, state, zeroed
-from peft import LoraConfig, get_peft_model
+from helpers import changed_entries, logits, medium_experts, random_mask, sft_config, state, zeroed
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from fnsft_trl import (
     FNSFTError,
     FNSFTTrainer,
     FrozenNeuronGuard,
     FunctionalNetworkConfig,
-    NeuronMask,
     NeuronTunerConfig,
     constrain_full,
-    constrain_lora,
     discover_networks,
     find_neuron_sites,
     lesion,
+    to_plain_lora,
+    verify_merge,
 )
 from fnsft_trl.activations import ActivationReader, TokenSequence
 from fnsft_trl.callbacks import FrozenNeuronMoved
-from fnsft_trl.constraints import check_lora_config, set_lora_targets
-from fnsft_trl.export import changed_neurons
+from fnsft_trl.evaluation.reload import check_reload, last_logits
+from fnsft_trl.export import changed_neurons, to_merged
 
 
 NAMED = {str(architecture): architecture for architecture in ARCHITECTURES}
@@ -174,69 +177,142 @@ def test_sites_and_masks_reach_through_adapters_on_expert_weights(model, ids, si
     assert torch.allclose(logits(zeroed(merged, mask), ids), masked, atol=1e-5)
 
 
-def test_adapters_on_experts_are_refused(mixtral):
-    mask = random_mask(mixtral, "mlp_intermediate")
-    message = r"layer 0 \(.*model\.layers\.0\.mlp\) is a mixture of experts.*use train_method=full"
-    with pytest.raises(FNSFTError, match=message):
-        get_peft_model(copy.deepcopy(mixtral), NeuronTunerConfig(neurons=mask.to_ranges()))
-    outputs = random_mask(mixtral, "mlp_output")
-    with pytest.raises(FNSFTError, match=message):
-        get_peft_model(copy.deepcopy(mixtral), NeuronTunerConfig(neurons=outputs.to_ranges(), site="mlp_output"))
-    with pytest.raises(FNSFTError, match=message):
-        set_lora_targets(LoraConfig(), mixtral, mask)
-    wrapped = get_peft_model(copy.deepcopy(mixtral), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(FNSFTError, match="target_parameters"):  # PEFT has turned the targets into those of the experts
-        constrain_lora(wrapped, mask)
-    with pytest.raises(FNSFTError, match="target_parameters"):
-        check_lora_config(LoraConfig(target_parameters=["experts.down_proj"]), mixtral, "mlp_intermediate")
-
-
-def test_neuron_deltas_of_the_dense_layers_beside_experts(ids):
-    base = NAMED["DeepseekV3ForCausalLM"].model()
-    widths = {site.layer: site.width for site in find_neuron_sites(base)}
-    mask = NeuronMask.from_ranges({"0": "0-9"}, widths, "mlp_intermediate")
-    before = state(base)
-    wrapped = get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges()))
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):
-        wrapped(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    merged = wrapped.merge_and_unload()
-    assert changed_neurons(find_neuron_sites(merged), before, state(merged)) == (mask, [])
-
-
-def test_lora_of_the_dense_layers_beside_experts_is_refused():
-    """PEFT takes the names of any MLP layers for those of all experts, as older checkpoints named them."""
-    base = NAMED["DeepseekV3ForCausalLM"].model()
-    widths = {site.layer: site.width for site in find_neuron_sites(base)}
-    mask = NeuronMask.from_ranges({"0": "0-9"}, widths, "mlp_intermediate")
-    config = LoraConfig(r=2)
-    set_lora_targets(config, base, mask)
-    wrapped = get_peft_model(base, config)
-    with pytest.raises(FNSFTError, match="LoRA with target_parameters cannot be held"):
-        constrain_lora(wrapped, mask)
+def trainer_of(base, rows, tokenizer, directory, method, template=None, **settings):
+    config = {"ica_components": 2, "ica_rank": 8, "ica_max_tokens": 200, "ica_max_length": 16, "ica_percentile": 70}
+    args = {"save_strategy": "steps", "save_steps": 2, **settings.pop("args", {})}
+    return FNSFTTrainer(
+        model=base,
+        args=sft_config(directory, **args),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, task_type="CAUSAL_LM") if method == "lora" else None,
+        network_config=FunctionalNetworkConfig(**config, ica_component_ids=[0], train_method=method, **settings),
+        network_template=template,
+    )
 
 
 @pytest.mark.parametrize("site", ["mlp_intermediate", "mlp_output"])
-def test_a_mixture_of_experts_is_trained_by_the_trainer(mixtral, rows, tokenizer, tmp_path, site):
-    """Discovery, selection, full fine-tuning under weight decay and clipping, and the guard."""
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+def test_a_mixture_of_experts_is_trained_by_the_trainer(mixtral, rows, tokenizer, tmp_path, site, method):
+    """Discovery, selection, training under weight decay and clipping, and the guard."""
     before = state(mixtral)
-    config = FunctionalNetworkConfig(
-        **{"ica_components": 2, "ica_rank": 8, "ica_max_tokens": 200, "ica_max_length": 16, "ica_percentile": 70},
-        **{"ica_site": site, "ica_component_ids": [0], "train_method": "full"},
-    )
-    trainer = FNSFTTrainer(
-        model=mixtral,
-        args=sft_config(tmp_path, save_strategy="steps", save_steps=2),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        network_config=config,
-    )
+    trainer = trainer_of(mixtral, rows, tokenizer, tmp_path, method, ica_site=site)
     trainer.train()
-    changed, others = changed_neurons(find_neuron_sites(mixtral, kind=site), before, state(trainer.model))
+    trained = trainer.model if method == "full" else trainer.model.merge_and_unload()
+    changed, others = changed_neurons(find_neuron_sites(trained, kind=site), before, state(trained))
     assert others == []
     assert changed == trainer.trainable_neurons
+
+
+FEATURES = {
+    "accumulation and clipping": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "packing": {"packing": True},
+    "checkpointing, not reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "checkpointing, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "bf16": {"bf16": True},
+    "torch_compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "adamw_8bit": {"optim": "adamw_8bit"},
+}
+
+
+@pytest.mark.parametrize(
+    "feature", [pytest.param(name, marks=pytest.mark.slow) if "compile" in name else name for name in FEATURES]
+)
+@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
+def test_training_features_are_exact_on_experts(feature, method, rows, tokenizer, tmp_path):
+    base = medium_experts()
+    before = state(base)
+    trainer = trainer_of(base, rows, tokenizer, tmp_path, method, args={"max_length": 64, **FEATURES[feature]})
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    changed, others = changed_neurons(find_neuron_sites(merged), before, state(merged))
+    torch.compiler.reset()
+    assert others == []
+    assert changed == trainer.trainable_neurons
+
+
+def test_lora_on_experts_is_refused_when_sharded(mixtral, rows, tokenizer, tmp_path, monkeypatch):
+    plain = SFTTrainer.__init__
+
+    @wraps(plain)
+    def sharded(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
+    with pytest.raises(FNSFTError, match="LoRA on the weights of experts, held to neurons, does not run sharded"):
+        trainer_of(mixtral, rows, tokenizer, tmp_path, "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "GptOssForCausalLM"])
+def test_adapters_are_resumed_reloaded_and_exported(name, rows, tokenizer, tmp_path, method):
+    NAMED[name].model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def run(directory, template=None, resume=None, **args):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        trainer = trainer_of(base, rows, tokenizer, tmp_path / directory, method, template, args=args)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    whole.save_model(str(tmp_path / "adapter"))
+    template = whole.network_template
+    resumed = run("resumed", template, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = get_peft_model_state_dict(whole.model)
+    found = get_peft_model_state_dict(resumed.model)
+    assert changed_entries(expected, found) == {}
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+    last = last_logits(whole.model, ids)
+    adapters = {"adapter": tmp_path / "adapter"}
+    assert check_reload(str(tmp_path / "base"), adapters, ids, {"adapter": last}) == {"adapter": 0.0}
+
+    to_merged(tmp_path / "adapter", tmp_path / "merged")
+    by = whole.trainable_neurons if method == "lora" else tmp_path / "adapter"
+    assert verify_merge(tmp_path / "base", tmp_path / "merged", by) == whole.trainable_neurons
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(last_logits(merged, ids), last, atol=1e-4, rtol=1e-4)
+
+
+def test_deltas_of_experts_as_plain_lora(model, ids, tmp_path):
+    """Loaded by PEFT as any LoRA; of one rank for all experts of a layer."""
+    for site in ("mlp_intermediate", "mlp_output"):
+        base = copy.deepcopy(model)
+        base.save_pretrained(tmp_path / "base")
+        base = type(model).from_pretrained(tmp_path / "base")
+        neurons = random_mask(base, site, share=0.3).to_ranges()
+        lora = (
+            {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+            if model.config.model_type != "deepseek_v3"
+            else None
+        )
+        wrapped = get_peft_model(
+            base, NeuronTunerConfig(neurons=neurons, site=site, task_type="CAUSAL_LM", lora=lora)
+        ).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        expected = logits(wrapped, ids)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        to_plain_lora(tmp_path / "adapter", tmp_path / "plain")
+        config = to_plain_lora(wrapped, tmp_path / "live")
+        file = "adapter_model.safetensors"
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "live" / file).read_bytes()
+        assert any("experts.down_proj" in name for name in config.target_parameters)
+        plain = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "plain").eval()
+        assert not torch.allclose(logits(model, ids), expected, atol=1e-2)
+        torch.testing.assert_close(logits(plain, ids), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits(plain.merge_and_unload(), ids), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_guard_names_the_expert_neuron_that_moved(model):

@@ -32,6 +32,10 @@ EXACT = {
     "`rank_pattern`, `alpha_pattern`": {"rank_pattern": {"up_proj": 6}, "alpha_pattern": {"down_proj": 32}},
     "`target_modules`": {"target_modules": ["down_proj", "q_proj"]},
     "`target_modules='all-linear'`": {"target_modules": "all-linear"},
+    "`target_parameters`": {
+        "target_modules": [],
+        "target_parameters": ["mlp.up_proj.weight", "mlp.down_proj.weight"],
+    },
     "`exclude_modules`": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
     "`layers_to_transform`": {"target_modules": ["up_proj", "down_proj"], "layers_to_transform": [0, 2]},
     "`trainable_token_indices`": {"trainable_token_indices": {"embed_tokens": [4, 5]}},
@@ -49,7 +53,6 @@ _FIELD_SETTINGS = {
     "arrow_config": ArrowConfig(),
     "alora_invocation_tokens": [5, 6],
     "layer_replication": [(0, 2), (1, 3)],
-    "target_parameters": ["mlp.up_proj.weight"],
     "megatron_config": {"tensor_model_parallel_size": 2},
 }
 _INIT_SETTINGS = {"loftq": {"loftq_config": {"loftq_bits": 4}}}

@@ -13,6 +13,7 @@ from peft.mapping import (
 )
 
 from .config import NeuronPeftType, NeuronTunerConfig
+from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer
 from .model import NeuronTunerModel
 
@@ -24,4 +25,4 @@ PEFT_TYPE_TO_TUNER_MAPPING[_TYPE] = NeuronTunerModel
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING[_TYPE] = NeuronTunerModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_TYPE] = NeuronTunerModel.prefix
 
-__all__ = ["NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]
+__all__ = ["ExpertDeltaLayer", "NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

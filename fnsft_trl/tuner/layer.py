@@ -1,4 +1,4 @@
-"""One linear layer with a delta for some of its neurons."""
+"""One linear layer with a delta for some of its neurons; and what layers with deltas of any kind have in common."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FNSFTError
+from ..layout import select_positions, write_positions
 from ..neurons import WeightSlice, linear_shape
 
 
@@ -43,18 +44,19 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear_shape(base_layer)
-        self.neuron_delta_weight = nn.ParameterDict({})
-        self.neuron_delta_bias = nn.ParameterDict({})
-        self.positions = BufferDict({}, persistent=False)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict({}, persistent=False))
+        # adapter name -> parameter name -> where its neurons are
         self.slices: dict[str, dict[str, WeightSlice]] = {}
         self.merged_adapters = []
         # What the base parameters hold at present: the deltas of these adapters, in this state, ...
         self._held: tuple[str, ...] = ()
         self._seen: tuple[tuple[int, int, int], ...] = ()
         self._is_stale = False
-        # ... at these positions, which had these values: parameter name -> (positions, ...).
-        self._held_positions: torch.Tensor | None = None
+        # ... at these positions, which had these values: parameter name -> (positions,) and (positions, ...).
+        self._held_positions: dict[str, torch.Tensor] = {}
         self._originals: dict[str, torch.Tensor] = {}
 
     def update_layer(
@@ -72,7 +74,8 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         positions = parts["weight"].indices(neurons)
         self.slices[adapter_name] = parts
         self.positions[adapter_name] = positions
-        other = self.in_features if parts["weight"].side == "output" else self.out_features
+        n_in, n_out = linear_shape(self.base_layer)
+        other = n_in if parts["weight"].side == "output" else n_out
         self.neuron_delta_weight[adapter_name] = nn.Parameter(torch.zeros(len(positions), other))
         if "bias" in parts:
             self.neuron_delta_bias[adapter_name] = nn.Parameter(torch.zeros(len(positions)))
@@ -88,10 +91,16 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             weight: the factor.
             to: name of the adapter that is changed.
         """
-        where = torch.searchsorted(self.positions[to], self.positions[source])
         targets = dict(self._deltas(to))
         for parameter, delta in self._deltas(source):
+            order = self.positions_of(to, parameter).argsort()
+            there = self.positions_of(source, parameter)
+            where = order[torch.searchsorted(self.positions_of(to, parameter), there, sorter=order)]
             targets[parameter].index_add_(0, where, delta.to(targets[parameter].dtype), alpha=weight)
+
+    def positions_of(self, adapter_name: str, parameter: str) -> torch.Tensor:
+        """Positions of an adapter's neurons in a parameter, in the order of the rows of their delta."""
+        return self.positions[adapter_name]
 
     def float_deltas(self) -> None:
         """On a quantised base, bring all deltas back to float32 after a trainer has cast them to half precision.
@@ -100,8 +109,8 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         """
         if self.get_base_layer().weight.is_floating_point():
             return
-        for deltas in (self.neuron_delta_weight, self.neuron_delta_bias):
-            for delta in deltas.values():
+        for name in self.slices:
+            for _, delta in self._deltas(name):
                 if delta.dtype in (torch.bfloat16, torch.float16):
                     delta.data = delta.data.float()
 
@@ -110,7 +119,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.merged:
             return self.base_layer(x)
-        names = () if self.disable_adapters else tuple(n for n in self.active_adapters if n in self.slices)
+        names = self._names()
         if not self._can_hold():
             if self._held:
                 self.hold(())
@@ -122,19 +131,25 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         return _HeldLinear.apply(self, names, x, *(delta for name in names for _, delta in self._deltas(name)))
 
+    def _names(self) -> tuple[str, ...]:
+        """The adapters that change this layer at present."""
+        return () if self.disable_adapters else tuple(name for name in self.active_adapters if name in self.slices)
+
+    def _is_plain(self) -> bool:
+        """Whether the base layer computes by its parameters and nothing else."""
+        return type(self.base_layer) in (nn.Linear, Conv1D)  # a subclass may be quantised or compute something else
+
     def _can_hold(self) -> bool:
-        """Whether the selected slices of the base weight can be overwritten, and the plain layer then called."""
-        if torch.compiler.is_compiling() or is_deepspeed_zero3_enabled():
+        """Whether the selected slices of the base weights can be overwritten, and the plain layer then called."""
+        if torch.compiler.is_compiling() or is_deepspeed_zero3_enabled() or not self._is_plain():
             return False
-        if type(self.base_layer) not in (nn.Linear, Conv1D):  # a subclass may be quantised or compute something else
-            return False
-        weight = self.base_layer.weight
-        return (
+        return not self._is_sharded() and all(
             type(weight) is nn.Parameter  # not a DTensor
-            and not self._is_sharded()
             and not weight.requires_grad
             and not weight.is_inference()
             and weight.device.type != "meta"  # offloaded
+            for weight in self.base_layer._parameters.values()
+            if weight is not None
         )
 
     def _is_sharded(self) -> bool:
@@ -144,21 +159,15 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
     def _add(self, result: torch.Tensor, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         """The additive form: `result`, shape (..., out), changed by the deltas."""
         for name in names:
-            delta, positions = self.neuron_delta_weight[name], self.positions[name]
-            if self.slices[name]["weight"].side == "output":
-                bias = self.neuron_delta_bias.get(name, None)
-                change = nn.functional.linear(self._cast_input_dtype(x, delta.dtype), delta, bias)  # (..., positions)
-                result = result.index_add(-1, positions, change.to(result.dtype))
-            else:
-                change = self._cast_input_dtype(x.index_select(-1, positions), delta.dtype) @ delta  # (..., out)
-                result = result + change.to(result.dtype)
+            bias = self.neuron_delta_bias.get(name, None)
+            side = self.slices[name]["weight"].side
+            result = add_change(result, x, side, self.positions[name], self.neuron_delta_weight[name], bias)
         return result
 
     def _deltas(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """(parameter name, delta) of each changed parameter: the weight, then the bias."""
         for parameter in self.slices[adapter_name]:
-            deltas = self.neuron_delta_weight if parameter == "weight" else self.neuron_delta_bias
-            yield parameter, deltas[adapter_name]
+            yield parameter, getattr(self, f"neuron_delta_{parameter}")[adapter_name]
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -184,12 +193,11 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         if names != self._held:
             for parameter, rows in self._originals.items():
                 self._put(parameter, rows)
-            self._held_positions, self._originals = None, {}
-            if names:
-                positions = [self.positions[name] for name in names]
-                self._held_positions = positions[0] if len(names) == 1 else torch.cat(positions).unique()
-                parameters = dict.fromkeys(parameter for name in names for parameter in self.slices[name])
-                self._originals = {parameter: self._take(parameter) for parameter in parameters}
+            self._held_positions, self._originals = {}, {}
+            for parameter in dict.fromkeys(parameter for name in names for parameter in self.slices[name]):
+                positions = [self.positions_of(name, parameter) for name in names if parameter in self.slices[name]]
+                self._held_positions[parameter] = positions[0] if len(names) == 1 else torch.cat(positions).unique()
+                self._originals[parameter] = self._take(parameter)
         for parameter, rows in self._originals.items():
             self._put(parameter, self._sum(parameter, rows, names))
         self._held, self._seen, self._is_stale = names, seen, False
@@ -201,33 +209,32 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             if delta is None:
                 continue
             if len(names) == 1:
-                return rows + delta
+                return rows + delta.view_as(rows)
             rows = rows.to(torch.promote_types(rows.dtype, delta.dtype))
-            where = torch.searchsorted(self._held_positions, self.positions[name])
-            rows = rows.index_add(0, where, delta.to(rows.dtype))
+            where = torch.searchsorted(self._held_positions[parameter], self.positions_of(name, parameter))
+            rows = rows.index_add(0, where, delta.to(rows.dtype).view(-1, *rows.shape[1:]))
         return rows
 
-    def _dim(self, parameter: str) -> int:
-        return next(iter(self.slices.values()))[parameter].dim
+    def _dims(self, parameter: str) -> tuple[int, ...]:
+        return next(parts[parameter].dims for parts in self.slices.values() if parameter in parts)
 
     def _take(self, parameter: str) -> torch.Tensor:
         """The entries of a base parameter at the held positions, one row for each."""
-        values, dim = getattr(self.get_base_layer(), parameter), self._dim(parameter)
-        rows = values.index_select(dim, self._held_positions)
-        return rows.T.contiguous() if dim == 1 else rows
+        values = getattr(self.get_base_layer(), parameter)
+        return select_positions(values, self._dims(parameter), self._held_positions[parameter]).contiguous()
 
     def _put(self, parameter: str, rows: torch.Tensor) -> None:
         """The inverse of `_take`."""
-        values, dim = getattr(self.get_base_layer(), parameter), self._dim(parameter)
-        rows = rows.to(values.dtype)
-        if dim == 0:
-            values.index_copy_(0, self._held_positions, rows)
+        values, dims = getattr(self.get_base_layer(), parameter), self._dims(parameter)
+        positions, rows = self._held_positions[parameter], rows.to(values.dtype)
+        if dims != (1,) or values.dim() != 2:
+            write_positions(values, dims, positions, rows)
             return
         # Copying columns from a transposed view takes many times as long as transposing first, in blocks that stay in
         # the processor's cache.
         for start in range(0, len(values), _BLOCK):
             block = slice(start, start + _BLOCK)
-            values[block].index_copy_(1, self._held_positions, rows[:, block].T.contiguous())
+            values[block].index_copy_(1, positions, rows[:, block].T.contiguous())
 
     def release(self) -> None:
         """Put the base values back until the next forward pass; what is merged stays merged."""
@@ -260,7 +267,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         self.release()
         super()._apply(fn, recurse)
         if self._originals:
-            self._held_positions = fn(self._held_positions)
+            self._held_positions = {parameter: fn(rows) for parameter, rows in self._held_positions.items()}
             self._originals = {parameter: fn(rows) for parameter, rows in self._originals.items()}
         return self
 
@@ -295,12 +302,13 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         base = self.get_base_layer()
-        if not base.weight.is_floating_point():
+        weights = [getattr(base, parameter) for name in names for parameter in self.slices[name]]
+        if not all(weight.is_floating_point() for weight in weights):
             raise FNSFTError(
                 f"neuron deltas cannot be merged into a {type(base).__name__}: a quantised weight shares its "
                 "scale with its neighbours; load the base model unquantised, then merge"
             )
-        if type(base.weight) is not nn.Parameter or self._is_sharded():
+        if any(type(weight) is not nn.Parameter for weight in weights) or self._is_sharded():
             raise FNSFTError("neuron deltas cannot be merged into sharded weights; merge in one process")
         self.hold((*self.merged_adapters, *names), refresh=True)
         written = [self._take(parameter) for parameter in self._originals]
@@ -316,6 +324,49 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "neuron_delta." + super().__repr__()
+
+
+def add_change(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    side: str,
+    positions: torch.Tensor,
+    delta: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The additive form of one delta: the output of a linear layer, with the change that the delta makes.
+
+    Args:
+        result: the output without it, shape (..., out).
+        x: the input, shape (..., in).
+        side: whether the neurons are the layer's `"output"` or its `"input"`.
+        positions: of the neurons, shape (m,).
+        delta: shape (m, in), or (m, out) when they are inputs.
+        bias: change of the bias at the positions, shape (m,).
+    """
+    if side == "output":
+        change = nn.functional.linear(x.to(delta.dtype), delta, bias)  # (..., m)
+        return result.index_add(-1, positions, change.to(result.dtype))
+    change = x.index_select(-1, positions).to(delta.dtype) @ delta  # (..., out)
+    return result + change.to(result.dtype)
+
+
+def change_gradients(
+    side: str, positions: torch.Tensor, kept: torch.Tensor, grad: torch.Tensor, has_bias: bool
+) -> list[torch.Tensor]:
+    """Gradients of one delta, of its shape, and of its bias, shape (m,), if there is one.
+
+    Args:
+        side: whether the neurons are the layer's `"output"` or its `"input"`.
+        positions: of the neurons, shape (m,).
+        kept: the input of the layer, (tokens, in); at the positions alone, (tokens, m), when neurons are inputs.
+        grad: gradient of the output, shape (tokens, out).
+        has_bias: whether the delta has one.
+    """
+    if side == "input":
+        return [kept.T @ grad]
+    selected = grad.index_select(-1, positions)  # (tokens, m)
+    return [selected.T @ kept, selected.sum(0)] if has_bias else [selected.T @ kept]
 
 
 class _HeldLinear(torch.autograd.Function):
@@ -360,12 +411,7 @@ class _HeldLinear(torch.autograd.Function):
                 grads += [None] * len(layer.slices[name])
                 continue
             kept = kept.reshape(-1, kept.shape[-1]).to(grad.dtype)
-            if layer.slices[name]["weight"].side == "output":
-                selected = grad.index_select(-1, layer.positions[name])  # (tokens, positions)
-                by_parameter = {"weight": selected.T @ kept}
-                if "bias" in layer.slices[name]:
-                    by_parameter["bias"] = selected.sum(0)
-            else:
-                by_parameter = {"weight": kept.T @ grad}
-            grads += [by_parameter[parameter].to(delta.dtype) for parameter, delta in layer._deltas(name)]
+            side = layer.slices[name]["weight"].side
+            found = change_gradients(side, layer.positions[name], kept, grad, "bias" in layer.slices[name])
+            grads += [g.to(delta.dtype) for g, (_, delta) in zip(found, layer._deltas(name), strict=True)]
         return None, None, grad_x, *grads

@@ -1,4 +1,4 @@
-"""NeuronTunerModel: puts a NeuronDeltaLayer around every linear layer that holds a part of a selected neuron."""
+"""NeuronTunerModel: puts a layer with deltas around every module that holds a part of a selected neuron."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..errors import FNSFTError
+from ..experts import Experts
 from ..neurons import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites, linear_shape
 from ..selection import NeuronMask
 from .config import NeuronTunerConfig
+from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer
 
 
@@ -50,10 +52,10 @@ class NeuronTunerModel(BaseTuner):
         for site in sites:
             neurons = mask.indices(site.layer)
             if len(neurons):
-                site.check_no_experts("a neuron delta")
                 for name in site.layout.modules():
                     slices = [part for part in site.layout.slices if part.module_name == name]
-                    self._parts[name] = (neurons, slices)
+                    if len(slices[0].held(neurons)):  # routed experts, or the shared one, may have none of them
+                        self._parts[name] = (neurons, slices)
         check_modules_to_save(peft_config.modules_to_save, list(self._parts))
         targets = self._lora_targets(peft_config.lora, sites) if peft_config.lora else []
         peft_config.target_modules = sorted([*self._parts, *targets])
@@ -76,7 +78,7 @@ class NeuronTunerModel(BaseTuner):
             and not name.startswith(inner)
             and check_target_module_exists(config, name)
         ]
-        held = {name for site in sites for name in (site.name, *site.up_names)}
+        held = {name for site in sites for name in (site.down_name, *site.up_names)}
         taken = next((name for name in targets if name in held), None)
         if taken:
             raise FNSFTError(
@@ -101,7 +103,9 @@ class NeuronTunerModel(BaseTuner):
             LoraModel._create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key)
             return
         neurons, slices = self._parts[current_key]
-        layer = target if isinstance(target, NeuronDeltaLayer) else NeuronDeltaLayer(target)
+        layer = target
+        if not isinstance(target, NeuronDeltaLayer):
+            layer = ExpertDeltaLayer(target) if Experts.are_in(target) else NeuronDeltaLayer(target)
         layer.update_layer(adapter_name, slices, neurons, inference_mode=peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
