@@ -46,7 +46,7 @@ def _signature(thing) -> str:
         for p in inspect.signature(thing).parameters.values()
         if p.name != "self"
     ]
-    words = [re.sub(r"<factory>|<dataclasses.*?>", "...", str(p)) for p in parameters]
+    words = [re.sub(r"<factory>|<dataclasses.*?>|<function .* at 0x\w+>", "...", str(p)) for p in parameters]
     names = [p.name for p in parameters]
     first = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
     if first is not None and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -69,7 +69,7 @@ def _markdown(docstring: str) -> str:
             lines.append(f"**{title}**\n\n" + "\n".join(f"- {_named(item)}" for item in items))
         if after.strip():
             lines.append(after.strip())
-    return _linked("\n\n".join(lines)) + "\n"
+    return _linked("\n\n".join(lines)).replace("```python", "```pycon") + "\n"
 
 
 def _named(item: str) -> str:

@@ -33,6 +33,16 @@ def hub_home():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Arguments of a Trainer leave variables behind (`fsdp` does), which would reach later tests and their processes."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Tokenised data of the tests stay out of the user's cache."""

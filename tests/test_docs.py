@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from api_reference import api_reference
 from architectures import architectures_table
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -107,6 +108,20 @@ def combinations_table() -> str:
     for (mask_mode, train), (outcome, text) in COMBINATIONS.items():
         lines.append(f"| {mask_mode or 'null'} | {train} | {text if outcome else f'error: {text}'} |")
     return "\n".join(lines)
+
+
+def test_the_reference_is_that_of_the_docstrings():
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert page == api_reference(), "run: python tests/api_reference.py > docs/api.md"
+
+
+def test_the_lines_that_install_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text().replace("$(BIN)/", "").replace("--quiet ", "")
+    makefile = makefile.replace("$(EMBEDDED)", re.search(r"EMBEDDED := (.*)", makefile)[1])
+    lines = "".join(blocks(ROOT / "docs" / "installation.md", "sh")).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line in makefile
 
 
 def test_the_table_of_architectures_is_that_of_the_tests():

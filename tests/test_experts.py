@@ -246,7 +246,7 @@ def test_lora_on_experts_is_refused_when_sharded(mixtral, rows, tokenizer, tmp_p
         self.is_fsdp_enabled = True
 
     monkeypatch.setattr(SFTTrainer, "__init__", sharded)
-    with pytest.raises(FNSFTError, match="LoRA on the weights of experts, held to neurons, does not run sharded"):
+    with pytest.raises(FNSFTError, match="LoRA on the weights of experts, held to neurons, do not run sharded"):
         trainer_of(mixtral, rows, tokenizer, tmp_path, "lora")
 
 

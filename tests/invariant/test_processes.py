@@ -8,6 +8,8 @@ import sys
 import pytest
 
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[3])

@@ -65,6 +65,7 @@ def run(code, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardize", ["center", "zscore"])
 def test_two_processes_write_the_same_bytes(tmp_path, standardize):
     for name in ("one", "two"):
