@@ -35,7 +35,7 @@ def hub_home():
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """Arguments of a Trainer leave variables behind (`fsdp` does), which would reach later tests and their processes."""
+    """Some arguments of a Trainer (`fsdp`) set variables, which would reach later tests and their processes."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
