@@ -120,7 +120,7 @@ def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> lis
 
 
 def _drop_idle(values: dict[str, Any], sources: dict[str, dict[str, Any]]) -> list[str]:
-    """Drop the options of LoRA from a file that says no_peft, and say so: the original's files have them side by side."""
+    """Drop the options of LoRA from a file that says no_peft, as the original's files may, and say so."""
     files = [given for source, given in sources.items() if source != COMMAND_LINE]
     if values.get("use_peft") or not any(given.get("no_peft") for given in files):
         return []

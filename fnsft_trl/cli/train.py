@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     from ..data.training import load_training_data
     from ..embedded import resolve_model
     from ..trainer import FNSFTTrainer
+    from .checks import check_training_arguments
     from .models import check_attention, default_lora_targets, model_errors
     from .precision import Precision, check_quantization
     from .templates import save_template
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
         mixture = DatasetMixtureConfig(**options.of(DatasetMixtureConfig))
         model_args = ModelConfig(**model_settings)
         peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
-    _check_trackers(training_args.report_to)
+    check_training_arguments(training_args, precision.device)
     check_attention(model_args.attn_implementation)
     output_dir = check_writable(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
@@ -125,14 +126,6 @@ def main(argv: list[str]) -> None:
         message = {"commit_message": run.hub_commit_message} if run.hub_commit_message else {}
         trainer.push_to_hub(dataset_name=script_args.dataset_name, **message)
     trainer.accelerator.print(f"Model saved to: {training_args.output_dir}")
-
-
-def _check_trackers(names: list[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-
-    for name in names:
-        if name not in (*get_available_reporting_integrations(), "flyte"):
-            raise FNSFTError(f"the tracker {name} of report_to is not installed; install it, or drop it")
 
 
 def _export(run: RunConfig, output_dir: Path) -> None:

@@ -21,6 +21,10 @@ _RANGES = {
     **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha", "max_length"), (1, math.inf)),
     **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm"), (0, math.inf)),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "logging_steps", "save_steps"), (0, math.inf)),
+    **dict.fromkeys(("neftune_noise_alpha", "adam_epsilon"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
+    "pad_to_multiple_of": (1, math.inf),
+    "label_smoothing_factor": (0, 1),
     "lora_dropout": (0, 0.999),
     "max_steps": (-1, math.inf),
 }

@@ -1,0 +1,63 @@
+"""Checks of training arguments that TRL and transformers make when the training begins, or in its first evaluation."""
+
+import torch
+from transformers import get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig
+
+from ..errors import FNSFTError
+
+
+# What an evaluation of SFTTrainer measures. aux_loss is that of experts.
+_EVAL_METRICS = (
+    *("loss", "mean_token_accuracy", "entropy", "aux_loss", "num_tokens"),
+    *("runtime", "samples_per_second", "steps_per_second"),
+)
+
+
+def check_training_arguments(args: SFTConfig, device: str) -> None:
+    """Check, before anything is loaded, what would end the training at its beginning.
+
+    Args:
+        args: the arguments of the trainer.
+        device: type of the device that it computes on.
+
+    Raises:
+        FNSFTError: a tracker or a kernel that is not installed, a schedule that does not take its arguments, a metric
+            that is not measured, or offloading without an accelerator.
+    """
+    for name in args.report_to:
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise FNSFTError(f"the tracker {name} of report_to is not installed; install it, or drop it")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise FNSFTError("use_liger_kernel needs the package liger-kernel; install it, or drop use_liger_kernel")
+    if args.activation_offloading and device == "cpu":
+        raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
+    _check_schedule(args)
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in _EVAL_METRICS:
+        raise FNSFTError(
+            f"metric_for_best_model is {metric!r}, which no evaluation here measures; it must be one of: "
+            f"{', '.join(_EVAL_METRICS)}"
+        )
+
+
+def _check_schedule(args: SFTConfig) -> None:
+    """Make the learning rate schedule once; how many steps there will be is not known yet, unless they are given."""
+    steps = args.max_steps if args.max_steps > 0 else 10**6
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=settings,
+        )
+    except (TypeError, ValueError) as error:
+        raise FNSFTError(
+            f"lr_scheduler_kwargs is {settings or 'not given'}, which lr_scheduler_type={name.value} does not take: "
+            f"{error}"
+        ) from error
