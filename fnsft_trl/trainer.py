@@ -221,8 +221,8 @@ class FNSFTTrainer(SFTTrainer):
             held = constrain_lora(self.model, self.trainable_neurons, adapter_name=_only_adapter(self.model))
             if sharded and held.masks_gradients:
                 raise FNSFTError(
-                    "LoRA on the weights of experts, held to neurons, does not run sharded (FSDP, DeepSpeed); use "
-                    "plain data parallelism, or train_method=neuron_delta"
+                    "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
+                    "use plain data parallelism, or train_method=neuron_delta"
                 )
             self._frozen_slices = None if sharded else held  # sharding puts other tensors in the place of these
             if sharded and "8bit" in optim:

@@ -212,7 +212,7 @@ def test_export_lora_on_the_command_line(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "gguf"], "invalid choice"),
+        (["--to", "onnx"], "invalid choice"),
         (["--to", "lora"], "adapter of type"),
         (["--to", "merged", "nowhere"], "unrecognized arguments"),
         ([], "--to"),

@@ -13,14 +13,8 @@ from peft.tuners.lora import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraCo
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, NeuronMask, constrain_lora, find_neuron_sites
-from fnsft_trl.constraints import (
-    EXACT_INITS,
-    HELD_LORA_FIELDS,
-    REFUSED_INITS,
-    REFUSED_LORA_FIELDS,
-    check_lora_config,
-    set_lora_targets,
-)
+from fnsft_trl.constraints import check_lora_config, set_lora_targets
+from fnsft_trl.constraints.lora_config import EXACT_INITS, HELD_LORA_FIELDS, REFUSED_INITS, REFUSED_LORA_FIELDS
 from fnsft_trl.export import changed_neurons
 
 
@@ -45,6 +39,7 @@ EXACT = {
     "`init_lora_weights='orthogonal'`": {"init_lora_weights": "orthogonal"},
     "`init_lora_weights='mica'`": {"init_lora_weights": "mica"},
 }
+DORA = "`use_dora` on modules of which neurons are outputs (up and gate; down at `mlp_output`)"
 _FIELD_SETTINGS = {
     "use_bdlora": BdLoraConfig(target_modules_bd_a=["down_proj"], nblocks=2),
     "velora_config": VeloraConfig(),
@@ -70,8 +65,9 @@ REFUSED["`modules_to_save` with an MLP"] = ({"modules_to_save": ["up_proj"]}, "i
 
 def table() -> str:
     rows = ["| LoRA variant | outcome |", "|---|---|"]
-    rows += [f"| {name} | exact |" for name in EXACT]
+    rows += [f"| {name} | exact |" for name in (*EXACT, DORA)]
     rows += [f"| {name} | refused: {reason} |" for name, (_, reason) in REFUSED.items()]
+    rows += ["| `use_dora` on a module of which neurons are inputs | refused: it rescales all of them |"]
     return "\n".join(rows)
 
 
@@ -96,8 +92,8 @@ def test_every_initialisation_of_lora_config_is_sorted():
 
 
 def test_what_is_not_sorted_is_refused(monkeypatch):
-    monkeypatch.delitem(REFUSED_LORA_FIELDS, "use_dora")  # as a field of a newer PEFT would be
-    for settings in ({"use_dora": True}, {"init_lora_weights": "newest"}):
+    monkeypatch.delitem(REFUSED_LORA_FIELDS, "use_qalora")  # as a field of a newer PEFT would be
+    for settings in ({"use_qalora": True}, {"init_lora_weights": "newest"}):
         with pytest.raises(FNSFTError, match="does not know it"):
             check_lora_config(LoraConfig(**settings), tiny_model("llama"), "mlp_intermediate")
 
@@ -117,8 +113,10 @@ def batch(seed=2):
     return torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(seed))
 
 
-def train(model, steps=3):
+def train(model, steps=3, held=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.3)
+    if held is not None:
+        held.attach(optimizer)
     for step in range(steps):
         model(input_ids=batch(step), labels=batch(step)).loss.backward()
         optimizer.step()
@@ -171,6 +169,43 @@ def test_without_the_masks_the_same_check_fails(name):
     model = adapted(tiny_model("llama"), mask, EXACT[name], hold=False)
     train(model)
     assert (moved(model, mask, before) & ~expected(mask, EXACT[name])).count
+
+
+DORA_TARGETS = {"mlp_intermediate": ["gate_proj", "up_proj", "q_proj"], "mlp_output": ["down_proj"]}
+
+
+@pytest.mark.parametrize("site", DORA_TARGETS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dora_is_held_where_neurons_are_outputs(family, site, tmp_path):
+    targets = DORA_TARGETS[site]
+    if family == "gpt2":
+        targets = ["c_fc"] if site == "mlp_intermediate" else [r"mlp.c_proj"]
+    base = tiny_model(family)
+    mask, before, sites = random_mask(base, site), state(base), find_neuron_sites(tiny_model(family), kind=site)
+    model = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets, use_dora=True))
+    held = constrain_lora(model, mask)
+    train(model, held=held)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    for trained in (model, reloaded):
+        merged = state(trained.merge_and_unload())
+        assert changed_neurons(sites, before, merged)[0] == mask
+
+    loose = get_peft_model(
+        tiny_model(family), LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets, use_dora=True)
+    )
+    constrain_lora(loose, mask)
+    train(loose)  # weight decay moves the magnitudes of frozen rows
+    assert (changed_neurons(sites, before, state(loose.merge_and_unload()))[0] & ~mask).count
+    with pytest.raises(FNSFTError, match="already changes neurons"):
+        constrain_lora(PeftModel.from_pretrained(tiny_model(family), tmp_path), ~mask)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj", "down_proj"]])
+def test_dora_where_neurons_are_inputs_is_refused(targets):
+    config = LoraConfig(use_dora=True, target_modules=targets)
+    with pytest.raises(FNSFTError, match=r"DoRA rescales every row of model\.layers\.0\.mlp\.down_proj"):
+        check_lora_config(config, tiny_model("llama"), "mlp_intermediate")
 
 
 def test_several_adapters_are_each_held_to_a_mask_of_their_own():

@@ -10,7 +10,7 @@ from helpers import assert_only_these_changed, medium_model, sft_config, state
 from transformers.training_args import OptimizerNames
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, find_neuron_sites
-from fnsft_trl.constraints import REFUSED_OPTIMIZERS
+from fnsft_trl.constraints.full import REFUSED_OPTIMIZERS
 
 
 # Optimizer -> the package that it needs.

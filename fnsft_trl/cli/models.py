@@ -70,13 +70,16 @@ def default_lora_targets(config: PretrainedConfig) -> list[str] | None:
     For architectures that PEFT's table lacks: the up, gate and down projections of the MLPs.
 
     Raises:
-        FNSFTError: the model has no MLP that is understood either.
+        FNSFTError: the model has no MLP that is understood either, or its MLPs are experts.
     """
     if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         return None
     with torch.device("meta"):  # only its structure is read
         model = AutoModelForCausalLM.from_config(config)
     sites = find_neuron_sites(model)
-    for site in sites:
-        site.check_no_experts("LoRA")
+    if any(site.experts for site in sites):
+        raise FNSFTError(
+            f"PEFT has no LoRA targets for {config.model_type}, whose MLPs are experts; name them: "
+            "lora_target_modules or lora_target_parameters"
+        )
     return sorted(name for site in sites for name in site.layout.modules())

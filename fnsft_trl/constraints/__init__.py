@@ -1,0 +1,20 @@
+"""LoRA and full fine-tuning held to a NeuronMask, exactly: every neuron outside it stays bit-identical."""
+
+from .frozen import FrozenSlices
+from .full import check_optimizer_name, constrain_full, hold_neurons
+from .lora import constrain_lora, factor_slices
+from .lora_config import check_lora_config, set_lora_targets
+from .neurons import trainable_neurons
+
+
+__all__ = [
+    "FrozenSlices",
+    "check_lora_config",
+    "check_optimizer_name",
+    "constrain_full",
+    "constrain_lora",
+    "factor_slices",
+    "hold_neurons",
+    "set_lora_targets",
+    "trainable_neurons",
+]
