@@ -5,7 +5,7 @@ from datasets import Dataset
 from helpers import sft_config, tiny_model
 
 from fnsft_trl import FNSFTError, FNSFTTrainer
-from fnsft_trl.cli.checks import _EVAL_METRICS, check_training_arguments
+from fnsft_trl.cli.checks import _EVAL_METRICS, check_checkpoint, check_training_arguments
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,29 @@ def test_the_metrics_are_those_that_an_evaluation_measures(tmp_path, rows, token
     )
     measured = {name.removeprefix("eval_") for name in trainer.evaluate()} - {"epoch", "model_preparation_time"}
     assert measured == set(_EVAL_METRICS) - {"aux_loss"}
+
+
+@pytest.mark.parametrize(
+    ("files", "adapter", "message"),
+    [
+        ([], True, "no checkpoint of a training .it has no trainer_state.json"),
+        (["adapter_config.json"], True, "no checkpoint of a training"),
+        (["trainer_state.json", "adapter_config.json"], False, "checkpoint of an adapter, and this run trains none"),
+        (["trainer_state.json", "model.safetensors"], True, "checkpoint of a whole model, and this run trains an"),
+    ],
+    ids=str,
+)
+def test_a_training_goes_on_from_a_checkpoint_of_its_kind_only(tmp_path, files, adapter, message):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(FNSFTError, match=message):
+        check_checkpoint(tmp_path, adapter=adapter)
+
+
+def test_checkpoints_of_both_kinds_pass(tmp_path):
+    (tmp_path / "trainer_state.json").touch()
+    check_checkpoint(tmp_path, adapter=True)  # of sharded weights, in a directory
+    (tmp_path / "model.safetensors").touch()
+    check_checkpoint(tmp_path, adapter=False)
+    (tmp_path / "adapter_config.json").touch()  # beside the weights of another run
+    check_checkpoint(tmp_path, adapter=True)

@@ -1,9 +1,17 @@
-"""Checks of training arguments that TRL and transformers make when the training begins, or in its first evaluation."""
+"""Checks that TRL and transformers make when the training begins, or in its first evaluation."""
+
+from pathlib import Path
 
 import torch
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import is_liger_kernel_available
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    is_liger_kernel_available,
+)
 from trl import SFTConfig
 
 from ..errors import FNSFTError
@@ -61,3 +69,28 @@ def _check_schedule(args: SFTConfig) -> None:
             f"lr_scheduler_kwargs is {settings or 'not given'}, which lr_scheduler_type={name.value} does not take: "
             f"{error}"
         ) from error
+
+
+def check_checkpoint(directory: Path, *, adapter: bool) -> None:
+    """Check that a training can go on from a checkpoint.
+
+    Args:
+        directory: of the checkpoint.
+        adapter: whether this run trains an adapter.
+
+    Raises:
+        FNSFTError: it is no checkpoint, or one of an adapter where the model trains, or the other way round.
+    """
+    if not (directory / TRAINER_STATE_NAME).is_file():
+        raise FNSFTError(
+            f"resume_from_checkpoint is {str(directory)!r}, which is no checkpoint of a training (it has no "
+            f"{TRAINER_STATE_NAME}); give a directory such as OUTPUT_DIR/checkpoint-100, or true for the last one"
+        )
+    of_adapter = (directory / ADAPTER_CONFIG_NAME).is_file()
+    of_model = any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if of_adapter and not adapter:
+        raise FNSFTError(f"{directory} is a checkpoint of an adapter, and this run trains none; add its options again")
+    if of_model and not of_adapter and adapter:
+        raise FNSFTError(
+            f"{directory} is a checkpoint of a whole model, and this run trains an adapter; drop its options"
+        )
