@@ -284,6 +284,14 @@ def test_a_push_without_a_repository_is_the_original_s_error_and_trl_s_default()
         parsed("--push_to_hub", base=ORIGINAL)
 
 
+def test_an_evaluation_that_is_described_and_not_asked_for_is_noted():
+    assert (
+        "eval_fraction, eval_steps: no effect without"
+        in parsed("--eval_fraction", "0.3", "--eval_steps", "5").notes[0]
+    )
+    assert parsed("--eval_fraction", "0.3", "--eval_strategy", "epoch").notes == []
+
+
 # --- the original project's names
 
 

@@ -94,6 +94,9 @@ def parse_options(argv: list[str]) -> TrainOptions:
         if _is_original(sources):
             raise FNSFTError("push_to_hub needs hub_repo_id, the repository to push to (org/name)")
         notes.append("push_to_hub without hub_model_id pushes to a repository of your account named as the output_dir")
+    if values.get("eval_strategy") in (None, "no"):
+        idle = [name for name in ("eval_fraction", "eval_steps") if values.get(name) is not None]
+        notes += [f"{', '.join(idle)}: no effect without an eval_strategy (steps or epoch)"] if idle else []
     check_writable(values.get("output_dir") or "trainer_output")
     return result
 
