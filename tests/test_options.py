@@ -357,6 +357,13 @@ def test_the_baseline_of_the_original_is_plain_lora(tmp_path):
         from_yaml(tmp_path, {"mask_mode": None, "anti_drift_row_param": False})
 
 
+@pytest.mark.parametrize("word", ["null", "none", "None"])
+def test_no_mask_is_no_mask_however_it_is_spelt(tmp_path, word):
+    assert parsed("--mask_mode", word).network_config is None
+    assert from_yaml(tmp_path, {"mask_mode": word, "ica_components": 3}, base=ORIGINAL).network_config is None
+    assert from_yaml(tmp_path, {"mask_mode": "lesion"}, "--mask_mode", word, base=ORIGINAL).network_config is None
+
+
 def test_lora_is_the_default_of_the_original_only():
     assert parsed("--mask_mode", "lesion").values.get("use_peft") is None
     assert parsed("--mask_mode", "lesion", base=ORIGINAL).values["use_peft"] is True

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
 from .schema import Option
 
@@ -102,8 +103,9 @@ def _convert(option: Option, value: Any, spelt: str) -> Any:
 
 
 def _is_null(option: Option, word: str) -> bool:
-    """Whether a word means null. `none` is a value of its own for some options that are text."""
-    return word == "null" or (word.lower() in ("none", "null") and option.kind != "str")
+    """Whether a word means null. `none` is a value of its own for some of TRL's options that are text."""
+    is_plain = option.kind != "str" or option.group == FunctionalNetworkConfig.__name__
+    return word == "null" or (word.lower() in ("none", "null") and is_plain)
 
 
 def _scalar(option: Option, value: Any, spelt: str) -> Any:
