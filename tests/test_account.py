@@ -123,11 +123,12 @@ def test_auth_without_a_token_or_with_a_wrong_one_is_one_line(hub, no_token, cap
 
 
 def test_a_token_in_the_env_file_is_used_by_every_command(hub, no_token, templates, capsys):
-    templates["llama"].push_to_hub("alice/networks", private=True, token=ALICE)
-    assert main(["inspect", "alice/networks"]) == 2
+    # What has been downloaded once is read from the cache without a token: a repository of this test alone.
+    templates["llama"].push_to_hub("alice/networks-of-the-env-file", private=True, token=ALICE)
+    assert main(["inspect", "alice/networks-of-the-env-file"]) == 2
     capsys.readouterr()
     (no_token / ".env").write_text(f"HF_TOKEN={ALICE}\n")
-    assert main(["inspect", "alice/networks"]) == 0
+    assert main(["inspect", "alice/networks-of-the-env-file"]) == 0
     assert "3 functional networks" in capsys.readouterr().out
 
 

@@ -114,6 +114,7 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
         (["--until-reliable", "1.5"], "ica_until_reliable is 1.5; it must be between 0 and 1"),
         (["--skip_special", "perhaps"], "'perhaps' is neither true nor false"),
         (["--drop_massive", "0.5"], "ica_drop_massive is 0.5; it must be above 1"),
+        (["--dtype", "foo"], "invalid choice: 'foo'"),
     ],
     ids=str,
 )
@@ -281,6 +282,12 @@ def test_an_output_directory_that_cannot_be_made_is_one_line(train_args, model_d
     assert "is a file" in refused(["train", *train_args, "--output_dir", target], capsys, tmp_path)
     assert "is a file" in refused(["discover", str(model_dir), str(data), "--output_dir", target], capsys, tmp_path)
     assert "is a file" in refused(["demo", "--output_dir", target], capsys, tmp_path)
+
+
+def test_a_prompt_format_for_rows_of_text_is_refused(model_dir, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    call = ["discover", str(model_dir), str(tmp_path / "a.txt"), "--template_format", "alpaca"]
+    assert "template_format=alpaca has no effect on rows of text" in refused(call, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ def test_unknown_columns_name_what_was_found_the_nearest_and_the_override():
         assert part in str(error.value)
     with pytest.raises(FNSFTError, match="no known format"):
         find_formats(["prompt", "chosen", "rejected"])
+    with pytest.raises(FNSFTError, match="the nearest are prompt, completion;"):  # nothing is near: the first ones
+        find_formats(["title", "body"])
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,21 @@ def test_what_cannot_be_read_says_why(tmp_path, name, content, message):
         load_texts([str(tmp_path / name)])
 
 
+def test_a_directory_whose_files_differ_says_why(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\none,two\n")
+    (tmp_path / "b.csv").write_text("title,body\none,two\n")
+    with pytest.raises(FNSFTError, match=r"cannot be read: .*question"):
+        load_data(str(tmp_path))
+
+
+def test_a_file_has_no_configurations(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\none,two\n")
+    with pytest.raises(
+        FNSFTError, match=r"a\.csv has no configurations, but 'main' is asked for; drop dataset_config"
+    ):
+        load_data(str(tmp_path / "a.csv"), config_name="main")
+
+
 def test_several_datasets_are_each_read_in_their_own_format(tmp_path):
     (tmp_path / "a.txt").write_text("a1\na2\n")
     (tmp_path / "b.jsonl").write_text('{"question": "b1", "answer": "b2"}\n')

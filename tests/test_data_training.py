@@ -217,6 +217,8 @@ def test_text_gets_one_bos_token(load, tmp_path):
     assert data.processing_class.chat_template is None  # nothing was rendered by one
     with pytest.raises(FNSFTError, match="template_format=alpaca has no effect on the columns text"):
         load(tmp_path / "a.jsonl", tokenizer=plain(), data={"template_format": "alpaca"})
+    with pytest.raises(FNSFTError, match=r"completion_only_loss has no effect on the columns text.*; drop it"):
+        load(tmp_path / "a.jsonl", tokenizer=plain(), completion_only_loss=True)
     with pytest.raises(FNSFTError, match="no EOS token"):
         load(tmp_path / "a.jsonl", tokenizer=tokenizer_of(["<pad>"], pad_token="<pad>"))
 

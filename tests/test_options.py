@@ -265,6 +265,33 @@ def test_a_switch_of_the_command_line_overrules_what_it_contradicts_in_the_file(
     assert not {"lora_r", "merge_adapter_with_base"} & set(found.values)
 
 
+def test_a_file_with_no_peft_may_keep_the_options_of_lora(tmp_path):
+    settings = {"no_peft": True, "lora_r": 8, "lora_dropout": 0.0, "merge_adapter_with_base": True}
+    found = from_yaml(tmp_path, settings, base=ORIGINAL)
+    assert found.values["use_peft"] is False
+    assert not settings.keys() & set(found.values)
+    assert "lora_r, lora_dropout, merge_adapter_with_base of the config file: no effect with no_peft" in found.notes
+    kept = from_yaml(tmp_path, settings, "--no_peft", "false", base=ORIGINAL).values
+    assert (kept["use_peft"], kept["lora_r"], kept["merge_adapter_with_base"]) == (True, 8, True)
+    with pytest.raises(FNSFTError, match="lora_r has no effect without LoRA"):
+        from_yaml(tmp_path, settings, "--lora_r", "4", base=ORIGINAL)
+
+
+def test_a_push_without_a_repository_is_the_original_s_error_and_trl_s_default():
+    assert parsed("--push_to_hub").values.get("hub_model_id") is None
+    assert any("named as the output_dir" in note for note in parsed("--push_to_hub").notes)
+    with pytest.raises(FNSFTError, match="push_to_hub needs hub_repo_id"):
+        parsed("--push_to_hub", base=ORIGINAL)
+
+
+def test_an_evaluation_that_is_described_and_not_asked_for_is_noted():
+    assert (
+        "eval_fraction, eval_steps: no effect without"
+        in parsed("--eval_fraction", "0.3", "--eval_steps", "5").notes[0]
+    )
+    assert parsed("--eval_fraction", "0.3", "--eval_strategy", "epoch").notes == []
+
+
 # --- the original project's names
 
 
@@ -328,6 +355,13 @@ def test_the_baseline_of_the_original_is_plain_lora(tmp_path):
     assert from_yaml(tmp_path, ours).network_config is not None  # TRL's and our names keep their meaning
     with pytest.raises(FNSFTError, match="anti_drift_row_param=false has an effect only"):
         from_yaml(tmp_path, {"mask_mode": None, "anti_drift_row_param": False})
+
+
+@pytest.mark.parametrize("word", ["null", "none", "None"])
+def test_no_mask_is_no_mask_however_it_is_spelt(tmp_path, word):
+    assert parsed("--mask_mode", word).network_config is None
+    assert from_yaml(tmp_path, {"mask_mode": word, "ica_components": 3}, base=ORIGINAL).network_config is None
+    assert from_yaml(tmp_path, {"mask_mode": "lesion"}, "--mask_mode", word, base=ORIGINAL).network_config is None
 
 
 def test_lora_is_the_default_of_the_original_only():
@@ -398,7 +432,6 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--use_4bit", "--use_8bit"], "exclude each other"),
         (["--use_4bit"], "load_in_4bit freezes the model's weights"),
         (["--bf16", "--fp16"], "exclude each other"),
-        (["--push_to_hub"], "push_to_hub needs hub_model_id"),
         (["--hub_repo_id", "a/b"], "hub_model_id has no effect without push_to_hub"),
         (["--hub_token", "t"], "hub_token has no effect without push_to_hub"),
         (["--use_wandb", "--report_to", "none"], "contradict each other"),
@@ -436,7 +469,7 @@ def test_what_cannot_be_is_refused(words, message):
         ("- a", "must hold a mapping"),
         ("", "must hold a mapping"),
         ("use_4bit: true\nuse_8bit: true", "exclude each other"),
-        ("no_peft: true\nlora_r: 8", "lora_r has no effect without LoRA"),
+        ("use_peft: false\nlora_r: 8", "lora_r has no effect without LoRA"),
         ("max_length: 8\nmax_seq_length: 9", "two names of one option"),
         ("datasets: 5", "datasets holds 5"),
     ],

@@ -77,6 +77,14 @@ def test_the_original_dtype_auto_is_that_of_the_device_for_frozen_weights(base, 
     assert loaded == [str(dtype).removeprefix("torch.")]
 
 
+def test_an_adapter_as_the_model_is_told_to_be_merged_first(base, networks, tmp_path, capsys):
+    assert main([*base, *networks]) == 0
+    capsys.readouterr()
+    assert main([*base, "--model_name_or_path", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"it is an adapter; merge it into its base first: fnsft export {tmp_path / 'out'} --to merged" in line
+
+
 def test_the_attention_implementation_reaches_the_model(base, networks, monkeypatch):
     loaded = []
 
@@ -195,7 +203,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(base, capsys, monkeypatch):
         (["--use_peft", "--lora_target_modules", "zzz"], "Target modules zzz not found"),
         (["--use_peft", "--lora_task_type", "FOO"], "Invalid task type"),
         (["--use_peft", "--load_in_4bit", "--bnb_4bit_quant_storage", "zz"], "bnb_4bit_quant_storage"),
-        (["--resume_from_checkpoint", "nowhere"], "which is no directory of a checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "which is no checkpoint of a training"),
         (["--optim", "lomo"], "lomo_optim"),
     ],
     ids=str,

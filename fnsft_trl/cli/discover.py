@@ -29,6 +29,7 @@ _DISCOVERY_FIELDS = [
 ]
 
 _DATA_FIELDS = ("columns", "template_format", "prompt_template")
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 # The original project's names.
 _OTHER_NAMES = {
     "max_seq_length": "ica_max_length",
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     for field in fields(DataConfig):
         if field.name in _DATA_FIELDS:
             parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"])
-    parser.add_argument("--dtype", default="float32", help="precision of the model: float32, bfloat16, float16, auto")
+    parser.add_argument("--dtype", default="float32", choices=_DTYPES, help="precision of the model")
     add_config_arguments(parser, _DISCOVERY_FIELDS)
     for old, name in _OTHER_NAMES.items():
         kind = str if name == "ica_layers" else int
@@ -88,6 +89,13 @@ def main(argv: list[str]) -> None:
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     texts = load_texts(datasets, split=args.dataset_split, columns=data_config.columns)
+    columns = [rows.column_names for rows in texts.values()]  # None of a stream whose columns are not known yet
+    is_rendered = any(names is None or {"prompt", "messages"} & set(names) for names in columns)
+    if not is_rendered and data_config.template_format != "auto":
+        raise FNSFTError(
+            f"template_format={data_config.template_format} has no effect on rows of text, which are read as "
+            "they are; drop it"
+        )
     model, tokenizer = load_model_and_tokenizer(model_name, args.dtype)
     set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
     template, of_datasets = discover_group(

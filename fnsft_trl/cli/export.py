@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--output_dir", help="where to write it (merged, lora)")
     parser.add_argument("--output_path", metavar="FILE", help="where to write it (gguf)")
-    parser.add_argument("--dtype", help="merged: precision: auto (default), float32, bfloat16, float16")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="merged: precision; auto by default"
+    )
     parser.add_argument("--outtype", "--quantization", choices=OUTTYPES, help="gguf: precision; auto by default")
     parser.add_argument("--converter", metavar="PROGRAM", help=f"gguf: the converter; {CONVERTER_VARIABLE} by default")
     add_push_arguments(parser)

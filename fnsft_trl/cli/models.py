@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..embedded import resolve_model
 from ..errors import FNSFTError
@@ -31,6 +33,8 @@ def model_errors(name_or_path: str) -> Iterator[None]:
 
 def _reason(error: Exception, name: str) -> str:
     """What the Hub says, where transformers passes it on: a gated model, no right to read it."""
+    if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+        return f"it is an adapter; merge it into its base first: fnsft export {name} --to merged --output_dir DIR"
     cause = error.__cause__
     known = (
         None

@@ -71,7 +71,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
     used: dict[str, str] = {}
     for source, given in sources.items():
         translated, names = translate(given)
-        _check_contradictions(translated)
+        _check_contradictions(translated, lora=source == COMMAND_LINE or not given.get("no_peft"))
         if source == COMMAND_LINE:
             notes += _drop_overruled(values, translated)
         values |= translated
@@ -81,6 +81,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
     _check_presence(values)
 
     networks = _network_options(values, sources, notes)
+    notes += _drop_idle(values, sources)
     for name in _OF_LORA:
         if values.get(name) is not None and not values.get("use_peft"):
             raise FNSFTError(f"{name} has no effect without LoRA; add use_peft, or drop it")
@@ -89,18 +90,25 @@ def parse_options(argv: list[str]) -> TrainOptions:
         config.plan(lora_config=bool(values.get("use_peft")))
     result = TrainOptions(values, config, notes)
     _check_effects(result)
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        if _is_original(sources):
+            raise FNSFTError("push_to_hub needs hub_repo_id, the repository to push to (org/name)")
+        notes.append("push_to_hub without hub_model_id pushes to a repository of your account named as the output_dir")
+    if values.get("eval_strategy") in (None, "no"):
+        idle = [name for name in ("eval_fraction", "eval_steps") if values.get(name) is not None]
+        notes += [f"{', '.join(idle)}: no effect without an eval_strategy (steps or epoch)"] if idle else []
     check_writable(values.get("output_dir") or "trainer_output")
     return result
 
 
-def _check_contradictions(values: dict[str, Any]) -> None:
-    """What one source says must go together."""
+def _check_contradictions(values: dict[str, Any], *, lora: bool) -> None:
+    """What one source says must go together; `lora`: the options of LoRA with whether it trains, too."""
     for a, b in _EXCLUSIVE:
         if values.get(a) and values.get(b):
             raise FNSFTError(f"{a} and {b} exclude each other; drop one of them")
-    lora = [name for name in _OF_LORA if values.get(name) is not None]
-    if values.get("use_peft") is False and lora:
-        raise FNSFTError(f"{lora[0]} has no effect without LoRA (no_peft, or use_peft: false); drop one of them")
+    idle = [name for name in _OF_LORA if values.get(name) is not None]
+    if lora and values.get("use_peft") is False and idle:
+        raise FNSFTError(f"{idle[0]} has no effect without LoRA (no_peft, or use_peft: false); drop one of them")
 
 
 def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> list[str]:
@@ -112,6 +120,19 @@ def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> lis
     for name in losers:
         del values[name]
     return [f"{name} of the config file is overruled by the command line" for name in losers]
+
+
+def _drop_idle(values: dict[str, Any], sources: dict[str, dict[str, Any]]) -> list[str]:
+    """Drop the options of LoRA from a file that says no_peft, as the original's files may, and say so."""
+    files = [given for source, given in sources.items() if source != COMMAND_LINE]
+    if values.get("use_peft") or not any(given.get("no_peft") for given in files):
+        return []
+    idle = [name for name in _OF_LORA if values.get(name) is not None]
+    idle += ["merge_adapter_with_base"] if values.get("merge_adapter_with_base") else []
+    idle = [name for name in idle if name not in sources[COMMAND_LINE]]
+    for name in idle:
+        del values[name]
+    return [f"{', '.join(idle)} of the config file: no effect with no_peft"] if idle else []
 
 
 def _check_presence(values: dict[str, Any]) -> None:
@@ -154,7 +175,7 @@ def _read_as_the_original(values: dict[str, Any], networks: dict[str, Any], note
     if not networks or networks.get("mask_mode") or not set(networks) <= NETWORK_NAMES:
         return networks
     notes.append(
-        f"without a mask_mode {', '.join(networks)} has no effect, as in the original project: this is plain "
+        f"no effect without a mask_mode, as in the original project: {', '.join(networks)}; this is plain "
         "fine-tuning (train_neurons: selected trains networks without a mask)"
     )
     return {}
@@ -173,8 +194,6 @@ def _check_effects(options: TrainOptions) -> None:
     for name, switch in _NEEDS.items():
         if values.get(name) is not None and values.get(switch) is None:
             raise FNSFTError(f"{name} has no effect without {switch}; add it, or drop {name}")
-    if values.get("push_to_hub") and not values.get("hub_model_id"):
-        raise FNSFTError("push_to_hub needs hub_model_id, the repository to push to (org/name)")
     if values.get("convert_to_gguf"):
         check_outtype(values.get("gguf_quantization", "auto"))
         find_converter()

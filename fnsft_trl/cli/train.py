@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
     from ..data.training import load_training_data
     from ..embedded import resolve_model
     from ..trainer import FNSFTTrainer
+    from .checks import check_checkpoint, check_training_arguments
+    from .logs import hush_repetitions
     from .models import check_attention, default_lora_targets, model_errors
     from .precision import Precision, check_quantization
     from .templates import save_template
@@ -60,7 +62,8 @@ def main(argv: list[str]) -> None:
         mixture = DatasetMixtureConfig(**options.of(DatasetMixtureConfig))
         model_args = ModelConfig(**model_settings)
         peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
-    _check_trackers(training_args.report_to)
+    hush_repetitions(training_args.process_index)
+    check_training_arguments(training_args, precision.device)
     check_attention(model_args.attn_implementation)
     output_dir = check_writable(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
@@ -68,8 +71,8 @@ def main(argv: list[str]) -> None:
         resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
         if resume is None:
             raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
-    if resume and not Path(resume).is_dir():
-        raise FNSFTError(f"resume_from_checkpoint is {resume!r}, which is no directory of a checkpoint")
+    if resume:
+        check_checkpoint(Path(resume), adapter=options.has_adapter)
 
     name = resolve_model(model_args.model_name_or_path)
     with model_errors(model_args.model_name_or_path):
@@ -125,14 +128,6 @@ def main(argv: list[str]) -> None:
         message = {"commit_message": run.hub_commit_message} if run.hub_commit_message else {}
         trainer.push_to_hub(dataset_name=script_args.dataset_name, **message)
     trainer.accelerator.print(f"Model saved to: {training_args.output_dir}")
-
-
-def _check_trackers(names: list[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-
-    for name in names:
-        if name not in (*get_available_reporting_integrations(), "flyte"):
-            raise FNSFTError(f"the tracker {name} of report_to is not installed; install it, or drop it")
 
 
 def _export(run: RunConfig, output_dir: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
 from .schema import Option
 
@@ -21,6 +22,10 @@ _RANGES = {
     **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha", "max_length"), (1, math.inf)),
     **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm"), (0, math.inf)),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "logging_steps", "save_steps"), (0, math.inf)),
+    **dict.fromkeys(("neftune_noise_alpha", "adam_epsilon"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
+    "pad_to_multiple_of": (1, math.inf),
+    "label_smoothing_factor": (0, 1),
     "lora_dropout": (0, 0.999),
     "max_steps": (-1, math.inf),
 }
@@ -98,8 +103,9 @@ def _convert(option: Option, value: Any, spelt: str) -> Any:
 
 
 def _is_null(option: Option, word: str) -> bool:
-    """Whether a word means null. `none` is a value of its own for some options that are text."""
-    return word == "null" or (word.lower() in ("none", "null") and option.kind != "str")
+    """Whether a word means null. `none` is a value of its own for some of TRL's options that are text."""
+    is_plain = option.kind != "str" or option.group == FunctionalNetworkConfig.__name__
+    return word == "null" or (word.lower() in ("none", "null") and is_plain)
 
 
 def _scalar(option: Option, value: Any, spelt: str) -> Any:

@@ -191,7 +191,7 @@ def _nearest(found: Sequence[str]) -> str:
 
     def distance(form: Format) -> tuple[float, float]:
         near = [difflib.get_close_matches(name, lowered, n=1, cutoff=0.6) for name in form.required]
-        return sum(map(bool, near)) / len(near), len(near)
+        return sum(map(bool, near)) / len(near), len(near) if any(near) else 0
 
     ranked = sorted((form for form in FORMATS if form.becomes != TOKENS), key=distance, reverse=True)
     return "; ".join(form.name for form in ranked[:3])

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
+from textwrap import shorten
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, config, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 
 from ..embedded import EMBEDDED, wikipedia_passages
 from ..errors import FNSFTError
@@ -49,6 +50,11 @@ def load_data(
     try:
         if name_or_path == EMBEDDED:
             return _of_splits(DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")})), split)
+        if config_name is not None and (path.is_file() or any((path / file).exists() for file in _SAVED)):
+            raise FNSFTError(
+                f"{name_or_path} has no configurations, but {config_name!r} is asked for; drop dataset_config (in a "
+                "mixture: name)"
+            )
         if data_dir is not None or data_files is not None:
             files = _local_files(path if path.is_dir() else Path(), data_dir, data_files)
             where = {"data_dir": data_dir, "data_files": data_files, "cache_dir": _cache_of(files) if files else None}
@@ -72,7 +78,10 @@ def load_data(
     except (ValueError, OSError, DatasetsError) as error:
         if "corresponds to no data" in str(error):
             raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
-        reason = str(error).splitlines()[0]
+        if isinstance(error, DatasetGenerationError):  # which only says that it failed
+            reason = shorten(str(error.__cause__ or error), 300)
+        else:
+            reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
 
 

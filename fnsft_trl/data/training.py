@@ -82,6 +82,12 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
             f"template_format={data_config.template_format} has no effect on the columns "
             f"{', '.join(train.column_names)}, which are trained as they are; drop it"
         )
+    if training_args.completion_only_loss and not _is_prompted(train):
+        instead = "set assistant_only_loss instead" if is_rendered else "drop it"
+        raise FNSFTError(
+            f"completion_only_loss has no effect on the columns {', '.join(train.column_names)}, whose rows have no "
+            f"completion; {instead}"
+        )
     _set_prompt_format(processing_class, training_args, data_config, is_rendered)
     if training_args.dataset_text_field in train.column_names:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
