@@ -1,6 +1,8 @@
 """The log of a run says a thing once."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +34,17 @@ def test_bitsandbytes_says_each_thing_once(package, caplog):
     for number in (1, 1, 2, 1):
         functions.logger.warning("cast of layer %s", number)
     assert [record.getMessage() for record in caplog.records] == ["cast of layer 1", "cast of layer 2"]
+
+
+def test_no_library_talks_of_its_own_affairs():
+    code = (
+        "from fnsft_trl.cli.logs import hush_libraries; hush_libraries()\n"
+        "import sys, warnings\n"
+        "warnings.warn('`old` is deprecated and will be removed in v6. Use `new` instead.', FutureWarning)\n"
+        "warnings.warn('something else', FutureWarning)\n"
+        "import bitsandbytes\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "something else" in done.stderr
+    assert "deprecated" not in done.stderr
+    assert "kernels" not in done.stderr

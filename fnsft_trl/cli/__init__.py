@@ -7,6 +7,7 @@ from importlib import import_module
 from .. import __version__
 from ..credentials import hide_tokens, use_env_file
 from ..errors import FNSFTError
+from .logs import hush_libraries
 
 
 VERBS = {
@@ -68,6 +69,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
             raise FNSFTError(f"there is no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
         if verb != "auth":  # which says whether a token comes from that file
             use_env_file()
+        hush_libraries()
         import_module(f".{verb}", __package__).main(argv)
     except FNSFTError as error:
         message = hide_tokens(" ".join(str(error).split()))

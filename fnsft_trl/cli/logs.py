@@ -1,8 +1,10 @@
-"""What `fnsft train` keeps out of its log: the same line from every process, and from every call of every layer."""
+"""What the commands keep out of their log: what libraries say to each other, and the same line again and again."""
 
 import logging
+import warnings
 
 
+_OPTIONAL_KERNEL = "bitsandbytes.backends.cpu.ops"  # which says at every start that there is a faster one
 _REPEATING = "bitsandbytes.autograd._functions"  # which says in every call of an 8-bit layer that it casts the input
 
 
@@ -17,6 +19,12 @@ class _Once(logging.Filter):
         is_new = message not in self.said
         self.said.add(message)
         return is_new
+
+
+def hush_libraries() -> None:
+    """Leave out notices that no user of a command can act on: TRL's own use of old names, an optional kernel."""
+    warnings.filterwarnings("ignore", message=".* is deprecated and will be removed in v", category=FutureWarning)
+    logging.getLogger(_OPTIONAL_KERNEL).setLevel(logging.ERROR)
 
 
 def hush_repetitions(process_index: int) -> None:
