@@ -1,5 +1,6 @@
 """Every variant of LoRA that PEFT offers: held to a mask exactly, or refused with the reason."""
 
+import copy
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_dora_is_held_where_neurons_are_outputs(family, site, tmp_path):
     assert (changed_neurons(sites, before, state(loose.merge_and_unload()))[0] & ~mask).count
     with pytest.raises(FNSFTError, match="already changes neurons"):
         constrain_lora(PeftModel.from_pretrained(tiny_model(family), tmp_path), ~mask)
+
+
+def test_a_copy_of_held_dora_does_not_train():
+    """The hooks on the gradients of its magnitudes are those of the original."""
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["up_proj"], use_dora=True)
+    model = get_peft_model(tiny_model("llama"), config)
+    constrain_lora(model, random_mask(tiny_model("llama"), "mlp_intermediate"))
+    twin = copy.deepcopy(model)
+    train(model)
+    with pytest.raises(FNSFTError, match="in a copy of the model"):
+        train(twin)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj", "down_proj"]])
