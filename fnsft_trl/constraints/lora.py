@@ -166,13 +166,22 @@ def _freeze_factor(held: FrozenSlices, found: FactorSlice, adapter_name: str, fr
 
 
 def _freeze_magnitude(held: FrozenSlices, found: FactorSlice, adapter_name: str, positions: torch.Tensor) -> None:
-    """Hold the frozen rows' magnitudes of DoRA at the norms of the base weight's rows."""
+    """Hold the frozen rows' magnitudes of DoRA at the norms of the base weight's rows.
+
+    At those that a merge computes: it adds the weight change first, which is more precise than a base in half
+    precision, from whose rounded norms PEFT has started. The quotient of the two must be exactly 1.
+    """
     dora = found.layer.lora_magnitude_vector[adapter_name]
     weight = dequantize_module_weight(found.layer.get_base_layer())
-    no_change = weight.new_zeros(found.layer.out_features, found.layer.in_features)
-    norms = dora.get_weight_norm(weight, no_change, 1)
-    if not torch.equal(dora.weight[positions], norms[positions].to(dora.weight.device)):
+    shape = found.layer.out_features, found.layer.in_features
+    present = dora.weight[positions]
+    started, merged = (
+        dora.get_weight_norm(weight, weight.new_zeros(shape, dtype=dtype), 1)[positions].to(present)
+        for dtype in (weight.dtype, found.factor.weight.dtype)
+    )
+    if not torch.equal(present, started) and not torch.equal(present, merged):
         raise _already_changed(found)
+    dora.weight[positions] = merged
     held.freeze(dora.weight, (0,), positions)
     _check_is_trained(found, "lora_magnitude_vector", adapter_name, dora.weight)
 
