@@ -301,7 +301,7 @@ def _describe_merged(config: PeftConfig, adapter_dir: Path, output_dir: Path) ->
 def changed_neurons(
     sites: Sequence[NeuronSite], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 ) -> tuple[NeuronMask, list[str]]:
-    """Compare two sets of weights of one model, bit by bit.
+    """Compare two sets of weights of one model, value by value (-0 equals 0).
 
     Args:
         sites: the model's sites.

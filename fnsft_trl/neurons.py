@@ -318,6 +318,22 @@ def _site(block_name: str, block: nn.Module, layer: int, hidden: int, kind: str)
     return NeuronSite(name, layer, width, kind, block.get_submodule(name[prefix:]), **linear, experts=experts)
 
 
+def _check_no_weight_is_shared(sites: list[NeuronSite]) -> None:
+    """Refuse blocks that share an MLP: a neuron of one would be a neuron of the other too."""
+    owners: dict[int, int] = {}  # identity of a weight -> layer
+    for site in sites:
+        linears = [base_linear(module) for module in (site.down, *site.ups) if module is not None]
+        weights = [linear.weight for linear in linears]
+        if site.experts:
+            weights += [getattr(site.experts.module, name) for name in (site.experts.up_name, "down_proj")]
+        for weight in weights:
+            if owners.setdefault(id(weight), site.layer) != site.layer:
+                raise FNSFTError(
+                    f"the MLPs of layers {owners[id(weight)]} and {site.layer} share a weight, so that neither has "
+                    "neurons of its own; such a model is not understood"
+                )
+
+
 def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layers="all") -> list[NeuronSite]:
     """Find the MLP sites of a transformer, one for each layer.
 
@@ -331,8 +347,8 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
         A list of [`NeuronSite`], ordered by layer.
 
     Raises:
-        FNSFTError: no site was found, some blocks have an MLP that the rule does not understand, or a layer is out
-            of range.
+        FNSFTError: no site was found, some blocks have an MLP that the rule does not understand or share one, or a
+            layer is out of range.
     """
     if kind not in SITES:
         raise FNSFTError(f"site {kind!r} is unknown; it must be one of: {', '.join(SITES)}")
@@ -351,4 +367,5 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
             f"no MLP site found in {type(model).__name__}: it has no list of blocks with an attention module in each; "
             "a transformer with MLP layers was expected"
         )
+    _check_no_weight_is_shared(sites)
     return [sites[i] for i in parse_ranges(layers, len(sites))]

@@ -1,5 +1,6 @@
 """LoRA on the weights of experts, held to neurons: PEFT's factors of all experts in one, used without being called."""
 
+import copy
 import subprocess
 import sys
 
@@ -262,8 +263,17 @@ def test_factors_that_were_replaced_do_not_train(mixtral, ids):
     factor = model.get_submodule("base_model.model.model.layers.1.mlp.experts.lora_A.default")
     factor.weight = torch.nn.Parameter(factor.weight.detach().clone())
     logits(model, ids)
-    with pytest.raises(FNSFTError, match=r"factor on .*layers\.1\.mlp\.experts\.down_proj was replaced"):
+    with pytest.raises(FNSFTError, match=r"LoRA weight on .*layers\.1\.mlp\.experts\.down_proj was replaced"):
         model(ids)
+
+
+def test_a_copy_without_masked_gradients_does_not_train(mixtral, ids):
+    model, _ = adapted(mixtral, random_mask(mixtral, "mlp_intermediate"))
+    twin = copy.deepcopy(model)
+    logits(twin, ids)
+    with pytest.raises(FNSFTError, match="in a copy of the model"):
+        twin(ids)
+    model(ids)
 
 
 def test_the_guard_names_the_entry_of_a_factor_that_moved(name):

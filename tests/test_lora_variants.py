@@ -1,5 +1,6 @@
 """Every variant of LoRA that PEFT offers: held to a mask exactly, or refused with the reason."""
 
+import copy
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -199,6 +200,32 @@ def test_dora_is_held_where_neurons_are_outputs(family, site, tmp_path):
     assert (changed_neurons(sites, before, state(loose.merge_and_unload()))[0] & ~mask).count
     with pytest.raises(FNSFTError, match="already changes neurons"):
         constrain_lora(PeftModel.from_pretrained(tiny_model(family), tmp_path), ~mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dora_is_held_on_a_base_in_half_precision(dtype, tmp_path):
+    """PEFT starts from norms in the precision of the base, and merges with more precise ones."""
+    base = tiny_model("llama").to(dtype)
+    mask, before, sites = random_mask(base, "mlp_intermediate"), state(base), find_neuron_sites(tiny_model("llama"))
+    targets = DORA_TARGETS["mlp_intermediate"]
+    model = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets, use_dora=True))
+    train(model, held=constrain_lora(model, mask))
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model("llama").to(dtype), tmp_path)
+    constrain_lora(reloaded, mask)
+    for trained in (model, reloaded):
+        assert not (changed_neurons(sites, before, state(trained.merge_and_unload()))[0] & ~mask).count
+
+
+def test_a_copy_of_held_dora_does_not_train():
+    """The hooks on the gradients of its magnitudes are those of the original."""
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["up_proj"], use_dora=True)
+    model = get_peft_model(tiny_model("llama"), config)
+    constrain_lora(model, random_mask(tiny_model("llama"), "mlp_intermediate"))
+    twin = copy.deepcopy(model)
+    train(model)
+    with pytest.raises(FNSFTError, match="in a copy of the model"):
+        train(twin)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj", "down_proj"]])

@@ -156,3 +156,13 @@ def test_a_model_with_an_adapter_loaded_by_transformers_is_read():
 
 def test_families_are_all_here():
     assert set(EXPECTED) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("shared", ["mlp", "mlp.down_proj.weight", "mlp.up_proj.weight"])
+def test_layers_that_share_weights_are_refused(shared):
+    model = tiny_model("llama")
+    holder, _, name = shared.rpartition(".")
+    first, third = (layer.get_submodule(holder) for layer in (model.model.layers[0], model.model.layers[2]))
+    setattr(third, name, getattr(first, name))
+    with pytest.raises(FNSFTError, match="layers 0 and 2 share a weight"):
+        find_neuron_sites(model)

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pytest
@@ -338,6 +339,17 @@ def test_deltas_written_without_a_trace_are_seen_in_training(how, ids):
     assert torch.equal(logits(fresh, ids), after)
 
 
+@pytest.mark.parametrize("how", ["data, in place", "data, replaced"])
+def test_deltas_written_without_a_trace_are_seen_by_an_evaluation(how, ids):
+    """As by an average of weights that takes their place: every evaluation begins with `eval()`."""
+    model = randomize(wrap("llama")).eval()
+    before = logits(model, ids)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            without_trace(how, parameter)
+    assert not torch.equal(logits(model.eval(), ids), before)
+
+
 def _optimizers():
     """Every optimizer of TrainingArguments that can be made here from parameters alone."""
     for name in OptimizerNames:
@@ -396,6 +408,63 @@ def test_a_gradient_through_the_disabled_model_is_the_base_models(ids):
     base = tiny_model("llama")
     (expected,) = torch.autograd.grad(base(inputs_embeds=embedded).logits.square().sum(), embedded)
     assert torch.equal(gradient, expected)
+
+
+def test_a_merge_between_forward_and_backward_stays(ids):
+    model = several()
+    loss = model(input_ids=ids, labels=ids).loss
+    model.set_adapter("other")
+    expected = logits(model, ids)
+    model.merge_adapter()
+    loss.backward()  # holds the first adapter once more
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_deltas_changed_between_forward_and_backward_are_an_error(ids):
+    model = randomize(wrap("llama"))
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    with pytest.raises(FNSFTError, match="changed between a forward pass and its backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("method", ["_take", "_put"])
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("start", ["base values", "held"])
+def test_an_interruption_leaves_the_base_values_within_reach(method, at, start, ids, monkeypatch):
+    """A key pressed, or no memory left, in the middle of writing."""
+    model = randomize(wrap("llama", neurons={"1": "0-4,9"})).eval()
+    original = parameters_of(tiny_model("llama"))
+    expected = logits(copy.deepcopy(model), ids)
+    if start == "held":
+        logits(model, ids)
+    work, calls = getattr(NeuronDeltaLayer, method), []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return work(self, *args)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(NeuronDeltaLayer, method, interrupted)
+        if start == "held":
+            model.base_model.release()
+        else:
+            logits(model, ids)
+    twin = copy.deepcopy(model)
+    twin.base_model.release()
+    assert changed_entries(original, base_values(twin)) == {}
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_copies_of_data_parallel_are_refused():
+    layer = wrap("llama").get_base_model().model.layers[0].mlp.up_proj
+    with pytest.raises(FNSFTError, match="one process for each device"):
+        layer._replicate_for_data_parallel()  # DataParallel calls it on every module
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -647,6 +716,21 @@ def test_weighted_combination(family, ids):
     model.set_adapter("sum")
     assert torch.allclose(logits(model, ids), expected, atol=1e-5)
     assert model.peft_config["sum"].neurons == {"0": "0-4,7", "1": "2-12", "2": "1"}
+
+
+def test_a_weighted_combination_on_a_half_precision_base_is_not_rounded():
+    base = tiny_model("llama").to(torch.bfloat16)
+    model = randomize(get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM")))
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    deltas = {name: p for name, p in model.named_parameters() if "neuron_delta" in name}
+    for name, delta in deltas.items():
+        if name.endswith("default"):
+            assert torch.equal(deltas[name.replace("default", "same")], delta)
+
+
+def test_one_batch_with_several_adapters_is_refused(ids):
+    with pytest.raises(FNSFTError, match="one batch for each adapter"):
+        several()(input_ids=ids, adapter_names=["default", "other"])
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,8 @@ def _freeze_factor(held: FrozenSlices, found: FactorSlice, adapter_name: str, fr
     view.masked_fill_(is_frozen, 0)
     if found.is_bare:
         held.freeze(weight, found.dims, positions, shape=found.shape)
-        found.layer.register_forward_pre_hook(_check_is_trained(found.factor, weight, found.part.full_name))
+        letter = "lora_B" if found.part.side == "output" else "lora_A"
+        _check_is_trained(found, letter, adapter_name, weight)
         return
     held.keep(weight, found.dims, positions)
     if adapter_name in getattr(found.layer, "lora_magnitude_vector", {}):
@@ -165,14 +166,24 @@ def _freeze_factor(held: FrozenSlices, found: FactorSlice, adapter_name: str, fr
 
 
 def _freeze_magnitude(held: FrozenSlices, found: FactorSlice, adapter_name: str, positions: torch.Tensor) -> None:
-    """Hold the frozen rows' magnitudes of DoRA at the norms of the base weight's rows."""
+    """Hold the frozen rows' magnitudes of DoRA at the norms of the base weight's rows.
+
+    At those that a merge computes: it adds the weight change first, which is more precise than a base in half
+    precision, from whose rounded norms PEFT has started. The quotient of the two must be exactly 1.
+    """
     dora = found.layer.lora_magnitude_vector[adapter_name]
     weight = dequantize_module_weight(found.layer.get_base_layer())
-    no_change = weight.new_zeros(found.layer.out_features, found.layer.in_features)
-    norms = dora.get_weight_norm(weight, no_change, 1)
-    if not torch.equal(dora.weight[positions], norms[positions].to(dora.weight.device)):
+    shape = found.layer.out_features, found.layer.in_features
+    present = dora.weight[positions]
+    started, merged = (
+        dora.get_weight_norm(weight, weight.new_zeros(shape, dtype=dtype), 1)[positions].to(present)
+        for dtype in (weight.dtype, found.factor.weight.dtype)
+    )
+    if not torch.equal(present, started) and not torch.equal(present, merged):
         raise _already_changed(found)
+    dora.weight[positions] = merged
     held.freeze(dora.weight, (0,), positions)
+    _check_is_trained(found, "lora_magnitude_vector", adapter_name, dora.weight)
 
 
 def _already_changed(found: FactorSlice) -> FNSFTError:
@@ -182,18 +193,20 @@ def _already_changed(found: FactorSlice) -> FNSFTError:
     )
 
 
-def _check_is_trained(factor: nn.Module, weight: nn.Parameter, name: str):
-    """A hook that stops training when another tensor has taken the place of the one whose gradients are masked."""
+def _check_is_trained(found: FactorSlice, holder: str, adapter_name: str, weight: nn.Parameter) -> None:
+    """Stop training where another tensor has taken the place of one whose gradients are masked."""
+    name = found.part.full_name
 
-    def check(module: nn.Module, args: tuple) -> None:
-        if factor.weight is not weight and torch.is_grad_enabled() and factor.weight.requires_grad:
+    def check(layer: nn.Module, args: tuple) -> None:  # a copy of the model has this hook too, with its own layer
+        present = getattr(layer, holder)[adapter_name].weight
+        if present is not weight and torch.is_grad_enabled() and present.requires_grad:
             raise FNSFTError(
-                f"the LoRA factor on {name} was replaced (by sharding, or in a copy of the model) since "
-                "constrain_lora masked its gradients; use plain data parallelism, and call constrain_lora on the "
-                "model that is trained"
+                f"the LoRA weight on {name} was replaced (by sharding, or in a copy of the model) since "
+                "constrain_lora masked its gradients; use plain data parallelism, and copy a model before "
+                "constrain_lora, not after"
             )
 
-    return check
+    found.layer.register_forward_pre_hook(check)
 
 
 def _changes_anything(a: torch.Tensor, b: torch.Tensor, experts: int) -> bool:

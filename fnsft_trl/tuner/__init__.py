@@ -7,7 +7,6 @@ loading such an adapter.
 
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
@@ -22,7 +21,6 @@ _TYPE = NeuronPeftType.NEURON_DELTA
 # PEFT's own register function insists on an entry of its enum; the tables behind it take any key.
 PEFT_TYPE_TO_CONFIG_MAPPING[_TYPE] = NeuronTunerConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_TYPE] = NeuronTunerModel
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING[_TYPE] = NeuronTunerModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_TYPE] = NeuronTunerModel.prefix
 
 __all__ = ["ExpertDeltaLayer", "NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

@@ -92,6 +92,8 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.merged:
+            self.release()
         names = () if self.merged else self._names()
         is_held = not self.merged and self._can_hold()
         if is_held:
@@ -212,7 +214,7 @@ class _HeldExpert(torch.autograd.Function):
         x: torch.Tensor,
         *deltas: torch.Tensor,
     ):
-        ctx.layer, ctx.names, ctx.parameter, ctx.expert = layer, names, parameter, expert
+        ctx.layer, ctx.names, ctx.seen, ctx.parameter, ctx.expert = layer, names, layer._seen, parameter, expert
         ctx.side, ctx.where = side, where
         ctx.dtypes = [delta.dtype for delta in deltas]
         ctx.save_for_backward(*(x if side == "output" else x.index_select(-1, positions) for positions, _ in where))
@@ -223,8 +225,7 @@ class _HeldExpert(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         """Gradients for x and for the deltas that train, `None` for all else."""
         layer: ExpertDeltaLayer = ctx.layer
-        layer.hold(ctx.names)
-        layer._is_stale = True
+        layer.hold_again(ctx.names, ctx.seen)
         grad_x = None
         if ctx.needs_input_grad[6]:
             grad_x = grad @ expert_weight(layer.base_layer, ctx.parameter, ctx.expert).to(grad.dtype)

@@ -53,7 +53,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # What the base parameters hold at present: the deltas of these adapters, in this state, ...
         self._held: tuple[str, ...] = ()
-        self._seen: tuple[tuple[int, int, int], ...] = ()
+        self._seen: tuple[tuple[int, int, int], ...] | None = ()
         self._is_stale = False
         # ... at these positions, which had these values: parameter name -> (positions,) and (positions, ...).
         self._held_positions: dict[str, torch.Tensor] = {}
@@ -96,7 +96,9 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             order = self.positions_of(to, parameter).argsort()
             there = self.positions_of(source, parameter)
             where = order[torch.searchsorted(self.positions_of(to, parameter), there, sorter=order)]
-            targets[parameter].index_add_(0, where, delta.to(targets[parameter].dtype), alpha=weight)
+            target = targets[parameter]  # new deltas have the precision of the base
+            target.data = target.data.to(torch.promote_types(target.dtype, delta.dtype))
+            target.index_add_(0, where, delta.to(target.dtype), alpha=weight)
 
     def positions_of(self, adapter_name: str, parameter: str) -> torch.Tensor:
         """Positions of an adapter's neurons in a parameter, in the order of the rows of their delta."""
@@ -118,14 +120,16 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged:
+            self.release()  # a backward pass of an earlier graph has held what it needed
             return self.base_layer(x)
         names = self._names()
         if not self._can_hold():
             if self._held:
                 self.hold(())
             return self._add(self.base_layer(x), x, names)
-        # A fused or 8-bit optimizer changes the deltas without leaving a trace in their version counters, so in
-        # training, and after every backward pass, the slices are written anew.
+        # A fused or 8-bit optimizer, or an average of weights put in their place, changes the deltas without leaving a
+        # trace in their version counters, so the slices are written anew in training, after every backward pass, and
+        # after every `train()` or `eval()`.
         self.hold(names, refresh=self.training or self._is_stale)
         if not torch.is_grad_enabled():
             return self.base_layer(x)
@@ -190,17 +194,37 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
                 "the model was sharded while its weights held neuron deltas, so the base values cannot be put back; "
                 "call model.base_model.release() before sharding it"
             )
+        self._seen = None  # so that after an interruption (Ctrl-C, no memory left) all of this is done again
         if names != self._held:
             for parameter, rows in self._originals.items():
                 self._put(parameter, rows)
-            self._held_positions, self._originals = {}, {}
+            self._held, self._held_positions, self._originals = (), {}, {}
             for parameter in dict.fromkeys(parameter for name in names for parameter in self.slices[name]):
                 positions = [self.positions_of(name, parameter) for name in names if parameter in self.slices[name]]
                 self._held_positions[parameter] = positions[0] if len(names) == 1 else torch.cat(positions).unique()
                 self._originals[parameter] = self._take(parameter)
+            self._held = names  # from here on entries are overwritten
         for parameter, rows in self._originals.items():
             self._put(parameter, self._sum(parameter, rows, names))
-        self._held, self._seen, self._is_stale = names, seen, False
+        self._seen, self._is_stale = seen, False
+
+    def hold_again(self, names: tuple[str, ...], seen: tuple | None) -> None:
+        """Hold what a forward pass held, for its backward pass: others may have switched adapters since.
+
+        Args:
+            names: the adapters that it held.
+            seen: the state of their deltas at the time.
+
+        Raises:
+            FNSFTError: the deltas have changed since, and the values that the gradient depends on are gone.
+        """
+        self.hold(names)
+        if self._seen != seen:
+            raise FNSFTError(
+                "neuron deltas were changed between a forward pass and its backward pass, which needs their former "
+                "values; call backward before the optimizer steps"
+            )
+        self._is_stale = True
 
     def _sum(self, parameter: str, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         """Base values plus deltas, at the higher of their precisions, shape (held positions, ...)."""
@@ -262,6 +286,17 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.release()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        """As the parent's; the next forward pass reads all deltas anew."""
+        self._is_stale = True
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self):
+        raise FNSFTError(
+            "neuron deltas do not run under DataParallel, whose copies have no parameters of their own; start one "
+            "process for each device (accelerate launch, torchrun), or show this one a single device"
+        )
 
     def _apply(self, fn, recurse: bool = True):
         self.release()
@@ -381,7 +416,7 @@ class _HeldLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layer: NeuronDeltaLayer, names: tuple[str, ...], x: torch.Tensor, *deltas: torch.Tensor):
-        ctx.layer, ctx.names = layer, names
+        ctx.layer, ctx.names, ctx.seen = layer, names, layer._seen
         kept = []
         for name in names:
             if any(delta.requires_grad for _, delta in layer._deltas(name)):
@@ -397,9 +432,7 @@ class _HeldLinear(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         """Gradients for x and for the deltas that train, `None` for all else."""
         layer: NeuronDeltaLayer = ctx.layer
-        # Another forward pass may have switched adapters off since (the reference model of a preference loss).
-        layer.hold(ctx.names)
-        layer._is_stale = True
+        layer.hold_again(ctx.names, ctx.seen)
         grad_x = None
         if ctx.needs_input_grad[2]:
             weight = layer.base_layer.weight.to(grad.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -128,6 +129,15 @@ class NeuronTunerModel(BaseTuner):
         """
         for layer in self._layers():
             layer.release()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise FNSFTError(
+                "adapter_names gives each row of a batch an adapter of its own, but neuron deltas change the weights "
+                "for all rows; run one batch for each adapter, after set_adapter"
+            )
+        yield
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         self.release()
