@@ -807,6 +807,8 @@ def test_lora_beside_the_deltas_is_saved_switched_and_deleted_with_them(ids, tmp
         ({"target_modules": ["nothing"]}, "match no linear layer"),
         ({"target_modules": ["q_proj"], "bias": "all"}, "sets bias, which reaches beyond"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "sets modules_to_save"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"target_modules": ["q_proj"], "alora_invocation_tokens": [3]}, "have no effect beside"),
     ],
 )
 def test_lora_beside_the_deltas_that_is_refused(lora, message):

@@ -22,6 +22,9 @@ _OF_THE_ADAPTER = {
 }
 # ... and those that would change more than the modules that LoRA is put on.
 _BEYOND_LORA = {"bias", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
+# Values of init_lora_weights, or beginnings of them, that change the base weights: without the adapter, the model would
+# not be the base model.
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class NeuronPeftType(str, Enum):
@@ -100,6 +103,11 @@ def _lora_arguments(lora: LoraConfig | dict) -> dict:
     if refused := given.keys() & _BEYOND_LORA:
         name = sorted(refused)[0]
         raise FNSFTError(f"lora sets {name}, which reaches beyond the modules that LoRA is put on; drop {name} there")
+    init = str(given.get("init_lora_weights"))
+    if init.startswith(_CHANGING_INITS):
+        raise FNSFTError(f"lora has init_lora_weights={init!r}, which changes the base weights; use another one")
+    if "alora_invocation_tokens" in given:
+        raise FNSFTError("lora has alora_invocation_tokens, which have no effect beside neuron deltas; drop them")
     if given.get("target_modules") in (None, "all-linear"):
         raise FNSFTError('lora needs target_modules by name, outside the MLPs, for instance ["q_proj", "v_proj"]')
     return {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}
