@@ -22,8 +22,8 @@ _OF_THE_ADAPTER = {
 }
 # ... and those that would change more than the modules that LoRA is put on.
 _BEYOND_LORA = {"bias", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
-# Values of init_lora_weights, or beginnings of them, that change the base weights: without the adapter, the model would
-# not be the base model.
+# Values of init_lora_weights, or beginnings of them, that change the base weights: without the adapter, the model
+# would not be the base model.
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
