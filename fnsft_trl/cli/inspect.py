@@ -1,6 +1,8 @@
 """fnsft inspect TEMPLATE: networks, neurons by layer, reliability, provenance. Needs no torch, except to convert."""
 
 import json
+import os
+import sys
 
 from ..card import format_known
 from ..config import format_ranges
@@ -22,21 +24,25 @@ def main(argv: list[str]) -> None:
     if args.json and args.convert:
         raise FNSFTError("--json and --convert exclude each other; drop one of them")
     stored = StoredTemplate.open(args.template, revision=args.revision)
-    config = stored.config
-    if args.json:
-        print(json.dumps(config, indent=2))
-        return
     if args.convert:
         target = check_writable(args.convert)
         FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
         print(f"Template saved to: {target}")
         return
+    try:
+        _show(stored, args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads it has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+
+
+def _show(stored: StoredTemplate, as_json: bool) -> None:
+    config = stored.config
+    if as_json:
+        print(json.dumps(config, indent=2))
+        return
     if stored.hub_id:
         print(f"{stored.hub_id} at commit {stored.commit}")
-    _show(config)
-
-
-def _show(config: dict) -> None:
     widths = {int(layer): width for layer, width in config["widths"].items()}
     components = config["components"]
     print(f"{len(components)} functional networks of {config['base_model'] or UNKNOWN} ({config['architecture']})")
