@@ -59,8 +59,8 @@ class StoredTemplate:
                 raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
             if not path.exists():
                 raise FNSFTError(
-                    f"no template at {name}: there is no such directory or file, and it is no id of a repository on the "
-                    "Hub (org/name); make one with `fnsft discover`"
+                    f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
+                    "(org/name); make one with `fnsft discover`"
                 )
             directory = path / NETWORK_DIR if (path / NETWORK_DIR).is_dir() else path
             config = read_config(directory)
