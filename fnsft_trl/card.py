@@ -55,7 +55,7 @@ def template_card(config: dict[str, Any], name: str | None = None) -> str:
 {rows}
 
 {_reliability(config)}
-
+{_recurrence(config)}
 ## How to use it
 
 ```python
@@ -180,6 +180,22 @@ def _reliability(config: dict[str, Any]) -> str:
         "the Jaccard\nindex of its 2% strongest neurons between them. A network for which they are low is not "
         f"expected to be found again on\nother text.{null}"
     )
+
+
+def _recurrence(config: dict[str, Any]) -> str:
+    """In which datasets of several each network is found again; empty for a template of one."""
+    components = config["components"]
+    sources = list(components[0].get("recurrence", {}))
+    if not sources:
+        return ""
+    rows = []
+    for number, component in enumerate(components):
+        found = [component["recurrence"][source] for source in sources if source in component["recurrence"]]
+        cells = [f"{f['iou']:.2f}{' (recurs)' if f['recurs'] else ''}" for f in found]
+        rows.append(f"| {' | '.join([str(number), *cells])} |")
+    header = f"| network | {' | '.join(map(_cell, sources))} |\n|{'---|' * (1 + len(sources))}"
+    told = "Overlap (IoU) of each network with its counterpart in each dataset alone; above 0.2 it counts as the same:"
+    return "\n".join(["", told, "", header, *rows, ""])
 
 
 def _revision(config: dict[str, Any]) -> str:
