@@ -62,7 +62,9 @@ class StoredTemplate:
                     f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
                     "(org/name); make one with `fnsft discover`"
                 )
-            directory = path / NETWORK_DIR if (path / NETWORK_DIR).is_dir() else path
+            top, directory = path / CONFIG_FILE, path
+            if (path / NETWORK_DIR).is_dir() and not (top.is_file() and is_description(read_json(top))):
+                directory = path / NETWORK_DIR
             config = read_config(directory)
             return cls(config, lambda: read_tensors(directory / TENSOR_FILE, config))
         folder, file = _find(name, options)

@@ -139,6 +139,15 @@ def test_what_is_asked_for_wrongly_is_told(saved, monkeypatch):
     assert StoredTemplate.open("~/template").config["site"] == "mlp_intermediate"
 
 
+def test_a_template_goes_before_that_of_a_model_beside_it(templates, tmp_path):
+    """As it does in a repository."""
+    templates["opt"].save_pretrained(tmp_path / "functional_networks")
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    assert StoredTemplate.open(tmp_path).config["architecture"] == "OPTForCausalLM"
+    templates["llama"].save_pretrained(tmp_path)
+    assert StoredTemplate.open(tmp_path).config["architecture"] == "LlamaForCausalLM"
+
+
 def test_a_description_that_may_not_be_read_is_one_line(saved, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
