@@ -37,6 +37,13 @@ class HubAccount:
             return any("repo.write" in permissions for permissions in self.permissions.values())
         return self.role != "read"
 
+    def may_own(self, repo_id: str) -> bool:
+        """Whether a repository is the account's own or of its organisations; so taken where the Hub does not say."""
+        if self.kind != "user" or self.role == UNKNOWN or "/" not in repo_id:
+            return True
+        scopes = {whose.partition(" ")[2] for whose in self.permissions}
+        return repo_id.partition("/")[0] in {self.name, *self.organisations, *scopes}
+
 
 def whose_token(token: HubToken) -> HubAccount:
     """Ask the Hub whose token it is.
@@ -79,16 +86,17 @@ def whose_token(token: HubToken) -> HubAccount:
     )
 
 
-def check_upload(given: str | None = None) -> None:
+def check_upload(given: str | None = None, repo_id: str | None = None) -> None:
     """Check, before the work whose result is to be pushed, that there is a token which may write.
 
     Where there is none and a person sits at the terminal, huggingface_hub's own login asks for one.
 
     Args:
         given: the token that was given, if any.
+        repo_id: where to, unless it is a pull request, which may be opened in any repository.
 
     Raises:
-        FNSFTError: there is no token, the Hub does not accept it, or it may only read.
+        FNSFTError: there is no token, the Hub does not accept it, it may only read, or the repository is of others.
     """
     from huggingface_hub import login
 
@@ -102,4 +110,10 @@ def check_upload(given: str | None = None) -> None:
     if not account.may_write:
         raise FNSFTError(
             f"the token from {token.source} ({account.name}) may only read, so nothing could be pushed; {LOG_IN} write"
+        )
+    if repo_id is not None and not account.may_own(repo_id):
+        owners = " or ".join((account.name, *account.organisations))
+        raise FNSFTError(
+            f"the token from {token.source} may write to repositories of {owners}, not to {repo_id}; push to one of "
+            "those, or open a pull request"
         )

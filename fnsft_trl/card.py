@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from .config import ThresholdRule
-from .description import describe_threshold
+from .description import describe_calibration, describe_method, describe_threshold
 from .names import UNKNOWN, is_source_name
 from .storage import FIGURE_FILE
 
@@ -33,7 +32,7 @@ def template_card(config: dict[str, Any], name: str | None = None) -> str:
         config: the template's description, see [`~fnsft_trl.description.check_config`].
         name: the repository it is loaded from, where that is known.
     """
-    model, calibration, components = config["base_model"] or UNKNOWN, config["calibration"], config["components"]
+    model, components = config["base_model"] or UNKNOWN, config["components"]
     rows = "\n".join(
         f"| {number} | {c['neurons']} | {len(c['layers'])} | {format_known(c['explained_variance'], '.4f')} | "
         f"{format_known(c['kurtosis'], '.1f')} | {format_known(c['reliability'], '.2f')} | "
@@ -56,16 +55,11 @@ def template_card(config: dict[str, Any], name: str | None = None) -> str:
 {rows}
 
 {_reliability(config)}
-
+{_recurrence(config)}
 ## How to use it
 
 ```python
-from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons
-
-template = FunctionalNetworkTemplate.from_pretrained("{name or "path of this directory"}")
-mask = select_neurons(template, component_ids=[0])
-with lesion(model, mask):
-    ...
+{_code(config, name)}
 ```
 
 To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig` or in the YAML of `fnsft train`:
@@ -76,10 +70,10 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 | | |
 |---|---|
 | base model | {model}{_revision(config)} |
-| calibration text | {_calibration(calibration)} |
-| token ids, SHA-256 | {calibration["sha256"] or UNKNOWN} |
-| method | {_method(config["settings"])} |
-| neurons of a network | {describe_threshold(_threshold(config))} |
+| calibration text | {_cell(describe_calibration(config))} |
+| token ids, SHA-256 | {config["calibration"]["sha256"] or UNKNOWN} |
+| method | {_cell(describe_method(config))} |
+| neurons of a network | {_cell(describe_threshold(config))} |
 | made with | fnsft_trl {config["fnsft_trl_version"]} |
 
 ## What it must not be used for
@@ -154,7 +148,7 @@ def _is_path(value: Any) -> bool:
 
 def _metadata(config: dict[str, Any]) -> str:
     metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", config["base_model"]):
+    if _is_model_id(config["base_model"]):
         metadata["base_model"] = config["base_model"]
     sources = [source for source in config["calibration"]["sources"] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
     if datasets := [source for source in sources if not PurePath(source).suffix]:
@@ -174,7 +168,12 @@ def _reliability(config: dict[str, Any]) -> str:
     if config["null"] is not None:
         null = (
             "\nThe same activations shuffled in time give a reliability of "
-            f"{config['null']['reliability']:.2f} and an overlap of {config['null']['jaccard']:.2f}."
+            f"{config['null']['reliability']:.2f} and an overlap of {config['null']['jaccard']:.2f}, which is chance."
+        )
+    if config["settings"].get("ica_standardize") == "center":
+        null += (
+            " Judge these\nnetworks by their overlap: where activations are only centred, a few neurons of large "
+            "variance give a high reliability\nwithout any co-activation."
         )
     return (
         "Reliability is the correlation of a network's loadings between two disjoint halves of the tokens, overlap "
@@ -183,21 +182,50 @@ def _reliability(config: dict[str, Any]) -> str:
     )
 
 
+def _recurrence(config: dict[str, Any]) -> str:
+    """In which datasets of several each network is found again; empty for a template of one."""
+    components = config["components"]
+    sources = list(components[0].get("recurrence", {}))
+    if not sources:
+        return ""
+    rows = []
+    for number, component in enumerate(components):
+        found = [component["recurrence"][source] for source in sources if source in component["recurrence"]]
+        cells = [f"{f['iou']:.2f}{' (recurs)' if f['recurs'] else ''}" for f in found]
+        rows.append(f"| {' | '.join([str(number), *cells])} |")
+    header = f"| network | {' | '.join(map(_cell, sources))} |\n|{'---|' * (1 + len(sources))}"
+    told = "Overlap (IoU) of each network with its counterpart in each dataset alone; above 0.2 it counts as the same:"
+    return "\n".join(["", told, "", header, *rows, ""])
+
+
 def _revision(config: dict[str, Any]) -> str:
     return f", revision {config['revision']}" if config["revision"] else ""
 
 
-def _calibration(calibration: dict[str, Any]) -> str:
-    if not calibration["sources"]:
-        return UNKNOWN
-    return f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}".replace("|", "\\|")
+def _cell(text: str) -> str:
+    """Text in a cell of a table, which a bar would end."""
+    return text.replace("|", "\\|")
 
 
-def _method(settings: dict[str, Any]) -> str:
-    if "ica_variant" not in settings:
-        return UNKNOWN
-    return f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}), {settings['ica_standardize']}"
+def _code(config: dict[str, Any], name: str | None) -> str:
+    """How to load and use the template, with the base model where it has an id on the Hub."""
+    imports, load_model = [], []
+    if _is_model_id(config["base_model"]):
+        of = f', revision="{config["revision"]}"' if re.fullmatch("[0-9a-f]{40}", config["revision"] or "") else ""
+        imports = ["from transformers import AutoModelForCausalLM"]
+        load_model = [f'model = AutoModelForCausalLM.from_pretrained("{config["base_model"]}"{of})']
+    lines = [
+        "from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons",
+        *imports,
+        "",
+        *load_model,
+        f'template = FunctionalNetworkTemplate.from_pretrained("{name or "path of this directory"}")',
+        "mask = select_neurons(template, component_ids=[0])",
+        "with lesion(model, mask):",
+        "    ...",
+    ]
+    return "\n".join(lines)
 
 
-def _threshold(config: dict[str, Any]) -> ThresholdRule | None:
-    return ThresholdRule(**config["threshold"]) if config["threshold"] else None
+def _is_model_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None

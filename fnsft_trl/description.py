@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from .config import ThresholdRule
 from .errors import FNSFTError
-from .names import clean_model_name, is_model_name, is_source_name, is_text, source_names
+from .names import UNKNOWN, clean_model_name, is_model_name, is_source_name, is_text, source_names
 
 
 FORMAT = "fnsft_trl.template"
@@ -227,9 +227,30 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def describe_threshold(threshold: ThresholdRule | None) -> str:
+def describe_threshold(config: dict[str, Any]) -> str:
     """The rule by which neurons belong to a network, in words."""
-    return "the neurons listed for each network" if threshold is None else str(threshold)
+    rule = config["threshold"]
+    return str(ThresholdRule(**rule)) if rule else "the neurons listed for each network"
+
+
+def describe_calibration(config: dict[str, Any]) -> str:
+    """The text that the networks were found on, in words."""
+    calibration = config["calibration"]
+    if not calibration["sources"]:
+        return UNKNOWN
+    return f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}"
+
+
+def describe_method(config: dict[str, Any]) -> str:
+    """How the networks were found, in words."""
+    settings = config["settings"]
+    if not {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
+        return UNKNOWN
+    scaled = {"center": "centred", "zscore": "z-scored"}.get(settings["ica_standardize"], UNKNOWN)
+    return (
+        f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}) of {scaled} activations, rank "
+        f"{settings['ica_rank']}, seed {settings['ica_seed']}"
+    )
 
 
 def dump_config(config: dict[str, Any]) -> bytes:

@@ -3,6 +3,9 @@
 from typing import Any
 
 
+_NARROWEST = 280  # pixels, so that the headings of few layers stay apart
+
+
 def networks_svg(config: dict[str, Any]) -> str:
     """The networks over the layers as a picture: the share of each layer's neurons in each network, and reliability.
 
@@ -11,7 +14,9 @@ def networks_svg(config: dict[str, Any]) -> str:
     """
     layers, components = sorted(map(int, config["widths"])), config["components"]
     cell, left, top = 18, 70, 34
-    width, height = len(layers) * cell, len(components) * cell
+    wide = max(cell, -(-_NARROWEST // len(layers)))  # of a layer's column
+    width, height = len(layers) * wide, len(components) * cell
+    bars = left + width + 24
     shares = [
         {int(layer): count / config["widths"][layer] for layer, count in component["layers"].items()}
         for component in components
@@ -23,7 +28,7 @@ def networks_svg(config: dict[str, Any]) -> str:
         'font-family="sans-serif" font-size="11" fill="#1c2733">',
         '<rect width="100%" height="100%" fill="#ffffff"/>',
         f'<text x="{left}" y="18" font-size="12">share of each layer\'s neurons in the network</text>',
-        f'<text x="{left + width + 24}" y="18" font-size="12">reliability</text>',
+        f'<text x="{bars}" y="18" font-size="12">reliability</text>',
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="#f4f6f8"/>',
     ]
     for number, (component, share) in enumerate(zip(components, shares, strict=True)):
@@ -33,25 +38,31 @@ def networks_svg(config: dict[str, Any]) -> str:
             if share.get(layer):
                 opacity = f"{max(0.04, share[layer] / most):.2f}"
                 parts.append(
-                    f'<rect x="{left + column * cell}" y="{y}" width="{cell}" height="{cell}" fill="#4b2e83" '
+                    f'<rect x="{left + column * wide}" y="{y}" width="{wide}" height="{cell}" fill="#4b2e83" '
                     f'fill-opacity="{opacity}"><title>network {number}, layer {layer}: {share[layer]:.1%}</title>'
                     "</rect>"
                 )
         if component["reliability"] is not None:
             length = round(100 * min(1, component["reliability"]))
             parts.append(
-                f'<rect x="{left + width + 24}" y="{y + 4}" width="{length}" height="10" fill="#3b6ea5">'
+                f'<rect x="{bars}" y="{y + 4}" width="{length}" height="10" fill="#3b6ea5">'
                 f"<title>{component['reliability']:.2f}</title></rect>"
             )
+    if config["null"] is not None:
+        x = bars + round(100 * config["null"]["reliability"])
+        parts += [
+            f'<path d="M{x} {top}v{height}" stroke="#1c2733" stroke-dasharray="3 2"/>',
+            f'<text x="{bars}" y="{top + height + 54}">dashed: by chance</text>',
+        ]
     for column in range(0, len(layers), step):
-        x = left + column * cell + cell // 2
+        x = left + column * wide + wide // 2
         parts.append(f'<text x="{x}" y="{top + height + 15}" text-anchor="middle">{layers[column]}</text>')
     parts += [
         f'<text x="{left + width // 2}" y="{top + height + 34}" text-anchor="middle">layer</text>',
-        f'<text x="8" y="{top + height // 2}">network</text>',
+        f'<text x="{left - 8}" y="18" font-size="12" text-anchor="end">network</text>',
         f'<text x="{left}" y="{top + height + 54}">darkest: {most:.1%} of a layer</text>',
         *(
-            f'<text x="{left + width + 24 + 100 * value}" y="{top + height + 15}" text-anchor="middle">{value}</text>'
+            f'<text x="{bars + 100 * value}" y="{top + height + 15}" text-anchor="middle">{value}</text>'
             for value in (0, 1)
         ),
         "</svg>\n",

@@ -10,7 +10,7 @@ from torch import nn
 
 from .baking import lesion_note
 from .card import ADAPTER_NOTE, SECTION, publishable_card
-from .config import FunctionalNetworkConfig, TrainingPlan
+from .config import FunctionalNetworkConfig, TrainingPlan, format_ranges
 from .errors import FNSFTError
 from .selection import NeuronMask
 from .storage import CARD_FILE, NETWORK_DIR
@@ -119,8 +119,8 @@ class RunRecord:
             origin += f"`{template.commit}`"
         lines = [
             f"\n{SECTION}\n",
-            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} The networks {origin}; they are in "
-            f"`{NETWORK_DIR}/`.",
+            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} Selected were {self._selection()}. The "
+            f"networks {origin}; they are in `{NETWORK_DIR}/`.",
         ]
         if self.plan.mask_mode is not None:
             lines.append(
@@ -133,3 +133,22 @@ class RunRecord:
         if self.plan.method == "neuron_delta":
             lines.append(f"\n{ADAPTER_NOTE}")
         return "\n".join(lines) + "\n"
+
+    def _selection(self) -> str:
+        """Which neurons were selected, in words."""
+        config, count = self.config, len(self.template.components)
+        networks = f"all {count} networks"
+        if config.ica_component_ids is not None:
+            networks = (
+                f"networks {format_ranges(sorted(set(config.ica_component_ids)))} of {len(self.template.components)}"
+            )
+        elif config.ica_min_reliability:
+            networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+        if config.ica_fraction is None:
+            return f"the neurons of {networks}"
+        share = f"{config.ica_fraction:.1%} of the neurons of every layer"
+        if config.ica_select == "random":
+            return f"{share}, drawn at random: a control"
+        if config.ica_select == "activation":
+            return f"{share}, those with the {config.ica_rank_by} activity: a control"
+        return f"{share}, those that rank {config.ica_rank_by} in {networks}"

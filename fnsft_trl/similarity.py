@@ -16,8 +16,10 @@ SAME_NETWORK = 0.2  # IoU above which two networks count as the same
 
 def pooled(template: FunctionalNetworkTemplate) -> tuple[torch.Tensor, torch.Tensor]:
     """Loadings and memberships of all networks, the layers side by side: both of shape (components, neurons)."""
-    members = [torch.cat(list(template.members(c).values())) for c in range(len(template.components))]
-    return torch.cat(list(template.loadings.values()), 1), torch.stack(members)
+    layers = sorted(template.loadings)
+    members = [template.members(number) for number in range(len(template.components))]
+    loadings = torch.cat([template.loadings[layer] for layer in layers], 1)
+    return loadings, torch.stack([torch.cat([of_network[layer] for layer in layers]) for of_network in members])
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -146,6 +148,9 @@ def compare_templates(
     Pairs are matched one to one by the correlation of their loadings. In the permutations the neurons of `b` change
     places within their layers, so that networks which merely crowd into the same layers gain nothing.
 
+    A template that was converted from lists of neurons knows no loadings. Where one of the two is such a template, the
+    correlation is that of the memberships (0 or 1) of both.
+
     Args:
         a, b: the templates.
         permutations: how many; the least p-value is one in `permutations + 1`.
@@ -156,7 +161,9 @@ def compare_templates(
     """
     check_comparable(a, b)
     (loadings, members), (other, other_members) = pooled(a), pooled(b)
-    layers = list(a.widths.values())
+    if a.threshold is None or b.threshold is None:
+        loadings, other = members.float(), other_members.float()
+    layers = [a.widths[layer] for layer in sorted(a.widths)]
 
     def permuted(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         starts = torch.tensor([0, *layers]).cumsum(0)

@@ -22,6 +22,7 @@ FIGURE_FILE = "networks.svg"
 FILES = (TENSOR_FILE, CARD_FILE, FIGURE_FILE, CONFIG_FILE)
 NETWORK_DIR = "functional_networks"  # where a trained model keeps its template
 
+_AGAIN = "save the template again, or fetch it again (`hf download --force-download`)"
 _READY = ".template.ready"  # while it exists, a newer template waits beside the old one
 _LARGEST_DESCRIPTION = 64 * 2**20  # bytes of config.json and of the tensors' header
 _ITEM_SIZE = {"F32": 4, "F64": 8}
@@ -75,14 +76,16 @@ def read_json(path: Path) -> Any:
     """Read a file of JSON.
 
     Raises:
-        FNSFTError: it is no JSON, or too large.
+        FNSFTError: it cannot be read, is no JSON, or too large.
     """
     if path.stat().st_size > _LARGEST_DESCRIPTION:
         raise FNSFTError(f"{path} has {path.stat().st_size} bytes, too many for the description of a template")
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        raise FNSFTError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
     except (ValueError, RecursionError) as error:
-        raise FNSFTError(f"{path} is not valid JSON ({error}); save the template again, or fetch it again") from error
+        raise FNSFTError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
 
 
 def _no_constant(name: str):
@@ -103,10 +106,10 @@ def read_tensors(path: Path, config: dict[str, Any]) -> "dict[str, torch.Tensor]
         _check_header(path, config)
         data = path.read_bytes()
     except OSError as error:
-        raise FNSFTError(f"{path} cannot be read ({error.strerror}); save the template again") from error
+        raise FNSFTError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
     expected = config["tensors_sha256"]
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-        raise FNSFTError(f"{path} is not the file that {CONFIG_FILE} describes (SHA-256); fetch or save it again")
+        raise FNSFTError(f"{path} is not the file that {CONFIG_FILE} describes (SHA-256); {_AGAIN}")
 
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -114,7 +117,7 @@ def read_tensors(path: Path, config: dict[str, Any]) -> "dict[str, torch.Tensor]
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise FNSFTError(f"{path} cannot be read ({error}); fetch or save the template again") from error
+        raise FNSFTError(f"{path} cannot be read ({error}); {_AGAIN}") from error
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise FNSFTError(f"{path}: {name} holds values that are not finite; discover the networks again")
@@ -127,18 +130,17 @@ def read_tensors(path: Path, config: dict[str, Any]) -> "dict[str, torch.Tensor]
 
 def _check_header(path: Path, config: dict[str, Any]) -> None:
     """Compare the header of a safetensors file, and the file's size, with what the description asks for."""
-    again = "fetch or save the template again"
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8 or length > _LARGEST_DESCRIPTION:
-            raise FNSFTError(f"{path} cannot be read (its header does not fit into {size} bytes); {again}")
+            raise FNSFTError(f"{path} cannot be read (its header does not fit into {size} bytes); {_AGAIN}")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise FNSFTError(f"{path} cannot be read (its header is no JSON: {error}); {again}") from error
+            raise FNSFTError(f"{path} cannot be read (its header is no JSON: {error}); {_AGAIN}") from error
     if not isinstance(header, dict):
-        raise FNSFTError(f"{path} cannot be read (its header is no mapping); {again}")
+        raise FNSFTError(f"{path} cannot be read (its header is no mapping); {_AGAIN}")
     metadata = header.pop("__metadata__", None)
     shapes = tensor_shapes(config)
     total = 0
@@ -146,13 +148,13 @@ def _check_header(path: Path, config: dict[str, Any]) -> None:
         entry = header.pop(name, None)
         if not isinstance(entry, dict) or entry.get("shape") != list(shape):
             found = "nothing" if not isinstance(entry, dict) else f"shape {reprlib.repr(entry.get('shape'))}"
-            raise FNSFTError(f"{path}: {name} should have shape {shape}, found {found}; {again}")
+            raise FNSFTError(f"{path}: {name} should have shape {shape}, found {found}; {_AGAIN}")
         if entry.get("dtype") not in _ITEM_SIZE:
-            raise FNSFTError(f"{path}: {name} is {reprlib.repr(entry.get('dtype'))}; it must be F32 or F64; {again}")
+            raise FNSFTError(f"{path}: {name} is {reprlib.repr(entry.get('dtype'))}; it must be F32 or F64; {_AGAIN}")
         total += math.prod(shape) * _ITEM_SIZE[entry["dtype"]]
     if header:
-        raise FNSFTError(f"{path} holds {reprlib.repr(min(header))}, which is no tensor of this template; {again}")
+        raise FNSFTError(f"{path} holds {reprlib.repr(min(header))}, which is no tensor of this template; {_AGAIN}")
     if metadata != {FORMAT: str(config["format_version"])}:
-        raise FNSFTError(f"{path} is not of format {FORMAT!r} in the version of its {CONFIG_FILE}; {again}")
+        raise FNSFTError(f"{path} is not of format {FORMAT!r} in the version of its {CONFIG_FILE}; {_AGAIN}")
     if size != 8 + length + total:
-        raise FNSFTError(f"{path} has {size} bytes, its header asks for {8 + length + total}; {again}")
+        raise FNSFTError(f"{path} has {size} bytes, its header asks for {8 + length + total}; {_AGAIN}")

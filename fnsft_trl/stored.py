@@ -12,7 +12,7 @@ from .description import check_config, is_description
 from .errors import FNSFTError
 from .hub import HubFile, MissingFileError, fetch_file, is_hub_id
 from .legacy import Members, read_legacy
-from .storage import CONFIG_FILE, NETWORK_DIR, TENSOR_FILE, read_config, read_json, read_tensors
+from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, read_config, read_json, read_tensors
 
 
 if TYPE_CHECKING:
@@ -48,14 +48,23 @@ class StoredTemplate:
         Raises:
             FNSFTError: it is not there, or its description is not that of a template.
         """
-        path, name = Path(reference), os.fspath(reference)
+        path, name = Path(reference).expanduser(), os.fspath(reference)
         if path.is_file():
+            if path.name in FILES:
+                raise FNSFTError(f"{name} is one file of a template; give the directory that it is in")
             config, members = read_legacy(path)
             return cls(config, lambda: _membership_tensors(config, members))
         if path.exists() or not is_hub_id(name):
             if options.get("revision") is not None:
                 raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
-            directory = path / NETWORK_DIR if (path / NETWORK_DIR).is_dir() else path
+            if not path.exists():
+                raise FNSFTError(
+                    f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
+                    "(org/name); make one with `fnsft discover`"
+                )
+            top, directory = path / CONFIG_FILE, path
+            if (path / NETWORK_DIR).is_dir() and not (top.is_file() and is_description(read_json(top))):
+                directory = path / NETWORK_DIR
             config = read_config(directory)
             return cls(config, lambda: read_tensors(directory / TENSOR_FILE, config))
         folder, file = _find(name, options)

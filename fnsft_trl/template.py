@@ -57,7 +57,7 @@ class Component:
     recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=list(TAGS)):
     """All networks of one model with their loadings, provenance and reliability.
 
@@ -95,13 +95,13 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     threshold: ThresholdRule | None
     null: dict[str, float] | None
     components: list[Component]
-    loadings: dict[int, torch.Tensor]
-    mean: dict[int, torch.Tensor]
-    rms: dict[int, torch.Tensor]
-    weights: dict[int, dict] | None = None
+    loadings: dict[int, torch.Tensor] = field(repr=False)
+    mean: dict[int, torch.Tensor] = field(repr=False)
+    rms: dict[int, torch.Tensor] = field(repr=False)
+    weights: dict[int, dict] | None = field(default=None, repr=False)
     license: str | None = None
-    hub_id: str | None = field(default=None, compare=False)
-    commit: str | None = field(default=None, compare=False)
+    hub_id: str | None = None
+    commit: str | None = None
 
     _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
 

@@ -141,7 +141,8 @@ class FNSFTTrainer(SFTTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             train_args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
         if train_args.push_to_hub and train_args.process_index == 0:
-            check_upload(train_args.hub_token)
+            is_proposal = (train_args.hub_revision or "").startswith("refs/pr/")
+            check_upload(train_args.hub_token, None if is_proposal else train_args.hub_model_id)
         optim = OptimizerNames(train_args.optim).value
         if plan.method == "full":
             check_optimizer_name(optim)

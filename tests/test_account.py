@@ -62,6 +62,14 @@ def test_a_token_that_only_reads_is_refused_before_the_work(hub, monkeypatch):
         check_upload()
 
 
+def test_a_repository_of_others_is_refused_before_the_work(hub):
+    for repo_id in ("alice/networks", "team/networks", "networks", None):
+        check_upload(ALICE, repo_id)
+        check_upload(FINE, repo_id)
+    with pytest.raises(FNSFTError, match=r"of alice or team, not to bob/networks; .*pull request"):
+        check_upload(ALICE, "bob/networks")
+
+
 def test_without_a_token_a_person_is_asked_and_a_script_is_told(hub, no_token, monkeypatch):
     with pytest.raises(FNSFTError, match="there is no token to push with; log in with `hf auth login`"):
         check_upload()

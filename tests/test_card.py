@@ -2,7 +2,8 @@
 
 import yaml
 
-from fnsft_trl.card import ADAPTER_NOTE, SECTION, merged_card, publishable_card
+from fnsft_trl.card import ADAPTER_NOTE, SECTION, merged_card, publishable_card, template_card
+from fnsft_trl.description import describe
 
 
 def card(text: str, **metadata) -> str:
@@ -44,3 +45,14 @@ def test_a_merged_model_has_a_card_even_where_its_adapter_has_none():
     assert "# base, fine-tuned" in merged
     assert "/home" not in merged
     assert "base_model" not in metadata(merged)
+
+
+def test_a_template_of_several_datasets_says_where_its_networks_recur(templates):
+    config = describe(templates["llama"], "0" * 64)
+    assert "in each dataset alone" not in template_card(config)
+    found = {"component": 0, "correlation": 0.9}
+    recurrence = {"a|b.txt": {**found, "iou": 0.5, "recurs": True}, "c.txt": {**found, "iou": 0.1, "recurs": False}}
+    text = template_card({**config, "components": [{**c, "recurrence": recurrence} for c in config["components"]]})
+    table = text.split("counts as the same:\n\n")[1].split("\n\n## How to use it")[0].splitlines()
+    rows = [f"| {number} | 0.50 (recurs) | 0.10 |" for number in range(3)]
+    assert table == [r"| network | a\|b.txt | c.txt |", "|---|---|---|", *rows]

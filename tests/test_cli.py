@@ -70,6 +70,15 @@ def test_inspect_shows_networks_reliability_and_provenance(template, capsys):
     assert json.loads(capsys.readouterr().out)["format"] == "fnsft_trl.template"
 
 
+def test_whoever_reads_no_further_ends_inspect_without_a_traceback(template):
+    code = "import sys; from fnsft_trl.cli import main; sys.exit(main(['inspect', sys.argv[1]]))"
+    command = [sys.executable, "-c", code, str(template)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
 def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     arguments = ["--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "200", "--ica_percentile", "80"]
     target = tmp_path / "made"

@@ -147,13 +147,12 @@ def test_a_run_is_pushed_to_a_private_branch_with_its_checkpoints(hub, model_dir
     assert len(template.components) == 2
 
 
-def test_a_run_opens_no_door_without_the_right_to_write(hub, model_dir, data, tmp_path, capfd, monkeypatch):
-    hub.put("alice/tuned", {"README.md": b""})
-    monkeypatch.setenv("HF_TOKEN", BOB)
-    assert train(model_dir, data, tmp_path / "out", hub_model_id="alice/tuned", hub_revision="trial") == 2
+def test_a_run_opens_no_door_without_the_right_to_write(hub, model_dir, data, tmp_path, capfd):
+    hub.put("team/tuned", {"README.md": b""})  # where alice is a member that may only read
+    assert train(model_dir, data, tmp_path / "out", hub_model_id="team/tuned", hub_revision="trial") == 2
     line = capfd.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("fnsft train: error: the Hub refused access to alice/tuned (403)")
-    assert BOB not in line
+    assert line.startswith("fnsft train: error: the Hub refused access to team/tuned (403)")
+    assert ALICE not in line
 
 
 def test_no_log_holds_a_token(hub, model_dir, data, tmp_path, capfd, caplog):
@@ -254,6 +253,11 @@ def test_work_for_a_push_does_not_start_without_the_right(hub, model_dir, data, 
     for command in (discover, export):
         assert main([*command, "--push_to_hub", "alice/made"]) == 2
         assert "may only read, so nothing could be pushed" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", BOB)
+    for command in (discover, export):
+        assert main([*command, "--push_to_hub", "alice/made"]) == 2
+        assert "not to alice/made" in capsys.readouterr().err
+    assert train(model_dir, data, tmp_path / "made", hub_model_id="alice/made") == 2
     assert not (tmp_path / "made").exists()
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.cli import main
 from fnsft_trl.fingerprint import network_time_courses, split_passages
+from fnsft_trl.legacy import legacy_bytes
 from fnsft_trl.similarity import compare_templates, compare_time_courses, correlation, dice, overlap
 
 
@@ -85,6 +86,24 @@ def test_networks_in_another_order_and_one_that_is_missing(templates):
     back = compare_templates(part, template, permutations=19)
     assert [m.partner for m in back.matches] == order
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_lists_of_neurons_are_the_networks_that_they_list(templates, tmp_path):
+    template = templates["llama"]
+    file = tmp_path / "lists.json"
+    file.write_bytes(legacy_bytes(template.listed(), template.widths, template.site))
+    lists = FunctionalNetworkTemplate.from_pretrained(file)
+    for a, b in ((template, lists), (lists, template)):
+        found = compare_templates(a, b, permutations=19)
+        assert [m.partner for m in found.matches] == [m.nearest for m in found.matches] == [0, 1, 2]
+        assert found.mean("iou") == 1
+        assert found.mean("correlation") == pytest.approx(1)
+
+
+def test_the_order_in_which_layers_were_written_changes_nothing(templates):
+    template = templates["llama"]
+    backwards = with_loadings(template, dict(reversed(template.loadings.items())))
+    assert compare_templates(template, backwards, permutations=9).mean("correlation") == pytest.approx(1)
 
 
 def test_split_halves_give_the_reliability(tokenizer, rows):

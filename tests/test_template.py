@@ -59,6 +59,16 @@ def test_shapes_thresholds_and_provenance(templates):
         assert inside > outside
 
 
+def test_a_template_is_printed_without_its_numbers_and_compared_by_identity(saved):
+    one, other = (FunctionalNetworkTemplate.from_pretrained(saved) for _ in range(2))
+    assert "LlamaForCausalLM" in repr(one)
+    assert "tensor(" not in repr(one)
+    assert "probes" not in repr(one)
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+
+
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
     with safe_open(saved / "template.safetensors", framework="pt") as file:
         assert file.metadata() == {"fnsft_trl.template": str(FORMAT_VERSION)}
@@ -116,6 +126,35 @@ def test_files_that_are_not_a_template_are_refused(saved, tmp_path):
     (saved / "config.json").write_text("{")
     with pytest.raises(FNSFTError, match="not valid JSON"):
         FunctionalNetworkTemplate.from_pretrained(saved)
+
+
+def test_what_is_asked_for_wrongly_is_told(saved, monkeypatch):
+    for name in ("config.json", "template.safetensors", "README.md"):
+        with pytest.raises(FNSFTError, match="give the directory"):
+            StoredTemplate.open(saved / name)
+    for name in ("nowhere", "https://huggingface.co/org/name", "org/name@main"):
+        with pytest.raises(FNSFTError, match="no such directory or file"):
+            StoredTemplate.open(name)
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert StoredTemplate.open("~/template").config["site"] == "mlp_intermediate"
+
+
+def test_a_template_goes_before_that_of_a_model_beside_it(templates, tmp_path):
+    """As it does in a repository."""
+    templates["opt"].save_pretrained(tmp_path / "functional_networks")
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    assert StoredTemplate.open(tmp_path).config["architecture"] == "OPTForCausalLM"
+    templates["llama"].save_pretrained(tmp_path)
+    assert StoredTemplate.open(tmp_path).config["architecture"] == "LlamaForCausalLM"
+
+
+def test_a_description_that_may_not_be_read_is_one_line(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(FNSFTError, match=r"config\.json cannot be read \(Permission denied\)"):
+        StoredTemplate.open(saved)
 
 
 def test_damaged_tensors_are_refused(saved):

@@ -1,10 +1,12 @@
 """fnsft inspect TEMPLATE: networks, neurons by layer, reliability, provenance. Needs no torch, except to convert."""
 
 import json
+import os
+import sys
 
 from ..card import format_known
-from ..config import ThresholdRule, format_ranges
-from ..description import describe_threshold
+from ..config import format_ranges
+from ..description import describe_calibration, describe_method, describe_threshold
 from ..errors import FNSFTError
 from ..names import UNKNOWN
 from ..stored import StoredTemplate
@@ -19,41 +21,36 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the template's config.json as it is")
     parser.add_argument("--convert", metavar="DIR", help="save the template there in the current format")
     args = parser.parse_args(argv)
-    stored = StoredTemplate.open(args.template, revision=args.revision)
-    config = stored.config
     if args.json and args.convert:
         raise FNSFTError("--json and --convert exclude each other; drop one of them")
-    if args.json:
-        print(json.dumps(config, indent=2))
-        return
+    stored = StoredTemplate.open(args.template, revision=args.revision)
     if args.convert:
         target = check_writable(args.convert)
         FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
         print(f"Template saved to: {target}")
         return
+    try:
+        _show(stored, args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads it has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+
+
+def _show(stored: StoredTemplate, as_json: bool) -> None:
+    config = stored.config
+    if as_json:
+        print(json.dumps(config, indent=2))
+        return
     if stored.hub_id:
         print(f"{stored.hub_id} at commit {stored.commit}")
-    _show(config)
-
-
-def _show(config: dict) -> None:
     widths = {int(layer): width for layer, width in config["widths"].items()}
     components = config["components"]
-    settings, calibration = config["settings"], config["calibration"]
-    print(f"{len(components)} functional networks of {config['base_model']} ({config['architecture']})")
+    print(f"{len(components)} functional networks of {config['base_model'] or UNKNOWN} ({config['architecture']})")
     print(f"  site          {config['site']}: {sum(widths.values())} neurons, layers {format_ranges(sorted(widths))}")
-    text = (
-        f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}" if calibration["sources"] else UNKNOWN
-    )
-    print(f"  calibration   {text}")
-    print(f"  tokens sha256 {calibration['sha256'] or UNKNOWN}")
-    method = UNKNOWN
-    if {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
-        method = f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}), {settings['ica_standardize']}"
-        method += f", rank {settings['ica_rank']}, seed {settings['ica_seed']}"
-    print(f"  method        {method}")
-    threshold = ThresholdRule(**config["threshold"]) if config["threshold"] else None
-    print(f"  threshold     {describe_threshold(threshold)}")
+    print(f"  calibration   {describe_calibration(config)}")
+    print(f"  tokens sha256 {config['calibration']['sha256'] or UNKNOWN}")
+    print(f"  method        {describe_method(config)}")
+    print(f"  threshold     {describe_threshold(config)}")
     print()
     print("network  neurons  layers  variance  kurtosis  reliability  overlap  most neurons in layers")
     for number, component in enumerate(components):
@@ -69,7 +66,7 @@ def _show(config: dict) -> None:
         print(
             f"shuffled in time {null['reliability']:>38.2f}  {null['jaccard']:>7.2f}  (so that nothing co-activates)"
         )
-    if curve := calibration.get("curve"):
+    if curve := config["calibration"].get("curve"):
         points = ", ".join(f"{point['reliability']:.2f} at {point['tokens']}" for point in curve)
         print(f"mean reliability over tokens: {points}")
     for number, component in enumerate(components):

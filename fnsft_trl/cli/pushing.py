@@ -26,7 +26,7 @@ def push_options(args: argparse.Namespace) -> dict[str, Any] | None:
     """The arguments of a push; `None` where none was asked for.
 
     Raises:
-        FNSFTError: options without `--push_to_hub`, no repository, or no token that may write.
+        FNSFTError: options without `--push_to_hub`, no repository, or no token that may write to it.
     """
     if args.push_to_hub is None:
         if any(getattr(args, name) for name in _OPTIONS):
@@ -36,7 +36,8 @@ def push_options(args: argparse.Namespace) -> dict[str, Any] | None:
     if not is_hub_id(args.push_to_hub):
         raise FNSFTError(f"--push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
     if os.environ.get("RANK", "0") == "0":  # one of several processes asks, and pushes
-        check_upload(args.hub_token)
+        is_proposal = args.create_pr or (args.hub_revision or "").startswith("refs/pr/")
+        check_upload(args.hub_token, None if is_proposal else args.push_to_hub)
     return {
         "repo_id": args.push_to_hub,
         "private": args.private or None,
