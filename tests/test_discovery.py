@@ -226,6 +226,9 @@ data = {s: [r["prompt"] + r["completion"] for r in tiny_rows(400, seed)] for see
 template, each = discover_group(tiny_model("llama"), tiny_tokenizer(), data, config, progress_dir=out + "/progress")
 template.save_pretrained(f"{out}/{rank}")
 each["b"].save_pretrained(f"{out}/{rank}b")
+if processes > 1:
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 

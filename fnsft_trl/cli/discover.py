@@ -101,6 +101,9 @@ def main(argv: list[str]) -> None:
     template, of_datasets = discover_group(
         model.to(state.device), tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
     )
+    # Nothing is exchanged from here on, and a process that ends in a group it has not left can abort.
+    state.wait_for_everyone()
+    state.destroy_process_group()
     if not state.is_main_process:
         return
     template.license = args.license

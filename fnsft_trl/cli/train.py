@@ -128,6 +128,8 @@ def main(argv: list[str]) -> None:
         message = {"commit_message": run.hub_commit_message} if run.hub_commit_message else {}
         trainer.push_to_hub(dataset_name=script_args.dataset_name, **message)
     trainer.accelerator.print(f"Model saved to: {training_args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that ends in a group it has not left can abort
 
 
 def _export(run: RunConfig, output_dir: Path) -> None:

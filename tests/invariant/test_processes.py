@@ -63,6 +63,7 @@ else:
         fit(model, part)
     except FNSFTError as error:
         json.dump({"refused": str(error)}, open(f"{results}.{rank}", "w"))
+        dist.destroy_process_group()
         sys.exit()
 found = whole(model.named_parameters())
 base = {n: v for n, v in found.items() if "neuron_delta" not in n}
@@ -73,6 +74,8 @@ json.dump({
     "trained": max(float(v.abs().max()) for n, v in found.items() if "neuron_delta" in n),
     "held": [bool(layer._can_hold()) for layer in layers],
 }, open(f"{results}.{rank}", "w"))
+dist.barrier()  # a process that ends while another still talks to it can abort
+dist.destroy_process_group()
 """
 
 
