@@ -6,13 +6,13 @@ package's code is imported: their dependencies are heavy and are not needed to r
 """
 
 import json
-import os
 import random
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from .cache import cache_dir
 from .errors import FNSFTError
 
 
@@ -28,12 +28,6 @@ def _package_dir(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise FNSFTError(f"the package {package!r} with the embedded data is not installed; run: {_INSTALL}")
     return Path(spec.origin).parent
-
-
-def cache_dir() -> Path:
-    """The directory of what this package keeps for the user: `$FNSFT_CACHE`, or `fnsft_trl` in the user's cache."""
-    root = os.environ.get("FNSFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fnsft_trl"
-    return Path(root).expanduser()
 
 
 def resolve_model(name_or_path: str) -> str:

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import parse_ranges
 from .errors import FNSFTError
 from .experts import Experts
 from .layout import NeuronLayout, WeightSlice
+from .ranges import parse_ranges
 
 
 SITES = ("mlp_intermediate", "mlp_output")
@@ -341,7 +341,7 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
         model: a transformers model, plain, quantised or wrapped by PEFT. Of a model of text and images, only the text
             model is searched.
         kind: `"mlp_intermediate"` (neurons) or `"mlp_output"` (channels of the MLP's output).
-        layers: layer specification, see [`~fnsft_trl.config.parse_ranges`].
+        layers: layer specification, see [`~fnsft_trl.ranges.parse_ranges`].
 
     Returns:
         A list of [`NeuronSite`], ordered by layer.

@@ -10,8 +10,9 @@ from torch import nn
 
 from .baking import lesion_note
 from .card import ADAPTER_NOTE, SECTION, publishable_card
-from .config import FunctionalNetworkConfig, TrainingPlan, format_ranges
+from .config import FunctionalNetworkConfig, TrainingPlan
 from .errors import FNSFTError
+from .ranges import format_ranges
 from .selection import NeuronMask
 from .storage import CARD_FILE, NETWORK_DIR
 from .template import FunctionalNetworkTemplate

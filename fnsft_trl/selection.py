@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import format_ranges, parse_ranges
 from .errors import FNSFTError
+from .ranges import format_ranges, parse_ranges
 from .template import FunctionalNetworkTemplate
 
 

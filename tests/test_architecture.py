@@ -12,6 +12,8 @@ PACKAGE = Path(fnsft_trl.__file__).parent
 # The way of the data: a stage imports only from stages before it.
 STAGES = [
     "errors",
+    "cache",
+    "ranges",
     "config",
     "names",
     "credentials",

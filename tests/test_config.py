@@ -3,7 +3,8 @@ import itertools
 import pytest
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig
-from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, ThresholdRule, format_ranges, parse_ranges
+from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, ThresholdRule
+from fnsft_trl.ranges import format_ranges, parse_ranges
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import os
 import sys
 
 from ..card import format_known
-from ..config import format_ranges
 from ..description import describe_calibration, describe_method, describe_threshold
 from ..errors import FNSFTError
 from ..names import UNKNOWN
+from ..ranges import format_ranges
 from ..stored import StoredTemplate
 from ..template import FunctionalNetworkTemplate
 from .arguments import ArgumentParser, check_writable

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 from trl import SFTConfig
 
-from ..embedded import cache_dir
+from ..cache import cache_dir
 
 
 logger = logging.get_logger(__name__)
