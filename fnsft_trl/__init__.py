@@ -20,7 +20,7 @@ _HOMES = {
     "find_neuron_sites": "neurons",
     "discover_networks": "discovery",
     "FunctionalNetworkTemplate": "template",
-    "NeuronMask": "selection",
+    "NeuronMask": "mask",
     "select_neurons": "selection",
     "lesion": "masking",
     "preserve": "masking",

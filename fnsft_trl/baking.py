@@ -7,8 +7,8 @@ from torch import nn
 
 from .errors import FNSFTError
 from .layout import mask_positions, write_positions
+from .mask import NeuronMask, fitting_sites
 from .neurons import base_linear, base_model, find_neuron_sites
-from .selection import NeuronMask
 
 
 _CONFIG_ENTRY = "baked_lesion"
@@ -101,16 +101,10 @@ def lesion_note(model: nn.Module) -> str | None:
 
 
 def _keep(model: nn.Module, mask: NeuronMask, *, outgoing_only: bool) -> KeptWeights:
-    sites = {site.layer: site for site in find_neuron_sites(model, kind=mask.site)}
     values = {}
-    for layer, members in mask.layers.items():
-        found = sites[layer].width if layer in sites else None
-        if found != len(members):
-            raise FNSFTError(
-                f"the mask has {len(members)} neurons in layer {layer}, the model "
-                f"{'no such layer' if found is None else found}; it was made for another model"
-            )
-        for part in sites[layer].layout.slices if members.any() else ():
+    for site in fitting_sites(model, mask):
+        neurons = mask.indices(site.layer) if site.layer in mask.layers else ()
+        for part in site.layout.slices if len(neurons) else ():
             if outgoing_only and part.side == "output" and mask.site != "mlp_output":
                 continue
             module = model.get_submodule(part.module_name)
@@ -122,6 +116,6 @@ def _keep(model: nn.Module, mask: NeuronMask, *, outgoing_only: bool) -> KeptWei
                     f"{part.module_name} is quantised, so no single neuron can be zeroed; load it unquantised, "
                     "then bake"
                 )
-            positions = part.indices(mask.indices(layer)).to(parameter.device)
+            positions = part.indices(neurons).to(parameter.device)
             values[part.full_name] = (part.dims, positions, part.select(parameter.detach(), positions))
     return KeptWeights(values, vars(model.config).get(_CONFIG_ENTRY))

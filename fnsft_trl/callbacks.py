@@ -14,12 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from .constraints import FrozenSlices, factor_slices, hold_neurons
+from .constraints import FrozenSlices, factor_slices, frozen_by_site, hold_neurons
 from .errors import FNSFTError
 from .evaluation.retention import RetentionText
+from .mask import NeuronMask
 from .masking import MaskHandle, lesion, masks_off, preserve
-from .neurons import find_neuron_sites
-from .selection import NeuronMask
 
 
 _BLOCK = 4096
@@ -75,9 +74,7 @@ class FrozenNeuronGuard(TrainerCallback):
     def _frozen(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
         """(name, frozen rows, the neuron of each row or `None` where rows are blocks of entries)."""
         watched: set[int] = set()
-        for site in find_neuron_sites(self.model, kind=self.trainable.site):
-            members = self.trainable.layers.get(site.layer, torch.zeros(site.width, dtype=torch.bool))
-            frozen = (~members).nonzero().flatten()
+        for site, frozen in frozen_by_site(self.model, self.trainable):
             for part in site.layout.slices:
                 parameter = part.tensor(self.model)
                 neurons = part.held(frozen if parameter.requires_grad else torch.arange(site.width))
@@ -201,7 +198,8 @@ class MaskScheduleCallback(TrainerCallback):
         if phase.mask is not None and phase.mask_mode is None:
             raise FNSFTError("a phase with a mask but no mask_mode masks nothing; give a mask_mode")
         run, plan = self.trainer.trainable_neurons, self.trainer.plan
-        trainable = run if phase.trainable is None else _over_layers_of(run, phase.trainable)
+        widths = {layer: len(members) for layer, members in run.layers.items()}
+        trainable = run if phase.trainable is None else phase.trainable.over(widths)
         if phase.trainable is not None and plan.method != "full":
             raise FNSFTError(
                 f"a phase can switch the trainable neurons of full fine-tuning only, not of {plan.method}"
@@ -216,7 +214,7 @@ class MaskScheduleCallback(TrainerCallback):
         if phase.mask_mode is not None:
             silenced = self.trainer.neuron_mask if phase.mask is None else phase.mask
             silenced = silenced if phase.mask_mode == "lesion" else ~silenced
-            able = trainable & ~_over_layers_of(run, silenced)
+            able = trainable & ~silenced.over(widths)
         if able.count == 0 and not others_train:
             raise FNSFTError(f"the phase from {phase.start} on leaves nothing that could learn")
         return trainable
@@ -265,12 +263,6 @@ class MaskScheduleCallback(TrainerCallback):
             hold_neurons(self._held, self.trainer.model, frozen)
             if step == self._starts[number]:  # a run resumed later has cleared it already
                 self._held.clear_momentum(optimizer)
-
-
-def _over_layers_of(run: NeuronMask, mask: NeuronMask) -> NeuronMask:
-    """A mask of some layers as one of all layers; a layer that it does not cover has no member."""
-    layers = {layer: mask.layers.get(layer, torch.zeros_like(members)) for layer, members in run.layers.items()}
-    return NeuronMask(layers | mask.layers, mask.site)
 
 
 class RetentionCallback(TrainerCallback):

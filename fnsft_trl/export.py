@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .card import merged_card
 from .errors import FNSFTError
+from .mask import NeuronMask
 from .neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
-from .selection import NeuronMask
 from .storage import CARD_FILE, NETWORK_DIR
 from .tuner import NeuronTunerConfig
 

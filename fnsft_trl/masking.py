@@ -7,9 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .errors import FNSFTError
-from .neurons import base_model, find_neuron_sites
-from .selection import NeuronMask
+from .mask import NeuronMask, fitting_sites
+from .neurons import base_model
 
 
 _HANDLES: "weakref.WeakSet[MaskHandle]" = weakref.WeakSet()
@@ -27,22 +26,16 @@ class MaskHandle:
     """
 
     def __init__(self, model: nn.Module, silenced: NeuronMask) -> None:
+        sites = fitting_sites(model, silenced)
         self.enabled = True
         self.silenced = silenced
         self._model = weakref.ref(base_model(model))
-        _HANDLES.add(self)
         self._hooks = []
-        sites = {site.layer: site for site in find_neuron_sites(model, kind=silenced.site)}
-        for layer, members in silenced.layers.items():
-            found = sites[layer].width if layer in sites else None
-            if found != len(members):
-                raise FNSFTError(
-                    f"the mask has {len(members)} neurons in layer {layer}, the model "
-                    f"{'no such layer' if found is None else found}; it was made for another model"
-                )
-            if not members.any():
-                continue
-            self._hooks += sites[layer].tap(_silence(members), lambda: self.enabled)
+        for site in sites:
+            members = silenced.layers.get(site.layer)
+            if members is not None and members.any():
+                self._hooks += site.tap(_silence(members), lambda: self.enabled)
+        _HANDLES.add(self)
 
     def enable(self) -> None:
         """Switch the mask on."""

@@ -13,7 +13,7 @@ from .data.prompts import set_chat_template
 from .data.sources import load_texts
 from .discovery import discover_networks
 from .errors import FNSFTError
-from .selection import NeuronMask
+from .mask import NeuronMask
 from .template import FunctionalNetworkTemplate
 from .tuner import NeuronTunerConfig
 

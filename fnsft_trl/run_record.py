@@ -12,8 +12,8 @@ from .baking import lesion_note
 from .card import ADAPTER_NOTE, SECTION, publishable_card
 from .config import FunctionalNetworkConfig, TrainingPlan
 from .errors import FNSFTError
+from .mask import NeuronMask
 from .ranges import format_ranges
-from .selection import NeuronMask
 from .storage import CARD_FILE, NETWORK_DIR
 from .template import FunctionalNetworkTemplate
 

@@ -34,6 +34,7 @@ from .credentials import UnsavedToken
 from .data.tokenized import TokenizedCache, preparation_settings
 from .errors import FNSFTError
 from .hub import hub_errors, is_hub_id, prepare_repo
+from .mask import NeuronMask
 from .masking import lesion, masks_off, preserve
 from .preparation import (
     check_template,
@@ -44,7 +45,7 @@ from .preparation import (
     tuner_config,
 )
 from .run_record import RunRecord
-from .selection import NeuronMask, select_neurons
+from .selection import select_neurons
 from .template import FunctionalNetworkTemplate
 from .tuner import NeuronDeltaLayer
 

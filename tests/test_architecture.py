@@ -30,6 +30,7 @@ STAGES = [
     "layout",
     "experts",
     "neurons",
+    "mask",
     "weights",
     "activations",
     "ica",

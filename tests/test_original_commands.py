@@ -21,8 +21,8 @@ from fnsft_trl import FunctionalNetworkTemplate
 from fnsft_trl.config import ThresholdRule
 from fnsft_trl.export import changed_neurons
 from fnsft_trl.legacy import LEGACY_FILE
+from fnsft_trl.mask import NeuronMask
 from fnsft_trl.neurons import find_neuron_sites
-from fnsft_trl.selection import NeuronMask
 
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]

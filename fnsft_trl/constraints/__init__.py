@@ -4,7 +4,7 @@ from .frozen import FrozenSlices
 from .full import check_optimizer_name, constrain_full, hold_neurons
 from .lora import constrain_lora, factor_slices
 from .lora_config import check_lora_config, set_lora_targets
-from .neurons import trainable_neurons
+from .neurons import frozen_by_site, trainable_neurons
 
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "constrain_full",
     "constrain_lora",
     "factor_slices",
+    "frozen_by_site",
     "hold_neurons",
     "set_lora_targets",
     "trainable_neurons",

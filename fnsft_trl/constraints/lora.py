@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FNSFTError
 from ..layout import mask_positions, select_positions
+from ..mask import NeuronMask
 from ..neurons import NeuronSite, WeightSlice
-from ..selection import NeuronMask
 from .frozen import FrozenSlices
 from .lora_config import check_lora_config
 from .neurons import frozen_by_site

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..errors import FNSFTError
 from ..experts import Experts
+from ..mask import NeuronMask
 from ..neurons import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites, linear_shape
-from ..selection import NeuronMask
 from .config import NeuronTunerConfig
 from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer
