@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from .errors import FNSFTError
 from .ica import TOLERANCE, fast_ica
+from .matching import match_components
 from .sketch import COLUMNS, ActivationSketch, eigh_descending
 
 
@@ -199,26 +199,6 @@ def _components(sketches, k: int, variant: str, standardize: str, excluded, sett
     return _Run(loadings * peaks.sign(), kurtosis[order].tolist(), ica.change[order], moments)
 
 
-def match_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One-to-one matching of components by the correlation of their loadings (Hungarian algorithm).
-
-    Args:
-        a, b: loadings, shapes (m, neurons) and (n, neurons), m <= n.
-
-    Returns:
-        For each component of `a`, the index of its partner in `b`, shape (m,), and their |correlation|.
-    """
-    a = a - a.mean(1, keepdim=True)
-    b = b - b.mean(1, keepdim=True)
-    norms = a.norm(dim=1)[:, None] * b.norm(dim=1)[None]
-    correlation = (a @ b.T / norms.clamp_min(1e-30)).abs().clamp_max(1)
-    # The information that two loadings share (of normal variables), so that one near-perfect pair is worth more than
-    # two fair ones.
-    information = -torch.log1p(-correlation.double().square().clamp_max(1 - 1e-12))
-    partner = torch.from_numpy(linear_sum_assignment(information.numpy(), maximize=True)[1])
-    return partner, correlation[torch.arange(len(a)), partner]
-
-
 def _replication(
     whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[list[float], list[float], tuple[torch.Tensor, torch.Tensor]]:
@@ -238,78 +218,3 @@ def _replication(
         first, second = (set(half[pair].abs().topk(top).indices.tolist()) for half in (a, matched))
         jaccard.append(len(first & second) / len(first | second))
     return correlation[pair_of].tolist(), jaccard, (pair_of, partner[pair_of])
-
-
-class ShuffledNull:
-    """What reliability would be without co-activation: the same, on activations shuffled in time.
-
-    Keeps a sample of tokens of some neurons for each half. Each neuron's values are then permuted over the tokens by
-    themselves, which keeps what every neuron does and destroys what they do together.
-
-    Args:
-        width: number of neurons of the stream.
-        columns_seed: seed of the choice of neurons; the same for samples that belong together.
-        seed: seed of the choice of tokens.
-        neurons: number of neurons taken.
-        tokens: largest number of tokens kept.
-    """
-
-    def __init__(self, width: int, *, columns_seed: int, seed: int, neurons: int = 512, tokens: int = 2048) -> None:
-        shuffle = torch.Generator().manual_seed(columns_seed)
-        self.columns = torch.randperm(width, generator=shuffle)[:neurons].sort().values
-        self.tokens = tokens
-        self.values = torch.empty(0, len(self.columns))
-        self.priority = torch.empty(0)
-        self._random = torch.Generator().manual_seed(seed)
-
-    def update(self, rows: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Add those rows of (tokens, neurons) activations whose indices are given."""
-        values = rows[:, self.columns.to(rows.device)][chosen].to("cpu", torch.float32)
-        self.values = torch.cat([self.values, values])
-        self.priority = torch.cat([self.priority, torch.rand(len(values), generator=self._random)])
-        if len(self.values) > self.tokens:
-            kept = self.priority.argsort()[: self.tokens].sort().values
-            self.values, self.priority = self.values[kept], self.priority[kept]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that is needed to go on later."""
-        return {"values": self.values, "priority": self.priority, "random": self._random.get_state()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over the state of a sample of the same neurons."""
-        self.values, self.priority = state["values"], state["priority"]
-        self._random.set_state(state["random"])
-
-
-def null_reliability(
-    nulls: Sequence[Sequence[ShuffledNull]], components: int, *, rank: int, standardize: str, seed: int = 0, **settings
-) -> dict[str, float]:
-    """Mean reliability and Jaccard overlap of as many components of activations that were shuffled in time.
-
-    Args:
-        nulls: two lists, one for each half.
-        components: k.
-        rank, seed, standardize, settings: as for the sketches and [`decompose`].
-
-    Returns:
-        `reliability` and `jaccard`, both in [0, 1]. Of z-scored activations both are near zero. Of centred ones a few
-        neurons can carry most of the variance; each of these is then a component by itself and returns without any
-        co-activation, so that the correlation is high and only the overlap is near zero.
-
-    Raises:
-        FNSFTError: as [`decompose`].
-    """
-    random = torch.Generator().manual_seed(seed)
-    halves = []
-    for half in nulls:
-        values = torch.cat([null.values for null in half])  # (tokens, neurons taken)
-        shuffled = values.gather(0, torch.rand(values.shape, generator=random).argsort(0))
-        sketch = ActivationSketch(
-            values.shape[1], rank, reservoir=len(values), seed=seed, prescale=standardize == "zscore"
-        )
-        sketch.update(shuffled)
-        sketch.finish()
-        halves.append([sketch])
-    settings |= {"standardize": standardize, "seed": seed, "restarts": 1, "max_iterations": 50}
-    result = decompose(halves, components, **settings)
-    return {"reliability": sum(result.reliability) / components, "jaccard": sum(result.jaccard) / components}

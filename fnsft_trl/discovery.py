@@ -17,12 +17,13 @@ from transformers.utils import logging
 
 from .activations import ActivationReader, token_sequences
 from .config import FunctionalNetworkConfig, ThresholdRule
-from .decomposition import Decomposition, Moments, ShuffledNull, decompose, null_reliability
+from .decomposition import Decomposition, Moments, decompose
 from .errors import FNSFTError
 from .names import absolute_sources, model_name, source_names
 from .neurons import base_model, find_neuron_sites
+from .null import ShuffledNull, null_reliability
 from .progress import DiscoveryProgress
-from .similarity import recurrence
+from .recurrence import recurrence
 from .sketch import ActivationSketch
 from .template import Component, FunctionalNetworkTemplate
 from .weights import weight_probes
@@ -83,7 +84,7 @@ def discover_group(
     """Find the networks of several datasets together, and of each by itself, in one pass.
 
     Each dataset gets an equal share of `ica_max_tokens`. The components of the group's template say in which datasets
-    they recur ([`~fnsft_trl.similarity.recurrence`]).
+    they recur ([`~fnsft_trl.discovery.recurrence`]).
 
     Args:
         datasets: name -> texts.
@@ -319,9 +320,9 @@ class _Discovery:
             parts, null = sketches[2 * number : 2 * number + 2], nulls[2 * number : 2 * number + 2]
             found = self._point(parts)[0]
             of_datasets[name] = self._template(found, [self.shown[number]], self._sha256(number), null)
-        for number, component in enumerate(template.components):
-            others = zip(self.shown, of_datasets.values(), strict=True)
-            component.recurrence = {name: recurrence(template, number, other) for name, other in others}
+        for name, other in zip(self.shown, of_datasets.values(), strict=True):
+            for component, found in zip(template.components, recurrence(template, other), strict=True):
+                component.recurrence[name] = found
         return template, of_datasets, point
 
     def _template(self, result: Decomposition, names: list[str], sha256: str, nulls) -> FunctionalNetworkTemplate:

@@ -4,56 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
-from .decomposition import match_components
 from .errors import FNSFTError
+from .matching import SAME_NETWORK, correlation, dice, match_rows, overlap
 from .template import FunctionalNetworkTemplate
-
-
-SAME_NETWORK = 0.2  # IoU above which two networks count as the same
-
-
-def pooled(template: FunctionalNetworkTemplate) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loadings and memberships of all networks, the layers side by side: both of shape (components, neurons)."""
-    layers = sorted(template.loadings)
-    members = [template.members(number) for number in range(len(template.components))]
-    loadings = torch.cat([template.loadings[layer] for layer in layers], 1)
-    return loadings, torch.stack([torch.cat([of_network[layer] for layer in layers]) for of_network in members])
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of every network of `a` with every one of `b`.
-
-    Args:
-        a, b: bool, shapes (m, neurons) and (n, neurons).
-
-    Returns:
-        Shape (m, n), in [0, 1]; 0 where both are empty.
-    """
-    a, b = a.float(), b.float()
-    both = a @ b.T
-    either = a.sum(1)[:, None] + b.sum(1)[None] - both
-    return both / either.clamp_min(1)
-
-
-def dice(iou: float) -> float:
-    """Dice's coefficient (twice the intersection over the sum of the sizes) from the intersection over union."""
-    return 2 * iou / (1 + iou)
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|correlation| of every row of `a` with every row of `b`.
-
-    Args:
-        a, b: shapes (m, values) and (n, values).
-
-    Returns:
-        Shape (m, n), in [0, 1]; 0 where a row is constant.
-    """
-    a, b = (x.double() - x.double().mean(1, keepdim=True) for x in (a, b))
-    a, b = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-30) for x in (a, b))
-    return (a @ b.T).abs().clamp_max(1)
 
 
 @dataclass
@@ -160,7 +114,7 @@ def compare_templates(
         FNSFTError: the templates are of different neurons.
     """
     check_comparable(a, b)
-    (loadings, members), (other, other_members) = pooled(a), pooled(b)
+    (loadings, members), (other, other_members) = a.pooled(), b.pooled()
     if a.threshold is None or b.threshold is None:
         loadings, other = members.float(), other_members.float()
     layers = [a.widths[layer] for layer in sorted(a.widths)]
@@ -195,14 +149,8 @@ def compare_time_courses(
     return _compare(correlation(a, b), None, [(correlation(a, b[:, order]), None) for order in orders])
 
 
-def _pairs(values: torch.Tensor) -> list[int | None]:
-    """One-to-one matching by |correlation|: for each row its column, `None` for rows left over."""
-    # As in `match_components`: the information that two networks share, so that one near-perfect pair counts for more.
-    information = -torch.log1p(-values.double().square().clamp_max(1 - 1e-12))
-    found: list[int | None] = [None] * len(values)
-    for row, column in zip(*linear_sum_assignment(information.numpy(), maximize=True), strict=True):
-        found[row] = int(column)
-    return found
+def _partners(values: torch.Tensor) -> list[int | None]:
+    return [None if partner < 0 else partner for partner in match_rows(values).tolist()]
 
 
 def _compare(values: torch.Tensor, iou: torch.Tensor | None, null: list) -> TemplateComparison:
@@ -211,7 +159,7 @@ def _compare(values: torch.Tensor, iou: torch.Tensor | None, null: list) -> Temp
     null_best = torch.stack([(c if o is None else o).max(1).values for c, o in null])  # (permutations, networks of a)
     p_values = (1 + (null_best >= best - 1e-9).sum(0)).double() / (1 + len(null))
     matches = []
-    for network, partner in enumerate(_pairs(values)):
+    for network, partner in enumerate(_partners(values)):
         found = None if iou is None or partner is None else float(iou[network, partner])
         matches.append(
             NetworkMatch(
@@ -225,7 +173,7 @@ def _compare(values: torch.Tensor, iou: torch.Tensor | None, null: list) -> Temp
                 p_value=float(p_values[network]),
             )
         )
-    null_pairs = [[(n, p) for n, p in enumerate(_pairs(c)) if p is not None] for c, _ in null]
+    null_pairs = [[(n, p) for n, p in enumerate(_partners(c)) if p is not None] for c, _ in null]
     null_correlation = [float(c[n, p]) for (c, _), pairs in zip(null, null_pairs, strict=True) for n, p in pairs]
     null_iou = []
     if iou is not None:
@@ -237,29 +185,3 @@ def _compare(values: torch.Tensor, iou: torch.Tensor | None, null: list) -> Temp
         null_correlation=sum(null_correlation) / len(null_correlation),
         null_iou=sum(null_iou) / len(null_iou) if null_iou else None,
     )
-
-
-def recurrence(template: FunctionalNetworkTemplate, number: int, other: FunctionalNetworkTemplate) -> dict[str, Any]:
-    """The network of another template of the same model that a network corresponds to.
-
-    Networks are matched one to one by the correlation of their loadings.
-
-    Args:
-        template, number: the network.
-        other: the template that it is looked for in.
-
-    Returns:
-        `component`, its number there; `correlation`, in [0, 1]; `iou`; and `recurs`, whether the IoU is above 0.2, the
-        rule by which two networks count as the same.
-    """
-    loadings, members = pooled(template)
-    other_loadings, other_members = pooled(other)
-    partner, correlation = match_components(loadings, other_loadings)
-    match = int(partner[number])
-    iou = float(overlap(members[[number]], other_members[[match]]))
-    return {
-        "component": match,
-        "correlation": float(correlation[number]),
-        "iou": iou,
-        "recurs": iou > SAME_NETWORK,
-    }

@@ -45,7 +45,7 @@ class Component:
         neurons (`int`): number of neurons over the threshold.
         layers (`dict[int, int]`): number of them in each layer that has any.
         recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
-            that dataset's own, see [`~fnsft_trl.similarity.recurrence`].
+            that dataset's own, see [`~fnsft_trl.discovery.recurrence`].
     """
 
     explained_variance: float | None
@@ -135,6 +135,15 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         if self.threshold.rule == "zscore_positive":
             return above
         return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
+
+    def pooled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loadings and memberships of all networks, the layers side by side: both of shape (components, neurons)."""
+        import torch
+
+        layers = sorted(self.loadings)
+        members = [self.members(number) for number in range(len(self.components))]
+        loadings = torch.cat([self.loadings[layer] for layer in layers], 1)
+        return loadings, torch.stack([torch.cat([network[layer] for layer in layers]) for network in members])
 
     def with_threshold(self, threshold: ThresholdRule) -> FunctionalNetworkTemplate:
         """The same networks with another threshold; no discovery is needed.

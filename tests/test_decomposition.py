@@ -4,7 +4,8 @@ import torch
 from sklearn.decomposition import FastICA
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.decomposition import decompose, match_components
+from fnsft_trl.decomposition import decompose
+from fnsft_trl.matching import match_components
 from fnsft_trl.sketch import ActivationSketch
 
 

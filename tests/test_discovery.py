@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.activations import ActivationReader
-from fnsft_trl.decomposition import match_components
 from fnsft_trl.discovery import discover_group
+from fnsft_trl.matching import match_components, overlap
 from fnsft_trl.progress import DiscoveryProgress
-from fnsft_trl.similarity import overlap, pooled
 from fnsft_trl.storage import FILES
 
 
@@ -123,13 +122,13 @@ def test_several_datasets_give_group_networks_and_their_own(tokenizer, tmp_path)
         model, tokenizer, {"a": datasets["a"]}, FunctionalNetworkConfig(**SMALL, ica_max_tokens=600)
     )
     assert alone.calibration["sha256"] == each["a"].calibration["sha256"]
-    assert match_components(pooled(alone)[0], pooled(each["a"])[0])[1].min() > 0.98
+    assert match_components(alone.pooled()[0], each["a"].pooled()[0])[1].min() > 0.98
     for component in group.components:
         assert list(component.recurrence) == ["a", "b"]
         for name, found in component.recurrence.items():
             number = group.components.index(component)
-            loadings, members = pooled(group)
-            theirs, their_members = pooled(each[name])
+            loadings, members = group.pooled()
+            theirs, their_members = each[name].pooled()
             pair = torch.stack([loadings[number], theirs[found["component"]]])
             assert found["correlation"] == pytest.approx(float(torch.corrcoef(pair)[0, 1].abs()), abs=1e-4)
             assert found["iou"] == pytest.approx(
@@ -138,6 +137,15 @@ def test_several_datasets_give_group_networks_and_their_own(tokenizer, tmp_path)
             assert found["recurs"] == (found["iou"] > 0.2)
     group.save_pretrained(tmp_path)
     assert FunctionalNetworkTemplate.from_pretrained(tmp_path).components == group.components
+
+
+def test_a_group_is_matched_once_with_each_dataset_however_many_networks_it_has(tokenizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fnsft_trl.recurrence.match_components", lambda a, b: calls.append(len(a)) or match_components(a, b))
+    datasets = {"a": texts(60, seed=0), "b": texts(60, seed=1)}
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=600)
+    group, _ = discover_group(tiny_model("llama"), tokenizer, datasets, config)
+    assert calls == [len(group.components)] * 2
 
 
 def test_overlap_is_intersection_over_union():
@@ -244,7 +252,7 @@ def test_two_processes_find_the_networks_of_one(tmp_path):
             assert (tmp_path / f"2/0{name}" / file).read_bytes() == (tmp_path / f"2/1{name}" / file).read_bytes()
         assert one.calibration["sha256"] == two.calibration["sha256"]
         assert one.calibration["tokens"] == two.calibration["tokens"] == (3000 if not name else 1500)
-        assert match_components(pooled(one)[0], pooled(two)[0])[1].min() >= 0.999
+        assert match_components(one.pooled()[0], two.pooled()[0])[1].min() >= 0.999
         for layer in one.mean:
             assert torch.allclose(one.mean[layer], two.mean[layer], atol=1e-5)
     assert not (tmp_path / "2" / "progress").exists()

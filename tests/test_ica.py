@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.decomposition import FastICA
 
-from fnsft_trl.decomposition import match_components
 from fnsft_trl.ica import CONTRASTS, TOLERANCE, fast_ica
+from fnsft_trl.matching import match_components
 
 
 def mixed(k=5, samples=5000, seed=0):

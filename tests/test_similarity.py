@@ -11,7 +11,8 @@ from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemp
 from fnsft_trl.cli import main
 from fnsft_trl.fingerprint import network_time_courses, split_passages
 from fnsft_trl.legacy import legacy_bytes
-from fnsft_trl.similarity import compare_templates, compare_time_courses, correlation, dice, overlap
+from fnsft_trl.matching import correlation, dice, overlap
+from fnsft_trl.similarity import compare_templates, compare_time_courses
 
 
 def with_loadings(template, loadings):
