@@ -1,4 +1,4 @@
-"""Token sequences -> activations: one forward pass, read at the sites, without padding, special tokens and attention sinks."""
+"""Token sequences -> activations: a forward pass, read at the sites, without padding, special tokens and sinks."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence

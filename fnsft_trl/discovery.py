@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
-from .activations import ActivationReader, token_sequences
+from .activations import ActivationReader
 from .config import FunctionalNetworkConfig, ThresholdRule
+from .data.sequences import token_sequences
 from .decomposition import Decomposition, Moments, decompose
 from .errors import FNSFTError
 from .names import absolute_sources, model_name, source_names
@@ -55,7 +56,7 @@ def discover_networks(
         model: a transformers model, plain, quantised or wrapped by PEFT. Left unchanged.
         tokenizer: its tokenizer.
         texts: strings, conversations (lists of messages), or rows of a dataset (see
-            [`~fnsft_trl.activations.text_token_ids`]); or several such datasets by name, see [`discover_group`].
+            [`~fnsft_trl.data.sequences.text_token_ids`]); or several such datasets by name, see [`discover_group`].
         config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
         progress_dir: where to save the sketch ten times on the way. Emptied at the end.
         resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from .activations import ActivationReader, TokenSequence, text_token_ids
+from .activations import ActivationReader
+from .data.sequences import TokenSequence, text_token_ids
 from .errors import FNSFTError
 from .neurons import find_neuron_sites
 from .template import FunctionalNetworkTemplate

@@ -5,7 +5,8 @@ import torch
 from helpers import tiny_model
 
 from fnsft_trl import FNSFTError, find_neuron_sites
-from fnsft_trl.activations import ActivationReader, TokenSequence, text_token_ids, token_sequences
+from fnsft_trl.activations import ActivationReader
+from fnsft_trl.data.sequences import TokenSequence, text_token_ids, token_sequences
 
 
 def read_all(

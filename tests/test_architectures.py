@@ -19,8 +19,9 @@ from fnsft_trl import (
     preserve,
     select_neurons,
 )
-from fnsft_trl.activations import ActivationReader, TokenSequence
+from fnsft_trl.activations import ActivationReader
 from fnsft_trl.constraints import set_lora_targets
+from fnsft_trl.data.sequences import TokenSequence
 from fnsft_trl.export import changed_neurons
 from fnsft_trl.neurons import SITES
 

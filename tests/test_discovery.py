@@ -141,7 +141,9 @@ def test_several_datasets_give_group_networks_and_their_own(tokenizer, tmp_path)
 
 def test_a_group_is_matched_once_with_each_dataset_however_many_networks_it_has(tokenizer, monkeypatch):
     calls = []
-    monkeypatch.setattr("fnsft_trl.recurrence.match_components", lambda a, b: calls.append(len(a)) or match_components(a, b))
+    monkeypatch.setattr(
+        "fnsft_trl.recurrence.match_components", lambda a, b: calls.append(len(a)) or match_components(a, b)
+    )
     datasets = {"a": texts(60, seed=0), "b": texts(60, seed=1)}
     config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=600)
     group, _ = discover_group(tiny_model("llama"), tokenizer, datasets, config)

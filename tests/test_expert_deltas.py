@@ -20,8 +20,9 @@ from fnsft_trl import (
     lesion,
     unbake,
 )
-from fnsft_trl.activations import ActivationReader, TokenSequence
+from fnsft_trl.activations import ActivationReader
 from fnsft_trl.constraints import set_lora_targets
+from fnsft_trl.data.sequences import TokenSequence
 from fnsft_trl.export import changed_neurons
 from fnsft_trl.neurons import SITES
 from fnsft_trl.tuner import ExpertDeltaLayer, NeuronDeltaLayer

@@ -26,8 +26,9 @@ from fnsft_trl import (
     to_plain_lora,
     verify_merge,
 )
-from fnsft_trl.activations import ActivationReader, TokenSequence
+from fnsft_trl.activations import ActivationReader
 from fnsft_trl.callbacks import FrozenNeuronMoved
+from fnsft_trl.data.sequences import TokenSequence
 from fnsft_trl.evaluation.reload import check_reload, last_logits
 from fnsft_trl.export import changed_neurons, to_merged
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..activations import token_sequences
+from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from .metrics import score_tokens
 

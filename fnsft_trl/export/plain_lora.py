@@ -1,63 +1,27 @@
-"""What left training: a merged checkpoint or a plain LoRA, and which neurons differ between two sets of weights."""
+"""Neuron deltas as an ordinary LoRA, which PEFT and other tools load without this package."""
 
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .card import merged_card
-from .errors import FNSFTError
-from .mask import NeuronMask
-from .neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
-from .storage import CARD_FILE, NETWORK_DIR
-from .tuner import NeuronTunerConfig
+from ..errors import FNSFTError
+from ..neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
+from ..tuner import NeuronTunerConfig
+from .adapter import PREFIX, delta_key, delta_mask, read_delta_config
 
 
-_PREFIX = "base_model.model."
 # Arguments of LoRA beside the deltas that have a counterpart in one LoRA for all modules.
 _PLAIN_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "alpha_pattern", "rank_pattern"}
-
-
-def _any_adapter_config(directory: str | os.PathLike) -> PeftConfig:
-    if not (Path(directory) / "adapter_config.json").is_file():
-        raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
-    config = PeftConfig.from_pretrained(str(directory))
-    if not config.base_model_name_or_path:
-        raise FNSFTError(f"{directory}/adapter_config.json does not name its base model (base_model_name_or_path)")
-    return config
-
-
-def _adapter_config(directory: str | os.PathLike) -> NeuronTunerConfig:
-    config = _any_adapter_config(directory)
-    if not isinstance(config, NeuronTunerConfig):
-        raise FNSFTError(f"{directory} holds an adapter of type {config.peft_type}; one of neuron deltas was expected")
-    return config
-
-
-def _load(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None = None):
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error
-
-
-def _delta_key(part: WeightSlice) -> str:
-    return f"{_PREFIX}{part.module_name}.neuron_delta_{part.parameter}"
-
-
-def _mask(config: NeuronTunerConfig, sites: Sequence[NeuronSite]) -> NeuronMask:
-    return NeuronMask.from_ranges(config.neurons, {site.layer: site.width for site in sites}, config.site)
 
 
 def to_plain_lora(
@@ -96,7 +60,7 @@ def to_plain_lora(
         state = get_peft_model_state_dict(model_or_adapter, adapter_name=adapter_name)
         base = model_or_adapter.get_base_model()
     else:
-        config = _adapter_config(model_or_adapter)
+        config = read_delta_config(model_or_adapter)
         state = load_peft_weights(str(model_or_adapter), device="cpu")
         with torch.device("meta"):  # only its structure is read
             base = AutoModelForCausalLM.from_config(
@@ -121,11 +85,11 @@ def to_plain_lora(
     tensors = {key: value for key, value in state.items() if "neuron_delta_" not in key and ".lora_" not in key}
     for name, (a, b) in [*deltas.items(), *beside.items()]:
         holder = _holder(name, deltas, base) if has_experts and name in deltas else name.removesuffix(".weight")
-        tensors[f"{_PREFIX}{holder}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{holder}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{holder}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{holder}.lora_B.weight"] = b
         if biases:
             bias = biases.get(holder)
-            tensors[f"{_PREFIX}{holder}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
+            tensors[f"{PREFIX}{holder}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
     modules = list(beside) if has_experts else [*(name.removesuffix(".weight") for name in deltas), *beside]
     experts = {site.experts.name: len(site.experts.module.down_proj) for site in sites if site.experts}
     ranks = {name.removesuffix("" if has_experts else ".weight"): len(a) for name, (a, _) in deltas.items()}
@@ -171,10 +135,10 @@ def _delta_factors(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Parameter name -> (A, B), with a scaling of 1, of all deltas but those of linear layers' biases."""
     factors = {}
-    mask = _mask(config, sites)
+    mask = delta_mask(config, sites)
     for site in sites:
         for part in site.layout.slices:
-            delta = state.get(_delta_key(part))
+            delta = state.get(delta_key(part))
             if delta is None or part.parameter == "bias":
                 continue
             positions = part.indices(mask.indices(site.layer)).to(delta.device)
@@ -233,10 +197,10 @@ def _linear_biases(
 ) -> dict[str, torch.Tensor]:
     """Module name -> change of the bias, shape (out,), of linear layers."""
     biases = {}
-    mask = _mask(config, sites)
+    mask = delta_mask(config, sites)
     for site in sites:
         for part in site.layout.slices:
-            delta = state.get(_delta_key(part))
+            delta = state.get(delta_key(part))
             if delta is not None and part.parameter == "bias":
                 positions = part.indices(mask.indices(site.layer)).to(delta.device)
                 whole = delta.new_zeros(part.count * len(part.offsets))
@@ -249,160 +213,10 @@ def _factors_beside(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor]
     factors = {}
     lora = LoraConfig(**config.lora) if config.lora else None
     for key, a in state.items():
-        name, found, _ = key.removeprefix(_PREFIX).partition(".lora_A.")
+        name, found, _ = key.removeprefix(PREFIX).partition(".lora_A.")
         if found:
             alpha_key = get_pattern_key(lora.alpha_pattern, name)
             alpha = lora.alpha_pattern.get(alpha_key, lora.lora_alpha)
             scaling = alpha / (math.sqrt(len(a)) if lora.use_rslora else len(a))
             factors[name] = (a, state[key.replace("lora_A", "lora_B")] * scaling)
     return factors
-
-
-def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto") -> PeftConfig:
-    """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
-
-    With its tokenizer, a model card, and the template and the selection that lie beside the adapter.
-
-    Args:
-        adapter_dir: directory of a saved adapter, of neuron deltas or any other PEFT method that merges.
-        output_dir: where the checkpoint is written.
-        dtype: precision to load the base model in; `"auto"` is that of its checkpoint.
-
-    Returns:
-        The configuration of the adapter.
-
-    Raises:
-        FNSFTError: it is no adapter, or the base is quantised.
-        ValueError: the merged weights are not finite.
-    """
-    config = _any_adapter_config(adapter_dir)
-    base = _load(config.base_model_name_or_path, dtype=dtype, revision=config.revision)
-    merged = PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(output_dir)
-    has_tokenizer = (Path(adapter_dir) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(
-        adapter_dir if has_tokenizer else config.base_model_name_or_path,
-        revision=None if has_tokenizer else config.revision,
-    )
-    tokenizer.save_pretrained(output_dir)
-    _describe_merged(config, Path(adapter_dir), Path(output_dir))
-    return config
-
-
-def _describe_merged(config: PeftConfig, adapter_dir: Path, output_dir: Path) -> None:
-    card = adapter_dir / CARD_FILE
-    adapter_card = card.read_text(encoding="utf-8") if card.is_file() else None
-    merged = merged_card(config.base_model_name_or_path, adapter_card)
-    (output_dir / CARD_FILE).write_text(merged, encoding="utf-8")
-    if (adapter_dir / NETWORK_DIR).is_dir():
-        shutil.copytree(adapter_dir / NETWORK_DIR, output_dir / NETWORK_DIR, dirs_exist_ok=True)
-
-
-def changed_neurons(
-    sites: Sequence[NeuronSite], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-) -> tuple[NeuronMask, list[str]]:
-    """Compare two sets of weights of one model, value by value (-0 equals 0).
-
-    Args:
-        sites: the model's sites.
-        before, after: parameter name -> tensor, with the same names and shapes.
-
-    Returns:
-        The neurons any of whose weights differ; and the names of the parameters that differ in an entry that belongs
-        to no neuron.
-    """
-    differing = {name: before[name] != after[name] for name in before if not torch.equal(before[name], after[name])}
-    layers = {}
-    for site in sites:
-        members = torch.zeros(site.width, dtype=torch.bool)
-        for part in site.layout.slices:
-            entries = differing.pop(part.full_name, None)
-            if entries is not None:
-                members[part.touched(entries)] = True
-        layers[site.layer] = members
-    return NeuronMask(layers, sites[0].kind), sorted(differing)
-
-
-def verify_merge(
-    before: str | os.PathLike | Mapping[str, torch.Tensor],
-    after: str | os.PathLike | Mapping[str, torch.Tensor],
-    adapter: str | os.PathLike | NeuronMask | None = None,
-    *,
-    sites: Sequence[NeuronSite] | None = None,
-) -> NeuronMask:
-    """Find the neurons that differ between two checkpoints, and check that they are those an adapter says.
-
-    With the directory of an adapter, every weight of its neurons must be, bit for bit, the base value plus the delta
-    in the precision of the checkpoint, and nothing else may differ but what the adapter trains besides. With a
-    NeuronMask, the neurons that differ must be exactly its members, and nothing else may differ.
-
-    Args:
-        before, after: directories of checkpoints, or parameter name -> tensor.
-        adapter: what should have changed; nothing is checked without it.
-        sites: the model's sites; needed when `before` is not a directory.
-
-    Returns:
-        The neurons any of whose weights differ.
-
-    Raises:
-        FNSFTError: another weight differs, or one does not hold what it should; with the module and the neuron.
-    """
-    config = None if adapter is None or isinstance(adapter, NeuronMask) else _adapter_config(adapter)
-    kind = config.site if config else adapter.site if isinstance(adapter, NeuronMask) else "mlp_intermediate"
-    if isinstance(before, Mapping):
-        if sites is None:
-            raise FNSFTError("two sets of tensors say nothing of the model's structure; give sites too")
-    else:
-        model = _load(before)
-        before, sites = dict(model.named_parameters()), find_neuron_sites(model, kind=kind)
-    if not isinstance(after, Mapping):
-        after = dict(_load(after).named_parameters())
-    for name in before:
-        if name not in after or before[name].shape != after[name].shape:
-            raise FNSFTError(f"{name} is missing after, or of another shape; the checkpoints are of different models")
-        if before[name].dtype != after[name].dtype:
-            raise FNSFTError(f"{name} is {before[name].dtype} before and {after[name].dtype} after; use one precision")
-    changed, others = changed_neurons(sites, before, after)
-    if adapter is None:
-        return changed
-
-    state: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu") if config else {}
-    expected = _mask(config, sites) if config else adapter
-    for site in sites:
-        extra = changed.layers[site.layer] & ~expected.layers[site.layer]
-        if extra.any():
-            neuron = int(extra.nonzero()[0])
-            raise FNSFTError(
-                f"{int(extra.sum())} neurons of layer {site.layer} ({site.name}) differ that should not; the first is "
-                f"neuron {neuron}"
-            )
-        missing = expected.layers[site.layer] & ~changed.layers[site.layer]
-        if config is None and missing.any():
-            neuron = int(missing.nonzero()[0])
-            raise FNSFTError(f"neuron {neuron} of layer {site.layer} ({site.name}) should differ, but does not")
-        if config is not None:
-            _check_values(site, expected.indices(site.layer), state, before, after)
-    trained = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in state if "neuron_delta_" not in key}
-    trained = {name.partition(".lora_")[0].partition(".token_adapter")[0] for name in trained}
-    for name in others:
-        if name.rpartition(".")[0] not in trained:
-            raise FNSFTError(
-                f"{name} differs in a weight that belongs to no neuron and that the adapter does not train"
-            )
-    return changed
-
-
-def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after) -> None:
-    for part in site.layout.slices:
-        delta = state.get(_delta_key(part))
-        if delta is None:
-            continue
-        name, positions = part.full_name, part.indices(neurons)
-        rows, found = (part.select(values[name].detach(), positions) for values in (before, after))
-        wrong = (rows + delta.view_as(rows)).to(rows.dtype) != found
-        if wrong.any():
-            first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
-            neuron = int(part.held(neurons).repeat(len(part.offsets))[first])
-            raise FNSFTError(
-                f"{name} of neuron {neuron} (layer {site.layer}) is not the base value plus the adapter's delta"
-            )

@@ -1,0 +1,48 @@
+"""A saved adapter as the exports read it: its configuration, its base model, where its deltas are."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM
+
+from ..errors import FNSFTError
+from ..mask import NeuronMask
+from ..neurons import NeuronSite, WeightSlice
+from ..tuner import NeuronTunerConfig
+
+
+PREFIX = "base_model.model."  # of the names of PEFT's tensors
+
+
+def read_adapter_config(directory: str | os.PathLike) -> PeftConfig:
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
+    config = PeftConfig.from_pretrained(str(directory))
+    if not config.base_model_name_or_path:
+        raise FNSFTError(f"{directory}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    return config
+
+
+def read_delta_config(directory: str | os.PathLike) -> NeuronTunerConfig:
+    config = read_adapter_config(directory)
+    if not isinstance(config, NeuronTunerConfig):
+        raise FNSFTError(f"{directory} holds an adapter of type {config.peft_type}; one of neuron deltas was expected")
+    return config
+
+
+def load_model(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None = None):
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error
+
+
+def delta_key(part: WeightSlice) -> str:
+    return f"{PREFIX}{part.module_name}.neuron_delta_{part.parameter}"
+
+
+def delta_mask(config: NeuronTunerConfig, sites: Sequence[NeuronSite]) -> NeuronMask:
+    return NeuronMask.from_ranges(config.neurons, {site.layer: site.width for site in sites}, config.site)
