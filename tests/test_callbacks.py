@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig, RetentionCallback
-from fnsft_trl.callbacks import FrozenNeuronMoved, _row_checksums
+from fnsft_trl.training.guard import FrozenNeuronMoved, _row_checksums
 
 
 class Vandal(TrainerCallback):

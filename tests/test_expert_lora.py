@@ -13,11 +13,11 @@ from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FrozenNeuronGuard, constrain_lora, find_neuron_sites
-from fnsft_trl.callbacks import FrozenNeuronMoved
 from fnsft_trl.constraints import factor_slices, set_lora_targets
 from fnsft_trl.export import changed_neurons
 from fnsft_trl.layout import mask_positions
 from fnsft_trl.neurons import SITES
+from fnsft_trl.training.guard import FrozenNeuronMoved
 
 
 NAMED = {str(architecture): architecture for architecture in ARCHITECTURES}

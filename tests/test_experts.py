@@ -27,10 +27,10 @@ from fnsft_trl import (
     verify_merge,
 )
 from fnsft_trl.activations import ActivationReader
-from fnsft_trl.callbacks import FrozenNeuronMoved
 from fnsft_trl.data.sequences import TokenSequence
 from fnsft_trl.evaluation.reload import check_reload, last_logits
 from fnsft_trl.export import changed_neurons, to_merged
+from fnsft_trl.training.guard import FrozenNeuronMoved
 
 
 NAMED = {str(architecture): architecture for architecture in ARCHITECTURES}

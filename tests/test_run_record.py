@@ -4,7 +4,7 @@ import pytest
 from helpers import tiny_model
 
 from fnsft_trl import FunctionalNetworkConfig, select_neurons
-from fnsft_trl.run_record import RunRecord
+from fnsft_trl.training.run_record import RunRecord
 
 
 @pytest.mark.parametrize(

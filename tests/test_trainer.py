@@ -236,7 +236,7 @@ def test_streamed_data_and_other_text_fields_are_discovered_on(model_dir, rows, 
 
 def test_what_is_known_to_fail_fails_before_a_discovery(model_dir, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fnsft_trl.preparation.discover_networks", lambda *a, **k: pytest.fail("discovery was started")
+        "fnsft_trl.training.preparation.discover_networks", lambda *a, **k: pytest.fail("discovery was started")
     )
     for changes, peft_config, message in (
         ({"ica_component_ids": [12]}, None, "networks are 0-9"),

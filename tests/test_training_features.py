@@ -220,11 +220,11 @@ def switch_off(method, monkeypatch):
     if method == "full":
         monkeypatch.setattr(FrozenSlices, "hold", lambda *_: None)
     elif method == "lora":
-        monkeypatch.setattr("fnsft_trl.trainer.constrain_lora", lambda *_, **__: None)
+        monkeypatch.setattr("fnsft_trl.training.trainer.constrain_lora", lambda *_, **__: None)
     else:
         everything = {"0": "0-127", "1": "0-127"}
         monkeypatch.setattr(
-            "fnsft_trl.preparation.NeuronTunerConfig",
+            "fnsft_trl.training.preparation.NeuronTunerConfig",
             lambda **given: NeuronTunerConfig(**{**given, "neurons": everything}),
         )
 

@@ -179,7 +179,7 @@ def _train(arm: Arm, args, model_path: str, tokenizer, rows: list[dict], templat
     from peft import LoraConfig
     from trl import SFTConfig
 
-    from ..trainer import FNSFTTrainer
+    from ..training.trainer import FNSFTTrainer
 
     directory = output / "arms" / arm.key
     networks = peft_config = None

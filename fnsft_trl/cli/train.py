@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     from ..data.training import load_training_data
     from ..embedded import resolve_model
-    from ..trainer import FNSFTTrainer
+    from ..training.trainer import FNSFTTrainer
     from .checks import check_checkpoint, check_training_arguments
     from .logs import hush_repetitions
     from .models import check_attention, default_lora_targets, model_errors

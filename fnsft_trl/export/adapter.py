@@ -17,6 +17,11 @@ PREFIX = "base_model.model."  # of the names of PEFT's tensors
 
 
 def read_adapter_config(directory: str | os.PathLike) -> PeftConfig:
+    """The configuration of a saved adapter of any PEFT method.
+
+    Raises:
+        FNSFTError: there is none in the directory, or it does not name its base model.
+    """
     if not (Path(directory) / "adapter_config.json").is_file():
         raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
     config = PeftConfig.from_pretrained(str(directory))
@@ -26,6 +31,11 @@ def read_adapter_config(directory: str | os.PathLike) -> PeftConfig:
 
 
 def read_delta_config(directory: str | os.PathLike) -> NeuronTunerConfig:
+    """The configuration of a saved adapter of neuron deltas.
+
+    Raises:
+        FNSFTError: the directory holds none, or an adapter of another kind.
+    """
     config = read_adapter_config(directory)
     if not isinstance(config, NeuronTunerConfig):
         raise FNSFTError(f"{directory} holds an adapter of type {config.peft_type}; one of neuron deltas was expected")
@@ -33,6 +43,16 @@ def read_delta_config(directory: str | os.PathLike) -> NeuronTunerConfig:
 
 
 def load_model(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None = None):
+    """Load a causal language model.
+
+    Args:
+        name: directory or Hub id.
+        dtype: `"auto"` is that of its checkpoint.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FNSFTError: it cannot be loaded.
+    """
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
     except OSError as error:
@@ -41,8 +61,10 @@ def load_model(name: str | os.PathLike, *, dtype: str = "auto", revision: str | 
 
 
 def delta_key(part: WeightSlice) -> str:
+    """The name under which a saved adapter keeps the delta of a parameter."""
     return f"{PREFIX}{part.module_name}.neuron_delta_{part.parameter}"
 
 
 def delta_mask(config: NeuronTunerConfig, sites: Sequence[NeuronSite]) -> NeuronMask:
+    """The neurons that a configuration names, over all layers of the model whose sites these are."""
     return NeuronMask.from_ranges(config.neurons, {site.layer: site.width for site in sites}, config.site)

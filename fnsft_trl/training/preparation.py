@@ -8,14 +8,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
 
-from .config import FunctionalNetworkConfig
-from .data.prompts import set_chat_template
-from .data.sources import load_texts
-from .discovery import discover_networks
-from .errors import FNSFTError
-from .mask import NeuronMask
-from .template import FunctionalNetworkTemplate
-from .tuner import NeuronTunerConfig
+from ..config import FunctionalNetworkConfig
+from ..data.prompts import set_chat_template
+from ..data.sources import load_texts
+from ..discovery import discover_networks
+from ..errors import FNSFTError
+from ..mask import NeuronMask
+from ..template import FunctionalNetworkTemplate
+from ..tuner import NeuronTunerConfig
 
 
 logger = logging.get_logger(__name__)

@@ -18,10 +18,9 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .account import check_upload
-from .callbacks import FrozenNeuronGuard, MaskScheduleCallback
-from .config import FunctionalNetworkConfig
-from .constraints import (
+from ..account import check_upload
+from ..config import FunctionalNetworkConfig
+from ..constraints import (
     FrozenSlices,
     check_lora_config,
     check_optimizer_name,
@@ -30,12 +29,16 @@ from .constraints import (
     set_lora_targets,
     trainable_neurons,
 )
-from .credentials import UnsavedToken
-from .data.tokenized import TokenizedCache, preparation_settings
-from .errors import FNSFTError
-from .hub import hub_errors, is_hub_id, prepare_repo
-from .mask import NeuronMask
-from .masking import lesion, masks_off, preserve
+from ..credentials import UnsavedToken
+from ..data.tokenized import TokenizedCache, preparation_settings
+from ..errors import FNSFTError
+from ..hub import hub_errors, is_hub_id, prepare_repo
+from ..mask import NeuronMask
+from ..masking import lesion, masks_off, preserve
+from ..selection import select_neurons
+from ..template import FunctionalNetworkTemplate
+from ..tuner import NeuronDeltaLayer
+from .guard import FrozenNeuronGuard
 from .preparation import (
     check_template,
     discover_template,
@@ -45,9 +48,7 @@ from .preparation import (
     tuner_config,
 )
 from .run_record import RunRecord
-from .selection import select_neurons
-from .template import FunctionalNetworkTemplate
-from .tuner import NeuronDeltaLayer
+from .schedule import MaskScheduleCallback
 
 
 logger = logging.get_logger(__name__)

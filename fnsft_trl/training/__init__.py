@@ -1,0 +1,1 @@
+"""Training: FNSFTTrainer, what one run selects, trains and masks, and the callbacks that watch it."""

@@ -1,0 +1,156 @@
+"""MaskScheduleCallback: other masks, and other trainable neurons, from one step of a run on."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from transformers import TrainerCallback
+
+from ..constraints import FrozenSlices, hold_neurons
+from ..errors import FNSFTError
+from ..mask import NeuronMask
+from ..masking import MaskHandle, lesion, preserve
+
+
+@dataclass(frozen=True)
+class MaskPhase:
+    """What is masked, and what trains, from one step of a run to the start of the next phase.
+
+    Args:
+        start (`int` or `float`):
+            Number of optimizer steps before the phase, or their share of the whole run, in [0, 1).
+        mask_mode (`str`, *optional*):
+            `"lesion"`, `"preserve"`, or `None` for no forward mask.
+        mask ([`NeuronMask`], *optional*):
+            The neurons of the forward mask. `None`: the selection of the trainer.
+        trainable ([`NeuronMask`], *optional*):
+            The neurons that may change in this phase; only in full fine-tuning. `None`: all that the trainer trains.
+    """
+
+    start: int | float
+    mask_mode: str | None = None
+    mask: NeuronMask | None = None
+    trainable: NeuronMask | None = None
+
+
+class MaskScheduleCallback(TrainerCallback):
+    """Switches the forward mask, and in full fine-tuning the trainable neurons, during training.
+
+    Until the first phase, the run is as the trainer's config says. Neurons that a phase leaves out of `trainable` stay
+    bit-identical through it: their gradients are zero and do not count when gradients are clipped, their momentum is
+    cleared when the phase begins, and their values are put back after each step. Other weights that the run trains
+    (attention, norms) go on training. A resumed run takes up the phase it was in.
+
+    Args:
+        trainer ([`FNSFTTrainer`]):
+            The trainer, with a `network_config`. Its trainable neurons hold those of all phases. Add the callback with
+            `trainer.add_callback`, before training, since a compiled model ignores hooks that come later.
+        phases (sequence of [`MaskPhase`]):
+            The phases, by ascending start.
+
+    Raises:
+        FNSFTError: a phase that could not train what it names; or, when training begins, phases out of order.
+    """
+
+    def __init__(self, trainer, phases: Sequence[MaskPhase]) -> None:
+        if not phases:
+            raise FNSFTError("a MaskScheduleCallback without phases has no effect; give it some")
+        if trainer.network_config is None:
+            raise FNSFTError("a MaskScheduleCallback needs a trainer with a network_config")
+        self.trainer = trainer
+        self.phases = list(phases)
+        # What each phase trains, over all layers.
+        self._trainable = [self._check(phase) for phase in self.phases]
+        self._own_handle = trainer.mask_handle
+        self._handles = [self._handle(phase) for phase in self.phases]
+        self._held = FrozenSlices()
+        self._starts: list[int] = []
+        self._current = -1
+
+    def to_dict(self) -> list[dict]:
+        """The phases as plain JSON values; checkpoints hold them, so that a run resumes with the same ones."""
+        return [
+            {
+                "start": phase.start,
+                "mask_mode": phase.mask_mode,
+                "mask": None if phase.mask is None else phase.mask.sha256,
+                "trainable": trainable.sha256,
+            }
+            for phase, trainable in zip(self.phases, self._trainable, strict=True)
+        ]
+
+    def _check(self, phase: MaskPhase) -> NeuronMask:
+        fraction = isinstance(phase.start, float)
+        if phase.start < 0 or (fraction and phase.start >= 1):
+            raise FNSFTError(f"phase start {phase.start!r} is no step (0, 1, 2...) and no fraction in [0, 1)")
+        if phase.mask_mode not in (None, "lesion", "preserve"):
+            raise FNSFTError(f"mask_mode {phase.mask_mode!r} of a phase is unknown; use lesion, preserve or None")
+        if phase.mask is not None and phase.mask_mode is None:
+            raise FNSFTError("a phase with a mask but no mask_mode masks nothing; give a mask_mode")
+        run, plan = self.trainer.trainable_neurons, self.trainer.plan
+        widths = {layer: len(members) for layer, members in run.layers.items()}
+        trainable = run if phase.trainable is None else phase.trainable.over(widths)
+        if phase.trainable is not None and plan.method != "full":
+            raise FNSFTError(
+                f"a phase can switch the trainable neurons of full fine-tuning only, not of {plan.method}"
+            )
+        if (trainable & ~run).count:
+            raise FNSFTError(
+                f"a phase trains {(trainable & ~run).count} neurons that the trainer holds frozen throughout; let the "
+                "trainer's selection hold the trainable neurons of all phases"
+            )
+        others_train = plan.method == "full" and plan.train != "selected" and self.trainer.network_config.train_other
+        able = trainable
+        if phase.mask_mode is not None:
+            silenced = self.trainer.neuron_mask if phase.mask is None else phase.mask
+            silenced = silenced if phase.mask_mode == "lesion" else ~silenced
+            able = trainable & ~silenced.over(widths)
+        if able.count == 0 and not others_train:
+            raise FNSFTError(f"the phase from {phase.start} on leaves nothing that could learn")
+        return trainable
+
+    def _handle(self, phase: MaskPhase) -> MaskHandle | None:
+        if phase.mask_mode is None:
+            return None
+        intervene = lesion if phase.mask_mode == "lesion" else preserve
+        handle = intervene(self.trainer.model, self.trainer.neuron_mask if phase.mask is None else phase.mask)
+        handle.disable()
+        return handle
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        starts = [int(p.start * state.max_steps) if isinstance(p.start, float) else p.start for p in self.phases]
+        if any(later <= earlier for earlier, later in pairwise(starts)):
+            raise FNSFTError(
+                f"the phases start at steps {', '.join(map(str, starts))} of {state.max_steps}; each must start after "
+                "the one before it"
+            )
+        if starts[-1] >= state.max_steps:
+            raise FNSFTError(f"a phase starts at step {starts[-1]}, but the run ends at step {state.max_steps}")
+        self._starts = starts
+        self._enter(state.global_step, optimizer)
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self._enter(state.global_step, optimizer)
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._held.restore()
+
+    def _enter(self, step: int, optimizer) -> None:
+        number = bisect_right(self._starts, step) - 1
+        if number == self._current:
+            return
+        self._current = number
+        for handle in (self._own_handle, *self._handles):
+            if handle is not None:
+                handle.disable()
+        current = self._own_handle if number < 0 else self._handles[number]
+        self.trainer.mask_handle = current
+        if current is not None:
+            current.enable()
+        self._held.release()
+        if number >= 0 and self.phases[number].trainable is not None:
+            frozen = self.trainer.trainable_neurons & ~self._trainable[number]
+            hold_neurons(self._held, self.trainer.model, frozen)
+            if step == self._starts[number]:  # a run resumed later has cleared it already
+                self._held.clear_momentum(optimizer)
