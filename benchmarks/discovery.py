@@ -77,9 +77,9 @@ def run_arm(arm: str, tokens: int, components: int) -> dict:
     from transformers.utils import logging
 
     from fnsft_trl import FunctionalNetworkConfig, discover_networks, find_neuron_sites
-    from fnsft_trl.activations import ActivationReader
+    from fnsft_trl.data.embedded import embedded_model, wikipedia_passages
     from fnsft_trl.data.sequences import token_sequences
-    from fnsft_trl.embedded import embedded_model, wikipedia_passages
+    from fnsft_trl.discovery.activations import ActivationReader
 
     logging.set_verbosity_error()
     path = embedded_model()

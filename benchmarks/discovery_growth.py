@@ -29,8 +29,8 @@ def run_arm(tokens: int, components: int, neurons: int) -> dict:
     """Sketch a stream of so many tokens and decompose it, in this process."""
     import torch
 
-    from fnsft_trl.decomposition import decompose
-    from fnsft_trl.sketch import ActivationSketch
+    from fnsft_trl.discovery.decomposition import decompose
+    from fnsft_trl.discovery.sketch import ActivationSketch
 
     random = torch.Generator().manual_seed(0)
     planted = torch.randn(2 * components, neurons, generator=random)

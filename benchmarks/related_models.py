@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import SFTConfig, SFTTrainer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
-from fnsft_trl.embedded import embedded_model, question_routing, wikipedia_passages
-from fnsft_trl.fingerprint import network_time_courses, split_passages
-from fnsft_trl.similarity import compare_templates, compare_time_courses
-from fnsft_trl.weights import weight_difference
+from fnsft_trl.comparison.fingerprint import network_time_courses, split_passages
+from fnsft_trl.comparison.similarity import compare_templates, compare_time_courses
+from fnsft_trl.data.embedded import embedded_model, question_routing, wikipedia_passages
+from fnsft_trl.template.weights import weight_difference
 
 
 def fine_tuned(path: str, tokenizer, steps: int, learning_rate: float):

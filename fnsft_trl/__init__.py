@@ -4,7 +4,7 @@ Public names are loaded on first use, so that `import fnsft_trl` (and every comm
 torch.
 """
 
-from importlib import import_module
+from .lazy import lazy_names
 
 
 __version__ = "0.1.0.dev0"
@@ -13,44 +13,32 @@ _HOMES = {
     "FNSFTError": "errors",
     "FunctionalNetworkConfig": "config",
     "ThresholdRule": "config",
-    "DataConfig": "data.config",
-    "to_trl_format": "data.conversion",
+    "DataConfig": "data",
+    "to_trl_format": "data",
     "NeuronSite": "neurons",
     "NeuronLayout": "neurons",
     "find_neuron_sites": "neurons",
     "discover_networks": "discovery",
     "FunctionalNetworkTemplate": "template",
-    "NeuronMask": "mask",
+    "NeuronMask": "neurons",
     "select_neurons": "selection",
-    "lesion": "masking",
-    "preserve": "masking",
-    "bake_lesion": "baking",
-    "keep_neurons": "baking",
-    "unbake": "baking",
+    "lesion": "interventions",
+    "preserve": "interventions",
+    "bake_lesion": "interventions",
+    "keep_neurons": "interventions",
+    "unbake": "interventions",
     "NeuronTunerConfig": "tuner",
     "NeuronTunerModel": "tuner",
     "constrain_lora": "constraints",
     "constrain_full": "constraints",
-    "FrozenNeuronGuard": "training.guard",
-    "MaskPhase": "training.schedule",
-    "MaskScheduleCallback": "training.schedule",
-    "RetentionCallback": "training.retention",
-    "FNSFTTrainer": "training.trainer",
+    "FrozenNeuronGuard": "training",
+    "MaskPhase": "training",
+    "MaskScheduleCallback": "training",
+    "RetentionCallback": "training",
+    "FNSFTTrainer": "training",
     "to_merged": "export",
     "to_plain_lora": "export",
     "verify_merge": "export",
 }
 
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

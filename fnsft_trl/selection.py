@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .errors import FNSFTError
-from .mask import NeuronMask
+from .neurons.mask import NeuronMask
 from .ranges import format_ranges
-from .template import FunctionalNetworkTemplate
+from .template.template import FunctionalNetworkTemplate
 
 
 SELECTORS = ("networks", "random", "activation")

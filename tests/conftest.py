@@ -19,7 +19,7 @@ import torch
 from helpers import FAMILIES, medium_model, tiny_model, tiny_rows, tiny_tokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
-from fnsft_trl.neurons import SITES
+from fnsft_trl.neurons.sites import SITES
 
 
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.

@@ -1,4 +1,4 @@
-"""One process of a distributed run, for tests/test_distributed.py.
+"""One process of a distributed run, for tests/training/test_distributed.py.
 
     python distributed_run.py PROCESSES KIND FOLDER
 

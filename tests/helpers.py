@@ -7,6 +7,7 @@ import socket
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import transformers as tf
@@ -17,6 +18,8 @@ from fnsft_trl import NeuronMask, find_neuron_sites
 from fnsft_trl.export import changed_neurons
 
 
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 FAMILIES = ("llama", "gpt2", "phi3", "opt")
 VOCABULARY = 120
 

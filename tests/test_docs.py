@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from api_reference import api_reference
 from architectures import architectures_table
+from helpers import ROOT
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from fnsft_trl.cli import main
 from fnsft_trl.config import COMBINATIONS
 
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",

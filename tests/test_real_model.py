@@ -2,15 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks, lesion, preserve, select_neurons
 from fnsft_trl.cli import main
-from fnsft_trl.embedded import embedded_model, question_routing, wikipedia_passages
+from fnsft_trl.data.embedded import embedded_model, question_routing, wikipedia_passages
 from fnsft_trl.evaluation.retention import RetentionText
 
 
@@ -114,5 +114,5 @@ def test_the_demo_runs_to_its_report(tmp_path, capsys):
 def test_the_shipped_recipe_data_is_readable():
     from fnsft_trl.data.sources import load_data
 
-    path = Path(__file__).parent.parent / "recipes" / "data" / "opposites.jsonl"
+    path = ROOT / "recipes" / "data" / "opposites.jsonl"
     assert len(load_data(str(path), split="train")) > 100

@@ -5,8 +5,8 @@ import sys
 from importlib import import_module
 
 from .. import __version__
-from ..credentials import hide_tokens, use_env_file
 from ..errors import FNSFTError
+from ..hub.credentials import hide_tokens, use_env_file
 from .logs import hush_libraries
 
 

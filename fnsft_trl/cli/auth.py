@@ -1,8 +1,8 @@
 """fnsft auth: which token of the Hub is used, where it comes from, as whom, with which rights. It is never printed."""
 
-from ..account import HubAccount, whose_token
-from ..credentials import ENV_FILE, HubToken, find_token
 from ..errors import FNSFTError
+from ..hub.account import HubAccount, whose_token
+from ..hub.credentials import ENV_FILE, HubToken, find_token
 from .arguments import ArgumentParser
 
 

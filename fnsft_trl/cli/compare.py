@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from ..errors import FNSFTError
-from ..report import Report, check_pyplot, comparison_figure, format_table
-from ..template import FunctionalNetworkTemplate
+from ..report.figures import check_pyplot, comparison_figure
+from ..report.report import Report, format_table
+from ..template.template import FunctionalNetworkTemplate
 from .arguments import ArgumentParser, check_writable
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     a = FunctionalNetworkTemplate.from_pretrained(args.a, revision=args.revision_a)
     b = FunctionalNetworkTemplate.from_pretrained(args.b, revision=args.revision_b)
 
-    from ..similarity import check_comparable, compare_templates, compare_time_courses
+    from ..comparison.similarity import check_comparable, compare_templates, compare_time_courses
 
     options = {"permutations": args.permutations, "seed": args.seed}
     if args.texts is None:
@@ -52,8 +53,8 @@ def main(argv: list[str]) -> None:
 
 
 def _time_courses(args, a, b):
+    from ..comparison.fingerprint import network_time_courses, split_passages
     from ..data.sources import load_texts
-    from ..fingerprint import network_time_courses, split_passages
     from .models import load_model_and_tokenizer
 
     texts = (row for rows in load_texts(args.texts).values() for row in _strings(rows))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
-from ..report import Report, check_pyplot, format_table, networks_figure, trade_off_figure
+from ..report.figures import check_pyplot, networks_figure, trade_off_figure
+from ..report.report import Report, format_table
 from .arguments import ArgumentParser, check_writable
 
 
@@ -76,13 +77,13 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
     import torch
     from transformers.utils import logging
 
-    from ..discovery import discover_networks
-    from ..embedded import question_routing, resolve_model, wikipedia_passages
+    from ..data.embedded import question_routing, resolve_model, wikipedia_passages
+    from ..discovery.discovery import discover_networks
     from ..evaluation.metrics import score_completions
     from ..evaluation.reload import check_reload, last_logits
     from ..evaluation.retention import RetentionText
     from ..export import changed_neurons
-    from ..neurons import find_neuron_sites
+    from ..neurons.sites import find_neuron_sites
     from .models import load_model_and_tokenizer
 
     model_path = resolve_model(args.model_name_or_path)

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
     from ..data.prompts import set_chat_template
     from ..data.sources import load_texts
-    from ..discovery import discover_group
+    from ..discovery.discovery import discover_group
     from .models import load_model_and_tokenizer
     from .templates import save_template
 

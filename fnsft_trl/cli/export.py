@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..errors import FNSFTError
-from ..gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
-from ..hub import push_directory
+from ..export.gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
+from ..hub.files import push_directory
 from .arguments import ArgumentParser, check_writable
 from .pushing import add_push_arguments, push_options
 

@@ -4,13 +4,13 @@ import json
 import os
 import sys
 
-from ..card import format_known
-from ..description import describe_calibration, describe_method, describe_threshold
 from ..errors import FNSFTError
-from ..names import UNKNOWN
+from ..hub.names import UNKNOWN
 from ..ranges import format_ranges
-from ..stored import StoredTemplate
-from ..template import FunctionalNetworkTemplate
+from ..template.card import format_known
+from ..template.description import describe_calibration, describe_method, describe_threshold
+from ..template.stored import StoredTemplate
+from ..template.template import FunctionalNetworkTemplate
 from .arguments import ArgumentParser, check_writable
 
 

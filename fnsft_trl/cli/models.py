@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..embedded import resolve_model
+from ..data.embedded import resolve_model
 from ..errors import FNSFTError
-from ..hub import explain
-from ..neurons import find_neuron_sites
+from ..hub.files import explain
+from ..neurons.sites import find_neuron_sites
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
-from ..gguf import check_outtype, find_converter
+from ..export.gguf import check_outtype, find_converter
 from .arguments import check_writable
 from .schema import training_options
 from .sources import COMMAND_LINE, read_sources

@@ -4,9 +4,9 @@ import argparse
 import os
 from typing import Any
 
-from ..account import check_upload
 from ..errors import FNSFTError
-from ..hub import is_hub_id
+from ..hub.account import check_upload
+from ..hub.files import is_hub_id
 
 
 _OPTIONS = ("private", "hub_revision", "create_pr", "hub_token")

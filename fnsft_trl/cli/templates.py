@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from ..legacy import LEGACY_FILE, legacy_bytes
-from ..template import FunctionalNetworkTemplate
+from ..template.legacy import LEGACY_FILE, legacy_bytes
+from ..template.template import FunctionalNetworkTemplate
 
 
 def save_template(template: FunctionalNetworkTemplate, directory: str | os.PathLike) -> None:

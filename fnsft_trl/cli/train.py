@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
         get_quantization_config,
     )
 
+    from ..data.embedded import resolve_model
     from ..data.training import load_training_data
-    from ..embedded import resolve_model
     from ..training.trainer import FNSFTTrainer
     from .checks import check_checkpoint, check_training_arguments
     from .logs import hush_repetitions
@@ -142,7 +142,7 @@ def _export(run: RunConfig, output_dir: Path) -> None:
         to_merged(output_dir, model)
         print(f"Merged model saved to: {model}")
     if run.convert_to_gguf:
-        from ..gguf import to_gguf
+        from ..export.gguf import to_gguf
 
         print(f"GGUF file saved to: {to_gguf(model, output_dir / 'model.gguf', outtype=run.gguf_quantization)}")
 

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..errors import FNSFTError
-from ..layout import WeightSlice, mask_positions, select_positions, write_positions
+from ..neurons.layout import WeightSlice, mask_positions, select_positions, write_positions
 
 
 # Names of the optimizer state that moves a weight even where its gradient is zero; state1 is bitsandbytes' name.

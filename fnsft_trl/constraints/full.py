@@ -7,7 +7,7 @@ put back after every step, so that weight decay does not move them either.
 from torch import nn
 
 from ..errors import FNSFTError
-from ..mask import NeuronMask
+from ..neurons.mask import NeuronMask
 from .frozen import FrozenSlices
 from .neurons import frozen_by_site
 

@@ -18,9 +18,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FNSFTError
-from ..layout import mask_positions, select_positions
-from ..mask import NeuronMask
-from ..neurons import NeuronSite, WeightSlice
+from ..neurons.layout import mask_positions, select_positions
+from ..neurons.mask import NeuronMask
+from ..neurons.sites import NeuronSite, WeightSlice
 from .frozen import FrozenSlices
 from .lora_config import check_lora_config
 from .neurons import frozen_by_site

@@ -7,8 +7,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..errors import FNSFTError
-from ..mask import NeuronMask
-from ..neurons import check_modules_to_save, find_neuron_sites
+from ..neurons.mask import NeuronMask
+from ..neurons.sites import check_modules_to_save, find_neuron_sites
 
 
 # LoraConfig field -> why the frozen neurons could not be held exactly when it is set.

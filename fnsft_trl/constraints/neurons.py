@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..errors import FNSFTError
-from ..mask import NeuronMask, fitting_sites
-from ..neurons import NeuronSite
+from ..neurons.mask import NeuronMask, fitting_sites
+from ..neurons.sites import NeuronSite
 
 
 def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronMask:

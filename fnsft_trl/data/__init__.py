@@ -4,3 +4,17 @@ A dataset is found ([`~fnsft_trl.data.sources`]), its columns are recognised ([`
 become TRL's ([`~fnsft_trl.data.conversion`]); the tokenizer gets the chat template that renders them
 ([`~fnsft_trl.data.prompts`]), and what TRL makes of both is kept on disk ([`~fnsft_trl.data.tokenized`]).
 """
+
+from ..lazy import lazy_names
+
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "DataConfig": "config",
+        "load_data": "sources",
+        "load_texts": "sources",
+        "to_trl_format": "conversion",
+        "token_sequences": "sequences",
+    },
+)

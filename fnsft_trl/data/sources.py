@@ -11,9 +11,9 @@ from textwrap import shorten
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, config, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 
-from ..embedded import EMBEDDED, wikipedia_passages
 from ..errors import FNSFTError
 from .conversion import to_trl_format
+from .embedded import EMBEDDED, wikipedia_passages
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}

@@ -1,8 +1,14 @@
-"""What leaves training: a merged checkpoint or a plain LoRA, and which neurons differ between two sets of weights."""
+"""What leaves training: a merged checkpoint, a plain LoRA or a GGUF file, and which neurons differ."""
 
-from .difference import changed_neurons, verify_merge
-from .merged import to_merged
-from .plain_lora import to_plain_lora
+from ..lazy import lazy_names
 
 
-__all__ = ["changed_neurons", "to_merged", "to_plain_lora", "verify_merge"]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "changed_neurons": "difference",
+        "verify_merge": "difference",
+        "to_merged": "merged",
+        "to_plain_lora": "plain_lora",
+    },
+)

@@ -8,8 +8,8 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
 from ..errors import FNSFTError
-from ..mask import NeuronMask
-from ..neurons import NeuronSite, WeightSlice
+from ..neurons.mask import NeuronMask
+from ..neurons.sites import NeuronSite, WeightSlice
 from ..tuner import NeuronTunerConfig
 
 

@@ -7,8 +7,8 @@ import torch
 from peft.utils import load_peft_weights
 
 from ..errors import FNSFTError
-from ..mask import NeuronMask
-from ..neurons import NeuronSite, find_neuron_sites
+from ..neurons.mask import NeuronMask
+from ..neurons.sites import NeuronSite, find_neuron_sites
 from .adapter import PREFIX, delta_key, delta_mask, load_model, read_delta_config
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
-from ..card import merged_card
-from ..storage import CARD_FILE, NETWORK_DIR
+from ..hub.card import merged_card
+from ..template.storage import CARD_FILE, NETWORK_DIR
 from .adapter import load_model, read_adapter_config
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FNSFTError
-from ..neurons import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
+from ..neurons.sites import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
 from ..tuner import NeuronTunerConfig
 from .adapter import PREFIX, delta_key, delta_mask, read_delta_config
 

@@ -1,1 +1,16 @@
 """Training: FNSFTTrainer, what one run selects, trains and masks, and the callbacks that watch it."""
+
+from ..lazy import lazy_names
+
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "FNSFTTrainer": "trainer",
+        "FrozenNeuronGuard": "guard",
+        "FrozenNeuronMoved": "guard",
+        "MaskPhase": "schedule",
+        "MaskScheduleCallback": "schedule",
+        "RetentionCallback": "retention",
+    },
+)

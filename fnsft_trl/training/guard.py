@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ..constraints import factor_slices, frozen_by_site
-from ..mask import NeuronMask
+from ..neurons.mask import NeuronMask
 
 
 _BLOCK = 4096

@@ -11,10 +11,10 @@ from trl.trainer.utils import create_model_from_path
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
 from ..data.sources import load_texts
-from ..discovery import discover_networks
+from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
-from ..mask import NeuronMask
-from ..template import FunctionalNetworkTemplate
+from ..neurons.mask import NeuronMask
+from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
 
 

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from ..errors import FNSFTError
 from ..evaluation.retention import RetentionText
-from ..masking import masks_off
+from ..interventions.masking import masks_off
 
 
 class RetentionCallback(TrainerCallback):

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from ..baking import lesion_note
-from ..card import ADAPTER_NOTE, SECTION, publishable_card
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
-from ..mask import NeuronMask
+from ..hub.card import ADAPTER_NOTE, SECTION, publishable_card
+from ..interventions.baking import lesion_note
+from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges
-from ..storage import CARD_FILE, NETWORK_DIR
-from ..template import FunctionalNetworkTemplate
+from ..template.storage import CARD_FILE, NETWORK_DIR
+from ..template.template import FunctionalNetworkTemplate
 
 
 SELECTION_FILE = "selection.json"

@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from ..constraints import FrozenSlices, hold_neurons
 from ..errors import FNSFTError
-from ..mask import NeuronMask
-from ..masking import MaskHandle, lesion, preserve
+from ..interventions.masking import MaskHandle, lesion, preserve
+from ..neurons.mask import NeuronMask
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..account import check_upload
 from ..config import FunctionalNetworkConfig
 from ..constraints import (
     FrozenSlices,
@@ -29,14 +28,15 @@ from ..constraints import (
     set_lora_targets,
     trainable_neurons,
 )
-from ..credentials import UnsavedToken
 from ..data.tokenized import TokenizedCache, preparation_settings
 from ..errors import FNSFTError
-from ..hub import hub_errors, is_hub_id, prepare_repo
-from ..mask import NeuronMask
-from ..masking import lesion, masks_off, preserve
+from ..hub.account import check_upload
+from ..hub.credentials import UnsavedToken
+from ..hub.files import hub_errors, is_hub_id, prepare_repo
+from ..interventions.masking import lesion, masks_off, preserve
+from ..neurons.mask import NeuronMask
 from ..selection import select_neurons
-from ..template import FunctionalNetworkTemplate
+from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronDeltaLayer
 from .guard import FrozenNeuronGuard
 from .preparation import (
@@ -97,7 +97,7 @@ class FNSFTTrainer(SFTTrainer):
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
         neuron_mask ([`NeuronMask`] or `None`): the selected neurons.
         trainable_neurons ([`NeuronMask`] or `None`): the neurons whose weights may change, over all layers.
-        mask_handle ([`~fnsft_trl.masking.MaskHandle`] or `None`): the forward mask.
+        mask_handle ([`~fnsft_trl.interventions.masking.MaskHandle`] or `None`): the forward mask.
 
     Raises:
         FNSFTError: the config, the template, the model and the PEFT config do not go together.

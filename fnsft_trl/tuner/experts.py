@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import FNSFTError
-from ..experts import expert_by_expert, expert_weight, project_expert
-from ..neurons import WeightSlice
+from ..neurons.experts import expert_by_expert, expert_weight, project_expert
+from ..neurons.sites import WeightSlice
 from .layer import NeuronDeltaLayer, add_change, change_gradients
 
 

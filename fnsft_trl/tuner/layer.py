@@ -13,8 +13,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FNSFTError
-from ..layout import select_positions, write_positions
-from ..neurons import WeightSlice, linear_shape
+from ..neurons.layout import select_positions, write_positions
+from ..neurons.sites import WeightSlice, linear_shape
 
 
 _BLOCK = 512  # rows of a weight of which columns are written at once

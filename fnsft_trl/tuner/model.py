@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..errors import FNSFTError
-from ..experts import Experts
-from ..mask import NeuronMask
-from ..neurons import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites, linear_shape
+from ..neurons.experts import Experts
+from ..neurons.mask import NeuronMask
+from ..neurons.sites import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites, linear_shape
 from .config import NeuronTunerConfig
 from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer

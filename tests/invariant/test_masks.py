@@ -5,7 +5,7 @@ import torch
 from helpers import VOCABULARY, logits, random_mask, tiny_model, zeroed
 
 from fnsft_trl import lesion, preserve
-from fnsft_trl.neurons import SITES
+from fnsft_trl.neurons.sites import SITES
 
 
 @pytest.fixture

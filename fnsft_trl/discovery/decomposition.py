@@ -1,0 +1,220 @@
+"""Decomposition: sketches in, independent components and their reliability out. Pure tensors."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import FNSFTError
+from .ica import TOLERANCE, fast_ica
+from .matching import match_components
+from .sketch import COLUMNS, ActivationSketch, eigh_descending
+
+
+# ICA unmixes this many times k principal directions and the k strongest components stay. With exactly k, the space cut
+# off at k differs from one half of the tokens to the other, and every component with it.
+_OVERSAMPLING = 1.5
+
+
+@dataclass
+class Decomposition:
+    """Independent components of a stream of activations, in canonical order and sign.
+
+    Components are ordered by explained variance, largest first; the largest loading of each is positive.
+
+    Attributes:
+        loadings (`torch.Tensor`): shape (components, neurons), float32: what one standard deviation of the component
+            adds to the neuron's activation (to its z-score, when z-scored).
+        explained_variance (`list[float]`): share of the total variance, per component.
+        kurtosis (`list[float]`): excess kurtosis of the component over tokens (temporal) or neurons (spatial).
+        reliability (`list[float]`): |correlation| of the component's loadings between two disjoint halves, in [0, 1].
+        jaccard (`list[float]`): overlap of its 2% largest |loadings| between the halves.
+        converged (`bool`): whether these components settled, in the whole and in both halves.
+        change (`float`): how far from 1 the cosine between the last two directions of one of them is, at worst.
+        count (`int`): tokens read.
+        mean, rms (`torch.Tensor`): shape (neurons,), of the activations.
+    """
+
+    loadings: torch.Tensor
+    explained_variance: list[float]
+    kurtosis: list[float]
+    reliability: list[float]
+    jaccard: list[float]
+    converged: bool
+    change: float
+    count: int
+    mean: torch.Tensor
+    rms: torch.Tensor
+
+
+def decompose(
+    halves: Sequence[Sequence[ActivationSketch]],
+    components: int,
+    *,
+    variant: str = "temporal",
+    standardize: str = "center",
+    contrast: str = "logcosh",
+    seed: int = 0,
+    excluded: torch.Tensor | None = None,
+    restarts: int = 4,
+    max_iterations: int = 400,
+) -> Decomposition:
+    """Decompose the union of all sketches, and each half alone for the reliability.
+
+    Args:
+        halves: two lists of finished sketches; all are of disjoint tokens.
+        components: k.
+        variant: `"temporal"` or `"spatial"`.
+        standardize: `"center"` or `"zscore"`.
+        contrast: FastICA's `"logcosh"`, `"cube"` or `"exp"`.
+        seed: seed of FastICA's starts.
+        excluded: bool, shape (neurons,): neurons that take no part; their loadings are zero.
+        restarts: of FastICA; a single start now and then ends in a poor optimum.
+        max_iterations: of FastICA.
+
+    Raises:
+        FNSFTError: a half has no more tokens than components, or fewer independent directions.
+    """
+    for half in halves:
+        count, total = sum(s.count for s in half), sum(s.count for part in halves for s in part)
+        if count <= components:
+            raise FNSFTError(
+                f"{total} tokens were read, {count} in one half: more than {components} (ica_components) are needed "
+                "in each; give more text or lower ica_components"
+            )
+    settings = {"contrast": contrast, "seed": seed, "restarts": restarts, "max_iterations": max_iterations}
+    runs = [
+        _components(part, components, variant, standardize, excluded, settings)
+        for part in ([sketch for half in halves for sketch in half], *halves)
+    ]
+    whole, first, second = runs
+    loadings = whole.loadings[:components]
+    reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings)
+    # how far the components that matter are from settled: those kept, and their counterparts in the halves
+    settled = (whole.change[:components], first.change[pairs[0]], second.change[pairs[1]])
+    change = float(torch.cat(settled).max())
+    variance = whole.moments.variance
+    taking_part = variance if excluded is None else variance.masked_fill(excluded.to(variance.device), 0)
+    total = float((taking_part > 0).sum()) if standardize == "zscore" else float(taking_part.sum(dtype=torch.float64))
+    power = loadings.square().sum(1, dtype=torch.float64)
+    return Decomposition(
+        loadings=loadings,
+        explained_variance=[float(p) / total for p in power],
+        kurtosis=whole.kurtosis[:components],
+        reliability=reliability,
+        jaccard=jaccard,
+        converged=change < TOLERANCE,
+        change=change,
+        count=whole.moments.count,
+        mean=whole.moments.mean.float().cpu(),
+        rms=(variance + whole.moments.mean.square()).sqrt().float().cpu(),
+    )
+
+
+class Moments:
+    """Exact moments of the union of sketches.
+
+    Attributes:
+        count (`int`): tokens.
+        mean, variance (`torch.Tensor`): shape (neurons,).
+    """
+
+    def __init__(self, sketches: Sequence[ActivationSketch]) -> None:
+        self.count = sum(sketch.count for sketch in sketches)
+        self.mean = sum(sketch.mean * (sketch.count / self.count) for sketch in sketches)
+        m2 = sum(sketch.m2 + sketch.count * (sketch.mean - self.mean).square() for sketch in sketches)
+        self.variance = m2 / self.count
+
+
+@dataclass
+class _Run:
+    loadings: torch.Tensor  # (components and more, neurons), strongest first
+    kurtosis: list[float]
+    change: torch.Tensor  # (components and more,)
+    moments: Moments
+
+
+def _strips(sketches, moments: Moments, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The stacked sketches in the final units, a strip of columns at a time: all rows, then one row of each mean."""
+    for start in range(0, len(scale), COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        rows = [sketch.rows[:, columns] * (sketch.scale[columns] / scale[columns]) for sketch in sketches]
+        offsets = [
+            ((sketch.mean[columns] - moments.mean[columns]) / scale[columns])[None] * sketch.count**0.5
+            for sketch in sketches
+        ]
+        yield columns, torch.cat(rows + offsets)
+
+
+def _components(sketches, k: int, variant: str, standardize: str, excluded, settings: dict) -> _Run:
+    sketches = [sketch for sketch in sketches if sketch.count]
+    moments = Moments(sketches)
+    scale = torch.ones_like(moments.mean)
+    if standardize == "zscore":
+        deviation = moments.variance.sqrt()
+        scale = torch.where(deviation > 0, deviation, 1)
+    if excluded is not None:
+        scale = scale.masked_fill(excluded.to(scale.device), float("inf"))
+    gram = sum(stack @ stack.T for _, stack in _strips(sketches, moments, scale))  # (all rows, all rows)
+    singular, vectors = eigh_descending(gram, math.ceil(_OVERSAMPLING * k))
+    if len(singular) < k:
+        raise FNSFTError(
+            f"the activations span {len(singular)} directions, fewer than ica_components={k}; give more varied text "
+            "or lower ica_components"
+        )
+    turn = (vectors / singular).T.to(gram)  # (m, all rows), m = 1.5 k or all directions there are
+    basis = torch.cat([turn @ stack for _, stack in _strips(sketches, moments, scale)], 1)  # (m, neurons), orthonormal
+
+    # All rows and offsets along the basis, then the sampled tokens of each sketch, sampled at one rate for all.
+    along = (vectors / singular).T @ gram.to("cpu", torch.float64)  # (m, all rows)
+    rate = min(sketch.sampling_rate for sketch in sketches)
+    scores, start = [], 0
+    offsets = along[:, -len(sketches) :].T  # (sketches, m)
+    for sketch, offset in zip(sketches, offsets, strict=True):
+        r = len(sketch.singular)
+        rows = along[:, start : start + r] / sketch.singular  # (m, r)
+        scores.append(sketch.scores[sketch.priority <= rate] @ rows.T.float() + (offset / sketch.count**0.5).float())
+        start += r
+    scores = torch.cat(scores)  # (tokens, m)
+
+    if variant == "temporal":
+        if len(scores) <= len(singular):
+            raise FNSFTError(f"{len(scores)} tokens were sampled for {len(singular)} directions; raise ica_reservoir")
+        ica = fast_ica(scores, needed=k, **settings)
+        loadings = ica.mixing.T.to(basis) @ basis  # (m, neurons)
+    else:
+        deviations = (singular / moments.count**0.5).to(basis)
+        ica = fast_ica((basis * deviations[:, None]).T.cpu(), needed=k, **settings)
+        # With unit-variance maps the time course of component c is (white scores) @ mixing[:, c].
+        loadings = (ica.sources * ica.mixing.norm(dim=0).float()).T
+    loadings = loadings.float().cpu()
+    loadings[:, (moments.variance == 0).cpu()] = 0
+    if excluded is not None:
+        loadings[:, excluded.cpu()] = 0
+    order = loadings.square().sum(1).argsort(descending=True, stable=True)
+    loadings = loadings[order]
+    peaks = loadings.gather(1, loadings.abs().argmax(1, keepdim=True))  # (m, 1)
+    kurtosis = ica.sources.double().pow(4).mean(0) - 3  # they have mean zero and unit variance
+    return _Run(loadings * peaks.sign(), kurtosis[order].tolist(), ica.change[order], moments)
+
+
+def _replication(
+    whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> tuple[list[float], list[float], tuple[torch.Tensor, torch.Tensor]]:
+    """|correlation| and Jaccard overlap of the pair of half components that belongs to each final component.
+
+    The halves are matched with each other first, without a look at the whole, and then the whole with the pairs. Also
+    gives the pairs' numbers in `a` and in `b`.
+    """
+    count = min(len(a), len(b))  # a half may have fewer directions than the other
+    a, b = a[:count], b[:count]
+    partner, correlation = match_components(a, b)
+    matched = b[partner]
+    pair_of, _ = match_components(whole, a + (a * matched).sum(1, keepdim=True).sign() * matched)
+    top = max(1, round(0.02 * whole.shape[1]))
+    jaccard = []
+    for pair in pair_of:
+        first, second = (set(half[pair].abs().topk(top).indices.tolist()) for half in (a, matched))
+        jaccard.append(len(first & second) / len(first | second))
+    return correlation[pair_of].tolist(), jaccard, (pair_of, partner[pair_of])

@@ -1,0 +1,359 @@
+"""discover_networks: a model and texts in, a template out.
+
+One pass over the texts. Each dataset has two halves, and each half its own sketch: both together give the networks of
+the dataset, all of them the networks of the group. Under `torch.distributed` every process reads its share of the
+batches, the first one decomposes, and all get the same template.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.utils import logging
+
+from ..config import FunctionalNetworkConfig, ThresholdRule
+from ..data.sequences import token_sequences
+from ..errors import FNSFTError
+from ..hub.names import absolute_sources, model_name, source_names
+from ..neurons.sites import base_model, find_neuron_sites
+from ..template.template import Component, FunctionalNetworkTemplate
+from ..template.weights import weight_probes
+from .activations import ActivationReader
+from .decomposition import Decomposition, Moments, decompose
+from .null import ShuffledNull, null_reliability
+from .progress import DiscoveryProgress
+from .recurrence import recurrence
+from .sketch import ActivationSketch
+
+
+logger = logging.get_logger(__name__)
+
+_FIRST_CHECK = 4096  # tokens before the reliability is looked at for the first time,
+_CHECK_GROWTH = 1.5  # and how much they grow from one look to the next
+_SAVES = 10  # times that a discovery is saved on its way,
+_LEAST_SAVED = 4096  # tokens; less is not worth it
+
+
+def discover_networks(
+    model: nn.Module,
+    tokenizer,
+    texts: Iterable | Mapping[str, Iterable],
+    config: FunctionalNetworkConfig | None = None,
+    *,
+    progress_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+) -> FunctionalNetworkTemplate:
+    """Find the functional networks of a model in one streaming pass over texts.
+
+    The texts are dealt to two halves of equal size; the networks come from both together, their reliability from each
+    half alone. First tokens of a sequence, special tokens and padding are left out.
+
+    Args:
+        model: a transformers model, plain, quantised or wrapped by PEFT. Left unchanged.
+        tokenizer: its tokenizer.
+        texts: strings, conversations (lists of messages), or rows of a dataset (see
+            [`~fnsft_trl.data.sequences.text_token_ids`]); or several such datasets by name, see [`discover_group`].
+        config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
+        progress_dir: where to save the sketch ten times on the way. Emptied at the end.
+        resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.
+
+    Returns:
+        A [`FunctionalNetworkTemplate`], the same in every process. The same model, texts, settings, threads and
+        versions give the same bytes.
+
+    Raises:
+        FNSFTError: no sites, no text, fewer tokens than components, activations that are not finite, nothing to
+            resume from or other settings than there.
+    """
+    datasets = texts if isinstance(texts, Mapping) else {"texts given in memory": texts}
+    return discover_group(model, tokenizer, datasets, config, progress_dir=progress_dir, resume=resume)[0]
+
+
+def discover_group(
+    model: nn.Module,
+    tokenizer,
+    datasets: Mapping[str, Iterable],
+    config: FunctionalNetworkConfig | None = None,
+    *,
+    progress_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+) -> tuple[FunctionalNetworkTemplate, dict[str, FunctionalNetworkTemplate]]:
+    """Find the networks of several datasets together, and of each by itself, in one pass.
+
+    Each dataset gets an equal share of `ica_max_tokens`. The components of the group's template say in which datasets
+    they recur ([`~fnsft_trl.discovery.recurrence.recurrence`]).
+
+    Args:
+        datasets: name -> texts.
+        model, tokenizer, config, progress_dir, resume: as for [`discover_networks`].
+
+    Returns:
+        The group's template, and name -> template of each dataset; empty where there is only one dataset.
+
+    Raises:
+        FNSFTError: as [`discover_networks`].
+    """
+    return _Discovery(model, tokenizer, datasets, config or FunctionalNetworkConfig()).run(progress_dir, resume)
+
+
+class _Discovery:
+    """One discovery: the reader, a sketch and a sample for the null of every part, and how far it is."""
+
+    def __init__(self, model, tokenizer, datasets: Mapping[str, Iterable], config: FunctionalNetworkConfig) -> None:
+        self.config, self.names = config, list(datasets)
+        self.shown = source_names(absolute_sources(self.names))  # as the template names them
+        self.model = base_model(model)
+        sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
+        self.weights = weight_probes(model, sites)
+        self.dtype = torch.float64 if config.ica_dtype == "float64" else torch.float32
+        self.reader = ActivationReader(
+            model,
+            sites,
+            batch_size=config.ica_batch_size,
+            max_length=config.ica_max_length,
+            skip_tokens=config.ica_skip_tokens,
+            special_ids=tokenizer.all_special_ids if config.ica_skip_special else (),
+            dtype=self.dtype,
+        )
+        self.sources = [
+            token_sequences(
+                islice(texts, config.ica_template_samples_per_ds), tokenizer, max_length=config.ica_max_length
+            )
+            for texts in datasets.values()
+        ]
+        self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.sketches, self.nulls = self._empty(self.share[0])
+        self.curve: list[dict] = []
+
+    def _empty(self, process: int) -> tuple[list[ActivationSketch], list[ShuffledNull]]:
+        """Sketches and null samples of the parts 2 * dataset + half."""
+        config, parts = self.config, range(2 * len(self.names))
+        seeds = [len(parts) * (process + self.share[1] * config.ica_seed) + part for part in parts]
+        sketches = [
+            ActivationSketch(
+                self.reader.width,
+                config.ica_rank,
+                reservoir=config.ica_reservoir,
+                seed=seed,
+                prescale=config.ica_standardize == "zscore",
+                dtype=self.dtype,
+                device=self.reader.device,
+            )
+            for seed in seeds
+        ]
+        return sketches, [ShuffledNull(self.reader.width, columns_seed=config.ica_seed, seed=seed) for seed in seeds]
+
+    def run(
+        self, progress_dir: str | os.PathLike | None, resume: bool
+    ) -> tuple[FunctionalNetworkTemplate, dict[str, FunctionalNetworkTemplate]]:
+        """Read, decompose, and give the group's template and those of the datasets."""
+        config, reader = self.config, self.reader
+        progress = None
+        if progress_dir is not None:
+            about = {"base_model": model_name(self.model), "site": config.ica_site, "datasets": self.names}
+            about |= config.discovery_settings() | {"processes": self.share[1]}
+            progress = DiscoveryProgress(progress_dir, about, self.share)
+        elif resume:
+            raise FNSFTError("there is nothing to resume from without a progress_dir")
+        first_batch, digest = 0, None
+        if resume:
+            tensors, state = progress.load()
+            first_batch, digest, self.curve = state["batch"] + 1, state["sha256"], state["curve"]
+            for number, part in enumerate((*self.sketches, *self.nulls)):
+                part.load_state_dict({name: tensors[f"{number}.{name}"] for name in part.state_dict()})
+        each = config.ica_max_tokens // len(self.names)
+        if each == 0:
+            raise FNSFTError(
+                f"ica_max_tokens is {config.ica_max_tokens} for {len(self.names)} datasets; give at least one for each"
+            )
+        save_every = max(config.ica_max_tokens / _SAVES, _LEAST_SAVED)
+        save_at, check_at = save_every, float(_FIRST_CHECK)
+        for block in reader.read(
+            self.sources,
+            max_tokens=each,
+            first_batch=first_batch,
+            share=self.share,
+            description="discovering networks",
+        ):
+            for part in block.parts.unique().tolist():
+                chosen = (block.parts == part).nonzero().flatten().to(block.rows.device)
+                self.sketches[part].update(block.rows, chosen)
+                self.nulls[part].update(block.rows, chosen)
+            tokens = sum(reader.tokens)
+            is_new = block.batch >= first_batch
+            if block.batch == first_batch - 1 and self._sha256() == digest:
+                digest = None
+            if digest is not None and is_new:
+                break
+            if tokens >= check_at:
+                while check_at <= tokens:
+                    check_at *= _CHECK_GROWTH
+                if config.ica_until_reliable and is_new and self._is_reliable():
+                    break
+            if tokens >= save_at:
+                while save_at <= tokens:
+                    save_at += save_every
+                if progress is not None and is_new:
+                    state = {"batch": block.batch, "sha256": self._sha256(), "curve": self.curve}
+                    progress.save(dict(self._tensors()), state)
+        if digest is not None:
+            raise FNSFTError(
+                f"the texts differ from those of the interrupted discovery in {progress_dir}; give the same ones, or "
+                "start again without resume"
+            )
+        tokens = sum(reader.tokens)
+        if tokens == 0:
+            raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
+        for name, count in zip(self.names, reader.tokens, strict=True):
+            if count < each and not config.ica_until_reliable:
+                of = "the texts" if len(self.names) == 1 else f"the texts of {name}"
+                logger.warning(f"{of} ended after {count} of {each} tokens (ica_max_tokens)")
+        template, of_datasets, point = self._on_first_process(self._templates)
+        if config.ica_until_reliable:
+            self.curve.append(point)
+            template.calibration["curve"] = self.curve
+            if point["reliability"] < config.ica_until_reliable:
+                logger.warning(
+                    f"the mean reliability is {point['reliability']:.2f} after {tokens} tokens, below "
+                    f"{config.ica_until_reliable} (ica_until_reliable): give more text or a larger ica_max_tokens, or "
+                    "ask for fewer components (ica_components)"
+                )
+        if progress is not None:
+            progress.clear()
+        return template, of_datasets
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, part in enumerate((*self.sketches, *self.nulls)):
+            for name, value in part.state_dict().items():
+                yield f"{number}.{name}", value
+
+    def _sha256(self, source: int | None = None) -> str:
+        """Of the token ids read so far: of one dataset, or of all."""
+        digests = [digest.hexdigest() for digest in self.reader.digests]
+        if source is not None or len(digests) == 1:
+            return digests[source or 0]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def _is_reliable(self) -> bool:
+        """Add a point to the curve of reliability over tokens, and say whether it is high enough."""
+        self.curve.append(self._on_first_process(lambda sketches, nulls: self._point(self._halves(sketches))[1]))
+        return self.curve[-1]["reliability"] >= self.config.ica_until_reliable
+
+    def _on_first_process(self, work: Callable):
+        """For every process, what `work(sketches, nulls)` gives on the first one with those of all processes.
+
+        Both arguments have one list for each part, with one entry for each process.
+        """
+        for sketch in self.sketches:
+            sketch.finish()
+        if self.share[1] == 1:
+            return work([[sketch] for sketch in self.sketches], [[null] for null in self.nulls])
+        gathered: list = [None] * self.share[1]
+        dist.all_gather_object(gathered, [part.state_dict() for part in (*self.sketches, *self.nulls)])
+        outcome = [None]
+        if self.share[0] == 0:
+            of_parts: list[list] = [[] for _ in (*self.sketches, *self.nulls)]
+            for process, states in enumerate(gathered):
+                sketches, nulls = self._empty(process)
+                for part, state, entries in zip((*sketches, *nulls), states, of_parts, strict=True):
+                    part.load_state_dict(state)
+                    entries.append(part)
+            try:
+                outcome = [work(of_parts[: len(self.sketches)], of_parts[len(self.sketches) :])]
+            except FNSFTError as error:  # the others wait for an answer
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], FNSFTError):
+            raise outcome[0]
+        return outcome[0]
+
+    @staticmethod
+    def _halves(parts: list[list]) -> list[list]:
+        """The parts of all datasets and processes, by half."""
+        return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
+
+    def _point(self, halves: list[list[ActivationSketch]]) -> tuple[Decomposition, dict]:
+        config = self.config
+        result = decompose(
+            halves,
+            config.ica_components,
+            variant=config.ica_variant,
+            standardize=config.ica_standardize,
+            contrast=config.ica_contrast,
+            seed=config.ica_seed,
+            excluded=self._massive(halves),
+        )
+        return result, {"tokens": result.count, "reliability": sum(result.reliability) / len(result.reliability)}
+
+    def _massive(self, halves: list[list[ActivationSketch]]) -> torch.Tensor | None:
+        """The neurons to leave out because their activations are massive, shape (neurons,)."""
+        if self.config.ica_drop_massive is None:
+            return None
+        moments = Moments([sketch for half in halves for sketch in half])
+        rms = (moments.variance + moments.mean.square()).sqrt()
+        excluded = torch.zeros_like(rms, dtype=torch.bool)
+        for columns in self.reader.columns.values():
+            excluded[columns] = rms[columns] > self.config.ica_drop_massive * rms[columns].median()
+        return excluded
+
+    def _templates(self, sketches: list[list[ActivationSketch]], nulls: list[list[ShuffledNull]]):
+        """The group's template, those of the datasets, and the last point of the curve."""
+        halves = self._halves(sketches)
+        result, point = self._point(halves)
+        if not result.converged:
+            logger.warning(
+                f"FastICA did not reach its tolerance (the last step changed a direction by {result.change:.1g}); the "
+                "weakest networks may not replicate: give more tokens (ica_max_tokens), or ask for fewer "
+                "components (ica_components)"
+            )
+        excluded = self._massive(halves)
+        if excluded is not None:
+            logger.warning(f"{int(excluded.sum())} neurons with massive activations are left out (ica_drop_massive)")
+        template = self._template(result, self.shown, self._sha256(), self._halves(nulls))
+        if len(self.names) == 1:
+            return template, {}, point
+        of_datasets = {}
+        for number, name in enumerate(self.names):
+            parts, null = sketches[2 * number : 2 * number + 2], nulls[2 * number : 2 * number + 2]
+            found = self._point(parts)[0]
+            of_datasets[name] = self._template(found, [self.shown[number]], self._sha256(number), null)
+        for name, other in zip(self.shown, of_datasets.values(), strict=True):
+            for component, found in zip(template.components, recurrence(template, other), strict=True):
+                component.recurrence[name] = found
+        return template, of_datasets, point
+
+    def _template(self, result: Decomposition, names: list[str], sha256: str, nulls) -> FunctionalNetworkTemplate:
+        config, columns = self.config, self.reader.columns
+        null = null_reliability(
+            nulls,
+            config.ica_components,
+            rank=config.ica_rank,
+            variant=config.ica_variant,
+            standardize=config.ica_standardize,
+            contrast=config.ica_contrast,
+            seed=config.ica_seed,
+        )
+        return FunctionalNetworkTemplate(
+            base_model=model_name(self.model),
+            revision=getattr(self.model.config, "_commit_hash", None),
+            architecture=type(self.model).__name__,
+            site=config.ica_site,
+            settings=config.discovery_settings(),
+            calibration={"sources": list(names), "tokens": result.count, "sha256": sha256},
+            threshold=config.threshold_rule() or ThresholdRule(),
+            null=null,
+            components=[
+                Component(*values)
+                for values in zip(
+                    result.explained_variance, result.kurtosis, result.reliability, result.jaccard, strict=True
+                )
+            ],
+            loadings={layer: result.loadings[:, part].clone() for layer, part in columns.items()},
+            mean={layer: result.mean[part].clone() for layer, part in columns.items()},
+            rms={layer: result.rms[part].clone() for layer, part in columns.items()},
+            weights=self.weights,
+        )

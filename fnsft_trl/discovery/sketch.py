@@ -1,0 +1,235 @@
+"""ActivationSketch: a stream of activations in memory that does not grow with it.
+
+The streaming truncated singular value decomposition with mean update of Ross et al. (2008), "Incremental Learning for
+Robust Visual Tracking", section 3, computed through Gram matrices since blocks are short and wide. Scores of a sample
+of tokens are carried along in the sketch's coordinates, for temporal ICA needs them and the basis is known only at the
+end.
+"""
+
+import torch
+
+
+_FRESH_ROWS = 2048  # newest scores that are rotated one by one; older ones wait for the product of the rotations
+COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
+
+
+def eigh_descending(gram: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values and left vectors of a matrix, from its Gram matrix; in float64 on the CPU.
+
+    Args:
+        gram: shape (rows, rows).
+        count: the largest this many are given; fewer, where the matrix has fewer directions above the rounding noise.
+
+    Returns:
+        Singular values, descending, shape (r,); vectors, shape (rows, r).
+    """
+    values, vectors = torch.linalg.eigh(gram.to("cpu", torch.float64))
+    order = torch.arange(len(values) - 1, -1, -1)[:count]
+    singular = values[order].clamp_min(0).sqrt()
+    # Below this, a direction is rounding noise of the Gram matrix and not a direction of the data.
+    noise = torch.finfo(gram.dtype).eps ** 0.5 * float(values[-1].clamp_min(0).sqrt())
+    rank = int((singular > noise).sum())
+    return singular[:rank], vectors[:, order[:rank]]
+
+
+class ActivationSketch:
+    """A rank-r sketch, exact moments and a sample of token scores, of a stream of activations.
+
+    With X the centred activations (tokens, neurons), B = `rows` satisfies B.T @ B ~ X.T @ X, and its rows are
+    orthogonal.
+
+    Args:
+        width: number of neurons F.
+        rank: r, number of rows kept; also the number of tokens absorbed at a time.
+        reservoir: largest number of token scores kept.
+        seed: seed of the sample.
+        prescale: divide by the standard deviations so far, so that neurons of very different scale are sketched
+            alike. For z-scoring; [`~fnsft_trl.discovery.decomposition.decompose`] replaces them by the final ones.
+        dtype, device: of the sketch.
+
+    Attributes:
+        count (`int`): tokens absorbed.
+        mean, m2 (`torch.Tensor`): shape (neurons,), of the tokens absorbed; m2 is the sum of squared deviations.
+        scale (`torch.Tensor`): shape (neurons,), what the rows are divided by.
+        singular (`torch.Tensor`): shape (<= rank,), float64, norms of the rows.
+        scores (`torch.Tensor`): shape (sampled tokens, rows), float32: coordinates along the rows' directions. Valid
+            after [`finish`].
+        priority (`torch.Tensor`): shape (sampled tokens,): each token draws one in [0, 1), the lowest stay.
+    """
+
+    _STATE = ("mean", "m2", "scale", "singular", "scores", "priority", "_fresh", "_fresh_priority", "_turn", "_shift")
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        *,
+        reservoir: int,
+        seed: int,
+        prescale: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.width, self.rank, self.reservoir, self.prescale = width, rank, reservoir, prescale
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=dtype, device=device)
+        self.m2 = torch.zeros(width, dtype=dtype, device=device)
+        self.scale = torch.ones(width, dtype=dtype, device=device)
+        self.singular = torch.zeros(0, dtype=torch.float64)
+        # The rows, then the tokens that wait, then one row for the move of the mean: one matrix, so that products with
+        # all of them are one product.
+        self._buffer = torch.empty(2 * rank + 1, width, dtype=dtype, device=device)
+        self._waiting = 0
+        self._next_rescale = 1
+        self._random = torch.Generator().manual_seed(seed)
+        self.scores, self.priority = torch.zeros(0, 0), torch.zeros(0, dtype=torch.float64)
+        self._fresh, self._fresh_priority = torch.zeros(0, 0, dtype=torch.float64), self.priority
+        self._turn, self._shift = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """B, shape (<= rank, neurons)."""
+        return self._buffer[: len(self.singular)]
+
+    @property
+    def sampling_rate(self) -> float:
+        """Share of the tokens whose scores are kept: those with a priority up to this."""
+        return float(self.priority.max()) if self.count > self.reservoir else 1.0
+
+    def update(self, rows: torch.Tensor, chosen: torch.Tensor | None = None) -> None:
+        """Add activations.
+
+        Args:
+            rows: shape (tokens, neurons), finite, of the sketch's dtype.
+            chosen: indices of the rows to add; all of them by default.
+        """
+        if chosen is None:
+            chosen = torch.arange(len(rows), device=rows.device)
+        while len(chosen):
+            taken = min(len(chosen), self.rank - self._waiting)
+            first = len(self.singular) + self._waiting
+            torch.index_select(rows, 0, chosen[:taken], out=self._buffer[first : first + taken])
+            self._waiting += taken
+            chosen = chosen[taken:]
+            if self._waiting == self.rank:
+                self._absorb()
+
+    def finish(self) -> None:
+        """Absorb what is left of the stream. Further updates are allowed."""
+        if self._waiting:
+            self._absorb()
+        self._merge_scores()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that is needed to go on with the stream later; see [`load_state_dict`]."""
+        state = {name: getattr(self, name).contiguous() for name in self._STATE}
+        state["buffer"] = self._buffer[: len(self.singular) + self._waiting]
+        state["counters"] = torch.tensor([self.count, self._waiting, self._next_rescale])
+        state["random"] = self._random.get_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over the state of a sketch of the same width, rank and dtype."""
+        for name in self._STATE:
+            setattr(self, name, state[name].to(getattr(self, name).device))
+        self.count, self._waiting, self._next_rescale = state["counters"].tolist()
+        self._buffer[: len(state["buffer"])] = state["buffer"]
+        self._random.set_state(state["random"])
+
+    def _absorb(self) -> None:
+        r, c, n = len(self.singular), self._waiting, self.count
+        self._waiting = 0
+        block = self._buffer[r : r + c]  # (c, neurons)
+        mean = block.mean(0)
+        block.sub_(mean)
+        # The old mean enters as one more row, so that the sketch stays centred (Ross et al. 2008, eq. 9).
+        weight = (n * c / (n + c)) ** 0.5
+        shift = (self.mean - mean) * weight
+        self.m2 += shift.square()
+        for columns in range(0, self.width, COLUMNS):
+            strip = block[:, columns : columns + COLUMNS]
+            self.m2[columns : columns + COLUMNS] += (strip * strip).sum(0)
+        self.mean += (mean - self.mean) * (c / (n + c))
+        self.count += c
+        if self.prescale and self.count >= self._next_rescale:
+            self._rescale(block)
+            r = len(self.singular)
+            block = self._buffer[r : r + c]
+        added = c
+        if n:
+            self._buffer[r + c] = shift
+            added += 1
+        stack = self._buffer[: r + added]  # (r + added, neurons)
+        if self.prescale:
+            stack[r:].div_(self.scale)
+
+        products = (stack[r:] @ stack.T).cpu()  # (added, r + added)
+        gram = torch.diag(torch.cat([self.singular.square(), torch.zeros(added, dtype=torch.float64)])).to(products)
+        gram[r:] = products
+        gram[:r, r:] = products[:, :r].T
+        singular, vectors = eigh_descending(gram, self.rank)  # (new r,), (r + added, new r)
+        _rotate(stack, vectors.T)
+
+        # Coordinates along the new rows: of the new tokens straight from the Gram matrix, of the old ones by rotation.
+        gram = gram.double()
+        rotation = (gram[:r] @ vectors / self.singular[:, None] / singular).T  # (new r, r)
+        coordinates = gram[r:] @ vectors / singular  # (added, new r)
+        self.singular = singular
+        moved = coordinates[-1] / weight if n else torch.zeros_like(singular)  # of (old mean - block mean)
+        self._carry(rotation, moved * (c / (n + c)))
+        fresh = coordinates[:c] - moved * (n / (n + c))
+        self._fresh = torch.cat([self._fresh, fresh]) if len(self._fresh) else fresh
+        self._fresh_priority = torch.cat(
+            [self._fresh_priority, torch.rand(c, generator=self._random, dtype=torch.float64)]
+        )
+        if len(self._fresh) >= _FRESH_ROWS:
+            self._merge_scores()
+
+    def _rescale(self, block: torch.Tensor) -> None:
+        """Bring the rows to the standard deviations known by now; again when the tokens have doubled."""
+        self._next_rescale = 2 * self.count
+        old = self.scale
+        deviation = (self.m2 / self.count).sqrt()
+        self.scale = torch.where(deviation > 0, deviation, 1)
+        r = len(self.singular)
+        if r == 0:
+            return
+        rows = self._buffer[:r].mul_(old / self.scale)
+        singular, vectors = eigh_descending(rows @ rows.T, self.rank)
+        _rotate(rows, vectors.T)
+        if len(singular) < r:
+            self._buffer[len(singular) : len(singular) + len(block)] = block.clone()
+        # x = s @ diag(1 / old singular values) @ (rows in the new scale), and these rows are vectors @ (new rows).
+        rotation = singular[:, None] * vectors.T / self.singular
+        self.singular = singular
+        self._carry(rotation, torch.zeros_like(singular))
+
+    def _carry(self, rotation: torch.Tensor, shift: torch.Tensor) -> None:
+        """Move stored scores into the new coordinates: s -> rotation @ s + shift."""
+        if len(self.scores):
+            self._turn, self._shift = rotation @ self._turn, rotation @ self._shift + shift
+        if len(self._fresh):
+            self._fresh = self._fresh @ rotation.T + shift
+
+    def _merge_scores(self) -> None:
+        """Bring all scores to one frame and keep the `reservoir` tokens of lowest random priority."""
+        if len(self.scores):
+            self.scores = (self.scores @ self._turn.T.float()).add_(self._shift.float())
+        fresh = self._fresh.float()
+        scores = torch.cat([self.scores, fresh]) if len(self.scores) else fresh
+        priority = torch.cat([self.priority, self._fresh_priority])
+        if len(scores) > self.reservoir:
+            kept = priority.argsort()[: self.reservoir].sort().values
+            scores, priority = scores[kept], priority[kept]
+        self.scores, self.priority = scores, priority
+        self._fresh, self._fresh_priority = self._fresh[:0], priority[:0]
+        self._turn = torch.eye(scores.shape[1], dtype=torch.float64)
+        self._shift = torch.zeros(scores.shape[1], dtype=torch.float64)
+
+
+def _rotate(matrix: torch.Tensor, turn: torch.Tensor) -> None:
+    """Write turn @ matrix over the first rows of the matrix, a strip of columns at a time."""
+    turn = turn.to(matrix)
+    for columns in range(0, matrix.shape[1], COLUMNS):
+        strip = matrix[:, columns : columns + COLUMNS]
+        strip[: len(turn)] = turn @ strip

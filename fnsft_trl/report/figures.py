@@ -1,0 +1,107 @@
+"""Figures of reports, as PNG. They need matplotlib."""
+
+import io
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from ..errors import FNSFTError
+from ..template.template import FunctionalNetworkTemplate
+
+
+def check_pyplot() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        FNSFTError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise FNSFTError("reports need matplotlib; run: python -m pip install 'fnsft-trl[report]'")
+
+
+def _pyplot():
+    check_pyplot()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
+    _pyplot().close(figure)
+    return buffer.getvalue()
+
+
+def networks_figure(template: FunctionalNetworkTemplate) -> bytes:
+    """The networks over the layers: the share of each layer's neurons in each network, and its reliability, as PNG."""
+    pyplot = _pyplot()
+    layers = sorted(template.widths)
+    share = [[100 * c.layers.get(layer, 0) / template.widths[layer] for layer in layers] for c in template.components]
+    count = len(template.components)
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 1.4 + 0.34 * count), width_ratios=[5, 1.1], layout="constrained", sharey=True
+    )
+    image = left.imshow(share, aspect="auto", cmap="magma_r", interpolation="nearest")
+    left.set_xticks(range(0, len(layers), max(1, len(layers) // 15)), layers[:: max(1, len(layers) // 15)])
+    left.set_yticks(range(count))
+    left.set_xlabel("layer")
+    left.set_ylabel("network")
+    left.set_title("share of each layer's neurons in the network", fontsize=11, loc="left")
+    figure.colorbar(image, ax=left, label="% of the layer", pad=0.01)
+    reliability = [float("nan") if c.reliability is None else c.reliability for c in template.components]
+    right.barh(range(count), reliability, color="#3b6ea5", height=0.65)
+    right.set_xlim(0, 1)
+    right.set_xticks([0, 0.5, 1])
+    right.set_title("reliability", fontsize=11, loc="left")
+    right.tick_params(left=False)
+    for axes in (left, right):
+        axes.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def comparison_figure(values: Sequence[Sequence[float]], measure: str) -> bytes:
+    """How much alike the networks of two templates are, as a heat map in PNG.
+
+    Args:
+        values: one row for each network of A, one value in [0, 1] for each network of B.
+        measure: what the values are.
+    """
+    pyplot = _pyplot()
+    rows, columns = len(values), len(values[0])
+    figure, axes = pyplot.subplots(figsize=(2.4 + 0.34 * columns, 1.4 + 0.34 * rows), layout="constrained")
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+    axes.set_xticks(range(columns))
+    axes.set_yticks(range(rows))
+    axes.set_xlabel("network of B")
+    axes.set_ylabel("network of A")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=measure)
+    return _png(figure)
+
+
+def trade_off_figure(points: Sequence[tuple[str, float, float]], *, learning: str, forgetting: str) -> bytes:
+    """Learning against forgetting, as PNG: one labelled point for each arm.
+
+    Args:
+        points: (name, what was learnt, what was forgotten).
+        learning, forgetting: labels of the axes.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    colors = ["#c0392b", "#3b6ea5", "#8a8f98", "#2e8b57", "#b8860b", "#7d3c98"]
+    for (name, x, y), color in zip(points, colors * len(points), strict=False):
+        axes.scatter(x, y, s=80, color=color, zorder=3, label=f"{name} ({x:.2f}, {y:+.3f})")
+    # Both axes hold their zero, so that distances can be compared by eye.
+    axes.set_xlim(0, 1.25 * max(x for _, x, _ in points))
+    lowest, highest = min(0, *(y for _, _, y in points)), max(0, *(y for _, _, y in points))
+    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.12 * (highest - lowest))
+    axes.axhline(0, color="#9fb0c0", linewidth=1, zorder=1)
+    axes.set_xlabel(learning)
+    axes.set_ylabel(forgetting)
+    axes.grid(color="#e6ebf0", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
+    return _png(figure)

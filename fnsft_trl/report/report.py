@@ -1,0 +1,114 @@
+"""Report: text, tables and figures as Markdown, as one HTML file, and the numbers as results.json."""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+_STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1c2733; max-width: 56rem; margin: 3rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; }
+th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #9fb0c0; }
+img { max-width: 100%; } figcaption { color: #55636f; font-size: .9rem; } figure { margin: 1.2rem 0; }
+code { background: #f0f3f6; padding: .1rem .3rem; border-radius: 3px; font-size: .88em; overflow-wrap: anywhere; }
+"""
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as aligned plain text: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+@dataclass
+class Report:
+    """A report that is built from top to bottom and saved in three forms.
+
+    Attributes:
+        title (`str`): its heading.
+    """
+
+    title: str
+    _parts: list[tuple] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        """Add a section heading."""
+        self._parts.append(("heading", text))
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(("text", text))
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table of strings."""
+        self._parts.append(("table", header, rows))
+
+    def figure(self, name: str, png: bytes, caption: str) -> None:
+        """Add a picture; `name` becomes its file name."""
+        self._parts.append(("figure", name, png, caption))
+
+    def save(self, directory: str | os.PathLike, results: dict[str, Any]) -> None:
+        """Write `report.md` with its pictures beside it, `report.html` with them inside, and `results.json`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for part in self._parts:
+            if part[0] == "figure":
+                (directory / f"{part[1]}.png").write_bytes(part[2])
+        (directory / "report.md").write_text(self._markdown(), encoding="utf-8")
+        (directory / "report.html").write_text(self._html(), encoding="utf-8")
+        (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    def _markdown(self) -> str:
+        blocks = [f"# {self.title}"]
+        for kind, *content in self._parts:
+            if kind == "heading":
+                blocks.append(f"## {content[0]}")
+            elif kind == "text":
+                blocks.append(content[0])
+            elif kind == "table":
+                header, rows = content
+                lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+                blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            else:
+                blocks.append(f"![{content[2]}]({content[0]}.png)\n\n*{content[2]}*")
+        return "\n\n".join(blocks) + "\n"
+
+    def _html(self) -> str:
+        blocks = [f"<h1>{html.escape(self.title)}</h1>"]
+        for kind, *content in self._parts:
+            if kind == "heading":
+                blocks.append(f"<h2>{html.escape(content[0])}</h2>")
+            elif kind == "text":
+                blocks.append(f"<p>{html.escape(content[0])}</p>")
+            elif kind == "table":
+                header, rows = content
+                head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+                body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+                blocks.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+            else:
+                _, png, caption = content
+                data = base64.b64encode(png).decode()
+                alt = html.escape(caption, quote=True)
+                blocks.append(
+                    f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}'
+                    "</figcaption></figure>"
+                )
+        title = html.escape(self.title)
+        return (
+            f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
+        )

@@ -1,0 +1,167 @@
+"""The model card of a template, made from its description alone."""
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from ..hub.card import TAGS
+from ..hub.names import UNKNOWN
+from .description import describe_calibration, describe_method, describe_threshold
+from .storage import FIGURE_FILE
+
+
+_HEADER = "| network | neurons | layers | explained variance | kurtosis | reliability | overlap |\n|" + 7 * "---|"
+
+
+def format_known(value: float | None, form: str) -> str:
+    """A number in a format, or `unknown`."""
+    return UNKNOWN if value is None else format(value, form)
+
+
+def template_card(config: dict[str, Any], name: str | None = None) -> str:
+    """The README of a template, with the Hub's metadata on top.
+
+    Args:
+        config: the template's description, see [`~fnsft_trl.template.description.check_config`].
+        name: the repository it is loaded from, where that is known.
+    """
+    model, components = config["base_model"] or UNKNOWN, config["components"]
+    rows = "\n".join(
+        f"| {number} | {c['neurons']} | {len(c['layers'])} | {format_known(c['explained_variance'], '.4f')} | "
+        f"{format_known(c['kurtosis'], '.1f')} | {format_known(c['reliability'], '.2f')} | "
+        f"{format_known(c['jaccard'], '.2f')} |"
+        for number, c in enumerate(components)
+    )
+    widths = config["widths"].values()
+    found = f"found by independent component analysis of its activations at `{config['site']}`"
+    return f"""---
+{_metadata(config)}---
+
+# Functional networks of {model}
+
+{len(components)} groups of co-activating MLP neurons of `{model}` ({config["architecture"]}), {found}:
+{sum(widths)} neurons in {len(widths)} layers. This is a template for `fnsft_trl`: it holds no weights of the model.
+
+![The share of each layer's neurons in each network]({FIGURE_FILE})
+
+{_HEADER}
+{rows}
+
+{_reliability(config)}
+{_recurrence(config)}
+## How to use it
+
+```python
+{_code(config, name)}
+```
+
+To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig` or in the YAML of `fnsft train`:
+`ica_template_path`, and `ica_template_revision` with a commit, so that a run can be repeated.
+
+## Where it comes from
+
+| | |
+|---|---|
+| base model | {model}{_revision(config)} |
+| calibration text | {_cell(describe_calibration(config))} |
+| token ids, SHA-256 | {config["calibration"]["sha256"] or UNKNOWN} |
+| method | {_cell(describe_method(config))} |
+| neurons of a network | {_cell(describe_threshold(config))} |
+| made with | fnsft_trl {config["fnsft_trl_version"]} |
+
+## What it must not be used for
+
+- Another model. Equal shapes are not enough: other weights have other networks, and a fine-tuned model may have moved
+  away from these. `fnsft compare` tells how far.
+- Claims about what a network means. Networks are groups of neurons whose activations vary together on the calibration
+  text; no function was tested here, and other text may give others.
+- Switching a behaviour off. A lesion damages whatever else its neurons do, and a mask is no safeguard.
+- Conclusions without controls: compare with random neurons and with the most active ones, as many in every layer.
+"""
+
+
+def _metadata(config: dict[str, Any]) -> str:
+    metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
+    if _is_model_id(config["base_model"]):
+        metadata["base_model"] = config["base_model"]
+    sources = [source for source in config["calibration"]["sources"] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
+    if datasets := [source for source in sources if not PurePath(source).suffix]:
+        metadata["datasets"] = datasets
+    if config["license"]:
+        metadata["license"] = config["license"]
+    return yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)
+
+
+def _reliability(config: dict[str, Any]) -> str:
+    if config["components"][0]["reliability"] is None:
+        return (
+            "Reliability is unknown: this template was converted from lists of neurons, which say nothing of whether "
+            "the networks\nare found again on other text."
+        )
+    null = ""
+    if config["null"] is not None:
+        null = (
+            "\nThe same activations shuffled in time give a reliability of "
+            f"{config['null']['reliability']:.2f} and an overlap of {config['null']['jaccard']:.2f}, which is chance."
+        )
+    if config["settings"].get("ica_standardize") == "center":
+        null += (
+            " Judge these\nnetworks by their overlap: where activations are only centred, a few neurons of large "
+            "variance give a high reliability\nwithout any co-activation."
+        )
+    return (
+        "Reliability is the correlation of a network's loadings between two disjoint halves of the tokens, overlap "
+        "the Jaccard\nindex of its 2% strongest neurons between them. A network for which they are low is not "
+        f"expected to be found again on\nother text.{null}"
+    )
+
+
+def _recurrence(config: dict[str, Any]) -> str:
+    """In which datasets of several each network is found again; empty for a template of one."""
+    components = config["components"]
+    sources = list(components[0].get("recurrence", {}))
+    if not sources:
+        return ""
+    rows = []
+    for number, component in enumerate(components):
+        found = [component["recurrence"][source] for source in sources if source in component["recurrence"]]
+        cells = [f"{f['iou']:.2f}{' (recurs)' if f['recurs'] else ''}" for f in found]
+        rows.append(f"| {' | '.join([str(number), *cells])} |")
+    header = f"| network | {' | '.join(map(_cell, sources))} |\n|{'---|' * (1 + len(sources))}"
+    told = "Overlap (IoU) of each network with its counterpart in each dataset alone; above 0.2 it counts as the same:"
+    return "\n".join(["", told, "", header, *rows, ""])
+
+
+def _revision(config: dict[str, Any]) -> str:
+    return f", revision {config['revision']}" if config["revision"] else ""
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a table, which a bar would end."""
+    return text.replace("|", "\\|")
+
+
+def _code(config: dict[str, Any], name: str | None) -> str:
+    """How to load and use the template, with the base model where it has an id on the Hub."""
+    imports, load_model = [], []
+    if _is_model_id(config["base_model"]):
+        of = f', revision="{config["revision"]}"' if re.fullmatch("[0-9a-f]{40}", config["revision"] or "") else ""
+        imports = ["from transformers import AutoModelForCausalLM"]
+        load_model = [f'model = AutoModelForCausalLM.from_pretrained("{config["base_model"]}"{of})']
+    lines = [
+        "from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons",
+        *imports,
+        "",
+        *load_model,
+        f'template = FunctionalNetworkTemplate.from_pretrained("{name or "path of this directory"}")',
+        "mask = select_neurons(template, component_ids=[0])",
+        "with lesion(model, mask):",
+        "    ...",
+    ]
+    return "\n".join(lines)
+
+
+def _is_model_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None

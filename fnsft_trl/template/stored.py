@@ -1,0 +1,103 @@
+"""StoredTemplate: a template where it lies, its description checked, its tensors not yet read. No torch until then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FNSFTError
+from ..hub.files import HubFile, MissingFileError, fetch_file, is_hub_id
+from .description import check_config, is_description
+from .legacy import Members, read_legacy
+from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, read_config, read_json, read_tensors
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class StoredTemplate:
+    """A template where it lies.
+
+    Attributes:
+        config (`dict`): the description, see [`~fnsft_trl.template.description.check_config`].
+        read (`Callable[[], dict[str, torch.Tensor]]`): gives the tensors, checked.
+        hub_id (`str` or `None`), commit (`str` or `None`): where on the Hub.
+    """
+
+    config: dict[str, Any]
+    read: Callable[[], dict[str, torch.Tensor]]
+    hub_id: str | None = None
+    commit: str | None = None
+
+    @classmethod
+    def open(cls, reference: str | os.PathLike, **options) -> StoredTemplate:
+        """Find a template by its directory, its JSON file or its id on the Hub.
+
+        A trained model's directory or repository stands for the template that it keeps in `functional_networks/`.
+
+        Args:
+            reference: which one.
+            options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` of
+                [`~fnsft_trl.hub.files.fetch_file`].
+
+        Raises:
+            FNSFTError: it is not there, or its description is not that of a template.
+        """
+        path, name = Path(reference).expanduser(), os.fspath(reference)
+        if path.is_file():
+            if path.name in FILES:
+                raise FNSFTError(f"{name} is one file of a template; give the directory that it is in")
+            config, members = read_legacy(path)
+            return cls(config, lambda: _membership_tensors(config, members))
+        if path.exists() or not is_hub_id(name):
+            if options.get("revision") is not None:
+                raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
+            if not path.exists():
+                raise FNSFTError(
+                    f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
+                    "(org/name); make one with `fnsft discover`"
+                )
+            top, directory = path / CONFIG_FILE, path
+            if (path / NETWORK_DIR).is_dir() and not (top.is_file() and is_description(read_json(top))):
+                directory = path / NETWORK_DIR
+            config = read_config(directory)
+            return cls(config, lambda: read_tensors(directory / TENSOR_FILE, config))
+        folder, file = _find(name, options)
+        config = check_config(read_json(file.path), file.path)
+        # Of the same commit, whatever happens to the branch meanwhile.
+        options = {**options, "revision": file.commit}
+        return cls(
+            config,
+            lambda: read_tensors(fetch_file(name, folder + TENSOR_FILE, **options).path, config),
+            name,
+            file.commit,
+        )
+
+
+def _find(repo_id: str, options: dict[str, Any]) -> tuple[str, HubFile]:
+    """The description of a template in a repository, and the folder that it is in."""
+    try:
+        file = fetch_file(repo_id, CONFIG_FILE, **options)
+        if is_description(read_json(file.path)):
+            return "", file
+    except MissingFileError:  # as in the repository of an adapter
+        pass
+    folder = f"{NETWORK_DIR}/"
+    return folder, fetch_file(repo_id, folder + CONFIG_FILE, **options)
+
+
+def _membership_tensors(config: dict[str, Any], members: Members) -> dict[str, torch.Tensor]:
+    import torch
+
+    tensors = {}
+    for layer, width in config["widths"].items():
+        loadings = torch.zeros(len(members), width)
+        for number, of_network in enumerate(members):
+            loadings[number, of_network.get(int(layer), [])] = 1.0
+        tensors[f"layers.{layer}.loadings"] = loadings
+    return tensors

@@ -1,0 +1,349 @@
+"""FunctionalNetworkTemplate: all networks of one model, on disk or on the Hub.
+
+This module does not import torch by itself, so that a template's description can be read without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from huggingface_hub import ModelHubMixin
+
+from ..config import ThresholdRule
+from ..errors import FNSFTError
+from ..hub.card import TAGS
+from ..hub.files import hub_errors, prepare_repo
+from ..hub.names import UNKNOWN, model_name
+from .card import template_card
+from .description import FORMAT, FORMAT_VERSION, describe, dump_config
+from .figure import networks_svg
+from .legacy import Members
+from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
+from .stored import StoredTemplate
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_NOTEWORTHY = 1e-3  # relative difference of weights from which on a model counts as another one
+
+
+@dataclass
+class Component:
+    """What is known of one network.
+
+    Attributes:
+        explained_variance (`float` or `None`): share of the activations' variance, in [0, 1]; `None` where unknown.
+        kurtosis (`float` or `None`): excess kurtosis of the component.
+        reliability (`float` or `None`): |correlation| of its loadings between two disjoint halves of the tokens, in
+            [0, 1].
+        jaccard (`float` or `None`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
+        neurons (`int`): number of neurons over the threshold.
+        layers (`dict[int, int]`): number of them in each layer that has any.
+        recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
+            that dataset's own, see [`~fnsft_trl.discovery.recurrence.recurrence`].
+    """
+
+    explained_variance: float | None
+    kurtosis: float | None
+    reliability: float | None
+    jaccard: float | None
+    neurons: int = 0
+    layers: dict[int, int] | None = None
+    recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=list(TAGS)):
+    """All networks of one model with their loadings, provenance and reliability.
+
+    Saved, loaded and pushed like a model of the Hub: [`~FunctionalNetworkTemplate.save_pretrained`],
+    [`~FunctionalNetworkTemplate.from_pretrained`], [`~FunctionalNetworkTemplate.push_to_hub`].
+
+    Attributes:
+        base_model (`str`): the model's id or the name of its directory.
+        revision (`str` or `None`): the model's commit on the Hub, when known.
+        architecture (`str`): class name of the model.
+        site (`str`): `"mlp_intermediate"` or `"mlp_output"`.
+        settings (`dict`): every ICA setting that led here.
+        calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
+        threshold (`ThresholdRule` or `None`): which neurons belong to a network. `None`: those with a loading above 0,
+            in a template that was converted from lists of neurons.
+        null (`dict[str, float]` or `None`): mean `reliability` and `jaccard` of as many components of the same
+            activations shuffled in time, which those of the components are to be compared with.
+        components (`list[Component]`): one entry per network.
+        loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
+        mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
+            calibration text. Empty where they are unknown.
+        weights (`dict` or `None`): by which to measure how far a model is from the base model, see
+            [`~fnsft_trl.template.weights.weight_probes`].
+        license (`str` or `None`): id of a license, for the model card.
+        hub_id (`str` or `None`): the repository that the template was loaded from.
+        commit (`str` or `None`): the commit there.
+    """
+
+    base_model: str
+    revision: str | None
+    architecture: str
+    site: str
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+    threshold: ThresholdRule | None
+    null: dict[str, float] | None
+    components: list[Component]
+    loadings: dict[int, torch.Tensor] = field(repr=False)
+    mean: dict[int, torch.Tensor] = field(repr=False)
+    rms: dict[int, torch.Tensor] = field(repr=False)
+    weights: dict[int, dict] | None = field(default=None, repr=False)
+    license: str | None = None
+    hub_id: str | None = None
+    commit: str | None = None
+
+    _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
+
+    def __post_init__(self) -> None:
+        for number, component in enumerate(self.components):
+            members = self.members(number)
+            component.layers = {layer: int(m.sum()) for layer, m in members.items() if m.any()}
+            component.neurons = sum(component.layers.values())
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Number of neurons of each layer."""
+        return {layer: values.shape[1] for layer, values in self.loadings.items()}
+
+    def members(self, number: int) -> dict[int, torch.Tensor]:
+        """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
+        import numpy as np
+
+        loadings = {layer: values[number] for layer, values in self.loadings.items()}
+        if self.threshold is None:
+            return {layer: values > 0 for layer, values in loadings.items()}
+        pooled = np.concatenate([values.numpy() for values in loadings.values()])  # (neurons of all layers,)
+        value = self.threshold.value
+        if self.threshold.rule == "percentile":
+            least = float(np.percentile(np.abs(pooled), value))
+            return {layer: values.abs() > least for layer, values in loadings.items()}
+        if self.threshold.rule == "layer_percentile":
+            return {i: v.abs() > float(np.percentile(np.abs(v.numpy()), value)) for i, v in loadings.items()}
+        mean, deviation = float(pooled.mean(dtype=np.float64)), float(pooled.std(dtype=np.float64))
+        above = {layer: values > mean + value * deviation for layer, values in loadings.items()}
+        if self.threshold.rule == "zscore_positive":
+            return above
+        return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
+
+    def pooled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loadings and memberships of all networks, the layers side by side: both of shape (components, neurons)."""
+        import torch
+
+        layers = sorted(self.loadings)
+        members = [self.members(number) for number in range(len(self.components))]
+        loadings = torch.cat([self.loadings[layer] for layer in layers], 1)
+        return loadings, torch.stack([torch.cat([network[layer] for layer in layers]) for network in members])
+
+    def with_threshold(self, threshold: ThresholdRule) -> FunctionalNetworkTemplate:
+        """The same networks with another threshold; no discovery is needed.
+
+        Raises:
+            FNSFTError: the template knows which neurons are members, but not how strongly they load.
+        """
+        if self.threshold is None:
+            raise FNSFTError(
+                "the template was converted from lists of neurons, so no threshold applies; drop ica_threshold, "
+                "ica_percentile and ica_zscore, or discover the networks again"
+            )
+        return replace(self, threshold=threshold, components=[replace(component) for component in self.components])
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that this template was not made from; warn of one whose weights have moved away from it.
+
+        Raises:
+            FNSFTError: the architecture, a layer or a width differs; the message names the first difference.
+        """
+        from ..neurons.sites import base_model, find_neuron_sites
+        from .weights import weight_difference, weight_probes
+
+        base = base_model(model)
+        made_from = f"the template was made from {self.base_model or 'a model without a name'} ({self.architecture})"
+        if self.architecture not in (UNKNOWN, type(base).__name__):
+            raise FNSFTError(f"{made_from}, but the model is a {type(base).__name__}; use a template of this model")
+        sites = [site for site in find_neuron_sites(model, kind=self.site) if site.layer in self.widths]
+        widths = {site.layer: site.width for site in sites}
+        for layer, width in self.widths.items():
+            if widths.get(layer) != width:
+                found = f"{widths[layer]} neurons in layer {layer}" if layer in widths else f"no layer {layer}"
+                raise FNSFTError(
+                    f"{made_from}, with {width} neurons in layer {layer}, but the model has {found}; use a template "
+                    "of this model"
+                )
+        from transformers.utils import logging
+
+        logger, name = logging.get_logger(__name__), model_name(base)
+        probes = weight_probes(model, sites) if self.weights else None
+        if probes is not None:
+            difference, layer = weight_difference(self.weights, probes)
+            if difference > _NOTEWORTHY:
+                logger.warning(
+                    f"{made_from}; the MLP weights of the model differ from those by {difference:.1%} of their norm, "
+                    f"most in layer {layer}: networks move when weights do, see `fnsft compare`"
+                )
+        elif self.base_model not in ("", UNKNOWN, name):
+            logger.warning(
+                f"{made_from}, the model is called {name or 'by no name'}: the shapes agree, but other weights have "
+                "other networks"
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs,
+    ) -> str | None:
+        """Write `config.json`, `template.safetensors`, and the model card `README.md` with its figure `networks.svg`.
+
+        Whoever is interrupted leaves the old template or the new one, whole. The same template gives the same bytes.
+
+        Args:
+            save_directory: made where it does not exist.
+            repo_id: `org/name`, for `push_to_hub`; defaults to the name of the directory.
+            push_to_hub: whether to push as well, with the other arguments of
+                [`~FunctionalNetworkTemplate.push_to_hub`].
+            model_card_kwargs: `repo_id`, by which the card says to load the template.
+
+        Returns:
+            The address of the commit on the Hub, or `None`.
+        """
+        from safetensors.torch import save
+
+        push_to_hub_kwargs.pop("config", None)  # what the mixin would write, were it not written here
+        tensors = {}
+        for layer in self.loadings:
+            tensors[f"layers.{layer}.loadings"] = self.loadings[layer].contiguous()
+            if self.mean:
+                tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
+                tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
+        # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
+        data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
+        config = describe(self, hashlib.sha256(data).hexdigest())
+        directory = Path(save_directory)
+        name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
+        files = {
+            TENSOR_FILE: data,
+            CARD_FILE: template_card(config, name).encode(),
+            FIGURE_FILE: networks_svg(config).encode(),
+            CONFIG_FILE: dump_config(config),
+        }
+        write_files(directory, files)
+        return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs) if push_to_hub else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> FunctionalNetworkTemplate:
+        """Load a template.
+
+        Args:
+            pretrained_model_name_or_path: a directory, the original project's JSON file, or `org/name` on the Hub, of
+                which only `config.json` and `template.safetensors` are fetched.
+            revision: branch, tag or commit on the Hub; the newest of `main` by default.
+            token: for the Hub; by default `HF_TOKEN`, or the token saved by `hf auth login`.
+            cache_dir, force_download, local_files_only: as for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            FNSFTError: there is no template, it cannot be had, or its files are not what a template must be.
+        """
+        stored = StoredTemplate.open(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        config = stored.config
+        tensors = stored.read()
+        parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
+        for layer in config["widths"]:
+            for part, values in parts.items():
+                if part == "loadings" or config["statistics"]:
+                    values[int(layer)] = tensors[f"layers.{layer}.{part}"]
+        known = ("explained_variance", "kurtosis", "reliability", "jaccard")
+        kept = ("base_model", "revision", "architecture", "site", "settings", "calibration", "null", "license")
+        return cls(
+            components=[
+                Component(**{key: c[key] for key in known}, recurrence=c.get("recurrence", {}))
+                for c in config["components"]
+            ],
+            threshold=ThresholdRule(**config["threshold"]) if config["threshold"] else None,
+            weights={int(i): layer for i, layer in config["weights"].items()} if config["weights"] else None,
+            hub_id=stored.hub_id,
+            commit=stored.commit,
+            **{key: config[key] for key in kept},
+            **parts,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload functional networks",
+        create_pr: bool = False,
+        **kwargs,
+    ) -> str:
+        """Push the template to the Hub: a commit of its four files.
+
+        Args:
+            repo_id: `org/name`; made where it does not exist.
+            private: whether the repository is made private.
+            token: to write with; by default `HF_TOKEN`, or the token saved by `hf auth login`.
+            branch: where to; made where it does not exist. `main` by default. `revision` is another name of it.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing to the branch.
+            kwargs: further arguments of `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        """
+        branch = branch or revision
+        with hub_errors(repo_id, branch, token=token):
+            repo_id = prepare_repo(repo_id, private=private, token=token, branch=branch)
+            commit = super().push_to_hub(
+                repo_id,
+                token=token,
+                branch=branch,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                model_card_kwargs={"repo_id": repo_id},
+                **kwargs,
+            )
+        return str(commit)
+
+    def listed(self) -> Members:
+        """The neurons of every network as numbers: for each network, layer -> ascending list."""
+        networks = []
+        for number in range(len(self.components)):
+            members = self.members(number).items()
+            networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
+        return networks

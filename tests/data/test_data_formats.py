@@ -1,0 +1,230 @@
+"""Every format of the table, with what can be wrong with a row."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from fnsft_trl import FNSFTError
+from fnsft_trl.data.formats import FORMATS, TOKENS, UnusableRow, convert_row, find_formats, parse_columns
+
+
+DOCS = ROOT / "docs" / "data.md"
+LONG = "long " * 50_000
+UNICODE = "日本語 ñ 🙂 \u202e\x00 {braces} <|im_end|>"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def turns(question, answer, *before):
+    return {"prompt": [*before, user(question)], "completion": [assistant(answer)]}
+
+
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+MULTI = [system("s"), user("q"), assistant("a"), user("q2"), assistant("a2")]
+SQUAD = {"text": ["a", "b"], "answer_start": [0, 3]}
+
+CASES = [
+    ({"instruction": "q", "response": "a"}, turns("q", "a")),
+    ({"instruction": "q", "output": "a"}, turns("q", "a")),
+    ({"instruction": "q", "context": "c", "response": "a"}, turns("q\n\nc", "a")),
+    ({"instruction": "q", "context": "", "response": "a", "category": "x"}, turns("q", "a")),
+    ({"instruction": "q", "context": None, "response": "a"}, turns("q", "a")),
+    ({"instruction": "q", "input": "i", "output": "a"}, turns("q\n\ni", "a")),
+    ({"instruction": "q", "input": " \n", "output": "a", "text": "all of it"}, turns("q", "a")),
+    ({"question": "q", "answer": "a"}, turns("q", "a")),
+    ({"question": "q", "response": "a"}, turns("q", "a")),
+    ({"system_prompt": "s", "question": "q", "response": "a"}, turns("q", "a", system("s"))),
+    ({"system_prompt": "", "question": "q", "response": "a"}, turns("q", "a")),
+    ({"prompt": "q", "completion": "a"}, turns("q", "a")),
+    ({"prompt": MULTI[:2], "completion": [assistant("a")]}, turns("q", "a", system("s"))),
+    ({"prompt": [user("q")], "completion": "a"}, turns("q", "a")),
+    ({"prompt": "q", "response": "a"}, turns("q", "a")),
+    ({"context": "c", "question": "q", "answer": "a"}, turns("c\n\nq", "a")),
+    ({"id": "1", "title": "t", "context": "c", "question": "q", "answers": SQUAD}, turns("c\n\nq", "a")),
+    ({"context": "q", "response": "a"}, turns("q", "a")),
+    ({"Context": "q", "Response": "a"}, turns("q", "a")),
+    ({"QUESTION": "q", "Answer": "a"}, turns("q", "a")),
+    ({"input": "q", "output": "a"}, turns("q", "a")),
+    ({"system": "s", "user": "q", "assistant": "a"}, turns("q", "a", system("s"))),
+    ({"system": None, "user": "q", "assistant": "a"}, turns("q", "a")),
+    ({"message_1": "q", "message_2": "a"}, turns("q", "a")),
+    ({"role_1": "Physicist", "topic;": "t", "sub_topic": "u", "message_1": "q", "message_2": "a"}, turns("q", "a")),
+    ({"topic": "t", "message_1": "q", "message_2": "a"}, turns("q", "a")),
+    ({"messages": MULTI}, {"messages": MULTI}),
+    ({"prompt_id": "1", "prompt": "q", "messages": MULTI}, {"messages": MULTI}),
+    ({"messages": MULTI[1:3], "system": "s"}, {"messages": MULTI[:3]}),
+    ({"messages": MULTI, "system": "another"}, {"messages": MULTI}),
+    ({"conversations": SHAREGPT}, {"messages": [user("q"), assistant("a")]}),
+    (
+        {"conversations": [{"from": "system", "value": "s"}, *SHAREGPT * 2]},
+        {"messages": [system("s"), *MULTI[1:3] * 2]},
+    ),
+    ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, {"messages": [user("q"), assistant("a")]}),
+    ({"conversations": MULTI}, {"messages": MULTI}),
+    ({"text": "t"}, {"text": "t"}),
+    ({"Text": "t", "label": 3}, {"text": "t"}),
+    ({"input_ids": [1, 2], "labels": [1, 2]}, {}),
+    ({"question": UNICODE, "answer": UNICODE}, turns(UNICODE, UNICODE)),
+    ({"question": LONG, "answer": LONG}, turns(LONG, LONG)),
+    ({"question": "  q\n", "answer": " a "}, turns("  q\n", " a ")),
+    ({"question": "6 * 7?", "answer": 42}, turns("6 * 7?", "42")),
+    ({"question": "true?", "answer": False}, turns("true?", "False")),
+    # two formats match: the one with more columns, then the one further up in the table
+    ({"question": "q", "answer": "a", "response": "other"}, turns("q", "a")),
+    ({"instruction": "q", "input": "i", "output": "a", "response": "other"}, turns("q\n\ni", "a")),
+    # rows of a dataset of several formats, whose other columns are null
+    ({"question": None, "answer": None, "instruction": "q", "output": "a"}, turns("q", "a")),
+    ({"question": "q", "answer": None, "response": "a"}, turns("q", "a")),
+    ({"question": "", "answer": "", "text": "t"}, {"text": "t"}),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), CASES, ids=lambda value: ", ".join(value)[:60])
+def test_a_row_becomes_what_trl_reads(row, expected):
+    assert convert_row(row, find_formats(row)) == expected
+
+
+def test_every_format_of_the_table_has_a_case():
+    found = {find_formats(row)[0].format.name for row, _ in CASES}
+    assert found == {form.name for form in FORMATS}
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  \n", math.nan])
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.becomes != TOKENS], ids=lambda form: form.name)
+def test_a_row_without_a_required_text_is_never_read(form, nothing):
+    for missing in form.required:
+        rest = {column: "filled" for column in form.columns if column != missing}
+        row = rest | {missing: nothing}
+        if {"input", "output"} <= rest.keys() or {"context", "response"} <= rest.keys():
+            assert convert_row(row, find_formats(row)) == turns("filled", "filled")  # it is a format of its own
+            continue
+        with pytest.raises(UnusableRow, match=missing):
+            convert_row(row, find_formats(row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "input": "i", "output": "", "text": "### Instruction:\nq\n\n### Response:\n"},
+        {"question": "q", "answer": None, "context": "c", "response": None},
+        {"context": "c", "question": "q", "answers": {"text": [], "answer_start": []}},
+        {"messages": []},
+        {"messages": [user("q")]},
+        {"messages": [user("q"), assistant("")]},
+        {"messages": [user("q"), assistant("a"), user("q"), assistant(None)]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": " "}]},
+        {"prompt": [user("q")], "completion": []},
+        {"prompt": [user("q")], "completion": [assistant("")]},
+    ],
+    ids=str,
+)
+def test_an_empty_answer_is_not_read_as_something_else(row):
+    with pytest.raises(UnusableRow):
+        convert_row(row, find_formats(row))
+
+
+def test_an_answer_may_be_a_call_of_a_tool():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    row = {"messages": [user("q"), call, {"role": "tool", "content": "r"}, assistant("a")]}
+    assert convert_row(row, find_formats(row)) == row
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "answer": ["a", "b"]}, "'answer' holds a list; expected text"),
+        ({"question": "q", "answer": {"a": "b"}}, "'answer' holds a dict; expected text"),
+        ({"messages": "q"}, "'messages' holds a str; expected a list of messages"),
+        ({"conversations": [{"from": "narrator", "value": "q"}]}, "role 'narrator'; expected one of: human, gpt"),
+        ({"text": {"a": 1}}, "'text' holds a dict"),
+    ],
+    ids=str,
+)
+def test_a_cell_that_is_no_text_is_an_error(row, message):
+    with pytest.raises(FNSFTError, match=message):
+        convert_row(row, find_formats(row))
+
+
+def test_unknown_columns_name_what_was_found_the_nearest_and_the_override():
+    with pytest.raises(FNSFTError) as error:
+        find_formats(["id", "questions", "answer_text"])
+    for part in ("'id', 'questions', 'answer_text'", "question, answer", "--columns prompt=COLUMN,completion=COLUMN"):
+        assert part in str(error.value)
+    with pytest.raises(FNSFTError, match="no known format"):
+        find_formats(["prompt", "chosen", "rejected"])
+    with pytest.raises(FNSFTError, match="the nearest are prompt, completion;"):  # nothing is near: the first ones
+        find_formats(["title", "body"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        ("prompt=title,completion=body", {"title": "q", "body": "a", "text": "t"}, turns("q", "a")),
+        (" prompt = title , completion = body ", {"title": "q", "body": "a"}, turns("q", "a")),
+        ({"prompt": "title", "completion": "body", "system": "rules"}, {"title": "q", "body": "a", "rules": "s"},
+         turns("q", "a", system("s"))),
+        ("text=story", {"story": "t", "question": "q", "answer": "a"}, {"text": "t"}),
+        ("messages=dialog,system=rules", {"dialog": SHAREGPT, "rules": "s"}, {"messages": MULTI[:3]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_columns_can_be_chosen(columns, row, expected):
+    assert convert_row(row, find_formats(row, chosen=columns)) == expected
+
+
+@pytest.mark.parametrize(
+    "columns", ["prompt=a", "title", "prompt=a,completion=", "text=a,prompt=b", "text=a,text=b", "", "answer=a", {}]
+)
+def test_a_choice_that_is_not_understood_says_how_to_write_one(columns):
+    with pytest.raises(FNSFTError, match="write prompt=COLUMN,completion=COLUMN"):
+        parse_columns(columns)
+
+
+def test_a_chosen_column_must_exist():
+    with pytest.raises(FNSFTError, match=r"no column 'titel'; did you mean 'title'.*it has 'title', 'body'"):
+        find_formats(["title", "body"], chosen="prompt=titel,completion=body")
+
+
+def test_the_text_field_of_the_trainer_is_read_and_written():
+    row = {"content": "t", "question": "q", "answer": "a"}
+    assert convert_row(row, find_formats(row, text_field="content")) == {"content": "t"}
+    assert convert_row({"text": "t"}, find_formats(["text"], text_field="content")) == {"content": "t"}
+    assert convert_row({"x": "t"}, find_formats(["x"], chosen="text=x", text_field="content")) == {"content": "t"}
+
+
+def test_the_table_needs_no_torch():
+    code = "import sys, fnsft_trl.data.config; assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def formats_table() -> str:
+    lines = ["| columns | the user's turn | the answer | may be empty | becomes |", "|---|---|---|---|---|"]
+    for form in FORMATS:
+        name = ", ".join(f"`{column}`" for column in form.columns if column not in form.labels)
+        if form.labels and form.becomes != TOKENS:
+            name += f" (with or without {', '.join(f'`{label}`' for label in form.labels)})"
+        cells = [
+            ", then ".join(f"`{column}`" for column in form.prompt) if form.completion else "",
+            f"`{form.completion}`" if form.completion else "",
+            ", ".join(f"`{column}`" for column in form.optional),
+            ", ".join(f"`{column}`" for column in form.becomes.split(", ")),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_docs_is_the_one_in_the_code():
+    assert formats_table() in DOCS.read_text()

@@ -1,0 +1,270 @@
+"""The cache gives back what would have been made, and nothing else."""
+
+import copy
+import json
+import logging
+import multiprocessing
+import os
+
+import pytest
+from datasets import Dataset
+from helpers import TESTS, run_processes, sft_config, tiny_model, tiny_tokenizer
+from trl import SFTTrainer
+
+from fnsft_trl import FNSFTError, FNSFTTrainer, to_trl_format
+from fnsft_trl.data import tokenized
+from fnsft_trl.data.sources import load_data
+from fnsft_trl.data.tokenized import TokenizedCache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenized, "cache_dir", lambda: tmp_path / "cache")
+    return TokenizedCache()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The names of the datasets that TRL prepared."""
+    names = []
+    prepare = SFTTrainer._prepare_dataset
+
+    def counted(self, *args):
+        names.append(args[-1])
+        return prepare(self, *args)
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", counted)
+    return names
+
+
+def rows(path):
+    return to_trl_format(load_data(str(path), split="train"))
+
+
+def trained(path, tmp_path, tokenizer=None, **settings):
+    """The prepared data of a trainer with the cache."""
+    return FNSFTTrainer(
+        tiny_model("llama"),
+        sft_config(tmp_path, **settings),
+        train_dataset=rows(path),
+        processing_class=tokenizer or tiny_tokenizer(),
+        tokenized_cache=True,
+    ).train_dataset
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"Say {i}", "answer": f"{i}{i}"}) for i in range(8)))
+    return path
+
+
+def test_the_same_data_are_prepared_once_whatever_their_path_and_date(file, tmp_path, cache, made):
+    first = trained(file, tmp_path)
+    copied = tmp_path / "elsewhere.jsonl"
+    copied.write_bytes(file.read_bytes())
+    os.utime(copied, (1, 1))
+    again = trained(copied, tmp_path)
+    assert made == ["train"]
+    assert again.to_list() == first.to_list()
+    assert again.features == first.features
+    assert [path.name for path in cache.directory.iterdir() if path.name.startswith(".")] == []
+
+
+def test_it_is_what_the_trainer_without_a_cache_makes(file, tmp_path, cache):
+    trained(file, tmp_path, packing=True, per_device_train_batch_size=2, max_length=16)
+    cached = trained(file, tmp_path, packing=True, per_device_train_batch_size=2, max_length=16)
+    args = sft_config(tmp_path, packing=True, per_device_train_batch_size=2, max_length=16)
+    plain = SFTTrainer(tiny_model("llama"), args, train_dataset=rows(file), processing_class=tiny_tokenizer())
+    assert cached.to_list() == plain.train_dataset.to_list()
+
+
+def test_an_edited_file_is_not_served_stale(file, tmp_path, cache, made):
+    before = file.stat()
+    first = trained(file, tmp_path)
+    file.write_text(file.read_text().replace("Say 3", "Say 4"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    again = trained(file, tmp_path)
+    assert made == ["train", "train"]
+    assert sum(a != b for a, b in zip(first["input_ids"], again["input_ids"], strict=True)) == 1
+
+
+def test_another_tokenizer_of_the_same_name_is_another_entry(file, tmp_path, cache, made):
+    trained(file, tmp_path)
+    other = tiny_tokenizer()
+    core = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = core["model"]["vocab"]
+    vocabulary["S"], vocabulary["a"] = vocabulary["a"], vocabulary["S"]
+    swapped = type(other)(
+        tokenizer_object=type(other.backend_tokenizer).from_str(json.dumps(core)),
+        eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", chat_template=other.chat_template,
+    )  # fmt: skip
+    assert (swapped.name_or_path, len(swapped)) == (other.name_or_path, len(other))
+    assert trained(file, tmp_path, swapped)["input_ids"][0] != trained(file, tmp_path)["input_ids"][0]
+    assert made == ["train", "train"]
+
+
+def _with(tokenizer, **changes):
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer": _with(tiny_tokenizer(), chat_template=tiny_tokenizer().chat_template.replace(": ", " "))},
+        {"tokenizer": _with(tiny_tokenizer(), eos_token="<unk>")},
+        {"max_length": 24},
+        {"truncation_mode": "keep_end"},
+        {"packing": True},
+        {"shuffle_dataset": True},
+        {"completion_only_loss": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_the_result_changes_the_entry(file, tmp_path, cache, made, change):
+    trained(file, tmp_path)
+    trained(file, tmp_path, **change)
+    assert made == ["train", "train"]
+
+
+def test_the_seed_counts_where_rows_are_shuffled(file, tmp_path, cache, made):
+    first, second = (trained(file, tmp_path, shuffle_dataset=True, seed=seed) for seed in (1, 2))
+    assert first.to_list() != second.to_list()
+    assert made == ["train"] * 2
+    for seed in (1, 2):
+        trained(file, tmp_path, seed=seed)
+    assert made == ["train"] * 3
+
+
+def test_a_new_version_of_a_library_is_another_entry(cache, monkeypatch):
+    data, tokenizer = Dataset.from_list([{"text": "a"}]), tiny_tokenizer()
+    key = cache.key(data, tokenizer, {})
+    monkeypatch.setattr(tokenized, "version", lambda package: "99")
+    assert cache.key(data, tokenizer, {}) != key
+
+
+def test_a_template_that_writes_the_day_is_another_entry_on_another_day(cache, monkeypatch):
+    class Tomorrow(tokenized.date):
+        @classmethod
+        def today(cls):
+            return cls(2099, 1, 1)
+
+    data, tokenizer = Dataset.from_list([{"text": "a"}]), tiny_tokenizer()
+    dated = _with(copy.deepcopy(tokenizer), chat_template="{{ strftime_now('%d') }}")
+    keys = [cache.key(data, each, {}) for each in (tokenizer, dated)]
+    monkeypatch.setattr(tokenized, "date", Tomorrow)
+    later = [cache.key(data, each, {}) for each in (tokenizer, dated)]
+    assert later[0] == keys[0]
+    assert later[1] != keys[1]
+
+
+def test_the_key_is_of_the_rows_and_not_of_how_they_lie(cache):
+    tokenizer = tiny_tokenizer()
+    values = [{"prompt": [{"role": "user", "content": f"{i}"}], "n": None if i % 3 else i} for i in range(2500)]
+    whole = Dataset.from_list(values)
+    assert cache.key(whole, tokenizer, {}) == cache.key(Dataset.from_list(values), tokenizer, {})
+    shuffled = Dataset.from_list(values[::-1]).select(range(2499, -1, -1))
+    assert cache.key(whole, tokenizer, {}) == cache.key(shuffled, tokenizer, {})
+    for changed in (values[:-1], values[1:] + values[:1], [*values[:-1], values[0]]):
+        assert cache.key(whole, tokenizer, {}) != cache.key(Dataset.from_list(changed), tokenizer, {})
+
+
+def test_what_a_tokenizer_was_used_for_before_does_not_count(cache):
+    data, tokenizer = Dataset.from_list([{"text": "a"}]), tiny_tokenizer()
+    key = cache.key(data, tokenizer, {})
+    tokenizer(["ba", "bako"], padding=True, truncation=True, max_length=2)
+    truncation = tokenizer.backend_tokenizer.truncation
+    assert truncation is not None
+    assert cache.key(data, tokenizer, {}) == key
+    assert tokenizer.backend_tokenizer.truncation == truncation
+
+
+def test_a_broken_entry_is_made_again(file, tmp_path, cache, made):
+    first = trained(file, tmp_path)
+    (entry,) = cache.directory.iterdir()
+    next(entry.glob("*.arrow")).write_bytes(b"broken")
+    assert trained(file, tmp_path).to_list() == first.to_list()
+    (entry / "state.json").write_text("{")
+    assert trained(file, tmp_path).to_list() == first.to_list()
+    assert trained(file, tmp_path).to_list() == first.to_list()
+    assert made == ["train"] * 3
+
+
+def test_a_directory_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    TokenizedCache(tmp_path / "file" / "cache").save("key", Dataset.from_list([{"text": "a"}]))
+
+
+def _save(directory, barrier):
+    cache = TokenizedCache(directory)
+    data = Dataset.from_list([{"input_ids": list(range(50))}] * 200)
+    for number in range(10):
+        barrier.wait()
+        cache.save(f"key{number}", data)
+        assert cache.load(f"key{number}").to_list() == data.to_list()
+
+
+def test_two_processes_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_save, args=(tmp_path / "cache", barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(f"key{i}" for i in range(10))
+
+
+def test_without_being_asked_for_there_is_no_cache(file, tmp_path, cache):
+    FNSFTTrainer(
+        tiny_model("llama"), sft_config(tmp_path), train_dataset=rows(file), processing_class=tiny_tokenizer()
+    )
+    assert not cache.directory.exists()
+
+
+def test_rows_whose_answer_is_cut_off_are_counted_or_an_error(file, tmp_path, cache, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
+    long = tmp_path / "long.jsonl"
+    long.write_text(file.read_text() + json.dumps({"question": "Say " * 40, "answer": "no"}))
+    for _ in range(2):  # made, and read from the cache
+        assert len(trained(long, tmp_path)) == 8
+        assert caplog.text.count("1 of 9 rows of the train data are left out: their answer begins after") == 1
+        caplog.clear()
+    with pytest.raises(FNSFTError, match="every row of the train data begins after max_length=4 tokens"):
+        trained(file, tmp_path, max_length=4)
+
+
+_TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from datasets import Dataset
+from helpers import run_processes, sft_config, tiny_model, tiny_tokenizer
+from trl import SFTTrainer
+from fnsft_trl import FNSFTTrainer, to_trl_format
+from fnsft_trl.data import tokenized
+
+folder, rank = Path(sys.argv[2]), os.environ["RANK"]
+tokenized.cache_dir = lambda: folder / "cache"
+prepare, load, made, ids = SFTTrainer._prepare_dataset, tokenized.TokenizedCache.load, [], []
+SFTTrainer._prepare_dataset = lambda *args: made.append(args[-1]) or prepare(*args)
+rows = to_trl_format([{"question": f"Say {i}", "answer": f"{i}{i}"} for i in range(8)])
+for turn in range(3):
+    if turn == 2 and rank == "0":  # an entry that only some of the processes can read
+        tokenized.TokenizedCache.load = lambda self, key: None
+    trainer = FNSFTTrainer(tiny_model("llama"), sft_config(folder / f"out-{rank}"), train_dataset=rows,
+                           processing_class=tiny_tokenizer(), tokenized_cache=True)
+    ids.append(trainer.train_dataset["input_ids"][:])
+print(len(made), ids[0] == ids[1] == ids[2], trainer.args.world_size)
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_run_all_read_or_all_prepare(tmp_path):
+    printed = run_processes(2, "-c", _TWO_PROCESSES, TESTS, tmp_path)
+    assert [text.split() for text in printed] == [["2", "True", "2"]] * 2
+    assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1

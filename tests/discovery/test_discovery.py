@@ -1,0 +1,295 @@
+import copy
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_processes, tiny_model, tiny_rows
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
+from fnsft_trl.discovery.activations import ActivationReader
+from fnsft_trl.discovery.discovery import discover_group
+from fnsft_trl.discovery.matching import match_components, overlap
+from fnsft_trl.discovery.progress import DiscoveryProgress
+from fnsft_trl.template.storage import FILES
+
+
+SMALL = {"ica_components": 3, "ica_rank": 16, "ica_batch_size": 2, "ica_max_length": 32}
+
+
+def texts(count=48, seed=0):
+    return [row["prompt"] + row["completion"] for row in tiny_rows(count, seed)]
+
+
+def same(a, b):
+    return a.components == b.components and all(torch.equal(a.loadings[i], b.loadings[i]) for i in a.loadings)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"ica_standardize": "zscore"}, {"ica_until_reliable": 0.999}], ids=str)
+def test_resumed_discovery_is_the_uninterrupted_one(tokenizer, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr("fnsft_trl.discovery.discovery._FIRST_CHECK", 300)
+    monkeypatch.setattr("fnsft_trl.discovery.discovery._LEAST_SAVED", 1)
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_reservoir=200, **settings)
+    model = tiny_model("llama")
+    whole = discover_networks(model, tokenizer, texts(300), config)
+    read = ActivationReader.read
+
+    def interrupted(self, *args, **kwargs):
+        for block in read(self, *args, **kwargs):
+            if block.batch == 20:
+                raise Interrupted
+            yield block
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ActivationReader, "read", interrupted)
+        with pytest.raises(Interrupted):
+            discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
+    (saved,) = (tmp_path / "p").iterdir()  # the newest alone is kept
+    assert int(saved.name.removeprefix("batch-")) > 5
+    seen = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(1))
+    inner = model.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    resumed = discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
+    handle.remove(), inner.remove()
+    assert same(resumed, whole)
+    assert resumed.calibration == whole.calibration
+    assert len(seen) < whole.calibration["tokens"] / 10  # what was read before was not run again
+    assert not (tmp_path / "p").exists()
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypatch):
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000)
+    model = tiny_model("llama")
+    with pytest.raises(FNSFTError, match="no interrupted discovery"):
+        discover_networks(model, tokenizer, texts(), config, progress_dir=tmp_path, resume=True)
+    monkeypatch.setattr(DiscoveryProgress, "clear", lambda self: None)
+    monkeypatch.setattr("fnsft_trl.discovery.discovery._LEAST_SAVED", 1)
+    discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
+    other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
+    with pytest.raises(FNSFTError, match=r"ica_seed=0, this one 1"):
+        discover_networks(model, tokenizer, texts(300), other, progress_dir=tmp_path / "p", resume=True)
+    with pytest.raises(FNSFTError, match="the texts differ"):
+        discover_networks(model, tokenizer, texts(300, seed=5), config, progress_dir=tmp_path / "p", resume=True)
+    (file,) = (tmp_path / "p").glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(FNSFTError, match="cannot be read"):
+        discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
+
+
+def test_reading_goes_on_until_the_networks_are_reliable(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("fnsft_trl.discovery.discovery._FIRST_CHECK", 100)
+    model = tiny_model("llama")
+    low, high = (
+        discover_networks(
+            model,
+            tokenizer,
+            texts(300),
+            FunctionalNetworkConfig(**SMALL, ica_max_tokens=2000, ica_until_reliable=target),
+        )
+        for target in (0.3, 0.9999)
+    )
+    assert low.calibration["tokens"] < high.calibration["tokens"] == 2000
+    assert low.calibration["curve"][-1]["reliability"] >= 0.3
+    tokens = [point["tokens"] for point in high.calibration["curve"]]
+    assert tokens == sorted(set(tokens))
+    assert tokens[-1] == 2000
+    assert len(tokens) > 4
+    assert high.calibration["curve"][-1]["reliability"] == pytest.approx(
+        sum(component.reliability for component in high.components) / 3
+    )
+    assert "below 0.9999" in caplog.text
+
+
+def test_several_datasets_give_group_networks_and_their_own(tokenizer, tmp_path):
+    model = tiny_model("llama")
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1200)
+    datasets = {"a": texts(150, seed=0), "b": texts(150, seed=1)}
+    group, each = discover_group(model, tokenizer, datasets, config)
+    assert list(each) == ["a", "b"]
+    assert group.calibration["sources"] == ["a", "b"]
+    assert group.calibration["tokens"] == 1200
+    assert {template.calibration["tokens"] for template in each.values()} == {600}
+    # a dataset's own networks are those of a discovery on it alone, up to the sample's seed
+    alone = discover_networks(
+        model, tokenizer, {"a": datasets["a"]}, FunctionalNetworkConfig(**SMALL, ica_max_tokens=600)
+    )
+    assert alone.calibration["sha256"] == each["a"].calibration["sha256"]
+    assert match_components(alone.pooled()[0], each["a"].pooled()[0])[1].min() > 0.98
+    for component in group.components:
+        assert list(component.recurrence) == ["a", "b"]
+        for name, found in component.recurrence.items():
+            number = group.components.index(component)
+            loadings, members = group.pooled()
+            theirs, their_members = each[name].pooled()
+            pair = torch.stack([loadings[number], theirs[found["component"]]])
+            assert found["correlation"] == pytest.approx(float(torch.corrcoef(pair)[0, 1].abs()), abs=1e-4)
+            assert found["iou"] == pytest.approx(
+                float(overlap(members[[number]], their_members[[found["component"]]])), abs=1e-6
+            )
+            assert found["recurs"] == (found["iou"] > 0.2)
+    group.save_pretrained(tmp_path)
+    assert FunctionalNetworkTemplate.from_pretrained(tmp_path).components == group.components
+
+
+def test_a_group_is_matched_once_with_each_dataset_however_many_networks_it_has(tokenizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "fnsft_trl.discovery.recurrence.match_components", lambda a, b: calls.append(len(a)) or match_components(a, b)
+    )
+    datasets = {"a": texts(60, seed=0), "b": texts(60, seed=1)}
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=600)
+    group, _ = discover_group(tiny_model("llama"), tokenizer, datasets, config)
+    assert calls == [len(group.components)] * 2
+
+
+def test_overlap_is_intersection_over_union():
+    a = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    b = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    assert overlap(a, b).tolist() == [[0.5, 1, 0], [0, 0, 0]]
+
+
+def test_massive_neurons_can_be_left_out(tokenizer):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[7] *= 300
+    plain, without = (
+        discover_networks(model, tokenizer, texts(), FunctionalNetworkConfig(**SMALL, ica_drop_massive=ratio))
+        for ratio in (None, 30)
+    )
+    assert plain.loadings[1][:, 7].abs().max() == max(v.abs().max() for v in plain.loadings.values())
+    assert not without.loadings[1][:, 7].any()
+    assert (torch.cat([v[0] for v in without.loadings.values()]) != 0).sum() == 119
+    assert all(c.explained_variance <= 1 for c in without.components)
+
+
+def test_special_tokens_and_rows_of_a_dataset_can_be_limited(tokenizer):
+    model = tiny_model("llama")
+    special = [text + "<eos>" for text in texts()]
+
+    def tokens(**settings):
+        return discover_networks(model, tokenizer, special, FunctionalNetworkConfig(**SMALL, **settings)).calibration[
+            "tokens"
+        ]
+
+    assert tokens(ica_skip_special=False) == tokens() + len(special)
+    assert tokens(ica_template_samples_per_ds=12) < tokens() / 3
+
+
+def test_null_of_shuffled_activations_is_far_below(tokenizer):
+    model = tiny_model("llama")
+    config = FunctionalNetworkConfig(**SMALL, ica_standardize="zscore", ica_max_tokens=4000)
+    template = discover_networks(model, tokenizer, texts(800), config)
+    found = sum(component.reliability for component in template.components) / 3
+    assert template.null["reliability"] < found - 0.3
+
+
+def test_an_interrupted_write_leaves_the_old_template_or_the_new_one(templates, tmp_path, monkeypatch):
+    old, new = templates["llama"], copy.copy(templates["llama"])
+    new.loadings = {layer: values + 1 for layer, values in old.loadings.items()}
+    new.base_model = "new"
+    replace, write = os.replace, Path.write_bytes
+    for dies_at in range(2 * len(FILES) + 1):
+        directory = tmp_path / str(dies_at)
+        old.save_pretrained(directory)
+        calls = []
+
+        def dying(function, *args, calls=calls, dies_at=dies_at):
+            calls.append(function)
+            if len(calls) > dies_at:
+                raise Interrupted
+            return function(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", lambda *args: dying(replace, *args))
+            patched.setattr(Path, "write_bytes", lambda *args: dying(write, *args))
+            with suppress(Interrupted):
+                new.save_pretrained(directory)
+        loaded = FunctionalNetworkTemplate.from_pretrained(directory)
+        expected = old if dies_at < len(FILES) else new
+        assert loaded.base_model == expected.base_model
+        assert all(torch.equal(loaded.loadings[i], expected.loadings[i]) for i in expected.loadings)
+
+
+DISTRIBUTED = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+from helpers import tiny_model, tiny_rows, tiny_tokenizer
+from fnsft_trl import FunctionalNetworkConfig
+from fnsft_trl.discovery.discovery import discover_group
+out, processes = sys.argv[1], int(sys.argv[2])
+if processes > 1:
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == processes
+rank = dist.get_rank() if processes > 1 else 0
+config = FunctionalNetworkConfig(
+    ica_components=3, ica_rank=24, ica_batch_size=2, ica_max_length=32, ica_max_tokens=3000, ica_until_reliable=0.9999
+)
+data = {s: [r["prompt"] + r["completion"] for r in tiny_rows(400, seed)] for seed, s in enumerate("ab")}
+template, each = discover_group(tiny_model("llama"), tiny_tokenizer(), data, config, progress_dir=out + "/progress")
+template.save_pretrained(f"{out}/{rank}")
+each["b"].save_pretrained(f"{out}/{rank}b")
+if processes > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_networks_of_one(tmp_path):
+    """Each reads half of the batches; both get the same template."""
+    for processes in (1, 2):
+        run_processes(processes, "-c", DISTRIBUTED, tmp_path / str(processes), processes)
+    for name in ("", "b"):
+        one = FunctionalNetworkTemplate.from_pretrained(tmp_path / f"1/0{name}")
+        two = FunctionalNetworkTemplate.from_pretrained(tmp_path / f"2/0{name}")
+        for file in ("config.json", "template.safetensors"):
+            assert (tmp_path / f"2/0{name}" / file).read_bytes() == (tmp_path / f"2/1{name}" / file).read_bytes()
+        assert one.calibration["sha256"] == two.calibration["sha256"]
+        assert one.calibration["tokens"] == two.calibration["tokens"] == (3000 if not name else 1500)
+        assert match_components(one.pooled()[0], two.pooled()[0])[1].min() >= 0.999
+        for layer in one.mean:
+            assert torch.allclose(one.mean[layer], two.mean[layer], atol=1e-5)
+    assert not (tmp_path / "2" / "progress").exists()
+
+
+def test_progress_counts_only_when_every_process_has_written(tmp_path):
+    def save(batch, process):
+        folder = tmp_path / f"batch-{batch}"
+        folder.mkdir(exist_ok=True)
+        state = json.dumps({"about": {"a": 1}, "batch": batch})
+        save_file({"x": torch.full((1,), batch)}, folder / f"process-{process}.safetensors", metadata={"state": state})
+
+    save(3, 0), save(3, 1), save(12, 1)
+    for process in (0, 1):
+        tensors, state = DiscoveryProgress(tmp_path, {"a": 1}, (process, 2)).load()
+        assert state["batch"] == 3
+        assert tensors["x"].tolist() == [3]
+
+
+def test_a_wrapped_model_gives_the_template_of_the_plain_one(tokenizer):
+    config = FunctionalNetworkConfig(**SMALL)
+    plain = discover_networks(tiny_model("llama"), tokenizer, texts(), config)
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["down_proj"]))
+    found = discover_networks(wrapped, tokenizer, texts(), config)
+    assert found.components == plain.components
+    assert found.weights == plain.weights
+    found.check_model(wrapped)
+
+
+@pytest.mark.slow
+def test_the_command_shares_the_work_and_one_process_writes(model_dir, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in tiny_rows(100)))
+    arguments = ["-m", "fnsft_trl.cli", "discover", model_dir, data, "--components", "3", "--rank", "16"]
+    first, second = run_processes(2, *arguments, "--max_tokens", "400", "--output_dir", tmp_path / "made")
+    assert "Template saved to" in first
+    assert second == ""
+    assert len(FunctionalNetworkTemplate.from_pretrained(tmp_path / "made").components) == 3

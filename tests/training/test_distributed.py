@@ -1,0 +1,72 @@
+"""Two processes on a CPU (gloo): the same weights in each, frozen ones bit-identical, the result that of one."""
+
+import shlex
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from helpers import ROOT, TESTS, assert_only_these_changed, medium_experts, medium_model, run_processes, state
+from safetensors.torch import load_file
+
+from fnsft_trl import NeuronMask, find_neuron_sites
+
+
+SCRIPT = TESTS / "distributed_run.py"
+RECIPES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "accelerate"])
+def runs(request, tmp_path_factory):
+    """The kind, and the folder in which one process, and two, have left their results."""
+    root = tmp_path_factory.mktemp(request.param)
+    for processes in (1, 2):
+        folder = root / str(processes)
+        folder.mkdir()
+        run_processes(processes, SCRIPT, processes, request.param, folder)
+    return request.param, root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full", "neuron_delta experts", "lora experts"])
+def test_two_processes_train_as_one_does(runs, method):
+    kind, root = runs
+    if kind != "ddp" and method == "lora experts":
+        pytest.skip("refused; tested in test_expert_lora.py")
+    one = load_file(root / "1" / f"{method}-0.safetensors")
+    two = [load_file(root / "2" / f"{method}-{rank}.safetensors") for rank in (0, 1)]
+    masks = [NeuronMask({i: w.pop(f"trainable.{i}") for i in range(2)}) for w in (one, *two)]
+    assert masks[0] == masks[1] == masks[2]
+    assert 0 < masks[0].fraction < 0.6
+
+    base = (medium_experts if method.endswith("experts") else medium_model)(torch.float64)
+    before, sites = state(base), find_neuron_sites(base)
+    for weights in (one, *two):
+        assert_only_these_changed(before, weights, sites, masks[0])
+    for name, value in one.items():
+        assert torch.equal(two[0][name], two[1][name])
+        torch.testing.assert_close(two[0][name], value, rtol=0, atol=1e-6)
+    if kind != "fsdp2":  # both have discovered the same, and only the main process writes
+        first, second = ((root / "2" / f"{method}-template-{rank}") for rank in (0, 1))
+        for file in ("config.json", "template.safetensors"):
+            assert (first / file).read_bytes() == (second / file).read_bytes()
+        checkpoint = root / "2" / f"{method}-out-0" / "checkpoint-4" / "functional_networks"
+        assert (checkpoint / "selection.json").is_file()
+        others = {p.name for p in (root / "2" / f"{method}-out-1").rglob("*") if p.is_file()}
+        assert others == {"rng_state_1.pth"}  # which every process of a Trainer keeps of its own
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_accelerate_reads_every_recipe_and_its_command_names_files_that_exist(recipe):
+    config = load_config_from_file(str(recipe))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[recipe.stem]
+    command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
+    assert command[:3] == ["accelerate", "launch", "--config_file"]
+    root = RECIPES[0].parent.parent.parent
+    assert root / command[3] == recipe
+    assert command[4:6] == ["-m", "fnsft_trl.cli.train"]
+    assert (root / command[command.index("--config") + 1]).is_file()
+
+
+def test_there_is_a_recipe_for_each_kind():
+    assert [path.stem for path in RECIPES] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
