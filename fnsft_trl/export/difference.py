@@ -116,7 +116,7 @@ def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after)
         wrong = (rows + delta.view_as(rows)).to(rows.dtype) != found
         if wrong.any():
             first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
-            neuron = int(part.held(neurons).repeat(len(part.offsets))[first])
+            neuron = int(part.among(neurons).repeat(len(part.offsets))[first])
             raise FNSFTError(
                 f"{name} of neuron {neuron} (layer {site.layer}) is not the base value plus the adapter's delta"
             )

@@ -73,7 +73,7 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
             getattr(self, f"positions_{part.parameter}")[adapter_name] = positions
             getattr(self, f"neuron_delta_{part.parameter}")[adapter_name] = nn.Parameter(torch.zeros(shape))
             if 0 in part.dims:
-                by_expert = (part.held(neurons) - part.first) // part.units
+                by_expert = (part.among(neurons) - part.first) // part.units
                 self._counts[adapter_name] = by_expert.bincount(minlength=experts).tolist()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -55,7 +55,7 @@ class NeuronTunerModel(BaseTuner):
             if len(neurons):
                 for name in site.layout.modules():
                     slices = [part for part in site.layout.slices if part.module_name == name]
-                    if len(slices[0].held(neurons)):  # routed experts, or the shared one, may have none of them
+                    if len(slices[0].among(neurons)):  # routed experts, or the shared one, may have none of them
                         self._parts[name] = (neurons, slices)
         check_modules_to_save(peft_config.modules_to_save, list(self._parts))
         targets = self._lora_targets(peft_config.lora, sites) if peft_config.lora else []

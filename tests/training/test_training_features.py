@@ -217,7 +217,7 @@ def test_the_saved_models_hold_the_same_in_a_fresh_process(artefacts):
 def switch_off(method, monkeypatch):
     """Take away what holds the frozen neurons."""
     if method == "full":
-        monkeypatch.setattr(FrozenSlices, "hold", lambda *_: None)
+        monkeypatch.setattr(FrozenSlices, "freeze_neurons", lambda *_, **__: None)
     elif method == "lora":
         monkeypatch.setattr("fnsft_trl.training.trainer.constrain_lora", lambda *_, **__: None)
     else:
