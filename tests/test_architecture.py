@@ -17,6 +17,7 @@ ORDER = {
     "errors": [],
     "cache": [],
     "ranges": [],
+    "fields": [],
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
