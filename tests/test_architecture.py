@@ -34,7 +34,7 @@ ORDER = {
     "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
-    "training": ["preparation", "run_record", "guard", "schedule", "retention", "trainer"],
+    "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "cli": [
