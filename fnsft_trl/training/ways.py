@@ -1,4 +1,4 @@
-"""The three ways to train a set of neurons, each with its checks, its PEFT configuration and its rules when sharded."""
+"""The three ways to train a set of neurons, each with its checks, its PEFT configuration and its rule for shards."""
 
 import copy
 
