@@ -82,7 +82,7 @@ def check_template(config: FunctionalNetworkConfig, model, template: FunctionalN
 
 
 def discover_template(
-    config: FunctionalNetworkConfig, model, processing_class, args, *, train_dataset, formatting_func
+    config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, formatting_func
 ) -> FunctionalNetworkTemplate:
     """Discover the networks on `ica_datasets` or on the training data."""
     unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]

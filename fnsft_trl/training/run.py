@@ -111,7 +111,6 @@ class Run:
         given: FunctionalNetworkTemplate | str | os.PathLike | None,
         model: PreTrainedModel | PeftModel,
         processing_class,
-        *,
         train_dataset: Dataset | IterableDataset | None,
         formatting_func: Callable | None,
     ) -> None:
@@ -131,12 +130,7 @@ class Run:
             self.template = check_template(self.config, model, template)
             return
         self.template = discover_template(
-            self.config,
-            model,
-            processing_class,
-            self.args,
-            train_dataset=train_dataset,
-            formatting_func=formatting_func,
+            self.config, model, processing_class, self.args, train_dataset, formatting_func
         )
 
     def select(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:

@@ -116,13 +116,7 @@ class FNSFTTrainer(SFTTrainer):
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
             model, processing_class, quantization_config = run.load(model, processing_class, quantization_config)
-            run.find_networks(
-                network_template,
-                model,
-                processing_class,
-                train_dataset=train_dataset,
-                formatting_func=formatting_func,
-            )
+            run.find_networks(network_template, model, processing_class, train_dataset, formatting_func)
             peft_config = run.select(model, peft_config)
             self._evaluate_masked = network_config.mask_eval
             self._tag_names = [*self._tag_names, "fnsft", "functional-networks"]
