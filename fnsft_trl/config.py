@@ -8,6 +8,7 @@ from .fields import check_fields, documented, fits, option
 from .ranges import parse_ranges
 
 
+SITES = ("mlp_intermediate", "mlp_output")
 THRESHOLD_RULES = {"percentile": 98.0, "layer_percentile": 98.0, "zscore": 1.96, "zscore_positive": 1.96}
 
 
@@ -143,7 +144,7 @@ class FunctionalNetworkConfig:
     ica_site: str = option(
         "mlp_intermediate",
         "Where activations are read and masked: `mlp_intermediate` (input of the down projection) or `mlp_output`.",
-        choices=("mlp_intermediate", "mlp_output"),
+        choices=SITES,
     )
     ica_variant: str = option(
         "temporal",

@@ -15,6 +15,9 @@ PACKAGE = Path(fnsft_trl.__file__).parent
 ORDER = {
     "lazy": [],
     "errors": [],
+    "compat": [
+        *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
+    ],
     "cache": [],
     "ranges": [],
     "fields": [],
@@ -34,7 +37,7 @@ ORDER = {
     "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
-    "training": ["preparation", "run_record", "guard", "schedule", "retention", "trainer"],
+    "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "cli": [

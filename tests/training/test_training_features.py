@@ -219,11 +219,11 @@ def switch_off(method, monkeypatch):
     if method == "full":
         monkeypatch.setattr(FrozenSlices, "freeze_neurons", lambda *_, **__: None)
     elif method == "lora":
-        monkeypatch.setattr("fnsft_trl.training.trainer.constrain_lora", lambda *_, **__: None)
+        monkeypatch.setattr("fnsft_trl.training.ways.constrain_lora", lambda *_, **__: None)
     else:
         everything = {"0": "0-127", "1": "0-127"}
         monkeypatch.setattr(
-            "fnsft_trl.training.preparation.NeuronTunerConfig",
+            "fnsft_trl.training.ways.NeuronTunerConfig",
             lambda **given: NeuronTunerConfig(**{**given, "neurons": everything}),
         )
 
