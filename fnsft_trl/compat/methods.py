@@ -7,7 +7,7 @@ tests compare this list with the libraries and with the classes of this package.
 from typing import NamedTuple
 
 
-__all__ = ["PRIVATE_METHODS", "PrivateMethod"]
+__all__ = ["PRIVATE_METHODS"]
 
 _TORCH = "https://github.com/pytorch/pytorch/blob/v2.13.0/"
 _TRANSFORMERS = "https://github.com/huggingface/transformers/blob/v5.23.0/src/"

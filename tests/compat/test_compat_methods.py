@@ -4,6 +4,7 @@ import inspect
 import re
 from importlib import import_module
 from pkgutil import walk_packages
+from types import FunctionType
 
 import pytest
 
@@ -14,6 +15,10 @@ from fnsft_trl.compat.methods import PRIVATE_METHODS
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub", "bitsandbytes")
 
 
+def is_code(value) -> bool:
+    return isinstance(value, (FunctionType, staticmethod, classmethod, property))
+
+
 def class_of(path: str) -> type:
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
@@ -21,12 +26,11 @@ def class_of(path: str) -> type:
 
 @pytest.mark.parametrize("method", PRIVATE_METHODS, ids=lambda method: f"{method.owner}.{method.name}")
 def test_the_method_is_there_with_its_parameters(method):
-    owner = class_of(method.owner)
-    if method.parameters is None:
-        assert method.name in {*dir(owner), *inspect.get_annotations(owner)}
-        return
-    found = list(inspect.signature(getattr(owner, method.name)).parameters)
-    assert found[1 : 1 + len(method.parameters)] == list(method.parameters)
+    owner, about = class_of(method.owner), f"needed because {method.why}; see {method.link}"
+    assert method.name in {*dir(owner), *inspect.get_annotations(owner)}, about
+    if method.parameters is not None:
+        found = list(inspect.signature(getattr(owner, method.name)).parameters)
+        assert found[1 : 1 + len(method.parameters)] == list(method.parameters), about
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def test_every_private_method_that_a_class_overrides_is_listed(own_classes):
     listed = {(class_of(method.owner), method.name) for method in PRIVATE_METHODS}
     for own in own_classes:
         foreign = [base for base in own.__mro__[1:] if base.__module__.partition(".")[0] in LIBRARIES]
-        for name in (name for name in vars(own) if re.match("_(?!_|abc_|backward_cls)", name)):
+        for name in (name for name, value in vars(own).items() if re.match("_(?!_)", name) and is_code(value)):
             owners = [base for base in foreign if name in vars(base)]
             assert not owners or any((base, name) in listed for base in owners), f"{own.__qualname__}.{name}"
 
