@@ -51,13 +51,8 @@ ORDER = {
 # What other libraries do not document: only `compat` imports it, where a test holds each name.
 PRIVATE = (
     *("peft.config", "peft.mapping", "peft.tuners", "peft.utils", "trl.data_utils", "trl.trainer"),
-    *(
-        "transformers.integrations",
-        "transformers.modeling_utils",
-        "transformers.pytorch_utils",
-        "transformers.trainer",
-    ),
-    *("accelerate.utils.environment", "accelerate.utils.parse_flag_from_env", "bitsandbytes"),
+    *("transformers.integrations", "transformers.modeling_utils", "transformers.pytorch_utils"),
+    *("transformers.trainer", "accelerate.utils.environment", "accelerate.utils.parse_flag_from_env", "bitsandbytes"),
     *("huggingface_hub.constants", "huggingface_hub.errors.HTTPError"),
 )
 # Rooms that a set of neurons and a model are enough for.
