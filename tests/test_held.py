@@ -277,6 +277,31 @@ def in_threads(count, function):
     return results
 
 
+def test_blocks_run_at_once_unless_a_weight_was_shown():
+    """Some models read a weight in every forward pass, which puts the base values back while others compute."""
+    module = Module()
+    original, held, deltas = values_of(module), HeldWeights(module), deltas_of(module, "one")
+    for is_shown in (False, True, False):
+        if is_shown:
+            held.show()
+        with held.hold(deltas):
+            other = threading.Thread(target=bring, args=(held, deltas), daemon=True)
+            other.start()
+            other.join(timeout=0.2 if is_shown else 60)
+            assert other.is_alive() == is_shown
+        other.join(timeout=60)
+        assert not other.is_alive()
+        held.expire()  # as `eval()` does
+    held.show()
+    with held.hold(deltas):
+        other = threading.Thread(target=held.release, daemon=True)
+        other.start()
+        other.join(timeout=0.2)
+        assert changed_entries(sums(original, deltas), values_of(module)) == {}
+    other.join(timeout=60)
+    assert changed_entries(original, values_of(module)) == {}
+
+
 TOKENS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 SHAPE = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, **TOKENS}
 T5_SHAPE = {"d_model": 32, "d_kv": 16, "d_ff": 96, "num_heads": 2, "decoder_start_token_id": 0, **TOKENS}

@@ -53,9 +53,9 @@ class HeldWeights:
 
     Threads: every write is made under a lock, so forward passes in evaluation mode may run at once in several threads.
     The first of them to reach a module after loading or `eval()` writes, once; as long as no delta changes, all others
-    only read. Nothing that writes or shows the weights may run beside them: training, a backward pass, `state_dict`,
-    `release`, merging, `set_adapter`, `disable_adapter`, `train()` and `eval()`. On an accelerator, threads with
-    streams of their own must wait for the stream of the first pass.
+    only read. Nothing else that writes or shows the weights may run beside them: training, a backward pass,
+    `state_dict`, `release`, merging, `set_adapter`, `disable_adapter`, `train()` and `eval()`. On an accelerator,
+    threads with streams of their own must wait for the stream of the first pass.
 
     A copy (`copy.deepcopy`, `pickle`) has a lock of its own.
 

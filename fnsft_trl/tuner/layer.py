@@ -198,7 +198,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             is_broken = safe_merge and not self.held.is_finite()
         if is_broken:
             self.release()
-            raise ValueError(f"the merged weights hold NaN or infinity; adapter {', '.join(names)} seems to be broken")
+            raise ValueError(f"the merged weights have NaN or infinity; adapter {', '.join(names)} seems to be broken")
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

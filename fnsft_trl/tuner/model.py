@@ -84,8 +84,8 @@ class NeuronTunerModel(BaseTuner):
         taken = next((name for name in targets if name in of_mlps), None)
         if taken:
             raise FNSFTError(
-                f"the targets of LoRA hold {taken}, a part of an MLP, whose neurons would all change; name attention "
-                "modules alone"
+                f"the targets of LoRA include {taken}, a part of an MLP, whose neurons would all change; name "
+                "attention modules alone"
             )
         if not targets:
             raise FNSFTError(f"the targets of LoRA ({lora['target_modules']}) match no linear layer of the model")
