@@ -35,7 +35,7 @@ ORDER = {
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "layer", "experts", "model"],
+    "tuner": ["config", "held", "layer", "linear", "experts", "model"],
     "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
