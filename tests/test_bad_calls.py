@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fnsft_trl.cli import VERBS, main
-from fnsft_trl.cli.schema import TRL, Option, training_options
-from fnsft_trl.cli.translate import SWITCHES, original_options
+from fnsft_trl.cli.options.schema import TRL, Option, training_options
+from fnsft_trl.cli.options.translate import SWITCHES, original_options
 
 
 COUNT = 500

@@ -10,12 +10,13 @@ import pytest
 import trl
 import yaml
 
-from fnsft_trl.cli import main, schema
-from fnsft_trl.cli.help import format_help
-from fnsft_trl.cli.options import parse_options
-from fnsft_trl.cli.schema import TRL, describe, training_options
-from fnsft_trl.cli.sources import read_sources
-from fnsft_trl.cli.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
+from fnsft_trl.cli import main
+from fnsft_trl.cli.options import schema
+from fnsft_trl.cli.options.help import format_help
+from fnsft_trl.cli.options.parse import parse_options
+from fnsft_trl.cli.options.schema import TRL, describe, training_options
+from fnsft_trl.cli.options.sources import read_sources
+from fnsft_trl.cli.options.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
 from fnsft_trl.config import FunctionalNetworkConfig
 from fnsft_trl.errors import FNSFTError
 

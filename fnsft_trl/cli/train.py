@@ -8,11 +8,11 @@ from ..data.config import DataConfig
 from ..errors import FNSFTError
 from . import run_verb
 from .arguments import check_writable
-from .help import format_help
-from .options import parse_options
+from .options.help import format_help
+from .options.parse import parse_options
+from .options.run_config import RunConfig
+from .options.translate import DEVICE_DTYPE
 from .refusals import refusals
-from .run_config import RunConfig
-from .translate import DEVICE_DTYPE
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ..errors import FNSFTError
+from ...errors import FNSFTError
 from .schema import Option
 
 

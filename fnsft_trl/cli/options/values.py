@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..config import FunctionalNetworkConfig
-from ..errors import FNSFTError
+from ...config import FunctionalNetworkConfig
+from ...errors import FNSFTError
 from .schema import Option
 
 

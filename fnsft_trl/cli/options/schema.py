@@ -17,10 +17,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .. import __version__
-from ..config import FunctionalNetworkConfig
-from ..data.config import DataConfig
-from ..embedded import cache_dir
+from ... import __version__
+from ...config import FunctionalNetworkConfig
+from ...data.config import DataConfig
+from ...embedded import cache_dir
 from .run_config import RunConfig
 
 

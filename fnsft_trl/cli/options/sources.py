@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import FNSFTError
+from ...errors import FNSFTError
 from .schema import OURS, Option
 from .values import read_value
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config import FunctionalNetworkConfig
-from ..errors import FNSFTError
-from ..gguf import check_outtype, find_converter
-from .arguments import check_writable
+from ...config import FunctionalNetworkConfig
+from ...errors import FNSFTError
+from ...gguf import check_outtype, find_converter
+from ..arguments import check_writable
 from .schema import training_options
 from .sources import COMMAND_LINE, read_sources
 from .translate import NETWORK_NAMES, original_options, translate
