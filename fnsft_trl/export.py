@@ -44,9 +44,9 @@ def _adapter_config(directory: str | os.PathLike) -> NeuronTunerConfig:
     return config
 
 
-def _load(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None = None):
+def _load(name: str | os.PathLike, *, dtype: str = "auto", **loading):
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error
@@ -258,7 +258,9 @@ def _factors_beside(config: NeuronTunerConfig, state: Mapping[str, torch.Tensor]
     return factors
 
 
-def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto") -> PeftConfig:
+def to_merged(
+    adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto", **loading
+) -> PeftConfig:
     """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
 
     With its tokenizer, a model card, and the template and the selection that lie beside the adapter.
@@ -267,6 +269,8 @@ def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, 
         adapter_dir: directory of a saved adapter, of neuron deltas or any other PEFT method that merges.
         output_dir: where the checkpoint is written.
         dtype: precision to load the base model in; `"auto"` is that of its checkpoint.
+        loading: further arguments of `from_pretrained` for the base model: `device_map`, `trust_remote_code`, and
+            `revision`, by default the one that is kept in the adapter's configuration.
 
     Returns:
         The configuration of the adapter.
@@ -276,13 +280,15 @@ def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, 
         ValueError: the merged weights are not finite.
     """
     config = _any_adapter_config(adapter_dir)
-    base = _load(config.base_model_name_or_path, dtype=dtype, revision=config.revision)
+    loading.setdefault("revision", config.revision)
+    base = _load(config.base_model_name_or_path, dtype=dtype, **loading)
     merged = PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload(safe_merge=True)
     merged.save_pretrained(output_dir)
     has_tokenizer = (Path(adapter_dir) / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(
         adapter_dir if has_tokenizer else config.base_model_name_or_path,
-        revision=None if has_tokenizer else config.revision,
+        revision=None if has_tokenizer else loading["revision"],
+        trust_remote_code=loading.get("trust_remote_code", False),
     )
     tokenizer.save_pretrained(output_dir)
     _describe_merged(config, Path(adapter_dir), Path(output_dir))
@@ -353,7 +359,8 @@ def verify_merge(
         if sites is None:
             raise FNSFTError("two sets of tensors say nothing of the model's structure; give sites too")
     else:
-        model = _load(before)
+        is_base = config is not None and str(before) == config.base_model_name_or_path
+        model = _load(before, revision=config.revision if is_base else None)
         before, sites = dict(model.named_parameters()), find_neuron_sites(model, kind=kind)
     if not isinstance(after, Mapping):
         after = dict(_load(after).named_parameters())

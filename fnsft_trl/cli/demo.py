@@ -6,11 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..config import FunctionalNetworkConfig
-from ..errors import FNSFTError
 from ..report import Report, check_pyplot, format_table, networks_figure, trade_off_figure
-from .arguments import ArgumentParser, check_writable
+from .options.arguments import read_arguments
+from .options.loading import LoadingConfig
+from .options.schema import Option, row
+from .output import check_writable
 
 
+ABOUT = (
+    "The whole way on a real model: discover its functional networks, fine-tune it on a new task in three ways, "
+    "measure what it learnt and what it forgot, and write a report."
+)
 FRACTION = 0.1
 
 
@@ -38,24 +44,22 @@ ARMS = [
 ]
 
 
+def options() -> list[Option]:
+    """The options of the verb."""
+    return [
+        row("model_name_or_path", "Hub id or directory, or `embedded`.", "embedded", metavar="MODEL"),
+        row("output_dir", "Where the report and the adapters go.", "demo_output", metavar="DIR"),
+        row("discovery_tokens", "Tokens to discover networks on.", 20_000, lowest=1),
+        row("components", "Number of networks.", 10, lowest=1),
+        row("train_rows", "Rows of the new task to train on.", 480, lowest=1),
+        row("test_rows", "Rows of the new task to test on.", 120, lowest=1),
+        row("retention_tokens", "Tokens of general text to score.", 4_000, lowest=1),
+        row("seed", "Of the data order, the adapters and the random neurons.", 0),
+    ]
+
+
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="fnsft demo",
-        description="The whole way on a real model: discover its functional networks, fine-tune it on a new task in "
-        "three ways, measure what it learnt and what it forgot, and write a report.",
-    )
-    parser.add_argument("--model_name_or_path", default="embedded", help="Hub id or directory, or `embedded`")
-    parser.add_argument("--output_dir", default="demo_output", help="where the report and the adapters go")
-    parser.add_argument("--discovery_tokens", type=int, default=20_000, help="tokens to discover networks on")
-    parser.add_argument("--components", type=int, default=10, help="number of networks")
-    parser.add_argument("--train_rows", type=int, default=480, help="rows of the new task to train on")
-    parser.add_argument("--test_rows", type=int, default=120, help="rows of the new task to test on")
-    parser.add_argument("--retention_tokens", type=int, default=4_000, help="tokens of general text to score")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order, the adapters and the random neurons")
-    args = parser.parse_args(argv)
-    for name in ("discovery_tokens", "components", "train_rows", "test_rows", "retention_tokens"):
-        if getattr(args, name) < 1:
-            raise FNSFTError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    args = read_arguments(argv, options())
     output = check_writable(args.output_dir)
     check_pyplot()
     discovery = FunctionalNetworkConfig(
@@ -87,7 +91,7 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
 
     model_path = resolve_model(args.model_name_or_path)
     logging.set_verbosity_error()  # from here on the demo says itself what it does
-    model, tokenizer = load_model_and_tokenizer(model_path)
+    model, tokenizer = load_model_and_tokenizer(model_path, LoadingConfig())
     train, test = question_routing(args.train_rows, args.test_rows)
     retention = RetentionText.from_texts(wikipedia_passages("retention"), tokenizer, max_tokens=args.retention_tokens)
 

@@ -1,45 +1,25 @@
-"""The options of `fnsft train`: names, types, choices, defaults and help of TRL's dataclasses and ours.
-
-Importing TRL's dataclasses takes many seconds, so what they say is kept as JSON in the user's cache, made once for
-each set of installed versions. Ours are read as they are. torch, transformers and trl are imported only if that file
-is missing, of other versions, or damaged.
-"""
+"""Option, one row of the table that the command line is read by, and the rows that the fields of a dataclass make."""
 
 import dataclasses
-import hashlib
-import json
-import os
-import sys
-import tempfile
+from collections.abc import Iterable
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ... import __version__
-from ...config import FunctionalNetworkConfig
-from ...data.config import DataConfig
-from ...embedded import cache_dir
-from .run_config import RunConfig
 
-
-# Ours, which are cheap to import. The order is that of the help.
-OURS = (FunctionalNetworkConfig, DataConfig, RunConfig)
-# The dataclasses of TRL, by name.
+# The dataclasses of TRL, by name. Their null is a value; that of an option of this project means its default.
 TRL = ("ScriptArguments", "DatasetMixtureConfig", "ModelConfig", "SFTConfig")
 
-_PACKAGES = ("trl", "transformers", "peft", "accelerate", "torch")
 _PLAIN = {bool: "bool", int: "int", float: "float", str: "str", dict: "mapping"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option of `fnsft train`.
+    """One option of a verb.
 
     Attributes:
         name (`str`): as on the command line and in YAML.
-        group (`str`): name of the dataclass that it is a field of.
+        group (`str`): name of the dataclass that it is a field of, or the title over it in the help.
         kind (`str`): of its value or, with `many`, of each of them: `bool`, `int`, `float`, `str`, `mapping` or
             `datasets` (the mappings of a mixture).
         many (`bool`): whether it takes a list.
@@ -47,8 +27,13 @@ class Option:
         switch (`bool`): whether it takes true and false, or nothing, too.
         nullable (`bool`): whether it takes null.
         choices (`tuple[str, ...]`): the values it can have (`datasets`: the keys); empty if there is no such list.
+        lowest, highest (`float` or `None`): bounds of a number, both allowed.
         default: as JSON.
         help (`str`): one paragraph.
+        aliases (`tuple[str, ...]`): its other names.
+        positional (`bool`): whether its name may be left out on the command line.
+        required (`bool`): whether there is no call without it.
+        metavar (`str`): what the help calls its value; empty for `VALUE`.
     """
 
     name: str
@@ -59,14 +44,30 @@ class Option:
     switch: bool = False
     nullable: bool = False
     choices: tuple[str, ...] = ()
+    lowest: float | None = None
+    highest: float | None = None
     default: Any = None
     help: str = ""
+    aliases: tuple[str, ...] = ()
+    positional: bool = False
+    required: bool = False
+    metavar: str = ""
 
 
-def training_options() -> dict[str, Option]:
-    """All options of `fnsft train`, by name, ours first."""
-    found = [option for kind in OURS for option in describe(kind)]
-    return {option.name: option for option in found + _trl_options()}
+def row(name: str, help: str, default: bool | int | str | None = None, **more: Any) -> Option:
+    """An option that belongs to no dataclass: of the kind of its default, text if it has none.
+
+    Args:
+        more: further fields of [`Option`].
+    """
+    kind = "str" if default is None else {bool: "bool", int: "int", str: "str"}[type(default)]
+    settings = {"group": "options", "kind": kind, "nullable": default is None and not more.get("required")} | more
+    return Option(name, default=default, help=help, **settings)
+
+
+def by_name(options: Iterable[Option]) -> dict[str, Option]:
+    """The options under each of their names."""
+    return {name: option for option in options for name in (option.name, *option.aliases)}
 
 
 def describe(dataclass: type) -> list[Option]:
@@ -80,7 +81,7 @@ def describe(dataclass: type) -> list[Option]:
         if field.metadata.get("const") is True:
             form["switch"] = True
         if choices := field.metadata.get("choices"):
-            form["choices"] = tuple(map(str, choices))
+            form["choices"] = tuple(str(choice) for choice in choices if choice is not None)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
@@ -123,63 +124,3 @@ def _form(hint: Any) -> dict[str, Any] | None:
     # Of several kinds, the one that says most: `int | str` is an int or any other text.
     form["kind"] = next(kind for kind in ("datasets", "mapping", "int", "float", "str", "bool") if kind in kinds)
     return form
-
-
-def _trl_options() -> list[Option]:
-    versions = {"python": ".".join(map(str, sys.version_info[:2])), "fnsft_trl": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "missing"
-    source = Path(__file__).read_bytes()  # so that no file outlives a change of what it holds
-    key = hashlib.sha256(source + json.dumps(versions, sort_keys=True).encode()).hexdigest()
-    path = cache_dir() / f"options-{key[:16]}.json"
-    stored = _read(path, key)
-    if stored is not None:
-        return stored
-    print(
-        f"fnsft train: reading the options of TRL {versions['trl']}, once for this version (some seconds)",
-        file=sys.stderr,
-    )
-    import trl
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    options = [option for name in TRL for option in describe(getattr(trl, name))]
-    trackers = (*sorted(INTEGRATION_TO_CALLBACK), "all", "none")
-    # What their types do not say.
-    more = {"report_to": {"choices": trackers}, "resume_from_checkpoint": {"switch": True}}
-    options = [dataclasses.replace(option, **more.get(option.name, {})) for option in options]
-    _write(path, key, options)
-    return options
-
-
-def _digest(key: str, entries: list) -> str:
-    return hashlib.sha256(f"{key}{json.dumps(entries)}".encode()).hexdigest()
-
-
-def _read(path: Path, key: str) -> list[Option] | None:
-    """The options in a file; `None` when it is missing or is not what was written for these versions."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["sha256"] != _digest(key, data["options"]):
-            return None
-        return [Option(**{**entry, "choices": tuple(entry["choices"])}) for entry in data["options"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write(path: Path, key: str, options: list[Option]) -> None:
-    """Write the file beside its place and rename it; without a cache that can be written, do nothing."""
-    entries = json.loads(json.dumps([dataclasses.asdict(option) for option in options]))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(prefix=".options-", dir=path.parent)
-    except OSError:
-        return
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"sha256": _digest(key, entries), "options": entries}, file)
-        os.replace(scratch, path)
-    except OSError:
-        Path(scratch).unlink(missing_ok=True)

@@ -1,16 +1,20 @@
-"""The two places that options of `fnsft train` come from: a YAML file and the command line."""
+"""The two places that options come from: a YAML file and the command line."""
 
 import difflib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import yaml
 
 from ...errors import FNSFTError
-from .schema import OURS, Option
-from .values import read_value
+from .schema import TRL, Option
+from .values import TRUTH, read_value
 
 
 COMMAND_LINE = "the command line"
+
+_CONFIG = Option("config", "", "str")
 
 
 def read_sources(argv: list[str], known: dict[str, Option]) -> dict[str, dict[str, Any]]:
@@ -36,35 +40,98 @@ def read_sources(argv: list[str], known: dict[str, Option]) -> dict[str, dict[st
     }
 
 
+def under_own_names(given: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The options of one source, without their other names.
+
+    Args:
+        given: name as it is spelt there -> value.
+        names: other name -> the option's own.
+
+    Raises:
+        FNSFTError: an option stands there under two names.
+    """
+    values: dict[str, Any] = {}
+    for spelt in sorted(given, key=names.__contains__):  # own names first
+        name = names.get(spelt, spelt)
+        if spelt in names and values.get(name) is not None:
+            raise FNSFTError(f"{spelt} and {name} are two names of one option; drop {spelt}")
+        values[name] = given[spelt]
+    return values
+
+
 def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[str, ...]], str | None]:
     """The words of every option, the last time that it stands there, and the path of the YAML file."""
+    known = {"config": _CONFIG, **known}
     found: dict[str, tuple[str, ...]] = {}
-    path = None
-    position = 0
-    while position < len(argv):
-        flag, separator, value = argv[position].partition("=")
-        if not flag.startswith("--") or flag == "--":
-            raise FNSFTError(f"{argv[position]!r} is no option; options start with -- (see --help)")
-        position += 1
-        words = [value] if separator else []
-        while not separator and position < len(argv) and not argv[position].startswith("--"):
-            words.append(argv[position])
-            position += 1
-        name = flag[2:].replace("-", "_")
-        if name == "config":
-            if len(words) != 1 or path is not None:
+    free: list[str] = []  # words without a flag: one run of them, for the options whose name may be left out
+    may_be_free = any(option.positional for option in known.values())
+    for flag, value, words in _by_flag(argv):
+        taken = 0
+        if flag is not None:
+            name, is_negated = _named(flag, known)
+            if value is not None:
+                own = [value]
+            else:
+                taken = _count(known[name], words, is_negated) if may_be_free and not free else len(words)
+                own = words[:taken]
+            if is_negated and own:
+                raise FNSFTError(f"{flag} takes no value; write {flag}, or --{name} true or false")
+            if name == "config" and (len(own) != 1 or name in found):
                 raise FNSFTError("--config takes one YAML file, once")
-            path = words[0]
-            continue
-        positive = name.removeprefix("no_")
-        if name not in known and positive != name and positive in known and known[positive].kind == "bool":
-            if words:
-                raise FNSFTError(f"--{name} takes no value; write --{name}, or --{positive} true or false")
-            name, words = positive, ["false"]
-        if name not in known:
-            raise FNSFTError(f"there is no option --{name}{_nearest(name, known)}")
-        found[name] = tuple(words)
-    return found, path
+            found[name] = ("false",) if is_negated else tuple(own)
+        rest = words[taken:]
+        stray = rest if free or not may_be_free else [word for word in rest if word.startswith("-")]
+        if stray:
+            raise FNSFTError(f"{stray[0]!r} is no option; options start with -- (see --help)")
+        free += rest
+    path = found.pop("config", (None,))[0]
+    return found | _place(free, known, found), path
+
+
+def _by_flag(argv: list[str]) -> Iterator[tuple[str | None, str | None, list[str]]]:
+    """Every flag in turn, the value that stands behind its `=`, and the words up to the next flag."""
+    starts = [number for number, word in enumerate(argv) if word.startswith("--")]
+    yield None, None, argv[: starts[0] if starts else None]
+    for start, end in pairwise([*starts, len(argv)]):
+        flag, separator, value = argv[start].partition("=")
+        yield flag, value if separator else None, argv[start + 1 : end]
+
+
+def _named(flag: str, known: dict[str, Option]) -> tuple[str, bool]:
+    """The option that a flag names, and whether it is its negation."""
+    name = flag[2:].replace("-", "_")
+    positive = name.removeprefix("no_")
+    if name not in known and positive != name and positive in known and known[positive].kind == "bool":
+        return positive, True
+    if name not in known:
+        raise FNSFTError(f"there is no option --{name}{_nearest(name, known)}")
+    return name, False
+
+
+def _count(option: Option, words: list[str], is_negated: bool) -> int:
+    """How many words after a flag are its value, where others may follow that belong to no flag."""
+    if option.many:
+        return len(words)
+    if is_negated or not words:
+        return 0
+    if option.kind == "bool":
+        return int(words[0].lower() in TRUTH)
+    end = {"[": "]", "{": "}"}.get(words[0][:1])  # of what the shell has split
+    return next((number for number, word in enumerate(words, 1) if end and word.endswith(end)), 1)
+
+
+def _place(words: list[str], known: dict[str, Option], found: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The words without a flag, given to the options whose name may be left out, in turn."""
+    named = {known[name].name for name in found}
+    rest, placed = list(words), {}
+    for name, option in known.items():
+        if option.positional and name == option.name and name not in named and rest:
+            count = len(rest) if option.many else 1
+            placed[name], rest = tuple(rest[:count]), rest[count:]
+    if rest:
+        names = ", ".join(name for name, option in known.items() if option.positional and name == option.name)
+        raise FNSFTError(f"{rest[0]!r} is one argument too many: {names} can be given without a name, once each")
+    return placed
 
 
 def _read_yaml(path: str, known: dict[str, Option]) -> dict[str, Any]:
@@ -81,8 +148,7 @@ def _read_yaml(path: str, known: dict[str, Option]) -> dict[str, Any]:
         if name not in known:
             nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
             raise FNSFTError(f"{path}: there is no option {name!r}{_nearest(str(name), known)}{nested}")
-    ours = {kind.__name__ for kind in OURS}  # of which null means the default
-    return {name: value for name, value in settings.items() if value is not None or known[name].group not in ours}
+    return {name: value for name, value in settings.items() if value is not None or known[name].group in TRL}
 
 
 def _nearest(name: str, known: dict[str, Option]) -> str:
