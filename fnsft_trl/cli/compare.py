@@ -54,8 +54,14 @@ def main(argv: list[str]) -> None:
     idle = [option.name for option in _model_options() if option.name in args.given]
     if args.texts is None and idle:
         raise FNSFTError(f"{', '.join(idle)}: read only with texts, the text to load models for; give it or drop them")
+    loading = LoadingConfig(**args.of(LoadingConfig))
     output = check_writable(args.output_dir)
     check_pyplot()
+    if args.texts is not None:
+        from .models import check_loading
+        from .precision import Precision
+
+        check_loading(loading, Precision.choose().device)
     a = FunctionalNetworkTemplate.from_pretrained(args.a, revision=args.revision_a)
     b = FunctionalNetworkTemplate.from_pretrained(args.b, revision=args.revision_b)
 
@@ -67,12 +73,12 @@ def main(argv: list[str]) -> None:
         comparison = compare_templates(a, b, **settings)
         measure, matrix = "IoU", comparison.iou
     else:
-        comparison = compare_time_courses(*_time_courses(args, a, b), **settings)
+        comparison = compare_time_courses(*_time_courses(args, loading, a, b), **settings)
         measure, matrix = "|correlation| of time courses", comparison.correlation
     _write(args, a, b, comparison, measure, matrix, output)
 
 
-def _time_courses(args: Arguments, a, b):
+def _time_courses(args: Arguments, loading: LoadingConfig, a, b):
     from ..data.sources import load_texts
     from ..fingerprint import network_time_courses, split_passages
     from .models import load_model_and_tokenizer
@@ -80,7 +86,6 @@ def _time_courses(args: Arguments, a, b):
     texts = (row for rows in load_texts(args.texts).values() for row in _strings(rows))
     passages = split_passages(texts, count=args.passages)
     courses = []
-    loading = LoadingConfig(**args.of(LoadingConfig))
     sides = ((a, args.model_a, args.model_revision_a), (b, args.model_b, args.model_revision_b))
     for template, name, revision in sides:
         model, tokenizer = load_model_and_tokenizer(

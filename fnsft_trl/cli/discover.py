@@ -79,11 +79,14 @@ def main(argv: list[str]) -> None:
     from ..data.prompts import set_chat_template
     from ..data.sources import load_texts
     from ..discovery import discover_group
-    from .models import load_model_and_tokenizer
+    from .models import check_loading, load_model_and_tokenizer
     from .templates import save_template
 
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    check_loading(loading, state.device.type)
+    if loading.device_map is not None and state.num_processes > 1:
+        raise FNSFTError("device_map places one model, and each of several processes holds its own; drop it")
     texts = load_texts(args.datasets, split=args.dataset_split, columns=data_config.columns)
     columns = [rows.column_names for rows in texts.values()]  # None of a stream whose columns are not known yet
     is_rendered = any(names is None or {"prompt", "messages"} & set(names) for names in columns)
@@ -106,6 +109,13 @@ def main(argv: list[str]) -> None:
     for number, (name, part) in enumerate(of_datasets.items()):
         part.save_pretrained(output_dir / "datasets" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
     save_template(template, output_dir)
+    _show(template)
+    if push is not None:
+        url = template.push_to_hub(**push)
+        print(f"Pushed to: {url}")
+
+
+def _show(template) -> None:
     print(f"Number of components: {len(template.components)}\n")
     print("Component Coverage Summary:")
     for number, component in enumerate(template.components):
@@ -118,6 +128,3 @@ def main(argv: list[str]) -> None:
         f"\nShuffled in time, as many components have reliability {template.null['reliability']:.2f} and overlap "
         f"{template.null['jaccard']:.2f} (see docs/discovery.md)"
     )
-    if push is not None:
-        url = template.push_to_hub(**push)
-        print(f"Pushed to: {url}")

@@ -99,11 +99,12 @@ def _merge(adapter: str, output_dir: Path, loading: LoadingConfig) -> None:
     from ..export import to_merged, verify_merge
     from ..neurons import find_neuron_sites
     from ..tuner import NeuronTunerConfig
-    from .models import load_model, loading_arguments
+    from .models import check_loading, load_model, loading_arguments
     from .refusals import refusals
 
+    check_loading(loading, "cpu")
     with refusals():
-        config = to_merged(adapter, output_dir, **loading_arguments(loading, "cpu"))
+        config = to_merged(adapter, output_dir, **loading_arguments(loading))
     print(f"Merged model saved to: {output_dir}")
     if isinstance(config, NeuronTunerConfig) and loading.dtype == "auto":
         base = config.base_model_name_or_path

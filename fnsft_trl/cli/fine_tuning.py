@@ -20,7 +20,7 @@ from ..errors import FNSFTError
 from ..trainer import FNSFTTrainer
 from .checks import check_checkpoint, check_training_arguments
 from .logs import hush_repetitions
-from .models import default_lora_targets, loading_arguments, model_errors, source_arguments
+from .models import check_loading, default_lora_targets, loading_arguments, model_errors, source_arguments
 from .options.loading import LoadingConfig
 from .options.parse import TrainOptions
 from .options.run_config import RunConfig
@@ -92,12 +92,13 @@ def _settings(asked: TrainOptions) -> _Settings:
     hush_repetitions(training.process_index)
     check_training_arguments(training, precision.device)
     loading = LoadingConfig(**asked.of(LoadingConfig) | {"dtype": model.dtype})
+    check_loading(loading, precision.device)
     return _Settings(
         training=training,
         script=script,
         mixture=mixture,
         loading=loading,
-        model_init_kwargs=loading_arguments(loading, precision.device) | (training.model_init_kwargs or {}),
+        model_init_kwargs=loading_arguments(loading) | (training.model_init_kwargs or {}),
         peft=peft,
         quantization=quantization,
         precision=precision,

@@ -17,7 +17,7 @@ from ..errors import FNSFTError
 from ..hub import explain
 from ..neurons import find_neuron_sites
 from .options.loading import LoadingConfig
-from .precision import Precision, check_quantization
+from .precision import check_quantization
 
 
 # Ways to spread a model over devices; other values of device_map are a device.
@@ -51,11 +51,11 @@ def _reason(error: Exception, name: str) -> str:
     return known or str(error).strip().splitlines()[0]
 
 
-def loading_arguments(loading: LoadingConfig, device: str) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that a LoadingConfig asks for, but for those of quantised weights.
+def check_loading(loading: LoadingConfig, device: str) -> None:
+    """Check, before anything is loaded, that this machine can load a model so.
 
     Args:
-        loading: how to load.
+        loading: how.
         device: type of the device that is computed on.
 
     Raises:
@@ -66,6 +66,10 @@ def loading_arguments(loading: LoadingConfig, device: str) -> dict[str, Any]:
     for option in ("load_in_4bit", "load_in_8bit"):
         if getattr(loading, option):
             check_quantization(option, device)
+
+
+def loading_arguments(loading: LoadingConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that a LoadingConfig asks for, but for those of quantised weights."""
     given = {name: getattr(loading, name) for name in ("device_map", "attn_implementation")}
     given = {name: value for name, value in given.items() if value is not None}
     return {"dtype": loading.dtype, **given, **source_arguments(loading)}
@@ -82,14 +86,13 @@ def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.devic
 
     Args:
         name_or_path: directory, Hub id, or `embedded`.
-        loading: how.
+        loading: how; see [`check_loading`].
         device: where to put it without a `device_map`; the CPU by default, where quantised weights choose their own.
 
     Raises:
         FNSFTError: it is not found, or is not a causal language model.
     """
-    kind = Precision.choose().device if device is None else torch.device(device).type
-    arguments = loading_arguments(loading, kind)
+    arguments = loading_arguments(loading)
     if loading.is_quantized:
         arguments["quantization_config"] = _quantization(loading)
         if device is not None:
@@ -111,7 +114,8 @@ def _quantization(loading: LoadingConfig) -> BitsAndBytesConfig:
     """As TRL has it where `fnsft train` says no more."""
     if loading.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=loading.dtype, bnb_4bit_quant_type="nf4")
+    settings = {} if loading.dtype == "auto" else {"bnb_4bit_compute_dtype": loading.dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
 
 
 def _check_device_map(device_map: str | None) -> None:
