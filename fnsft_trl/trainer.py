@@ -193,6 +193,8 @@ class FNSFTTrainer(SFTTrainer):
         elif plan.method == "lora" and peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             set_lora_targets(peft_config, model, self.trainable_neurons)
+        if peft_config is not None and peft_config.revision is None:
+            peft_config.revision = (model_init_kwargs or {}).get("revision")  # which export loads again
 
         self._tag_names = [*self._tag_names, "fnsft", "functional-networks"]
         given.update(model=model, args=train_args, processing_class=processing_class, peft_config=peft_config)

@@ -89,6 +89,8 @@ def _settings(asked: TrainOptions) -> _Settings:
         mixture = DatasetMixtureConfig(**asked.of(DatasetMixtureConfig))
         model = ModelConfig(**model_settings)
         peft, quantization = get_peft_config(model), get_quantization_config(model)
+    if peft is not None:
+        peft.revision = asked.values.get("model_revision")
     hush_repetitions(training.process_index)
     check_training_arguments(training, precision.device)
     loading = LoadingConfig(**asked.of(LoadingConfig) | {"dtype": model.dtype})

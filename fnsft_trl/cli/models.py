@@ -99,6 +99,10 @@ def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.devic
             arguments.setdefault("device_map", {"": device})
     with model_errors(name_or_path):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), **arguments)
+    if loading.load_in_4bit:
+        from ..preparation import keep_4bit_layers_differentiable
+
+        keep_4bit_layers_differentiable(model)  # as in training; packed layers also refuse some widths
     return model if device is None or "device_map" in arguments else model.to(device)
 
 
