@@ -132,6 +132,12 @@ def test_other_versions_have_a_schema_of_their_own(tmp_path, monkeypatch):
         (["compare", "--help"], 0),
         (["export", "--help"], 0),
         (["demo", "--help"], 0),
+        (["env", "--help"], 0),
+        (["auth", "--help"], 0),
+        (["discover", "m", "d", "--lerning_rate", "1"], 2),
+        (["compare", "a", "b", "--config", "{yaml}"], 2),
+        (["export", "a", "--to", "merged", "--output_dir", "o", "--load_in_4bit"], 2),
+        (["env", "--config", "{yaml}"], 2),
     ],
     ids=str,
 )
