@@ -7,22 +7,33 @@ import sys
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
 from ..ranges import format_ranges
+from ..template import FunctionalNetworkTemplate
 from ..template.card import format_known
 from ..template.description import describe_calibration, describe_method, describe_threshold
 from ..template.stored import StoredTemplate
-from ..template.template import FunctionalNetworkTemplate
-from .arguments import ArgumentParser, check_writable
+from .options.arguments import read_arguments
+from .options.schema import Option, row
+from .output import check_writable
+
+
+ABOUT = "Show what a template of functional networks holds."
+
+
+def options() -> list[Option]:
+    """The options of the verb."""
+    where = "Directory, JSON file of the original project, or org/name on the Hub."
+    return [
+        row("template", where, positional=True, required=True, metavar="TEMPLATE"),
+        row("revision", "Branch, tag or commit on the Hub."),
+        row("json", "Print the template's config.json as it is.", False),
+        row("convert", "Save the template there in the current format.", metavar="DIR"),
+    ]
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="fnsft inspect", description="Show what a template of functional networks holds.")
-    parser.add_argument("template", help="directory, JSON file of the original project, or org/name on the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--json", action="store_true", help="print the template's config.json as it is")
-    parser.add_argument("--convert", metavar="DIR", help="save the template there in the current format")
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, options())
     if args.json and args.convert:
-        raise FNSFTError("--json and --convert exclude each other; drop one of them")
+        raise FNSFTError("json and convert exclude each other; drop one of them")
     stored = StoredTemplate.open(args.template, revision=args.revision)
     if args.convert:
         target = check_writable(args.convert)

@@ -215,6 +215,6 @@ def test_compare_by_shared_text_of_different_models(templates, model_dir, tokeni
     assert results["iou"] is None
     assert 0 <= results["mean_correlation"] <= 1
     capsys.readouterr()
-    for extra, message in ((["--permutations", "0"], "at least 1"), (["--model_a", "x"], "only with --texts")):
+    for extra, message in ((["--permutations", "0"], "at least 1"), (["--model_a", "x"], "only with texts")):
         assert main([*arguments, *extra]) == 2
         assert message in capsys.readouterr().err
