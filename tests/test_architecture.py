@@ -7,14 +7,19 @@ from pathlib import Path
 import pytest
 
 import fnsft_trl
+from fnsft_trl.compat.methods import PRIVATE_METHODS
 
 
 PACKAGE = Path(fnsft_trl.__file__).parent
+TESTS = Path(__file__).parent
 # The way of the data. A package imports only from packages before it, and a module of it only from those before that.
 # A module that starts a line of its own stands at the top level.
 ORDER = {
     "lazy": [],
     "errors": [],
+    "compat": [
+        *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
+    ],
     "cache": [],
     "ranges": [],
     "fields": [],
@@ -50,6 +55,13 @@ INNER = {
         "parse",
     ],
 }
+# What other libraries do not document: only `compat` imports it, where a test holds each name.
+PRIVATE = (
+    *("peft.config", "peft.mapping", "peft.tuners", "peft.utils", "trl.data_utils", "trl.trainer"),
+    *("transformers.integrations", "transformers.modeling_utils", "transformers.pytorch_utils"),
+    *("transformers.trainer", "accelerate.utils.environment", "accelerate.utils.parse_flag_from_env", "bitsandbytes"),
+    *("huggingface_hub.constants", "huggingface_hub.errors.HTTPError"),
+)
 # Rooms that a set of neurons and a model are enough for.
 INDEPENDENT = ("neurons", "interventions", "tuner", "constraints")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
@@ -101,6 +113,66 @@ def test_a_module_imports_only_from_those_before_it(module):
         if PATHS[module].name == "__init__.py" and other.startswith(f"{module}."):
             continue  # a package re-exports its modules
         assert place(other) < place(module), f"{module} imports {other}"
+
+
+OUTSIDE_COMPAT = sorted(name for name in PATHS if name.partition(".")[0] != "compat")
+
+
+@cache
+def nodes_of(module: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(PATHS[module].read_text())))
+
+
+def is_private(name: str) -> bool:
+    """Whether a name with its modules is private: by an underscore, or because nobody documents it."""
+    listed = any(f"{name}.".startswith(f"{private}.") for private in PRIVATE)
+    return listed or any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+@pytest.mark.parametrize("module", OUTSIDE_COMPAT)
+def test_only_compat_imports_what_is_private(module):
+    found = []
+    for node in nodes_of(module):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    assert not [name for name in found if is_private(name)]
+
+
+@cache
+def own_private_names() -> set[str]:
+    """Private names that this package gives, or whose place in other libraries `compat` lists."""
+    names = {method.name for method in PRIVATE_METHODS}
+    for node in (node for module in PATHS for node in nodes_of(module)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            is_own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            names |= {node.attr} if is_own else set()
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+@pytest.mark.parametrize("module", OUTSIDE_COMPAT)
+def test_only_compat_reads_or_sets_private_attributes_of_others(module):
+    attributes = {node.attr for node in nodes_of(module) if isinstance(node, ast.Attribute)}
+    private = {name for name in attributes if name.startswith("_") and not name.startswith("__")}
+    assert private <= own_private_names()
+
+
+@pytest.mark.parametrize("module", sorted(set(PATHS) - set(OUTSIDE_COMPAT) - {"compat"}))
+def test_every_name_of_compat_has_a_test_and_a_link(module):
+    source, tests = PATHS[module].read_text(), TESTS / "compat" / f"test_{module.replace('.', '_')}.py"
+    (names,) = (node.value for node in nodes_of(module) if is_all(node))
+    for name in ast.literal_eval(names):
+        assert name in tests.read_text(), name
+    assert source.count("https://github.com/") > 0
+
+
+def is_all(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
 
 
 @pytest.mark.parametrize("room", INDEPENDENT)

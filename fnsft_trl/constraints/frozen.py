@@ -3,14 +3,15 @@
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..compat.bitsandbytes import MOMENTUM, zero_entry
+from ..compat.torch import compute_local_shape_and_global_offset
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice, mask_positions, select_positions, write_positions
 
 
-# Names of the optimizer state that moves a weight even where its gradient is zero; state1 is bitsandbytes' name.
-_MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
+# Names of the optimizer state that moves a weight even where its gradient is zero.
+_MOMENTA = ("exp_avg", "momentum_buffer", "grad_avg", MOMENTUM)
 
 
 class FrozenSlices:
@@ -117,7 +118,7 @@ class FrozenSlices:
             for name in state.keys() & set(_MOMENTA):
                 momentum = _local(state[name])  # AdEMAMix stacks two of the parameter's shape
                 # Momentum in 8 bits holds indices into a table of values.
-                zero = int(state["qmap1"].abs().argmin()) if momentum.dtype == torch.uint8 else 0
+                zero = zero_entry(state) if momentum.dtype == torch.uint8 else 0
                 momentum.masked_fill_(mask, zero)
 
 

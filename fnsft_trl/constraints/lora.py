@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
+from ..compat.peft import LoraLayer, ParamWrapper, dequantize_module_weight
 from ..errors import FNSFTError
 from ..neurons.layout import mask_positions, select_positions
 from ..neurons.mask import NeuronMask

@@ -3,9 +3,9 @@
 from dataclasses import fields
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..compat.peft import check_target_module_exists
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import check_modules_to_save, find_neuron_sites

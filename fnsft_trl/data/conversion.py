@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
+from ..compat.datasets import fingerprint
 from ..errors import FNSFTError
 from . import formats
 from .formats import (
@@ -191,7 +192,7 @@ def _convert_dataset(dataset: Dataset, matches: Sequence[Match], kept: list[str]
     features = Features(types | {column: dataset.features[column] for column in kept})
     # Nothing of this is read from the cache of `datasets`, and what is made of the result later is not mixed up there
     # with what another version of this package made of it: the keys do not see the code behind a function's name.
-    made_by = Hasher.hash([dataset._fingerprint, _code(), matches, kind])
+    made_by = Hasher.hash([fingerprint(dataset), _code(), matches, kind])
     return dataset.map(
         convert,
         batched=True,

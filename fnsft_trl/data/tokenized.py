@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ..cache import cache_dir
+from ..compat.trl import PREPARATION_SETTINGS
 
 
 logger = logging.get_logger(__name__)
@@ -26,20 +27,10 @@ _ROWS = 1000  # hashed at a time
 _PACKAGES = ("trl", "transformers", "tokenizers", "datasets", "jinja2")
 
 
-# The arguments of a trainer that decide what TRL makes of a dataset, beside those it hands on by name.
-_SETTINGS = (
-    "dataset_text_field",
-    "max_length",
-    "truncation_mode",
-    "packing_strategy",
-    "shuffle_dataset",
-    "assistant_only_loss",
-)
-
-
 def preparation_settings(args: SFTConfig) -> dict:
     """The arguments that a prepared dataset depends on."""
-    return {name: getattr(args, name) for name in _SETTINGS} | {"seed": args.seed if args.shuffle_dataset else None}
+    settings = {name: getattr(args, name) for name in PREPARATION_SETTINGS}
+    return settings | {"seed": args.seed if args.shuffle_dataset else None}
 
 
 class TokenizedCache:

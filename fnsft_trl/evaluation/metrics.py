@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from trl.data_utils import common_prefix_length
 
 from ..errors import FNSFTError
 
@@ -99,10 +98,16 @@ def score_completions(model: nn.Module, tokenizer, rows: Sequence[dict], *, batc
         prompt = tokenizer(row["prompt"])["input_ids"]
         whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
         sequences.append(whole)
-        first.append(common_prefix_length(prompt, whole))
+        first.append(_common_prefix(prompt, whole))
     scores = list(score_tokens(model, sequences, first, batch_size=batch_size))
     return CompletionScores(
         exact_match=sum(bool(score.is_top1.all()) for score in scores) / len(scores),
         nll=sum(float(score.nll.sum()) for score in scores) / len(scores),
         rows=len(scores),
     )
+
+
+def _common_prefix(prompt: Sequence[int], whole: Sequence[int]) -> int:
+    """How many tokens at the beginning are the same: the completion may change how the prompt's end is tokenised."""
+    length = min(len(prompt), len(whole))
+    return next((i for i in range(length) if prompt[i] != whole[i]), length)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft.utils import load_peft_weights
+from peft import load_peft_weights
 
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask

@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModelForCausalLM, Conv1D
 
+from ..compat.peft import get_pattern_key
 from ..errors import FNSFTError
 from ..neurons.sites import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
 from ..tuner import NeuronTunerConfig

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..compat.transformers import EXPERTS_FORM, apply_gate, is_expert_parallel
 from ..errors import FNSFTError
 from .layout import WeightSlice
 
 
-# What transformers' `use_experts_implementation` writes on a module that holds all experts of a layer.
-_FORM = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 # (activations of one expert (tokens, units), number of the expert, numbers of the tokens routed to it (tokens,))
 # -> the activations to go on with, or `None` to leave them.
@@ -40,13 +43,13 @@ class Experts:
         form = vars(self.module)
         tensors = dict(self.module.named_parameters(recurse=False))
         problem = None
-        if any(flag not in form for flag in _FORM) or not {self.up_name, "down_proj"} <= tensors.keys():
+        if any(flag not in form for flag in EXPERTS_FORM) or not {self.up_name, "down_proj"} <= tensors.keys():
             problem = "is not of the form that transformers' experts interface describes"
         elif any(t.dim() != 3 or not t.is_floating_point() for t in (tensors[self.up_name], tensors["down_proj"])):
             problem = "is quantised"
         elif form["has_post_expert_norm"]:
             problem = "puts a norm between the down projection and the output"
-        elif form.get("_is_expert_parallel"):
+        elif is_expert_parallel(self.module):
             problem = "is spread over several processes"
         if problem:
             raise FNSFTError(
@@ -57,7 +60,7 @@ class Experts:
     @staticmethod
     def are_in(module: nn.Module) -> bool:
         """Whether a module holds the weights of several experts, in whatever form."""
-        if isinstance(module, nn.modules.conv._ConvNd):  # its weights have three dimensions too
+        if isinstance(module, _CONVOLUTIONS):  # its weights have three dimensions too
             return False
         return "is_concatenated" in vars(module) or any(p.dim() == 3 for p in module.parameters(recurse=False))
 
@@ -190,7 +193,7 @@ def expert_by_expert(
         if len(tokens) == 0:
             continue
         values = project(up_name, expert, hidden_states[tokens])
-        values = module._apply_gate(values) if module.has_gate else module.act_fn(values)  # (tokens, units)
+        values = apply_gate(module, values) if module.has_gate else module.act_fn(values)  # (tokens, units)
         for function in taps:
             changed = function(values, expert, tokens)
             values = values if changed is None else changed

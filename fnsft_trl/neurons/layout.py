@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import ParamWrapper
 from torch import nn
 
+from ..compat.peft import ParamWrapper
 from ..errors import FNSFTError
 
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
+from ..compat.peft import BaseTunerLayer
 from ..config import SITES
 from ..errors import FNSFTError
 from ..ranges import parse_ranges

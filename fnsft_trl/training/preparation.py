@@ -4,10 +4,11 @@ import copy
 
 from datasets import Dataset
 from transformers import AutoProcessor
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from ..compat.bitsandbytes import is_packed, keep_unpacked, packs_weights
+from ..compat.transformers import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from ..compat.trl import create_model_from_path
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
 from ..data.sources import load_texts
@@ -33,7 +34,7 @@ def load_base_model(name: str, args, model_init_kwargs: dict | None, quantizatio
 def load_processing_class(model, args, model_init_kwargs: dict | None):
     """Load the tokenizer or processor of a model as SFTTrainer does."""
     return AutoProcessor.from_pretrained(
-        get_config_model_id(model.config),
+        model.config.name_or_path,
         revision=(model_init_kwargs or {}).get("revision"),
         trust_remote_code=getattr(args, "trust_remote_code", False),
     )
@@ -46,15 +47,14 @@ def keep_4bit_layers_differentiable(model) -> None:
     gradient passes through a packed layer.
     """
     for name, module in model.named_modules():
-        if "support_avx512bf16_for_cpu" not in vars(module):
+        if not packs_weights(module):
             continue
-        quant_state = module.weight.quant_state
-        if quant_state is not None and vars(quant_state).get("packing_format_for_cpu"):
+        if is_packed(module):
             raise FNSFTError(
                 f"the 4-bit weights of {name} are packed for inference on a CPU, and no gradient would pass through "
                 "them; load the model anew, and train it before any inference"
             )
-        module.support_avx512bf16_for_cpu = False
+        keep_unpacked(module)
 
 
 def given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkTemplate | None:

@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import get_config_model_id
 
 from ..config import FunctionalNetworkConfig
 from ..constraints import trainable_neurons
@@ -79,7 +78,7 @@ class Run:
                 "neurons; use a LoraConfig, or a plain model without peft_config for neuron deltas"
             )
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = model if isinstance(model, str) else model.config.name_or_path
             args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
         self.args = args
         self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)

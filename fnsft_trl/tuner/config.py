@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 
 from peft import LoraConfig
 from peft.config import PeftConfig
@@ -27,7 +27,7 @@ _BEYOND_LORA = {"bias", "layer_replication", "modules_to_save", "target_paramete
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class NeuronPeftType(str, Enum):
+class NeuronPeftType(StrEnum):
     """The method's name in PEFT's tables: like a member of `peft.PeftType`, and equal to its string."""
 
     NEURON_DELTA = "NEURON_DELTA"

@@ -7,11 +7,11 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from helpers import ROOT, tiny_model, tiny_rows, write_converter
 from safetensors import safe_open

@@ -1,6 +1,8 @@
 import pytest
 import torch
-from helpers import VOCABULARY, tiny_model
+from datasets import Dataset
+from helpers import VOCABULARY, sft_config, tiny_model
+from trl import SFTTrainer
 
 from fnsft_trl import FNSFTError
 from fnsft_trl.evaluation.metrics import score_completions, score_tokens
@@ -50,6 +52,20 @@ def test_completions_count_the_end_of_sequence(tokenizer):
     assert (scores.rows, scores.exact_match) == (2, 0.0)
     with pytest.raises(FNSFTError, match="no rows"):
         score_completions(model, tokenizer, [])
+
+
+def test_completions_begin_where_the_loss_of_sft_trainer_does(tokenizer, tmp_path):
+    model = tiny_model("llama")
+    row = {"prompt": "Say t", "completion": "en."}  # one token at their border
+    assert (
+        tokenizer("Say t")["input_ids"] != tokenizer("Say ten.")["input_ids"][: len(tokenizer("Say t")["input_ids"])]
+    )
+    data = Dataset.from_list([row])
+    trainer = SFTTrainer(model, sft_config(tmp_path), train_dataset=data, processing_class=tokenizer)
+    ids, labels = (torch.tensor([trainer.train_dataset[0][column]]) for column in ("input_ids", "labels"))
+    with torch.no_grad():
+        nll = model.eval()(ids, labels=labels).loss.item() * int((labels != -100).sum())
+    assert score_completions(model, tokenizer, [row]).nll == pytest.approx(nll, rel=1e-4)
 
 
 def test_retention_scores_exactly_max_tokens(tokenizer, rows):

@@ -1,0 +1,71 @@
+"""What is needed of PEFT beyond its public interface. Seen in PEFT 0.21.2."""
+
+from peft import PeftConfig
+
+# A method of PEFT's own kind is made of these tables; `register_peft_method` insists on a member of an enum of PEFT.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/mapping.py
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+# Buffers by name, beside `ParameterDict`: positions of neurons, which move with their layer and are not saved.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/_buffer_dict.py
+from peft.tuners._buffer_dict import BufferDict
+
+# The layers of LoRA: which modules have factors, and which of them wrap a bare parameter (`parameter_name`,
+# `num_experts`) and use the factors without calling them.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
+from peft.tuners.lora import LoraLayer, ParamWrapper
+
+# What a PEFT method derives from (their hooks are in `methods.py`), which modules a configuration names, and which of
+# the adapters that are asked for a layer has not merged yet.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
+
+# The modules that LoRA adapts where none are named, by type of model: where there is no entry, PEFT refuses.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/constants.py
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+# A weight as DoRA sees it, of a quantised layer too: its norms are those of the dequantised values.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/integrations.py
+from peft.utils.integrations import dequantize_module_weight
+
+# Which entry of a rank_pattern or an alpha_pattern holds for a module.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/other.py
+from peft.utils.other import get_pattern_key
+
+
+__all__ = [
+    "BaseTuner",
+    "BaseTunerLayer",
+    "BufferDict",
+    "LoraLayer",
+    "ParamWrapper",
+    "add_method",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "dequantize_module_weight",
+    "get_pattern_key",
+    "has_lora_targets",
+]
+
+
+def add_method(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Make a PEFT method known to `get_peft_model`, `PeftModel.from_pretrained` and all that builds on them.
+
+    Args:
+        name: as it stands in `adapter_config.json`, under `peft_type`.
+        config: the class of its configuration.
+        tuner: the class of its models.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
+
+
+def has_lora_targets(model_type: str) -> bool:
+    """Whether PEFT itself knows which modules of a type of model LoRA adapts."""
+    return model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
