@@ -27,6 +27,7 @@ class IcaSettings:
         variant (`str`): `"temporal"` or `"spatial"`.
         standardize (`str`): `"center"` or `"zscore"`.
         contrast (`str`): FastICA's `"logcosh"`, `"cube"` or `"exp"`.
+        backend (`str`): whose FastICA: `"torch"` (our own) or `"sklearn"`.
         seed (`int`): of FastICA's starts.
         restarts (`int`): of FastICA; a single start now and then ends in a poor optimum.
         max_iterations (`int`): of FastICA.
@@ -36,6 +37,7 @@ class IcaSettings:
     variant: str = "temporal"
     standardize: str = "center"
     contrast: str = "logcosh"
+    backend: str = "torch"
     seed: int = 0
     restarts: int = 4
     max_iterations: int = 400
@@ -214,6 +216,7 @@ def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, exc
     unmix = partial(
         fast_ica,
         contrast=settings.contrast,
+        backend=settings.backend,
         seed=settings.seed,
         restarts=settings.restarts,
         needed=settings.components,
