@@ -161,6 +161,7 @@ class _Discovery:
             variant=config.ica_variant,
             standardize=config.ica_standardize,
             contrast=config.ica_contrast,
+            backend=config.ica_backend,
             seed=config.ica_seed,
         )
         self.curve: list[dict] = []
