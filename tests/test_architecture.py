@@ -15,6 +15,7 @@ PACKAGE = Path(fnsft_trl.__file__).parent
 ORDER = {
     "lazy": [],
     "errors": [],
+    "writing": [],
     "cache": [],
     "ranges": [],
     "config": [],
