@@ -39,6 +39,23 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def one_writer(lock: str | os.PathLike) -> Iterator[None]:
+    """Let one process, or thread, at a time run the body; the others wait.
+
+    Args:
+        lock: a file that is there meanwhile. A killed process leaves it behind, and the next one takes it over.
+    """
+    from filelock import FileLock
+
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            # Before it is released: whoever waits for it sees that it is no longer there, and makes another one.
+            Path(lock).unlink(missing_ok=True)
+
+
 def _bring_to_disk(path: Path) -> None:
     """Without this, a machine that loses power after the renaming may have the name without the content."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]

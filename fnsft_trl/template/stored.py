@@ -12,7 +12,7 @@ from ..errors import FNSFTError
 from ..hub.files import HubFile, MissingFileError, fetch_file, is_hub_id
 from .description import check_config, is_description
 from .legacy import Members, read_legacy
-from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, read_config, read_json, read_tensors
+from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, places, read_config, read_json, read_tensors
 
 
 if TYPE_CHECKING:
@@ -62,21 +62,44 @@ class StoredTemplate:
                     f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
                     "(org/name); make one with `fnsft discover`"
                 )
-            top, directory = path / CONFIG_FILE, path
-            if (path / NETWORK_DIR).is_dir() and not (top.is_file() and is_description(read_json(top))):
-                directory = path / NETWORK_DIR
+            directory = path / NETWORK_DIR if (path / NETWORK_DIR).is_dir() and not _is_template(path) else path
             config = read_config(directory)
-            return cls(config, lambda: read_tensors(directory / TENSOR_FILE, config))
+            return cls(config, lambda: read_tensors(config, *places(directory, TENSOR_FILE)))
         folder, file = _find(name, options)
         config = check_config(read_json(file.path), file.path)
         # Of the same commit, whatever happens to the branch meanwhile.
         options = {**options, "revision": file.commit}
         return cls(
             config,
-            lambda: read_tensors(fetch_file(name, folder + TENSOR_FILE, **options).path, config),
+            lambda: read_tensors(config, fetch_file(name, folder + TENSOR_FILE, **options).path),
             name,
             file.commit,
         )
+
+    @classmethod
+    def load(cls, reference: str | os.PathLike, **options) -> tuple[StoredTemplate, dict[str, torch.Tensor]]:
+        """Find a template and read its tensors; one that another process replaces meanwhile is read again.
+
+        Args:
+            reference, options: as for [`~StoredTemplate.open`].
+
+        Raises:
+            FNSFTError: it is not there, or its files are not what a template must be.
+        """
+        stored = cls.open(reference, **options)
+        while True:
+            try:
+                return stored, stored.read()
+            except FNSFTError:
+                again = cls.open(reference, **options) if stored.hub_id is None else stored  # a commit stays as it is
+                if again.config == stored.config:
+                    raise
+                stored = again
+
+
+def _is_template(directory: Path) -> bool:
+    found = places(directory, CONFIG_FILE)
+    return any(place.is_file() for place in found) and is_description(read_json(*found))
 
 
 def _find(repo_id: str, options: dict[str, Any]) -> tuple[str, HubFile]:

@@ -267,7 +267,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         Raises:
             FNSFTError: there is no template, it cannot be had, or its files are not what a template must be.
         """
-        stored = StoredTemplate.open(
+        stored, tensors = StoredTemplate.load(
             pretrained_model_name_or_path,
             revision=revision,
             token=token,
@@ -276,7 +276,6 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             local_files_only=local_files_only,
         )
         config = stored.config
-        tensors = stored.read()
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
         for layer in config["widths"]:
             for part, values in parts.items():

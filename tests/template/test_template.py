@@ -152,7 +152,7 @@ def test_a_description_that_may_not_be_read_is_one_line(saved, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(FNSFTError, match=r"config\.json cannot be read \(Permission denied\)"):
         StoredTemplate.open(saved)
 
