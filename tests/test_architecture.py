@@ -24,7 +24,7 @@ ORDER = {
         *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
     ],
     "neurons": ["layout", "experts", "sites", "mask"],
-    "template": ["description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
+    "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
     ],

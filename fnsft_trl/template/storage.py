@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import FNSFTError
 from ..writing import one_writer, written_whole
-from .description import FORMAT, check_config, tensor_shapes
+from .description import TemplateDescription
+from .schema import FORMAT
 
 
 if TYPE_CHECKING:
@@ -70,11 +71,8 @@ def places(directory: Path, name: str) -> tuple[Path, Path]:
     return directory / _READY / name, directory / name
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> TemplateDescription:
     """Read and check the `config.json` of a directory.
-
-    Returns:
-        The description in the form of the current version.
 
     Raises:
         FNSFTError: there is no template in the directory, or one that this version cannot read.
@@ -82,7 +80,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not any(place.is_file() for place in places(directory, CONFIG_FILE)):
         raise FNSFTError(f"no template at {directory}: {CONFIG_FILE} is missing; make one with `fnsft discover`")
-    return check_config(read_json(*places(directory, CONFIG_FILE)), path)
+    return TemplateDescription.from_json(read_json(*places(directory, CONFIG_FILE)), path)
 
 
 def read_json(*places: Path) -> Any:
@@ -124,11 +122,11 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is no number")
 
 
-def read_tensors(config: dict[str, Any], *places: Path) -> "dict[str, torch.Tensor]":
+def read_tensors(description: TemplateDescription, *places: Path) -> "dict[str, torch.Tensor]":
     """Read the tensors of a template, if they are what its description asks for.
 
     Args:
-        config: the description, checked.
+        description: of the template.
         places: where to look for the safetensors file.
 
     Raises:
@@ -136,10 +134,10 @@ def read_tensors(config: dict[str, Any], *places: Path) -> "dict[str, torch.Tens
     """
     path = places[-1]
     with _opened(places) as file:
-        _check_header(file, path, config)
+        _check_header(file, path, description)
         file.seek(0)
         data = file.read()
-    expected = config["tensors_sha256"]
+    expected = description.tensors_sha256
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
         raise FNSFTError(f"{path} is not the file that {CONFIG_FILE} describes (SHA-256); {_AGAIN}")
 
@@ -153,14 +151,14 @@ def read_tensors(config: dict[str, Any], *places: Path) -> "dict[str, torch.Tens
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise FNSFTError(f"{path}: {name} holds values that are not finite; discover the networks again")
-    for layer in config["widths"] if config["statistics"] else ():
+    for layer in description.widths if description.statistics else ():
         mean, rms = tensors[f"layers.{layer}.mean"], tensors[f"layers.{layer}.rms"]
         if (rms < 0).any() or (mean.abs() > rms * 1.001 + 1e-6).any():
             raise FNSFTError(f"{path}: layers.{layer}.rms cannot be the RMS of activations with that mean")
     return tensors
 
 
-def _check_header(file: BinaryIO, path: Path, config: dict[str, Any]) -> None:
+def _check_header(file: BinaryIO, path: Path, description: TemplateDescription) -> None:
     """Compare the header of a safetensors file, and the file's size, with what the description asks for."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -173,7 +171,7 @@ def _check_header(file: BinaryIO, path: Path, config: dict[str, Any]) -> None:
     if not isinstance(header, dict):
         raise FNSFTError(f"{path} cannot be read (its header is no mapping); {_AGAIN}")
     metadata = header.pop("__metadata__", None)
-    shapes = tensor_shapes(config)
+    shapes = description.tensor_shapes()
     total = 0
     for name, shape in shapes.items():
         entry = header.pop(name, None)
@@ -185,7 +183,7 @@ def _check_header(file: BinaryIO, path: Path, config: dict[str, Any]) -> None:
         total += math.prod(shape) * _ITEM_SIZE[entry["dtype"]]
     if header:
         raise FNSFTError(f"{path} holds {reprlib.repr(min(header))}, which is no tensor of this template; {_AGAIN}")
-    if metadata != {FORMAT: str(config["format_version"])}:
+    if metadata != {FORMAT: str(description.format_version)}:
         raise FNSFTError(f"{path} is not of format {FORMAT!r} in the version of its {CONFIG_FILE}; {_AGAIN}")
     if size != 8 + length + total:
         raise FNSFTError(f"{path} has {size} bytes, its header asks for {8 + length + total}; {_AGAIN}")

@@ -48,7 +48,7 @@ def listing(directory):
 
 def read(directory):
     stored, tensors = StoredTemplate.load(directory)
-    return stored.config["base_model"]
+    return stored.description.base_model
 """
 KILLS = """
 import shutil
