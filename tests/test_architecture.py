@@ -20,6 +20,7 @@ ORDER = {
     "compat": [
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
+    "writing": [],
     "cache": [],
     "ranges": [],
     "fields": [],
@@ -29,7 +30,7 @@ ORDER = {
         *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
     ],
     "neurons": ["layout", "experts", "sites", "mask"],
-    "template": ["description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
+    "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
     ],

@@ -1,26 +1,24 @@
 """The figure of a template: its networks over the layers as SVG, made from its description alone."""
 
-from typing import Any
+from .description import TemplateDescription
 
 
 _NARROWEST = 280  # pixels, so that the headings of few layers stay apart
 
 
-def networks_svg(config: dict[str, Any]) -> str:
+def networks_svg(description: TemplateDescription) -> str:
     """The networks over the layers as a picture: the share of each layer's neurons in each network, and reliability.
 
     Args:
-        config: the template's description.
+        description: of the template.
     """
-    layers, components = sorted(map(int, config["widths"])), config["components"]
+    widths, components = description.widths, description.components
+    layers = sorted(widths)
     cell, left, top = 18, 70, 34
     wide = max(cell, -(-_NARROWEST // len(layers)))  # of a layer's column
     width, height = len(layers) * wide, len(components) * cell
     bars = left + width + 24
-    shares = [
-        {int(layer): count / config["widths"][layer] for layer, count in component["layers"].items()}
-        for component in components
-    ]
+    shares = [{layer: count / widths[layer] for layer, count in component.layers.items()} for component in components]
     most = max((value for share in shares for value in share.values()), default=0) or 1
     step = max(1, -(-len(layers) // 16))
     parts = [
@@ -42,14 +40,14 @@ def networks_svg(config: dict[str, Any]) -> str:
                     f'fill-opacity="{opacity}"><title>network {number}, layer {layer}: {share[layer]:.1%}</title>'
                     "</rect>"
                 )
-        if component["reliability"] is not None:
-            length = round(100 * min(1, component["reliability"]))
+        if component.reliability is not None:
+            length = round(100 * min(1, component.reliability))
             parts.append(
                 f'<rect x="{bars}" y="{y + 4}" width="{length}" height="10" fill="#3b6ea5">'
-                f"<title>{component['reliability']:.2f}</title></rect>"
+                f"<title>{component.reliability:.2f}</title></rect>"
             )
-    if config["null"] is not None:
-        x = bars + round(100 * config["null"]["reliability"])
+    if description.null is not None:
+        x = bars + round(100 * description.null.reliability)
         parts += [
             f'<path d="M{x} {top}v{height}" stroke="#1c2733" stroke-dasharray="3 2"/>',
             f'<text x="{bars}" y="{top + height + 54}">dashed: by chance</text>',

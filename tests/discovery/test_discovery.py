@@ -1,8 +1,4 @@
-import copy
 import json
-import os
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from fnsft_trl import FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.discovery.discovery import discover_group
 from fnsft_trl.discovery.matching import match_components, overlap
-from fnsft_trl.template.storage import FILES
 
 
 SMALL = {"ica_components": 3, "ica_rank": 16, "ica_batch_size": 2, "ica_max_length": 32}
@@ -118,33 +113,6 @@ def test_null_of_shuffled_activations_is_far_below(tokenizer):
     template = discover_networks(model, tokenizer, texts(800), config)
     found = sum(component.reliability for component in template.components) / 3
     assert template.null["reliability"] < found - 0.3
-
-
-def test_an_interrupted_write_leaves_the_old_template_or_the_new_one(templates, tmp_path, monkeypatch):
-    old, new = templates["llama"], copy.copy(templates["llama"])
-    new.loadings = {layer: values + 1 for layer, values in old.loadings.items()}
-    new.base_model = "new"
-    replace, write = os.replace, Path.write_bytes
-    for dies_at in range(2 * len(FILES) + 1):
-        directory = tmp_path / str(dies_at)
-        old.save_pretrained(directory)
-        calls = []
-
-        def dying(function, *args, calls=calls, dies_at=dies_at):
-            calls.append(function)
-            if len(calls) > dies_at:
-                raise Interrupted
-            return function(*args)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "replace", lambda *args: dying(replace, *args))
-            patched.setattr(Path, "write_bytes", lambda *args: dying(write, *args))
-            with suppress(Interrupted):
-                new.save_pretrained(directory)
-        loaded = FunctionalNetworkTemplate.from_pretrained(directory)
-        expected = old if dies_at < len(FILES) else new
-        assert loaded.base_model == expected.base_model
-        assert all(torch.equal(loaded.loadings[i], expected.loadings[i]) for i in expected.loadings)
 
 
 DISTRIBUTED = """

@@ -1,10 +1,12 @@
 """Cards of trained and of merged models; those of templates are tested where they are pushed."""
 
+from dataclasses import replace
+
 import yaml
 
 from fnsft_trl.hub.card import ADAPTER_NOTE, SECTION, merged_card, publishable_card
 from fnsft_trl.template.card import template_card
-from fnsft_trl.template.description import describe
+from fnsft_trl.template.description import TemplateDescription
 
 
 def card(text: str, **metadata) -> str:
@@ -49,11 +51,12 @@ def test_a_merged_model_has_a_card_even_where_its_adapter_has_none():
 
 
 def test_a_template_of_several_datasets_says_where_its_networks_recur(templates):
-    config = describe(templates["llama"], "0" * 64)
-    assert "in each dataset alone" not in template_card(config)
+    description = TemplateDescription.of(templates["llama"], "0" * 64)
+    assert "in each dataset alone" not in template_card(description)
     found = {"component": 0, "correlation": 0.9}
     recurrence = {"a|b.txt": {**found, "iou": 0.5, "recurs": True}, "c.txt": {**found, "iou": 0.1, "recurs": False}}
-    text = template_card({**config, "components": [{**c, "recurrence": recurrence} for c in config["components"]]})
+    components = tuple(replace(component, recurrence=recurrence) for component in description.components)
+    text = template_card(replace(description, components=components))
     table = text.split("counts as the same:\n\n")[1].split("\n\n## How to use it")[0].splitlines()
     rows = [f"| {number} | 0.50 (recurs) | 0.10 |" for number in range(3)]
     assert table == [r"| network | a\|b.txt | c.txt |", "|---|---|---|", *rows]
