@@ -7,12 +7,14 @@ from pathlib import Path
 
 from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
-from ..report.figures import check_pyplot, networks_figure, trade_off_figure
+from ..report.figures import check_pyplot, trade_off_figure
 from ..report.report import Report, format_table
+from ..template.storage import FIGURE_FILE
 from .arguments import ArgumentParser, check_writable
 
 
 FRACTION = 0.1
+TEMPLATE = "template"  # directory of the networks
 
 
 @dataclass
@@ -95,7 +97,7 @@ def _run(args, discovery: FunctionalNetworkConfig, output: Path) -> None:
     _say(f"1/4 Discovering {args.components} functional networks on {args.discovery_tokens} tokens of Wikipedia text")
     source = "English Wikipedia passages (BoolQ), discovery half"
     template = discover_networks(model, tokenizer, {source: wikipedia_passages("discovery")}, discovery)
-    template.save_pretrained(output / "template")
+    template.save_pretrained(output / TEMPLATE)
     for number, component in enumerate(template.components):
         layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]
         print(
@@ -291,7 +293,7 @@ def _write_report(summary: dict, template, output: Path) -> None:
     report.heading("The networks")
     report.figure(
         "networks",
-        networks_figure(template),
+        (output / TEMPLATE / FIGURE_FILE).read_bytes(),
         f"{len(template.components)} networks of {template.base_model} from {template.calibration['tokens']} tokens. "
         "Reliability: correlation of a network's loadings between two disjoint halves of the tokens.",
     )
