@@ -48,44 +48,9 @@ def select_neurons(
     Raises:
         FNSFTError: an unknown selector or network, a fraction out of range, or a selection without any neuron.
     """
-    if selector not in SELECTORS:
-        raise FNSFTError(f"selector {selector!r} is unknown; it must be one of: {', '.join(SELECTORS)}")
-    if rank not in ("highest", "lowest"):
-        raise FNSFTError(f"rank {rank!r} is unknown; it must be highest or lowest")
-    if fraction is not None and not 0 < fraction < 1:
-        raise FNSFTError(f"fraction is {fraction}; it must be between 0 and 1")
-    if fraction is not None and like is not None:
-        raise FNSFTError("fraction and like both say how many neurons to select; give one of them")
-    if rank == "lowest" and fraction is None and like is None:
-        raise FNSFTError("rank='lowest' needs fraction or like: how many neurons to select")
-    if selector != "networks" and component_ids is not None:
-        raise FNSFTError(f"selector={selector!r} takes no component_ids; only 'networks' does")
-    count = len(template.components)
-    ids = list(range(count)) if component_ids is None else list(component_ids)
-    unknown = [number for number in ids if not 0 <= number < count]
-    if unknown or not ids:
-        raise FNSFTError(
-            f"the template has no network {', '.join(map(str, unknown)) or '(none was named)'}; it has the networks "
-            f"{format_ranges(range(count))}"
-        )
-
-    if selector == "networks" and min_reliability > 0:
-        known = {n: c.reliability for n, c in enumerate(template.components) if c.reliability is not None}
-        if not known:
-            raise FNSFTError(
-                "the template was converted from lists of neurons, so its reliability is unknown; drop min_reliability"
-            )
-        ids = [number for number in ids if known.get(number, 0) >= min_reliability]
-        if not ids:
-            best = max(known.values())
-            raise FNSFTError(
-                f"no network has a reliability of {min_reliability:g}; the highest is {best:.2f}: lower "
-                "min_reliability, or discover on more tokens"
-            )
-
+    _check_request(selector, rank, component_ids, fraction, like)
+    ids = _networks(template, component_ids, min_reliability if selector == "networks" else 0)
     if fraction is None and like is None:
-        if selector != "networks":
-            raise FNSFTError(f"selector={selector!r} needs fraction or like: how many neurons to select")
         members = [template.members(number) for number in ids]
         mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in template.loadings}, template.site)
     else:
@@ -99,6 +64,50 @@ def select_neurons(
             "threshold or select a fraction"
         )
     return mask
+
+
+def _check_request(selector, rank, component_ids, fraction, like) -> None:
+    if selector not in SELECTORS:
+        raise FNSFTError(f"selector {selector!r} is unknown; it must be one of: {', '.join(SELECTORS)}")
+    if rank not in ("highest", "lowest"):
+        raise FNSFTError(f"rank {rank!r} is unknown; it must be highest or lowest")
+    if fraction is not None and not 0 < fraction < 1:
+        raise FNSFTError(f"fraction is {fraction}; it must be between 0 and 1")
+    if fraction is not None and like is not None:
+        raise FNSFTError("fraction and like both say how many neurons to select; give one of them")
+    if fraction is None and like is None:
+        if rank == "lowest":
+            raise FNSFTError("rank='lowest' needs fraction or like: how many neurons to select")
+        if selector != "networks":
+            raise FNSFTError(f"selector={selector!r} needs fraction or like: how many neurons to select")
+    if selector != "networks" and component_ids is not None:
+        raise FNSFTError(f"selector={selector!r} takes no component_ids; only 'networks' does")
+
+
+def _networks(template, component_ids, min_reliability: float) -> list[int]:
+    """The numbers of the networks that are meant, of those that are reliable enough."""
+    count = len(template.components)
+    ids = list(range(count)) if component_ids is None else list(component_ids)
+    unknown = [number for number in ids if not 0 <= number < count]
+    if unknown or not ids:
+        raise FNSFTError(
+            f"the template has no network {', '.join(map(str, unknown)) or '(none was named)'}; it has the networks "
+            f"{format_ranges(range(count))}"
+        )
+    if min_reliability <= 0:
+        return ids
+    known = {n: c.reliability for n, c in enumerate(template.components) if c.reliability is not None}
+    if not known:
+        raise FNSFTError(
+            "the template was converted from lists of neurons, so its reliability is unknown; drop min_reliability"
+        )
+    reliable = [number for number in ids if known.get(number, 0) >= min_reliability]
+    if not reliable:
+        raise FNSFTError(
+            f"no network has a reliability of {min_reliability:g}; the highest is {max(known.values()):.2f}: lower "
+            "min_reliability, or discover on more tokens"
+        )
+    return reliable
 
 
 def _union(parts: Iterator[torch.Tensor]) -> torch.Tensor:

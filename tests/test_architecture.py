@@ -18,6 +18,7 @@ ORDER = {
     "writing": [],
     "cache": [],
     "ranges": [],
+    "fields": [],
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
@@ -30,11 +31,11 @@ ORDER = {
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "layer", "experts", "model"],
+    "tuner": ["config", "held", "layer", "linear", "experts", "model"],
     "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
-    "training": ["preparation", "run_record", "guard", "schedule", "retention", "trainer"],
+    "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "cli": [

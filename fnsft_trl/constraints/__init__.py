@@ -1,7 +1,7 @@
 """LoRA and full fine-tuning held to a NeuronMask, exactly: every neuron outside it stays bit-identical."""
 
 from .frozen import FrozenSlices
-from .full import check_optimizer_name, constrain_full, hold_neurons
+from .full import check_optimizer_name, constrain_full, freeze_neurons
 from .lora import constrain_lora, factor_slices
 from .lora_config import check_lora_config, set_lora_targets
 from .neurons import frozen_by_site, trainable_neurons
@@ -15,7 +15,7 @@ __all__ = [
     "constrain_lora",
     "factor_slices",
     "frozen_by_site",
-    "hold_neurons",
+    "freeze_neurons",
     "set_lora_targets",
     "trainable_neurons",
 ]

@@ -28,24 +28,22 @@ class FrozenSlices:
         ] = []
         self._hooks = []
 
-    def hold(
-        self, parameter: nn.Parameter, part: WeightSlice, frozen: torch.Tensor, *, for_a_while: bool = False
+    def freeze_neurons(
+        self, parameter: nn.Parameter, part: WeightSlice, neurons: torch.Tensor, *, for_a_while: bool = False
     ) -> None:
         """Freeze those of a site's neurons that have a part in one parameter.
 
         Args:
-            parameter: the parameter.
+            parameter: the parameter. With all of its neurons frozen it no longer requires a gradient.
             part: which of its entries belong to which neuron.
-            frozen: numbers of the neurons, shape (m,).
+            neurons: numbers of the neurons, shape (m,).
             for_a_while: whether they are to be released again.
         """
-        count = len(part.held(frozen))
+        count = len(part.among(neurons))
         if count == part.count and not for_a_while:
             parameter.requires_grad_(False)
-            return
-        if count == 0:
-            return
-        self.freeze(parameter, part.dims, part.indices(frozen))
+        elif count:
+            self.freeze(parameter, part.dims, part.indices(neurons))
 
     def freeze(
         self,
@@ -54,38 +52,34 @@ class FrozenSlices:
         positions: torch.Tensor,
         *,
         shape: tuple[int, ...] | None = None,
-    ) -> None:
-        """Zero the gradients of some positions as they are accumulated, and note their values, to be put back.
+        zero_gradients: bool = True,
+    ) -> torch.Tensor:
+        """Note the values of some positions, to be put back, and zero their gradients as they are accumulated.
 
         Args:
             parameter: the parameter.
             dims: the dimensions that count positions.
             positions: the positions along them, shape (m,).
             shape: view the parameter in this shape.
+            zero_gradients: `False` where something else keeps the gradients at zero.
+
+        Returns:
+            The mask of the positions within this process's shard, of a shape that broadcasts to it.
         """
-        mask = self.keep(parameter, dims, positions, shape=shape)
-
-        def zero_gradient(parameter: nn.Parameter) -> None:
-            _local(parameter.grad, shape).masked_fill_(mask, 0)
-
-        requires_grad = parameter.requires_grad
-        parameter.requires_grad_(True)  # without, as in an adapter that is not active yet, there can be no hook
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(zero_gradient))
-        parameter.requires_grad_(requires_grad)
-
-    def keep(
-        self,
-        parameter: nn.Parameter,
-        dims: tuple[int, ...],
-        positions: torch.Tensor,
-        *,
-        shape: tuple[int, ...] | None = None,
-    ) -> torch.Tensor:
-        """Note the values of some positions, to be put back; returns their mask within this process's shard."""
         positions = _local_positions(parameter, dims, positions.to(parameter.device))
         local = _local(parameter.detach(), shape)
         self.slices.append((parameter, shape, dims, positions, select_positions(local, dims, positions)))
-        return mask_positions(local, dims, positions)
+        mask = mask_positions(local, dims, positions)
+        if zero_gradients:
+
+            def zero_gradient(parameter: nn.Parameter) -> None:
+                _local(parameter.grad, shape).masked_fill_(mask, 0)
+
+            requires_grad = parameter.requires_grad
+            parameter.requires_grad_(True)  # without, as in an adapter that is not active yet, there can be no hook
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(zero_gradient))
+            parameter.requires_grad_(requires_grad)
+        return mask
 
     @property
     def masks_gradients(self) -> bool:
@@ -93,12 +87,12 @@ class FrozenSlices:
         return bool(self._hooks)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the frozen values back after every step of this optimizer."""
+        """Restore the frozen values after every step of this optimizer."""
         optimizer.register_step_post_hook(lambda *_: self.restore())
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the frozen values back."""
+        """Write the noted values of the frozen positions."""
         for parameter, shape, dims, positions, values in self.slices:
             write_positions(_local(parameter, shape), dims, positions, values)
 

@@ -20,19 +20,19 @@ REFUSED_OPTIMIZERS = {
 }
 
 
-def hold_neurons(held: FrozenSlices, model: nn.Module, frozen: NeuronMask) -> None:
+def freeze_neurons(slices: FrozenSlices, model: nn.Module, frozen: NeuronMask) -> None:
     """Freeze neurons for a while, on top of those that a run freezes throughout.
 
     Args:
-        held: takes the frozen slices; `held.release()` ends it.
-        model: a model held by [`constrain_full`].
+        slices: takes what is frozen; `slices.release()` ends it.
+        model: a model constrained by [`constrain_full`].
         frozen: the neurons to freeze.
     """
     for site, neurons in frozen_by_site(model, ~frozen):
         for part in site.layout.slices:
             parameter = part.tensor(model)
             if parameter.requires_grad:
-                held.hold(parameter, part, neurons, for_a_while=True)
+                slices.freeze_neurons(parameter, part, neurons, for_a_while=True)
 
 
 def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool) -> FrozenSlices:
@@ -59,13 +59,13 @@ def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool
                     "train_method=neuron_delta or lora"
                 )
     model.requires_grad_(train_other)
-    held = FrozenSlices()
+    slices = FrozenSlices()
     for site, frozen in sites:
         for part in site.layout.slices:
             parameter = part.tensor(model)
             parameter.requires_grad_(True)
-            held.hold(parameter, part, frozen)
-    return held
+            slices.freeze_neurons(parameter, part, frozen)
+    return slices
 
 
 def check_optimizer_name(name: str) -> None:

@@ -119,16 +119,16 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
             that should be frozen.
     """
     check_lora_config(model.peft_config[adapter_name], model, trainable.site)
-    held = FrozenSlices()
+    slices = FrozenSlices()
     adapted = trained = 0
     for site, frozen in frozen_by_site(model, trainable):
         for found in factor_slices(model, site, adapter_name):
             part = found.part
             adapted += 1
-            trained += part.count - len(part.held(frozen))
+            trained += part.count - len(part.among(frozen))
             if not part.tensor(model).is_floating_point():
                 found.layer.merge = _refuse_merge(part.module_name)
-            _freeze_factor(held, found, adapter_name, frozen)
+            _freeze_factor(slices, found, adapter_name, frozen)
     if adapted == 0:
         raise FNSFTError(f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train")
     if trained == 0:
@@ -136,11 +136,11 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
             f"no trainable neuron lies in a layer that adapter {adapter_name!r} adapts, so none could train; adapt "
             "other layers, or select other neurons"
         )
-    return held
+    return slices
 
 
 @torch.no_grad()
-def _freeze_factor(held: FrozenSlices, found: FactorSlice, adapter_name: str, frozen: torch.Tensor) -> None:
+def _freeze_factor(slices: FrozenSlices, found: FactorSlice, adapter_name: str, frozen: torch.Tensor) -> None:
     """Zero the frozen neurons' entries of a factor, and keep their gradients at zero."""
     weight, positions = found.factor.weight, found.positions(frozen)
     view = weight.view(found.shape)
@@ -152,20 +152,20 @@ def _freeze_factor(held: FrozenSlices, found: FactorSlice, adapter_name: str, fr
         raise _already_changed(found)
     view.masked_fill_(is_frozen, 0)
     if found.is_bare:
-        held.freeze(weight, found.dims, positions, shape=found.shape)
+        slices.freeze(weight, found.dims, positions, shape=found.shape)
         letter = "lora_B" if found.part.side == "output" else "lora_A"
         _check_is_trained(found, letter, adapter_name, weight)
         return
-    held.keep(weight, found.dims, positions)
+    slices.freeze(weight, found.dims, positions, zero_gradients=False)
     if adapter_name in getattr(found.layer, "lora_magnitude_vector", {}):
-        _freeze_magnitude(held, found, adapter_name, positions)
+        _freeze_magnitude(slices, found, adapter_name, positions)
     if found.part.side == "output":
         found.factor.register_forward_hook(_mask_output(is_frozen.flatten()))
     else:
         found.factor.register_forward_pre_hook(_mask_input(is_frozen.flatten()))
 
 
-def _freeze_magnitude(held: FrozenSlices, found: FactorSlice, adapter_name: str, positions: torch.Tensor) -> None:
+def _freeze_magnitude(slices: FrozenSlices, found: FactorSlice, adapter_name: str, positions: torch.Tensor) -> None:
     """Hold the frozen rows' magnitudes of DoRA at the norms of the base weight's rows.
 
     At those that a merge computes: it adds the weight change first, which is more precise than a base in half
@@ -182,7 +182,7 @@ def _freeze_magnitude(held: FrozenSlices, found: FactorSlice, adapter_name: str,
     if not torch.equal(present, started) and not torch.equal(present, merged):
         raise _already_changed(found)
     dora.weight[positions] = merged
-    held.freeze(dora.weight, (0,), positions)
+    slices.freeze(dora.weight, (0,), positions)
     _check_is_trained(found, "lora_magnitude_vector", adapter_name, dora.weight)
 
 

@@ -70,21 +70,16 @@ def to_trl_format(
     ```
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        named = {split: f"the split {split!r} of {name}" for split in dataset}
         return type(dataset)(
-            {
-                split: to_trl_format(rows, columns, name=f"the split {split!r} of {name}", text_field=text_field)
-                for split, rows in dataset.items()
-            }
+            {s: to_trl_format(rows, columns, name=named[s], text_field=text_field) for s, rows in dataset.items()}
         )
     if not isinstance(dataset, Dataset | IterableDataset):
         dataset = list(dataset)
     names = _column_names(dataset)
     if not names or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise FNSFTError(f"{name} is empty; at least one row was expected")
-    try:
-        matches = find_formats(names, chosen=columns, text_field=text_field)
-    except FNSFTError as error:
-        raise FNSFTError(f"{name} {error}" if str(error).startswith("has ") else str(error)) from error
+    matches = _formats_of(names, columns, name, text_field)
     _say_format(matches, names, name)
     if matches[0].format.becomes == TOKENS:
         tokens = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
@@ -92,16 +87,25 @@ def to_trl_format(
     kept = [column for column in KEPT_COLUMNS if column in names]
     if isinstance(dataset, IterableDataset):
         return _convert_stream(dataset, matches, kept, name)
-    if isinstance(dataset, Dataset):
-        return _convert_dataset(dataset, matches, kept, name)
+    return (_convert_dataset if isinstance(dataset, Dataset) else _convert_list)(dataset, matches, kept, name)
+
+
+def _formats_of(names: list[str], columns: str | Mapping[str, str] | None, name: str, text_field: str) -> list[Match]:
+    try:
+        return find_formats(names, chosen=columns, text_field=text_field)
+    except FNSFTError as error:
+        raise FNSFTError(f"{name} {error}" if str(error).startswith("has ") else str(error)) from error
+
+
+def _convert_list(rows: list[Mapping], matches: Sequence[Match], kept: list[str], name: str) -> Dataset:
     dropped: list = []
-    rows = [
+    found = [
         {**converted, **{column: row.get(column) for column in kept}}
-        for _, row, converted in _usable(enumerate(dataset), matches, name, dropped)
+        for _, row, converted in _usable(enumerate(rows), matches, name, dropped)
     ]
-    _warn_dropped(dropped, len(dataset), name)
-    kind = _common_kind(Counter(map(_kind, rows)), name)
-    return Dataset.from_list([_as_kind(row, kind, name) for row in rows])
+    _warn_dropped(dropped, len(rows), name)
+    kind = _common_kind(Counter(map(_kind, found)), name)
+    return Dataset.from_list([_as_kind(row, kind, name) for row in found])
 
 
 def _column_names(dataset) -> list[str]:

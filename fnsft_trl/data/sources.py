@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from textwrap import shorten
@@ -46,11 +47,12 @@ def load_data(
     Raises:
         FNSFTError: it is not found or cannot be read.
     """
-    path = Path(name_or_path).expanduser()
-    try:
+    with _read_errors(name_or_path):
         if name_or_path == EMBEDDED:
             return _of_splits(DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")})), split)
-        if config_name is not None and (path.is_file() or any((path / file).exists() for file in _SAVED)):
+        path = Path(name_or_path).expanduser()
+        is_saved = any((path / file).exists() for file in _SAVED)
+        if config_name is not None and (path.is_file() or is_saved):
             raise FNSFTError(
                 f"{name_or_path} has no configurations, but {config_name!r} is asked for; drop dataset_config (in a "
                 "mixture: name)"
@@ -63,13 +65,20 @@ def load_data(
             return _load_file(path, split)
         if path.suffix in _BUILDERS and not path.exists():
             raise FNSFTError(f"the dataset file {name_or_path} does not exist")
+        if is_saved:
+            saved = load_from_disk(str(path))
+            return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
         if path.is_dir():
-            if any((path / file).exists() for file in _SAVED):
-                saved = load_from_disk(str(path))
-                return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
             files = [file for file in sorted(path.rglob("*")) if file.is_file()]
             return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
         return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
+
+
+@contextmanager
+def _read_errors(name_or_path: str) -> Iterator[None]:
+    """Say on one line why a dataset is not found or cannot be read."""
+    try:
+        yield
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} was found neither here nor on the Hub ({reason})") from error

@@ -49,14 +49,7 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
         FNSFTError: no dataset, two ways of naming it, one that cannot be read, a split that is not there, rows that do
             not go together, or a prompt format that the tokenizer cannot follow.
     """
-    if script_args.dataset_streaming or mixture.streaming:
-        raise FNSFTError("dataset_streaming is not supported by fnsft train; use FNSFTTrainer in Python")
-    if mixture.datasets and script_args.dataset_name:
-        raise FNSFTError("dataset_name and datasets are both given; drop one of them")
-    if training_args.chat_template_path is not None and data_config.template_format not in ("auto", "chat"):
-        raise FNSFTError(
-            f"chat_template_path and template_format={data_config.template_format} both name a chat template; drop one"
-        )
+    _check_options(script_args, training_args, mixture, data_config)
     evaluates = training_args.eval_strategy != "no"
     options = {"columns": data_config.columns, "text_field": training_args.dataset_text_field}
     if mixture.datasets:
@@ -71,12 +64,38 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
         evaluation = _together(held_out) if held_out else None
     else:
         raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+    is_rendered = _is_prompted(train) or "messages" in train.column_names
+    _check_columns(train, evaluation, training_args, data_config, is_rendered)
+    _set_prompt_format(processing_class, training_args, data_config, is_rendered)
+    if training_args.dataset_text_field in train.column_names:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        train = _without_bos(train, tokenizer, training_args.dataset_text_field)
+        if evaluation is not None:
+            evaluation = _without_bos(evaluation, tokenizer, training_args.dataset_text_field)
+    return TrainingData(train, evaluation, processing_class)
+
+
+def _check_options(script_args, training_args, mixture, data_config: DataConfig) -> None:
+    """What can be refused before any data is loaded."""
+    if script_args.dataset_streaming or mixture.streaming:
+        raise FNSFTError("dataset_streaming is not supported by fnsft train; use FNSFTTrainer in Python")
+    if mixture.datasets and script_args.dataset_name:
+        raise FNSFTError("dataset_name and datasets are both given; drop one of them")
+    if training_args.chat_template_path is not None and data_config.template_format not in ("auto", "chat"):
+        raise FNSFTError(
+            f"chat_template_path and template_format={data_config.template_format} both name a chat template; drop one"
+        )
+
+
+def _check_columns(
+    train: Dataset, evaluation: Dataset | None, training_args, data_config: DataConfig, is_rendered: bool
+) -> None:
+    """What the columns of the data do not go together with."""
     if evaluation is not None and _is_prompted(train) != _is_prompted(evaluation):
         raise FNSFTError(
             f"the rows to train on have the columns {', '.join(train.column_names)}, those to evaluate on "
             f"{', '.join(evaluation.column_names)}; give both in one format"
         )
-    is_rendered = _is_prompted(train) or "messages" in train.column_names
     if not is_rendered and data_config.template_format != "auto":
         raise FNSFTError(
             f"template_format={data_config.template_format} has no effect on the columns "
@@ -88,13 +107,6 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
             f"completion_only_loss has no effect on the columns {', '.join(train.column_names)}, whose rows have no "
             f"completion; {instead}"
         )
-    _set_prompt_format(processing_class, training_args, data_config, is_rendered)
-    if training_args.dataset_text_field in train.column_names:
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        train = _without_bos(train, tokenizer, training_args.dataset_text_field)
-        if evaluation is not None:
-            evaluation = _without_bos(evaluation, tokenizer, training_args.dataset_text_field)
-    return TrainingData(train, evaluation, processing_class)
 
 
 def _names(dataset_name: str) -> list[str]:

@@ -71,29 +71,14 @@ def verify_merge(
         before, sites = dict(model.named_parameters()), find_neuron_sites(model, kind=kind)
     if not isinstance(after, Mapping):
         after = dict(load_model(after).named_parameters())
-    for name in before:
-        if name not in after or before[name].shape != after[name].shape:
-            raise FNSFTError(f"{name} is missing after, or of another shape; the checkpoints are of different models")
-        if before[name].dtype != after[name].dtype:
-            raise FNSFTError(f"{name} is {before[name].dtype} before and {after[name].dtype} after; use one precision")
+    _check_same_form(before, after)
     changed, others = changed_neurons(sites, before, after)
     if adapter is None:
         return changed
-
     state: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu") if config else {}
     expected = delta_mask(config, sites) if config else adapter
     for site in sites:
-        extra = changed.layers[site.layer] & ~expected.layers[site.layer]
-        if extra.any():
-            neuron = int(extra.nonzero()[0])
-            raise FNSFTError(
-                f"{int(extra.sum())} neurons of layer {site.layer} ({site.name}) differ that should not; the first is "
-                f"neuron {neuron}"
-            )
-        missing = expected.layers[site.layer] & ~changed.layers[site.layer]
-        if config is None and missing.any():
-            neuron = int(missing.nonzero()[0])
-            raise FNSFTError(f"neuron {neuron} of layer {site.layer} ({site.name}) should differ, but does not")
+        _check_members(site, changed.layers[site.layer], expected.layers[site.layer], all_of_them=config is None)
         if config is not None:
             _check_values(site, expected.indices(site.layer), state, before, after)
     trained = {key.removeprefix(PREFIX).rpartition(".")[0] for key in state if "neuron_delta_" not in key}
@@ -106,6 +91,28 @@ def verify_merge(
     return changed
 
 
+def _check_same_form(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
+    for name in before:
+        if name not in after or before[name].shape != after[name].shape:
+            raise FNSFTError(f"{name} is missing after, or of another shape; the checkpoints are of different models")
+        if before[name].dtype != after[name].dtype:
+            raise FNSFTError(f"{name} is {before[name].dtype} before and {after[name].dtype} after; use one precision")
+
+
+def _check_members(site: NeuronSite, changed: torch.Tensor, expected: torch.Tensor, *, all_of_them: bool) -> None:
+    """No neuron of a layer differs that should not; with `all_of_them`, every one does that should."""
+    extra = changed & ~expected
+    if extra.any():
+        raise FNSFTError(
+            f"{int(extra.sum())} neurons of layer {site.layer} ({site.name}) differ that should not; the first is "
+            f"neuron {int(extra.nonzero()[0])}"
+        )
+    missing = expected & ~changed
+    if all_of_them and missing.any():
+        neuron = int(missing.nonzero()[0])
+        raise FNSFTError(f"neuron {neuron} of layer {site.layer} ({site.name}) should differ, but does not")
+
+
 def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after) -> None:
     for part in site.layout.slices:
         delta = state.get(delta_key(part))
@@ -116,7 +123,7 @@ def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after)
         wrong = (rows + delta.view_as(rows)).to(rows.dtype) != found
         if wrong.any():
             first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
-            neuron = int(part.held(neurons).repeat(len(part.offsets))[first])
+            neuron = int(part.among(neurons).repeat(len(part.offsets))[first])
             raise FNSFTError(
                 f"{name} of neuron {neuron} (layer {site.layer}) is not the base value plus the adapter's delta"
             )

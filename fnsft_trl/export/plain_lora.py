@@ -53,25 +53,7 @@ def to_plain_lora(
         FNSFTError: it is no adapter of neuron deltas, LoRA beside them is of a variant that cannot go along, or a
             linear layer beside experts has a delta of its bias.
     """
-    if isinstance(model_or_adapter, PeftModel):
-        config = model_or_adapter.peft_config[adapter_name]
-        if not isinstance(config, NeuronTunerConfig):
-            raise FNSFTError(f"adapter {adapter_name!r} is of type {config.peft_type}, not one of neuron deltas")
-        state = get_peft_model_state_dict(model_or_adapter, adapter_name=adapter_name)
-        base = model_or_adapter.get_base_model()
-    else:
-        config = read_delta_config(model_or_adapter)
-        state = load_peft_weights(str(model_or_adapter), device="cpu")
-        with torch.device("meta"):  # only its structure is read
-            base = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
-            )
-    refused = set(config.lora or {}) - _PLAIN_LORA
-    if refused:
-        raise FNSFTError(
-            f"LoRA beside the deltas has {', '.join(sorted(refused))}, which one plain LoRA for all modules cannot "
-            "express; export it merged"
-        )
+    config, state, base = _open(model_or_adapter, adapter_name)
     sites = find_neuron_sites(base, kind=config.site)
     has_experts = any(site.experts for site in sites)
     deltas = _delta_factors(config, state, sites, base)
@@ -82,44 +64,90 @@ def to_plain_lora(
             "export it merged"
         )
     beside = _factors_beside(config, state)
-    tensors = {key: value for key, value in state.items() if "neuron_delta_" not in key and ".lora_" not in key}
-    for name, (a, b) in [*deltas.items(), *beside.items()]:
-        holder = _holder(name, deltas, base) if has_experts and name in deltas else name.removesuffix(".weight")
-        tensors[f"{PREFIX}{holder}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{holder}.lora_B.weight"] = b
-        if biases:
-            bias = biases.get(holder)
-            tensors[f"{PREFIX}{holder}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
     modules = list(beside) if has_experts else [*(name.removesuffix(".weight") for name in deltas), *beside]
-    experts = {site.experts.name: len(site.experts.module.down_proj) for site in sites if site.experts}
-    ranks = {name.removesuffix("" if has_experts else ".weight"): len(a) for name, (a, _) in deltas.items()}
-    for name in ranks:
-        if has_experts and not name.endswith("_bias"):
-            ranks[name] //= experts.get(name.rpartition(".")[0], 1)
-    ranks |= {name: len(a) for name, (a, _) in beside.items()}
-    largest = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != largest}
-    lora = LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
+    lora = _lora_config(
+        config,
+        _ranks(deltas, beside, sites),
         target_modules=sorted(modules),
         target_parameters=sorted(deltas) if has_experts else None,
         lora_bias=bool(biases),
         fan_in_fan_out=any(isinstance(base_linear(base.get_submodule(name)), Conv1D) for name in modules),
+    )
+    output_dir = Path(output_dir)
+    lora.save_pretrained(str(output_dir))
+    whole = {key: value for key, value in state.items() if "neuron_delta_" not in key and ".lora_" not in key}
+    holders = {name: _holder(name, deltas, base) if has_experts else name.removesuffix(".weight") for name in deltas}
+    tensors = {**whole, **_named_factors({holders[name]: pair for name, pair in deltas.items()} | beside, biases)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(tensors, output_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    return lora
+
+
+def _open(
+    model_or_adapter: PeftModel | str | os.PathLike, adapter_name: str
+) -> tuple[NeuronTunerConfig, Mapping[str, torch.Tensor], nn.Module]:
+    """Configuration and weights of the deltas, and the base model, of which only the structure counts."""
+    if isinstance(model_or_adapter, PeftModel):
+        config = model_or_adapter.peft_config[adapter_name]
+        if not isinstance(config, NeuronTunerConfig):
+            raise FNSFTError(f"adapter {adapter_name!r} is of type {config.peft_type}, not one of neuron deltas")
+        state = get_peft_model_state_dict(model_or_adapter, adapter_name=adapter_name)
+        base = model_or_adapter.get_base_model()
+    else:
+        config = read_delta_config(model_or_adapter)
+        state = load_peft_weights(str(model_or_adapter), device="cpu")
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+            )
+    refused = set(config.lora or {}) - _PLAIN_LORA
+    if refused:
+        raise FNSFTError(
+            f"LoRA beside the deltas has {', '.join(sorted(refused))}, which one plain LoRA for all modules cannot "
+            "express; export it merged"
+        )
+    return config, state, base
+
+
+def _lora_config(config: NeuronTunerConfig, ranks: Mapping[str, int], **targets) -> LoraConfig:
+    """LoRA with a scaling of 1 everywhere; ranks below the largest stand in its patterns."""
+    largest = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != largest}
+    return LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
+        **targets,
     )
-    output_dir = Path(output_dir)
-    lora.save_pretrained(str(output_dir))
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, output_dir / "adapter_model.safetensors", metadata={"format": "pt"})
-    return lora
+
+
+def _ranks(deltas: Mapping[str, tuple], beside: Mapping[str, tuple], sites: Sequence[NeuronSite]) -> dict[str, int]:
+    """The rank of every adapted module, or parameter in a model with experts."""
+    experts = {site.experts.name: len(site.experts.module.down_proj) for site in sites if site.experts}
+    ranks = {name.removesuffix("" if experts else ".weight"): len(a) for name, (a, _) in deltas.items()}
+    for name in ranks:
+        if experts and not name.endswith("_bias"):
+            ranks[name] //= experts.get(name.rpartition(".")[0], 1)
+    return ranks | {name: len(a) for name, (a, _) in beside.items()}
+
+
+def _named_factors(factors: Mapping[str, tuple], biases: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All factors under the names of PEFT's tensors; with biases, every `lora_B` has one."""
+    tensors = {}
+    for holder, (a, b) in factors.items():
+        tensors[f"{PREFIX}{holder}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{holder}.lora_B.weight"] = b
+        if biases:
+            bias = biases.get(holder)
+            tensors[f"{PREFIX}{holder}.lora_B.bias"] = b.new_zeros(len(b)) if bias is None else bias
+    return tensors
 
 
 def _holder(name: str, deltas: Mapping[str, object], base: nn.Module) -> str:

@@ -66,8 +66,8 @@ class WeightSlice:
             module = module.get_base_layer()
         return getattr(module, self.parameter)
 
-    def held(self, neurons: torch.Tensor) -> torch.Tensor:
-        """Those of the site's neurons that have a part in this parameter, in their order, shape (held,)."""
+    def among(self, neurons: torch.Tensor) -> torch.Tensor:
+        """Those of some of the site's neurons that have entries in this parameter, in their order, shape (among,)."""
         return neurons[(neurons >= self.first) & (neurons < self.first + self.count)]
 
     def indices(self, neurons: torch.Tensor) -> torch.Tensor:
@@ -77,9 +77,9 @@ class WeightSlice:
             neurons: numbers of neurons of the site, shape (m,). Those without a part in this parameter are left out.
 
         Returns:
-            Integer tensor, shape (held * len(offsets),).
+            Integer tensor, shape (among * len(offsets),).
         """
-        numbers = self.held(neurons) - self.first
+        numbers = self.among(neurons) - self.first
         positions = numbers // self.units * (self.units * len(self.offsets)) + numbers % self.units * self.step
         return torch.cat([positions + offset for offset in self.offsets])
 

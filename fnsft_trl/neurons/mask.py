@@ -132,9 +132,9 @@ def fitting_sites(model: nn.Module, mask: NeuronMask) -> list[NeuronSite]:
     widths = {site.layer: site.width for site in sites}
     for layer, members in mask.layers.items():
         if widths.get(layer) != len(members):
-            found = widths[layer] if layer in widths else f"none (its layers are {format_ranges(widths)})"
+            found = widths.get(layer, f"no such layer (its layers are {format_ranges(widths)})")
             raise FNSFTError(
-                f"the mask has {len(members)} neurons in layer {layer}, the model has {found}; it was made for "
-                "another model"
+                f"the mask has {len(members)} neurons in layer {layer}, the model {found}; it was made for another "
+                "model"
             )
     return sites

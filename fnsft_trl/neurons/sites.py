@@ -18,13 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..config import SITES
 from ..errors import FNSFTError
 from ..ranges import parse_ranges
 from .experts import Experts
 from .layout import NeuronLayout, WeightSlice
 
-
-SITES = ("mlp_intermediate", "mlp_output")
 
 # (activations (..., m), which m neurons of the site, the tokens they are of: numbers (tokens,), or `None` for all
 # tokens in order) -> the activations to go on with, or `None` to leave them.

@@ -68,14 +68,14 @@ class FrozenNeuronGuard(TrainerCallback):
         for site, frozen in frozen_by_site(self.model, self.trainable):
             for part in site.layout.slices:
                 parameter = part.tensor(self.model)
-                neurons = part.held(frozen if parameter.requires_grad else torch.arange(site.width))
+                neurons = part.among(frozen if parameter.requires_grad else torch.arange(site.width))
                 if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
                     rows = part.select(_whole(parameter), part.indices(neurons).to(parameter.device))
                     yield part.full_name, rows, neurons.repeat(len(part.offsets))
                     watched.add(id(parameter))
             for adapter in self.model.peft_config if isinstance(self.model, PeftModel) else ():
                 for found in factor_slices(self.model, site, adapter):
-                    neurons = found.part.held(frozen)
+                    neurons = found.part.among(frozen)
                     if len(neurons):
                         letter = "B" if found.part.side == "output" else "A"
                         name = f"{found.part.full_name.removesuffix('.weight')}.lora_{letter}.{adapter}"

@@ -1,21 +1,19 @@
-"""What a run needs before PEFT wraps its model: the base model, the template, and a configuration of neuron deltas."""
+"""What a run needs before PEFT wraps its model: the base model, its tokenizer, and the template."""
 
 import copy
 
 from datasets import Dataset
-from peft import LoraConfig
+from transformers import AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
 from ..data.sources import load_texts
 from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
-from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
-from ..tuner import NeuronTunerConfig
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +28,15 @@ def load_base_model(name: str, args, model_init_kwargs: dict | None, quantizatio
         options["device_map"] = None
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     return create_model_from_path(name, **options)
+
+
+def load_processing_class(model, args, model_init_kwargs: dict | None):
+    """Load the tokenizer or processor of a model as SFTTrainer does."""
+    return AutoProcessor.from_pretrained(
+        get_config_model_id(model.config),
+        revision=(model_init_kwargs or {}).get("revision"),
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )
 
 
 def keep_4bit_layers_differentiable(model) -> None:
@@ -48,19 +55,6 @@ def keep_4bit_layers_differentiable(model) -> None:
                 "them; load the model anew, and train it before any inference"
             )
         module.support_avx512bf16_for_cpu = False
-
-
-def tuner_config(trainable: NeuronMask, lora: LoraConfig | None) -> NeuronTunerConfig:
-    """Deltas for the trainable neurons; LoRA beside them, if a configuration is given."""
-    whole = {}
-    if lora is not None:
-        lora = copy.deepcopy(lora)
-        for name in ("modules_to_save", "trainable_token_indices"):  # of the adapter, not of LoRA
-            whole[name] = getattr(lora, name)
-            setattr(lora, name, None)
-    return NeuronTunerConfig(
-        neurons=trainable.to_ranges(), site=trainable.site, task_type="CAUSAL_LM", lora=lora, **whole
-    )
 
 
 def given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkTemplate | None:
@@ -87,7 +81,9 @@ def check_template(config: FunctionalNetworkConfig, model, template: FunctionalN
     return template if rule is None else template.with_threshold(rule)
 
 
-def discover_template(config: FunctionalNetworkConfig, model, processing_class, args, given: dict):
+def discover_template(
+    config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, formatting_func
+) -> FunctionalNetworkTemplate:
     """Discover the networks on `ica_datasets` or on the training data."""
     unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
     if unknown:
@@ -111,13 +107,13 @@ def discover_template(config: FunctionalNetworkConfig, model, processing_class, 
             processing_class = copy.deepcopy(processing_class)
             set_chat_template(processing_class)
     else:
-        texts = given.get("train_dataset")
+        texts = train_dataset
         if texts is None or (isinstance(texts, Dataset) and len(texts) == 0):
             raise FNSFTError(
                 "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
                 "a template"
             )
-        formatting_func, field = given.get("formatting_func"), getattr(args, "dataset_text_field", "text")
+        field = getattr(args, "dataset_text_field", "text")
         if formatting_func is not None:
             texts = map(formatting_func, texts)
         else:

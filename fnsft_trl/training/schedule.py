@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from transformers import TrainerCallback
 
-from ..constraints import FrozenSlices, hold_neurons
+from ..constraints import FrozenSlices, freeze_neurons
 from ..errors import FNSFTError
 from ..interventions.masking import MaskHandle, lesion, preserve
 from ..neurons.mask import NeuronMask
@@ -64,7 +64,7 @@ class MaskScheduleCallback(TrainerCallback):
         self._trainable = [self._check(phase) for phase in self.phases]
         self._own_handle = trainer.mask_handle
         self._handles = [self._handle(phase) for phase in self.phases]
-        self._held = FrozenSlices()
+        self._frozen = FrozenSlices()
         self._starts: list[int] = []
         self._current = -1
 
@@ -134,7 +134,7 @@ class MaskScheduleCallback(TrainerCallback):
         self._enter(state.global_step, optimizer)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._held.restore()
+        self._frozen.restore()
 
     def _enter(self, step: int, optimizer) -> None:
         number = bisect_right(self._starts, step) - 1
@@ -148,9 +148,9 @@ class MaskScheduleCallback(TrainerCallback):
         self.trainer.mask_handle = current
         if current is not None:
             current.enable()
-        self._held.release()
+        self._frozen.release()
         if number >= 0 and self.phases[number].trainable is not None:
             frozen = self.trainer.trainable_neurons & ~self._trainable[number]
-            hold_neurons(self._held, self.trainer.model, frozen)
+            freeze_neurons(self._frozen, self.trainer.model, frozen)
             if step == self._starts[number]:  # a run resumed later has cleared it already
-                self._held.clear_momentum(optimizer)
+                self._frozen.clear_momentum(optimizer)

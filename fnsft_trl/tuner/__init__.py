@@ -14,6 +14,7 @@ from peft.mapping import (
 from .config import NeuronPeftType, NeuronTunerConfig
 from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer
+from .linear import LinearDeltaLayer
 from .model import NeuronTunerModel
 
 
@@ -23,4 +24,4 @@ PEFT_TYPE_TO_CONFIG_MAPPING[_TYPE] = NeuronTunerConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_TYPE] = NeuronTunerModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_TYPE] = NeuronTunerModel.prefix
 
-__all__ = ["ExpertDeltaLayer", "NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]
+__all__ = ["ExpertDeltaLayer", "LinearDeltaLayer", "NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

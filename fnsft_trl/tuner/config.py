@@ -51,7 +51,7 @@ class NeuronTunerConfig(PeftConfig):
             Filled in from the neurons; not to be set.
         modules_to_save (`list[str]`, *optional*):
             Modules outside the adapter to train and save as a whole, for instance `["lm_head"]` for added tokens.
-            Modules that hold a part of the MLPs are refused.
+            Modules with a part of the MLPs are refused.
         trainable_token_indices (`dict[str, list[int]]`, *optional*):
             Rows of the embedding that train too, for tokens added to the tokenizer.
         lora ([`~peft.LoraConfig`] or `dict`, *optional*):
@@ -96,7 +96,7 @@ def _lora_arguments(lora: LoraConfig | dict) -> dict:
         try:
             lora = LoraConfig(**lora)
         except TypeError as error:
-            raise FNSFTError(f"lora holds no arguments of a LoraConfig: {error}") from error
+            raise FNSFTError(f"lora has no arguments of a LoraConfig: {error}") from error
     plain = LoraConfig()
     given = {f.name: getattr(lora, f.name) for f in fields(lora) if getattr(lora, f.name) != getattr(plain, f.name)}
     given = {name: value for name, value in given.items() if name not in _OF_THE_ADAPTER}

@@ -12,8 +12,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import FNSFTError
 from ..neurons.experts import expert_by_expert, expert_weight, project_expert
-from ..neurons.sites import WeightSlice
-from .layer import NeuronDeltaLayer, add_change, change_gradients
+from ..neurons.layout import WeightSlice
+from .held import Delta, Deltas, HeldState
+from .layer import NeuronDeltaLayer
+from .linear import add_change, change_gradients
 
 
 _PARAMETERS = tuple(f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias"))
@@ -25,7 +27,7 @@ _Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class ExpertDeltaLayer(NeuronDeltaLayer):
     """A module with the experts of a layer, whose selected neurons carry a delta.
 
-    Every expert computes what [`NeuronDeltaLayer`] says of linear layers, in the same two forms. There is one delta
+    Every expert computes what [`LinearDeltaLayer`] says of linear layers, in the same two forms. There is one delta
     for each weight of all experts, with one row for each position:
 
         gate_up_proj (or up_proj): (positions, hidden), its bias: (positions,)      down_proj: (positions, hidden)
@@ -47,13 +49,7 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
     def update_layer(
         self, adapter_name: str, slices: list[WeightSlice], neurons: torch.Tensor, inference_mode: bool
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: its name.
-            slices: the parts of the experts' parameters that belong to neurons.
-            neurons: numbers of the selected neurons, ascending, shape (m,).
-            inference_mode: whether its deltas stay frozen.
+        """Add an adapter, as the parent's.
 
         Raises:
             FNSFTError: the weights are sharded by ZeRO-3.
@@ -63,134 +59,120 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
                 f"neuron deltas of experts ({slices[0].module_name}) do not run under ZeRO-3, which gathers weights "
                 "for whole modules only; use ZeRO-2, or select neurons of layers without experts"
             )
-        self.slices[adapter_name] = {part.parameter: part for part in slices}
-        experts = len(self.base_layer.down_proj)
-        for part in slices:
-            weight = getattr(self.base_layer, part.parameter)
-            positions = part.indices(neurons)
-            rest = [size for dim, size in enumerate(weight.shape) if dim not in part.dims]
-            shape = (len(positions), torch.Size(rest).numel()) if rest else (len(positions),)
-            getattr(self, f"positions_{part.parameter}")[adapter_name] = positions
-            getattr(self, f"neuron_delta_{part.parameter}")[adapter_name] = nn.Parameter(torch.zeros(shape))
-            if 0 in part.dims:
-                by_expert = (part.held(neurons) - part.first) // part.units
-                self._counts[adapter_name] = by_expert.bincount(minlength=experts).tolist()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def positions_of(self, adapter_name: str, parameter: str) -> torch.Tensor:
-        """Positions of an adapter's neurons in a parameter, in the order of the rows of their delta."""
-        return getattr(self, f"positions_{parameter}")[adapter_name]
-
-    def float_deltas(self) -> None:
-        """Bring all deltas back to float32: experts stay in half precision where the rest is quantised."""
-        for name in self.slices:
-            for _, delta in self._deltas(name):
-                if delta.dtype in (torch.bfloat16, torch.float16):
-                    delta.data = delta.data.float()
-
-    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.merged:
-            self.release()
-        names = () if self.merged else self._names()
-        is_held = not self.merged and self._can_hold()
-        if is_held:
-            self.hold(names, refresh=self.training or self._is_stale)
-        elif self._held and not self.merged:
-            self.hold(())
-        if not names or (is_held and not torch.is_grad_enabled()):
-            return self.base_layer(hidden_states, chosen, weights)
-        if not is_held:
-            self._check_weights_are_here(hidden_states)
-
-        parameters = dict.fromkeys(parameter for name in names for parameter in self.slices[name])
-        weights_of = [parameter for parameter in parameters if not parameter.endswith("_bias")]
-        changes = {parameter: self._changes(names, parameter) for parameter in weights_of}
-        sides = {parameter: self._part(parameter).side for parameter in weights_of}
-        reached: set[int] = set()  # experts that have tokens
-
-        def project(parameter: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-            mine: list[_Change] = changes[parameter][expert] if parameter in changes else []
-            reached.add(expert)
-            if is_held:
-                trained = [change for change in mine if change[1].requires_grad]
-                deltas = [tensor for change in trained for tensor in change[1:] if tensor is not None]
-                where = [(positions, bias is not None) for positions, _, bias in trained]
-                side = sides.get(parameter, "")
-                return _HeldExpert.apply(self, names, parameter, expert, side, where, x, *deltas)
-            result = project_expert(self.base_layer, parameter, expert, x)
-            for positions, delta, bias in mine:
-                result = add_change(result, x, sides[parameter], positions, delta, bias)
-            return result
-
-        output = expert_by_expert(self.base_layer, hidden_states, chosen, weights, project)
-        for name in names:
-            counts = self._counts.get(name)
-            if counts is not None and not any(counts[expert] for expert in reached):
-                # No token came to its neurons. Without gradients at all, DDP would wait for them.
-                for _, delta in self._deltas(name):
-                    output = output + 0 * delta.sum().to(output.dtype)
-        return output
-
-    def _is_plain(self) -> bool:
-        return True  # or it would not be one of `Experts`
-
-    def _check_weights_are_here(self, x: torch.Tensor) -> None:
-        weight = self.base_layer.down_proj
-        if isinstance(weight, DTensor) or (weight.is_meta and not x.is_meta):
-            raise FNSFTError(
-                "the experts' weights are sharded on their own, or offloaded, and neuron deltas read them one expert "
-                "at a time; shard whole blocks (FSDP's transformer-based wrapping), or keep experts on one device"
-            )
-
-    def _part(self, parameter: str) -> WeightSlice:
-        return next(parts[parameter] for parts in self.slices.values() if parameter in parts)
-
-    def _changes(self, names: tuple[str, ...], parameter: str) -> list[list[_Change]]:
-        """The changes of each expert's projection, one for each adapter that has neurons there."""
-        changes: list[list[_Change]] = [[] for _ in self.base_layer.down_proj]
-        for name in names:
-            if parameter not in self.slices[name]:
-                continue
-            deltas = dict(self._deltas(name))
-            bias = deltas.get(f"{parameter}_bias")
-            rows = self._split(name, parameter, deltas[parameter], (-1,))
-            biases = repeat(None) if bias is None else self._split(name, f"{parameter}_bias", bias, ())
-            parts = zip(self._positions_by_expert(name, parameter), rows, biases, strict=False)
-            for expert, (positions, delta, expert_bias) in enumerate(parts):
-                if len(positions):
-                    changes[expert].append((positions, delta, expert_bias))
-        return changes
-
-    def _split(self, name: str, parameter: str, rows: torch.Tensor, rest: tuple[int, ...]) -> list[torch.Tensor]:
-        """The rows of each expert, (positions of the expert, *rest); their gradients come together in one piece."""
-        part = self.slices[name][parameter]
-        if 0 not in part.dims:  # every expert has all positions
-            return list(rows.view(len(rows), len(self.base_layer.down_proj), *rest).unbind(1))
-        by_offset = rows.view(len(part.offsets), -1, *rows.shape[1:])
-        return [chunk.flatten(0, 1) for chunk in by_offset.split(self._counts[name], 1)]
-
-    def _positions_by_expert(self, name: str, parameter: str) -> list[torch.Tensor]:
-        """The positions of each expert's neurons within its own matrix, (m,)."""
-        part, positions = self.slices[name][parameter], self.positions_of(name, parameter)
-        if 0 not in part.dims:
-            return [positions] * len(self.base_layer.down_proj)
-        return self._split(name, parameter, positions % (part.units * len(part.offsets)), ())
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return base_layer.down_proj.device, base_layer.down_proj.dtype
+        for slice_ in slices:
+            if 0 in slice_.dims:
+                by_expert = (slice_.among(neurons) - slice_.first) // slice_.units
+                self._counts[adapter_name] = by_expert.bincount(minlength=self._n_experts).tolist()
+        super().update_layer(adapter_name, slices, neurons, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
         super().delete_adapter(adapter_name)
         self._counts.pop(adapter_name, None)
 
+    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        deltas, is_held = self._prepare()
+        inputs = (hidden_states, chosen, weights)
+        if is_held:
+            with self.held.hold(deltas, refresh=self.training) as state:
+                if deltas and torch.is_grad_enabled():
+                    return self._by_expert(deltas, state, *inputs)
+                return self.base_layer(*inputs)
+        if not deltas:
+            return self.base_layer(*inputs)
+        weight = self.base_layer.down_proj
+        if isinstance(weight, DTensor) or (weight.is_meta and not hidden_states.is_meta):
+            raise FNSFTError(
+                "the experts' weights are sharded on their own, or offloaded, and neuron deltas read them one expert "
+                "at a time; shard whole blocks (FSDP's transformer-based wrapping), or keep experts on one device"
+            )
+        return self._by_expert(deltas, None, *inputs)
+
+    def _by_expert(self, deltas: Deltas, state: HeldState | None, *inputs: torch.Tensor) -> torch.Tensor:
+        """The experts one after the other, from the held form with that state of the deltas or in the additive form.
+
+        Args:
+            deltas: the deltas.
+            state: their state; `None` for the additive form.
+            inputs: those of `forward`.
+        """
+        changes = self._changes(deltas)
+        every = [delta for of_adapter in deltas.values() for delta in of_adapter]
+        sides = {delta.slice_.parameter: delta.slice_.side for delta in every}
+        reached: set[int] = set()  # experts that have tokens
+
+        def project(parameter: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+            mine: list[_Change] = changes[parameter][expert] if parameter in changes else []
+            reached.add(expert)
+            if state is not None:
+                trained = [change for change in mine if change[1].requires_grad]
+                values = [tensor for change in trained for tensor in change[1:] if tensor is not None]
+                where = [(positions, bias is not None) for positions, _, bias in trained]
+                side = sides.get(parameter, "")
+                return _HeldExpert.apply(self, deltas, state, parameter, expert, side, where, x, *values)
+            result = project_expert(self.base_layer, parameter, expert, x)
+            for positions, delta, bias in mine:
+                result = add_change(result, x, sides[parameter], positions, delta, bias)
+            return result
+
+        output = expert_by_expert(self.base_layer, *inputs, project)
+        for name, of_adapter in deltas.items():
+            counts = self._counts.get(name)
+            if counts is not None and not any(counts[expert] for expert in reached):
+                # No token came to its neurons. Without gradients at all, DDP would wait for them.
+                for delta in of_adapter:
+                    output = output + 0 * delta.values.sum().to(output.dtype)
+        return output
+
+    @property
+    def _n_experts(self) -> int:
+        return len(self.base_layer.down_proj)
+
+    def _row_shape(self, slice_: WeightSlice) -> tuple[int, ...]:
+        weight = getattr(self.base_layer, slice_.parameter)
+        rest = [size for dim, size in enumerate(weight.shape) if dim not in slice_.dims]
+        return (torch.Size(rest).numel(),) if rest else ()
+
+    def _changes(self, deltas: Deltas) -> dict[str, list[list[_Change]]]:
+        """Weight -> for each expert, the changes of its projection, one for each adapter that has neurons there."""
+        changes: dict[str, list[list[_Change]]] = {}
+        for name, of_adapter in deltas.items():
+            by_parameter = {delta.slice_.parameter: delta for delta in of_adapter}
+            for parameter, delta in by_parameter.items():
+                if parameter.endswith("_bias"):
+                    continue
+                bias = by_parameter.get(f"{parameter}_bias")
+                positions = self._positions_by_expert(name, delta)
+                rows = self._split(name, delta.slice_, delta.values, (-1,))
+                biases = repeat(None) if bias is None else self._split(name, bias.slice_, bias.values, ())
+                by_expert = changes.setdefault(parameter, [[] for _ in range(self._n_experts)])
+                for found, *change in zip(by_expert, positions, rows, biases, strict=False):
+                    if len(change[0]):
+                        found.append(tuple(change))
+        return changes
+
+    def _split(self, name: str, slice_: WeightSlice, rows: torch.Tensor, rest: tuple[int, ...]) -> list[torch.Tensor]:
+        """The rows of each expert, (positions of the expert, *rest); their gradients come together in one piece."""
+        if 0 not in slice_.dims:  # every expert has all positions
+            return list(rows.view(len(rows), self._n_experts, *rest).unbind(1))
+        by_offset = rows.view(len(slice_.offsets), -1, *rows.shape[1:])
+        return [chunk.flatten(0, 1) for chunk in by_offset.split(self._counts[name], 1)]
+
+    def _positions_by_expert(self, name: str, delta: Delta) -> list[torch.Tensor]:
+        """The positions of each expert's neurons within its own matrix, (m,)."""
+        slice_, positions = delta.slice_, delta.positions
+        if 0 not in slice_.dims:
+            return [positions] * self._n_experts
+        return self._split(name, slice_, positions % (slice_.units * len(slice_.offsets)), ())
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return base_layer.down_proj.device, base_layer.down_proj.dtype
+
     def __getattr__(self, name: str):
         """The experts' weights by their names, without the deltas of adapters that are not merged."""
         if name not in _PARAMETERS:
             return super().__getattr__(name)
+        self.held.show()
         self.release()
         return getattr(self.base_layer, name)
 
@@ -206,17 +188,18 @@ class _HeldExpert(torch.autograd.Function):
     def forward(
         ctx,
         layer: ExpertDeltaLayer,
-        names: tuple[str, ...],
+        deltas: Deltas,
+        state: HeldState,
         parameter: str,
         expert: int,
         side: str,
         where: list[tuple[torch.Tensor, bool]],
         x: torch.Tensor,
-        *deltas: torch.Tensor,
+        *values: torch.Tensor,
     ):
-        ctx.layer, ctx.names, ctx.seen, ctx.parameter, ctx.expert = layer, names, layer._seen, parameter, expert
-        ctx.side, ctx.where = side, where
-        ctx.dtypes = [delta.dtype for delta in deltas]
+        ctx.layer, ctx.names, ctx.state = layer, tuple(deltas), state
+        ctx.parameter, ctx.expert, ctx.side, ctx.where = parameter, expert, side, where
+        ctx.dtypes = [tensor.dtype for tensor in values]
         ctx.save_for_backward(*(x if side == "output" else x.index_select(-1, positions) for positions, _ in where))
         return project_expert(layer.base_layer, parameter, expert, x)
 
@@ -225,12 +208,12 @@ class _HeldExpert(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         """Gradients for x and for the deltas that train, `None` for all else."""
         layer: ExpertDeltaLayer = ctx.layer
-        layer.hold_again(ctx.names, ctx.seen)
+        layer.held.take_over(layer._deltas(ctx.names), ctx.state)
         grad_x = None
-        if ctx.needs_input_grad[6]:
+        if ctx.needs_input_grad[7]:
             grad_x = grad @ expert_weight(layer.base_layer, ctx.parameter, ctx.expert).to(grad.dtype)
         grads: list[torch.Tensor] = []
         for (positions, has_bias), kept in zip(ctx.where, ctx.saved_tensors, strict=True):
             grads += change_gradients(ctx.side, positions, kept.to(grad.dtype), grad, has_bias)
         grads = [found.to(dtype) for found, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, None, None, grad_x, *grads
+        return None, None, None, None, None, None, None, grad_x, *grads

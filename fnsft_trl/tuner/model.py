@@ -1,4 +1,4 @@
-"""NeuronTunerModel: puts a layer with deltas around every module that holds a part of a selected neuron."""
+"""NeuronTunerModel: puts a layer with deltas around every module with weights of a selected neuron."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from torch import nn
 
 from ..errors import FNSFTError
 from ..neurons.experts import Experts
+from ..neurons.layout import WeightSlice
 from ..neurons.mask import NeuronMask
-from ..neurons.sites import NeuronSite, WeightSlice, check_modules_to_save, find_neuron_sites, linear_shape
+from ..neurons.sites import NeuronSite, check_modules_to_save, find_neuron_sites, linear_shape
 from .config import NeuronTunerConfig
 from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer
+from .linear import LinearDeltaLayer
 
 
 class NeuronTunerModel(BaseTuner):
@@ -30,8 +32,8 @@ class NeuronTunerModel(BaseTuner):
         adapter_name (`str`): name of the adapter.
 
     Raises:
-        FNSFTError: the selected neurons do not exist in the model, `modules_to_save` or the targets of LoRA hold a
-            part of an MLP, or another adapter of the model has another site.
+        FNSFTError: the selected neurons do not exist in the model, `modules_to_save` or the targets of LoRA have
+            a part of an MLP, or another adapter of the model has another site.
     """
 
     prefix: str = "neuron_delta_"
@@ -48,18 +50,18 @@ class NeuronTunerModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: NeuronTunerConfig, model_config: dict) -> NeuronTunerConfig:
         sites = find_neuron_sites(self.model, kind=peft_config.site)
         mask = self._mask(peft_config, sites)
-        # module name -> (the neurons it holds a part of, where)
-        self._parts: dict[str, tuple[torch.Tensor, list[WeightSlice]]] = {}
+        # module name -> (the selected neurons of its site, where in its parameters they are)
+        self._slices: dict[str, tuple[torch.Tensor, list[WeightSlice]]] = {}
         for site in sites:
             neurons = mask.indices(site.layer)
             if len(neurons):
                 for name in site.layout.modules():
-                    slices = [part for part in site.layout.slices if part.module_name == name]
-                    if len(slices[0].held(neurons)):  # routed experts, or the shared one, may have none of them
-                        self._parts[name] = (neurons, slices)
-        check_modules_to_save(peft_config.modules_to_save, list(self._parts))
+                    slices = [slice_ for slice_ in site.layout.slices if slice_.module_name == name]
+                    if len(slices[0].among(neurons)):  # routed experts, or the shared one, may have none of them
+                        self._slices[name] = (neurons, slices)
+        check_modules_to_save(peft_config.modules_to_save, list(self._slices))
         targets = self._lora_targets(peft_config.lora, sites) if peft_config.lora else []
-        peft_config.target_modules = sorted([*self._parts, *targets])
+        peft_config.target_modules = sorted([*self._slices, *targets])
         return peft_config
 
     @staticmethod
@@ -79,12 +81,12 @@ class NeuronTunerModel(BaseTuner):
             and not name.startswith(inner)
             and check_target_module_exists(config, name)
         ]
-        held = {name for site in sites for name in (site.down_name, *site.up_names)}
-        taken = next((name for name in targets if name in held), None)
+        of_mlps = {name for site in sites for name in (site.down_name, *site.up_names)}
+        taken = next((name for name in targets if name in of_mlps), None)
         if taken:
             raise FNSFTError(
-                f"the targets of LoRA hold {taken}, a part of an MLP, whose neurons would all change; name attention "
-                "modules alone"
+                f"the targets of LoRA include {taken}, a part of an MLP, whose neurons would all change; name "
+                "attention modules alone"
             )
         if not targets:
             raise FNSFTError(f"the targets of LoRA ({lora['target_modules']}) match no linear layer of the model")
@@ -99,14 +101,14 @@ class NeuronTunerModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        if current_key not in self._parts:
+        if current_key not in self._slices:
             lora_config = LoraConfig(**peft_config.lora)
             LoraModel._create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key)
             return
-        neurons, slices = self._parts[current_key]
+        neurons, slices = self._slices[current_key]
         layer = target
         if not isinstance(target, NeuronDeltaLayer):
-            layer = ExpertDeltaLayer(target) if Experts.are_in(target) else NeuronDeltaLayer(target)
+            layer = ExpertDeltaLayer(target) if Experts.are_in(target) else LinearDeltaLayer(target)
         layer.update_layer(adapter_name, slices, neurons, inference_mode=peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -114,7 +116,7 @@ class NeuronTunerModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # New layers hold the module they replace and have put themselves on its device. The parent's method would
+        # New layers contain the module they replace and have put themselves on its device. The parent's method would
         # also assign the weight of a module with trainable tokens, which is a computed tensor and no parameter.
         setattr(parent, child_name, new_module)
 

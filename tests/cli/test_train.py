@@ -69,7 +69,7 @@ def test_the_original_dtype_auto_is_that_of_the_device_for_frozen_weights(base, 
         loaded.append(options["dtype"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fnsft_trl.training.trainer.load_base_model", load)
+    monkeypatch.setattr("fnsft_trl.training.run.load_base_model", load)
     given = ["--torch_dtype", "auto", "--use_cpu", "--bf16", "--mask_mode", "lesion", "--train_method", "full"]
     given = [*given[:-2], *words] if words else given
     with pytest.raises(KeyboardInterrupt):
@@ -92,7 +92,7 @@ def test_the_attention_implementation_reaches_the_model(base, networks, monkeypa
         loaded.append(options["attn_implementation"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fnsft_trl.training.trainer.load_base_model", load)
+    monkeypatch.setattr("fnsft_trl.training.run.load_base_model", load)
     with pytest.raises(KeyboardInterrupt):
         main([*base, *networks, "--attn_implementation", "eager"])
     assert loaded == ["eager"]

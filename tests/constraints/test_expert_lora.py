@@ -286,7 +286,7 @@ def test_the_guard_names_the_entry_of_a_factor_that_moved(name):
     site = find_neuron_sites(model)[1]
     assert site.experts
     for found in factor_slices(model, site, "default"):
-        frozen = found.part.held((~mask).indices(1))
+        frozen = found.part.among((~mask).indices(1))
         weight = found.factor.weight.data
         kept = weight.clone()
         position = int(found.positions(frozen[-1:])[0])

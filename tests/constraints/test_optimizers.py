@@ -83,7 +83,7 @@ def test_without_putting_values_back_the_same_check_fails(medium_template, rows,
     trainer = make(tmp_path, rows, tokenizer, medium_template, optim)
     trainer.callback_handler.callbacks = []
     before = state(trainer.model)
-    trainer._frozen_slices.slices.clear()
+    trainer._run.way.frozen.slices.clear()
     trainer.train()
     sites = find_neuron_sites(trainer.model)
     with pytest.raises(AssertionError):

@@ -1,9 +1,20 @@
 import pytest
 import torch
-from helpers import VOCABULARY, logits, random_mask, tiny_model, zeroed
+from helpers import VOCABULARY, logits, random_mask, state, tiny_model, zeroed
 from peft import LoraConfig, get_peft_model
 
-from fnsft_trl import FNSFTError, NeuronMask, find_neuron_sites, lesion, preserve
+from fnsft_trl import (
+    FNSFTError,
+    NeuronMask,
+    bake_lesion,
+    constrain_full,
+    constrain_lora,
+    find_neuron_sites,
+    keep_neurons,
+    lesion,
+    preserve,
+)
+from fnsft_trl.constraints import trainable_neurons
 from fnsft_trl.interventions.masking import masks_off
 
 
@@ -78,12 +89,43 @@ def test_generation_runs_masked():
     assert not torch.equal(model.generate(prompt, **settings), expected)
 
 
-def test_a_mask_of_another_model_is_refused():
+def of_another_model(model, last):
+    """A mask that fits in every layer but one; `last` is what it has there."""
+    layers = {site.layer: torch.ones(site.width, dtype=torch.bool) for site in find_neuron_sites(model)}
+    return NeuronMask(layers | last)
+
+
+@pytest.mark.parametrize(
+    ("last", "match"),
+    [
+        ({2: torch.ones(39, dtype=torch.bool)}, "39 neurons in layer 2, the model 40"),
+        ({5: torch.ones(40, dtype=torch.bool)}, "no such layer"),
+    ],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lesion,
+        preserve,
+        bake_lesion,
+        keep_neurons,
+        lambda model, mask: constrain_full(model, mask, train_other=False),
+        lambda model, mask: trainable_neurons(model, mask, "selected"),
+        lambda model, mask: constrain_lora(get_peft_model(model, LoraConfig(target_modules=["up_proj"])), mask),
+    ],
+    ids=["lesion", "preserve", "bake", "keep", "constrain_full", "trainable", "constrain_lora"],
+)
+def test_a_mask_of_another_model_is_refused_before_anything_is_done(ids, call, last, match):
     model = tiny_model("llama")
-    with pytest.raises(FNSFTError, match="39 neurons in layer 0, the model 40"):
-        lesion(model, NeuronMask({0: torch.ones(39, dtype=torch.bool)}))
-    with pytest.raises(FNSFTError, match="no such layer"):
-        lesion(model, NeuronMask({5: torch.ones(40, dtype=torch.bool)}))
+    before, plain = state(model), logits(model, ids)
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(FNSFTError, match=match):
+        call(model, of_another_model(model, last))
+    assert torch.equal(logits(model, ids), plain)
+    if "lora" not in " ".join(model.state_dict()):  # PEFT has changed these before the refusal
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert required == [parameter.requires_grad for parameter in model.parameters()]
 
 
 def test_masks_off_restores_each_mask_as_it_was(ids):

@@ -325,7 +325,7 @@ def test_the_guard_names_the_expert_neuron_that_moved(model):
     site = find_neuron_sites(model)[1]
     neuron = (~mask).indices(1)[-3]
     for part in site.layout.slices:
-        if len(part.held(neuron[None])) == 0:
+        if len(part.among(neuron[None])) == 0:
             continue
         parameter = part.tensor(model)
         kept = parameter.detach().clone()

@@ -39,7 +39,7 @@ def make(directory, rows, tokenizer, template, method="full", **args):
 def test_guard_names_the_module_and_the_neuron_that_moved(templates, rows, tokenizer, tmp_path, method):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], method, weight_decay=0.0)
     if method == "full":
-        trainer._frozen_slices.slices.clear()  # or it would put the entry back after the step
+        trainer._run.way.frozen.slices.clear()  # or it would put the entry back after the step
     neuron = int((~trainer.neuron_mask).indices(1)[3])
     module = trainer.model.get_submodule(
         ("" if method == "full" else "base_model.model.") + "model.layers.1.mlp.down_proj"
@@ -53,7 +53,7 @@ def test_guard_names_the_module_and_the_neuron_that_moved(templates, rows, token
 
 def test_guard_watches_the_frozen_slices_of_lora_factors(templates, rows, tokenizer, tmp_path):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], "lora")
-    trainer._frozen_slices.slices.clear()  # or it would put the entry back after the step
+    trainer._run.way.frozen.slices.clear()  # or it would put the entry back after the step
     neuron = int((~trainer.neuron_mask).indices(2)[0])
     module = trainer.model.get_submodule("base_model.model.model.layers.2.mlp.up_proj")
     trainer.add_callback(Vandal(module.lora_B["default"].weight, (neuron, 1)))

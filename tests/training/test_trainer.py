@@ -1,5 +1,6 @@
 import json
 from functools import wraps
+from inspect import signature
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ def make(directory, rows, tokenizer, template=None, *, model=None, args=None, pe
         network_config=FunctionalNetworkConfig(**config),
         network_template=template,
     )
+
+
+def test_it_takes_the_arguments_of_sfttrainer_in_their_order():
+    ours, theirs = (list(signature(kind.__init__).parameters) for kind in (FNSFTTrainer, SFTTrainer))
+    assert ours[: len(theirs)] == theirs
 
 
 def test_networks_are_discovered_on_the_training_data_when_none_are_given(model_dir, rows, tmp_path):

@@ -217,13 +217,13 @@ def test_the_saved_models_hold_the_same_in_a_fresh_process(artefacts):
 def switch_off(method, monkeypatch):
     """Take away what holds the frozen neurons."""
     if method == "full":
-        monkeypatch.setattr(FrozenSlices, "hold", lambda *_: None)
+        monkeypatch.setattr(FrozenSlices, "freeze_neurons", lambda *_, **__: None)
     elif method == "lora":
-        monkeypatch.setattr("fnsft_trl.training.trainer.constrain_lora", lambda *_, **__: None)
+        monkeypatch.setattr("fnsft_trl.training.ways.constrain_lora", lambda *_, **__: None)
     else:
         everything = {"0": "0-127", "1": "0-127"}
         monkeypatch.setattr(
-            "fnsft_trl.training.preparation.NeuronTunerConfig",
+            "fnsft_trl.training.ways.NeuronTunerConfig",
             lambda **given: NeuronTunerConfig(**{**given, "neurons": everything}),
         )
 

@@ -26,6 +26,7 @@ from fnsft_trl.discovery.activations import ActivationReader
 from fnsft_trl.export import changed_neurons
 from fnsft_trl.neurons.sites import SITES
 from fnsft_trl.tuner import ExpertDeltaLayer, NeuronDeltaLayer
+from fnsft_trl.tuner.held import HeldWeights
 
 
 NAMED = {str(architecture): architecture for architecture in ARCHITECTURES}
@@ -45,7 +46,7 @@ def ids():
 @pytest.fixture
 def additive(monkeypatch):
     """Switches all layers to the additive form."""
-    return lambda: monkeypatch.setattr(NeuronDeltaLayer, "_can_hold", lambda self: False)
+    return lambda: monkeypatch.setattr(HeldWeights, "can_hold", False)
 
 
 def wrap(name, site="mlp_intermediate", mask=None, **config):
@@ -416,8 +417,8 @@ def test_half_precision_deltas_are_brought_back_to_float32():
     model = wrap("MixtralForCausalLM")
     for module in model.modules():
         if isinstance(module, ExpertDeltaLayer):
-            for _, delta in module._deltas("default"):
-                delta.data = delta.data.bfloat16()
+            for delta in module._deltas(["default"])["default"]:
+                delta.values.data = delta.values.data.bfloat16()
             module.float_deltas()
     assert {p.dtype for name, p in model.named_parameters() if "neuron_delta" in name} == {torch.float32}
 

@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, find_neuron_sites
 from fnsft_trl.neurons.sites import SITES
-from fnsft_trl.tuner import NeuronDeltaLayer
+from fnsft_trl.tuner.held import HeldWeights
 
 
 NEURONS = {"0": "0-4,9", "2": "3"}
@@ -260,7 +260,7 @@ def additive(monkeypatch):
     """Switches all layers to the additive form."""
 
     def switch():
-        monkeypatch.setattr(NeuronDeltaLayer, "_can_hold", lambda self: False)
+        monkeypatch.setattr(HeldWeights, "can_hold", False)
 
     return switch
 
@@ -441,7 +441,7 @@ def test_an_interruption_leaves_the_base_values_within_reach(method, at, start, 
     expected = logits(copy.deepcopy(model), ids)
     if start == "held":
         logits(model, ids)
-    work, calls = getattr(NeuronDeltaLayer, method), []
+    work, calls = getattr(HeldWeights, method), []
 
     def interrupted(self, *args):
         calls.append(1)
@@ -450,7 +450,7 @@ def test_an_interruption_leaves_the_base_values_within_reach(method, at, start, 
         return work(self, *args)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(NeuronDeltaLayer, method, interrupted)
+        patch.setattr(HeldWeights, method, interrupted)
         if start == "held":
             model.base_model.release()
         else:

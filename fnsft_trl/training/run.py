@@ -1,0 +1,184 @@
+"""Run: what one run selects, trains and masks, in steps before and after PEFT wraps its model."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from ..config import FunctionalNetworkConfig
+from ..constraints import trainable_neurons
+from ..errors import FNSFTError
+from ..hub.account import check_upload
+from ..interventions import MaskHandle, lesion, preserve
+from ..neurons.mask import NeuronMask
+from ..selection import select_neurons
+from ..template.template import FunctionalNetworkTemplate
+from .guard import FrozenNeuronGuard
+from .preparation import (
+    check_template,
+    discover_template,
+    given_template,
+    keep_4bit_layers_differentiable,
+    load_base_model,
+    load_processing_class,
+)
+from .ways import WAYS, Way, is_sharded
+
+
+logger = logging.get_logger(__name__)
+
+
+class Run:
+    """One training run by a FunctionalNetworkConfig. Its methods are its steps, in their order.
+
+    Args:
+        config (`FunctionalNetworkConfig`): what is asked for.
+        model (`str`, `PreTrainedModel` or `PeftModel`): the model, or its name.
+        peft_config (`PeftConfig`, *optional*): the adapter to train.
+        args (`SFTConfig` or `TrainingArguments`, *optional*): the training arguments.
+
+    Attributes:
+        config (`FunctionalNetworkConfig`): as given, at the site of the template.
+        plan (`TrainingPlan`): what the config comes to.
+        way (`Way`): how the neurons are trained.
+        args: the training arguments.
+        template (`FunctionalNetworkTemplate`): the networks.
+        selected (`NeuronMask`): the selected neurons.
+        trainable (`NeuronMask`): the neurons whose weights may change, over all layers.
+
+    Raises:
+        FNSFTError: config, model, adapter and arguments do not go together.
+    """
+
+    template: FunctionalNetworkTemplate
+    selected: NeuronMask
+    trainable: NeuronMask
+
+    def __init__(
+        self,
+        config: FunctionalNetworkConfig,
+        model: str | PreTrainedModel | PeftModel,
+        peft_config: PeftConfig | None,
+        args: SFTConfig | TrainingArguments | None,
+    ) -> None:
+        self.config = config
+        self.adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        self.plan = config.plan(lora_config=isinstance(self.adapter, LoraConfig))
+        if self.adapter is not None and not isinstance(self.adapter, LoraConfig):
+            raise FNSFTError(
+                f"the model is to be trained with a {type(self.adapter).__name__}, which cannot be held to a set of "
+                "neurons; use a LoraConfig, or a plain model without peft_config for neuron deltas"
+            )
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
+        self.args = args
+        self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)
+        self.way.check(model, args)
+        if args.push_to_hub and args.process_index == 0:
+            is_proposal = (args.hub_revision or "").startswith("refs/pr/")
+            check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
+        if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
+            raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
+
+    def load(self, model: str | PreTrainedModel | PeftModel, processing_class, quantization_config):
+        """Load what was given by name: networks must be known before PEFT wraps the model.
+
+        Returns:
+            The model, its tokenizer or processor, and the quantization config if it was not used.
+        """
+        set_seed(self.args.seed)  # as SFTTrainer does before it loads a model
+        model_init_kwargs = self.args.model_init_kwargs if isinstance(self.args, SFTConfig) else None
+        if isinstance(model, str):
+            model = load_base_model(model, self.args, model_init_kwargs, quantization_config)
+            quantization_config = None
+        keep_4bit_layers_differentiable(model)
+        if processing_class is None:
+            processing_class = load_processing_class(model, self.args, model_init_kwargs)
+        return model, processing_class, quantization_config
+
+    def find_networks(
+        self,
+        given: FunctionalNetworkTemplate | str | os.PathLike | None,
+        model: PreTrainedModel | PeftModel,
+        processing_class,
+        train_dataset: Dataset | IterableDataset | None,
+        formatting_func: Callable | None,
+    ) -> None:
+        """Take the template that was given or named, or discover one.
+
+        Raises:
+            FNSFTError: it is of another model, or the model cannot be trained in this way.
+        """
+        template = given_template(self.config, given)
+        if template is not None and template.threshold is None and template.site != self.config.ica_site:
+            # The original's commands name no site: their templates are of the MLPs' outputs.
+            logger.warning(f"ica_site is {template.site}, the site of the converted template")
+            self.config = replace(self.config, ica_site=template.site)
+            self.way.site = template.site
+        self.way.check_model(model, self.adapter)
+        if template is not None:
+            self.template = check_template(self.config, model, template)
+            return
+        self.template = discover_template(
+            self.config, model, processing_class, self.args, train_dataset, formatting_func
+        )
+
+    def select(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
+        """Select the neurons.
+
+        Returns:
+            What PEFT is to wrap the model with.
+        """
+        config = self.config
+        self.selected = select_neurons(
+            self.template,
+            config.ica_component_ids,
+            selector=config.ica_select,
+            fraction=config.ica_fraction,
+            rank=config.ica_rank_by,
+            min_reliability=config.ica_min_reliability,
+            seed=config.ica_seed,
+        )
+        self.trainable = trainable_neurons(model, self.selected, self.plan.train)
+        logger.info(f"selected {self.selected}; trainable {self.trainable}; method {self.plan.method}")
+        return self.way.peft_config(model, self.trainable, peft_config)
+
+    @contextmanager
+    def loaded_model(self) -> Iterator[None]:
+        """Hide `model_init_kwargs` from SFTTrainer, which would warn that a loaded model ignores them."""
+        kept = getattr(self.args, "model_init_kwargs", None)
+        if kept is not None:
+            self.args.model_init_kwargs = None
+        try:
+            yield
+        finally:
+            if kept is not None:
+                self.args.model_init_kwargs = kept
+
+    def hold(self, trainer: SFTTrainer) -> MaskHandle | None:
+        """Freeze, mask and guard the neurons of the model that SFTTrainer has wrapped.
+
+        Returns:
+            The forward mask.
+        """
+        self.way.hold(trainer, self.trainable)
+        handle = None
+        if self.plan.mask_mode is not None:
+            intervene = lesion if self.plan.mask_mode == "lesion" else preserve
+            handle = intervene(trainer.model, self.selected)
+        if self.config.frozen_guard:
+            if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
+                logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")
+            else:
+                trainer.add_callback(FrozenNeuronGuard(trainer.model, self.trainable))
+        return handle

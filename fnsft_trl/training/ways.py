@@ -1,0 +1,211 @@
+"""The three ways to train a set of neurons, each with its checks, its PEFT configuration and its rule for shards."""
+
+import copy
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig, SFTTrainer
+
+from ..config import TrainingPlan
+from ..constraints import (
+    FrozenSlices,
+    check_lora_config,
+    check_optimizer_name,
+    constrain_full,
+    constrain_lora,
+    set_lora_targets,
+)
+from ..errors import FNSFTError
+from ..neurons.mask import NeuronMask
+from ..tuner import NeuronDeltaLayer, NeuronTunerConfig
+
+
+class Way:
+    """One way to train neurons; a run calls its methods in this order.
+
+    Args:
+        plan (`TrainingPlan`): what the run trains and masks.
+        site (`str`): the site of the neurons.
+        train_other (`bool`): whether weights that belong to no neuron train, where they can.
+
+    Attributes:
+        frozen (`FrozenSlices` or `None`): what is put back after every step of the optimizer.
+    """
+
+    def __init__(self, plan: TrainingPlan, *, site: str, train_other: bool) -> None:
+        self.plan = plan
+        self.site = site
+        self.train_other = train_other
+        self.frozen: FrozenSlices | None = None
+        self._optimizer: Optimizer | None = None
+
+    def check(self, model: str | nn.Module, args: SFTConfig) -> None:
+        """Refuse, before anything is loaded, what cannot be trained in this way.
+
+        Raises:
+            FNSFTError: the model has adapters that this way cannot train.
+        """
+        if isinstance(model, PeftModel):
+            raise FNSFTError(
+                f"train_method={self.plan.method} needs a model without adapters; merge the adapter first"
+            )
+
+    def check_model(self, model: nn.Module, adapter: PeftConfig | None) -> None:
+        """Refuse, before networks are discovered, what the loaded model cannot be trained with."""
+
+    def peft_config(self, model: nn.Module, trainable: NeuronMask, given: PeftConfig | None) -> PeftConfig | None:
+        """What PEFT wraps the model with: made from what was given, which is not changed.
+
+        Raises:
+            FNSFTError: it cannot train the trainable neurons.
+        """
+        return given
+
+    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+        """Freeze all other neurons in the wrapped model.
+
+        Raises:
+            FNSFTError: that is not possible in the way the model is sharded.
+        """
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Put frozen values back after every step of an optimizer; once, however often it is called."""
+        if self.frozen is not None and optimizer is not self._optimizer:
+            optimizer.register_step_post_hook(lambda *_: self.frozen.restore())  # sharding may replace `frozen`
+            self._optimizer = optimizer
+
+
+class NeuronDeltas(Way):
+    """Deltas of the trainable neurons alone, a PEFT method; the base model is frozen."""
+
+    def peft_config(self, model: nn.Module, trainable: NeuronMask, given: PeftConfig | None) -> PeftConfig:
+        """Deltas for the trainable neurons, with LoRA beside them where that was given."""
+        whole = {}
+        lora = copy.deepcopy(given)
+        if lora is not None:
+            for name in ("modules_to_save", "trainable_token_indices"):  # of the adapter, not of LoRA
+                whole[name] = getattr(lora, name)
+                setattr(lora, name, None)
+        return NeuronTunerConfig(
+            neurons=trainable.to_ranges(), site=trainable.site, task_type="CAUSAL_LM", lora=lora, **whole
+        )
+
+    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+        """Nothing but deltas can train; SFTTrainer casts those on a quantised base to bfloat16, and they come back."""
+        for module in trainer.model.modules():
+            if isinstance(module, NeuronDeltaLayer):
+                module.float_deltas()
+
+
+class MaskedLora(Way):
+    """LoRA whose factors stay zero for all other neurons."""
+
+    def check(self, model: str | nn.Module, args: SFTConfig) -> None:
+        """A model may bring its adapter."""
+
+    def check_model(self, model: nn.Module, adapter: LoraConfig) -> None:
+        """Refuse variants of LoRA that cannot be held to neurons exactly."""
+        if self.plan.train != "all":
+            check_lora_config(adapter, model, self.site)
+
+    def peft_config(self, model: nn.Module, trainable: NeuronMask, given: PeftConfig | None) -> PeftConfig | None:
+        """LoRA without targets gets those of the MLPs."""
+        given = copy.deepcopy(given)
+        if given is not None:  # otherwise the model brings its adapter
+            set_lora_targets(given, model, trainable)
+        return given
+
+    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+        """Mask the factors. Sharded, only masks on inputs and outputs hold, for other tensors take the factors' place.
+
+        Raises:
+            FNSFTError: several adapters are active; or, sharded, more than such masks would be needed.
+        """
+        if self.plan.train == "all":
+            return
+        frozen = constrain_lora(trainer.model, trainable, adapter_name=_only_adapter(trainer.model))
+        if not is_sharded(trainer):
+            self.frozen = frozen
+            return
+        if frozen.masks_gradients:
+            raise FNSFTError(
+                "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
+                "use plain data parallelism, or train_method=neuron_delta"
+            )
+        if "8bit" in (optim := OptimizerNames(trainer.args.optim).value):
+            raise FNSFTError(
+                f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={optim}, whose "
+                "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
+            )
+
+
+class FullWeights(Way):
+    """The weights themselves, with those of all other neurons frozen."""
+
+    @property
+    def trains_other(self) -> bool:
+        """Whether weights that belong to no neuron train too."""
+        return {"selected": False, "unselected": self.train_other, "all": True}[self.plan.train]
+
+    def check(self, model: str | nn.Module, args: SFTConfig) -> None:
+        """Refuse adapters, and optimizers that write weights at other times than their step."""
+        super().check(model, args)
+        check_optimizer_name(OptimizerNames(args.optim).value)
+
+    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+        """Freeze the slices; under FSDP2 again when the model is sharded, for that replaces its tensors.
+
+        Raises:
+            FNSFTError: under DeepSpeed or FSDP1, which leave no slices to freeze.
+        """
+        is_fsdp2 = trainer.accelerator.is_fsdp2
+        if is_sharded(trainer) and not is_fsdp2:
+            raise FNSFTError(
+                "full fine-tuning held to neurons does not run under DeepSpeed or FSDP1; use FSDP2, plain data "
+                "parallelism, or train_method=neuron_delta"
+            )
+        self.freeze(trainer.model, trainable)
+        if is_fsdp2:
+            self.frozen.release()
+            trainer.add_callback(_FreezeAfterSharding(self, trainer, trainable))
+        if not self.trains_other:
+            # Reentrant checkpointing gives no gradients at all when its inputs require none.
+            trainer.model.enable_input_require_grads()
+
+    def freeze(self, model: nn.Module, trainable: NeuronMask) -> None:
+        """Freeze all but the trainable weights, in the place of what was frozen before."""
+        if self.frozen is not None:
+            self.frozen.release()
+        self.frozen = constrain_full(model, trainable, train_other=self.trains_other)
+
+
+WAYS = {"neuron_delta": NeuronDeltas, "lora": MaskedLora, "full": FullWeights}
+
+
+def is_sharded(trainer: SFTTrainer) -> bool:
+    """Whether the weights are spread over processes."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+class _FreezeAfterSharding(TrainerCallback):
+    """Freezes slices of the weights anew when the Trainer has sharded the model and loaded a checkpoint."""
+
+    def __init__(self, way: FullWeights, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+        self.way = way
+        self.trainer = trainer
+        self.trainable = trainable
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.way.freeze(self.trainer.model, self.trainable)
+
+
+def _only_adapter(model: PeftModel) -> str:
+    if len(model.active_adapters) != 1:
+        raise FNSFTError(
+            f"the model has {len(model.active_adapters)} active adapters ({', '.join(model.active_adapters)}); "
+            "exactly one can be held to a set of neurons: set_adapter one of them"
+        )
+    return model.active_adapters[0]
