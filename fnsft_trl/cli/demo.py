@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import FunctionalNetworkConfig
 from ..report.figures import check_pyplot
-from .demo_report import write_report
+from .demo_report import TEMPLATE, write_report
 from .options.arguments import Arguments, read_arguments
 from .options.loading import LoadingConfig
 from .options.schema import Option, row
@@ -140,7 +140,7 @@ def _start(args: Arguments, discovery: FunctionalNetworkConfig, output: Path) ->
     _say(f"1/4 Discovering {args.components} functional networks on {args.discovery_tokens} tokens of Wikipedia text")
     source = "English Wikipedia passages (BoolQ), discovery half"
     template = discover_networks(model, tokenizer, {source: wikipedia_passages("discovery")}, discovery)
-    template.save_pretrained(output / "template")
+    template.save_pretrained(output / TEMPLATE)
     for number, component in enumerate(template.components):
         layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]
         print(

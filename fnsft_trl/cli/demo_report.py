@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from ..report import Report, format_table
-from ..report.figures import networks_figure, trade_off_figure
+from ..report.figures import trade_off_figure
+from ..template.storage import FIGURE_FILE
 
 
+TEMPLATE = "template"  # directory of the networks, within that of the report
 _HEADER = [
     *("arm", "trained parameters", "neurons changed", "frozen bit-identical", "exact match", "NLL", "forgetting"),
 ]
@@ -95,7 +97,7 @@ def _describe_sources(report: Report, summary: dict, template) -> None:
     report.heading("The networks")
     report.figure(
         "networks",
-        networks_figure(template),
+        (output / TEMPLATE / FIGURE_FILE).read_bytes(),
         f"{len(template.components)} networks of {template.base_model} from {template.calibration['tokens']} tokens. "
         "Reliability: correlation of a network's loadings between two disjoint halves of the tokens.",
     )

@@ -7,7 +7,6 @@ import sys
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
 from ..ranges import format_ranges
-from ..template import FunctionalNetworkTemplate
 from ..template.card import format_known
 from ..template.stored import StoredTemplate
 from .options.arguments import read_arguments
@@ -35,6 +34,8 @@ def main(argv: list[str]) -> None:
         raise FNSFTError("json and convert exclude each other; drop one of them")
     stored = StoredTemplate.open(args.template, revision=args.revision)
     if args.convert:
+        from ..template.template import FunctionalNetworkTemplate
+
         target = check_writable(args.convert)
         FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
         print(f"Template saved to: {target}")

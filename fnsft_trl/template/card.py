@@ -4,9 +4,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-import yaml
-
-from ..hub.card import TAGS
+from ..hub.card import TAGS, card_text
 from ..hub.names import UNKNOWN
 from .description import TemplateDescription
 from .storage import FIGURE_FILE
@@ -36,9 +34,7 @@ def template_card(description: TemplateDescription, name: str | None = None) -> 
     )
     widths = description.widths.values()
     found = f"found by independent component analysis of its activations at `{description.site}`"
-    return f"""---
-{_metadata(description)}---
-
+    body = f"""
 # Functional networks of {model}
 
 {len(components)} groups of co-activating MLP neurons of `{model}` ({description.architecture}), {found}:
@@ -80,9 +76,10 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 - Switching a behaviour off. A lesion damages whatever else its neurons do, and a mask is no safeguard.
 - Conclusions without controls: compare with random neurons and with the most active ones, as many in every layer.
 """
+    return card_text(_metadata(description), body)
 
 
-def _metadata(description: TemplateDescription) -> str:
+def _metadata(description: TemplateDescription) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
     if _is_model_id(description.base_model):
         metadata["base_model"] = description.base_model
@@ -91,7 +88,7 @@ def _metadata(description: TemplateDescription) -> str:
         metadata["datasets"] = datasets
     if description.license:
         metadata["license"] = description.license
-    return yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)
+    return metadata
 
 
 def _reliability(description: TemplateDescription) -> str:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..config import SITES
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
 from .description import Calibration, Component, TemplateDescription
-from .schema import SITES
 from .storage import read_json
 
 

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ThresholdRule
+from ..config import SITES, ThresholdRule
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN, is_model_name, is_source_name, is_text, source_names
 
 
 FORMAT = "fnsft_trl.template"
 FORMAT_VERSION = 3
-SITES = ("mlp_intermediate", "mlp_output")
 PROBES = 16  # numbers for each layer by which weights are compared, see weights.py
 
 _MOST = 2**24  # layers, neurons of a layer, networks
