@@ -85,14 +85,14 @@ def write_report(summary: dict, template, fraction: float, output: Path) -> None
         "loadings on all networks (outside the functional networks of general text), or as many at random. Every "
         "adapter gave the same logits, bit for bit, after it was loaded in a fresh process."
     )
-    _describe_sources(report, summary, template)
+    _describe_sources(report, summary, template, output)
     report.save(output, summary)
 
     print(f"\n{format_table(_HEADER, rows)}\n\n{note}\n\n{verdict}\n{_CAUTION}\n")
     print(f"Report: {output / 'report.html'} (also report.md, results.json), {summary['seconds']} s")
 
 
-def _describe_sources(report: Report, summary: dict, template) -> None:
+def _describe_sources(report: Report, summary: dict, template, output: Path) -> None:
     """The networks, and the data that all was made of."""
     report.heading("The networks")
     report.figure(
