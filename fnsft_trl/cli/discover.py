@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
 
     import torch
     from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
 
+    from ..compat.accelerate import parse_flag_from_env
     from ..data.prompts import set_chat_template
     from ..data.sources import load_texts
     from ..discovery import discover_group

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from ..compat.peft import has_lora_targets
 from ..data.embedded import resolve_model
 from ..errors import FNSFTError
 from ..hub.files import explain
@@ -145,7 +144,7 @@ def check_attention(name: str | None) -> None:
     Raises:
         FNSFTError: it does not.
     """
-    known = ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    known = ("eager", *sorted(AttentionInterface().valid_keys()))
     if name is not None and "/" not in name and name not in known:
         raise FNSFTError(f"attn_implementation is {name!r}; it must be one of: {', '.join(known)}")
 
@@ -158,7 +157,7 @@ def default_lora_targets(config: PretrainedConfig) -> list[str] | None:
     Raises:
         FNSFTError: the model has no MLP that is understood either, or its MLPs are experts.
     """
-    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+    if has_lora_targets(config.model_type):
         return None
     with torch.device("meta"):  # only its structure is read
         model = AutoModelForCausalLM.from_config(config)

@@ -56,10 +56,11 @@ def trl_options() -> list[Option]:
         file=sys.stderr,
     )
     import trl
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from ...compat.transformers import tracker_names
 
     options = [option for name in TRL for option in describe(getattr(trl, name))]
-    trackers = (*sorted(INTEGRATION_TO_CALLBACK), "all", "none")
+    trackers = (*tracker_names(), "all", "none")
     # What their types do not say.
     more = {name: {"lowest": lowest, "highest": highest} for name, (lowest, highest) in _RANGES.items()}
     more |= {"report_to": {"choices": trackers}, "resume_from_checkpoint": {"switch": True}}
