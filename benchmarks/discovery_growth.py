@@ -29,7 +29,7 @@ def run_arm(tokens: int, components: int, neurons: int) -> dict:
     """Sketch a stream of so many tokens and decompose it, in this process."""
     import torch
 
-    from fnsft_trl.discovery.decomposition import decompose
+    from fnsft_trl.discovery.decomposition import IcaSettings, decompose
     from fnsft_trl.discovery.sketch import ActivationSketch
 
     random = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def run_arm(tokens: int, components: int, neurons: int) -> dict:
     for sketch in halves:
         sketch.finish()
     sketched = time.process_time() - start
-    decompose([[half] for half in halves], components)
+    decompose([[half] for half in halves], IcaSettings(components))
     return {
         "tokens": tokens,
         "components": components,

@@ -159,6 +159,11 @@ class FunctionalNetworkConfig:
     ica_contrast: str = option(
         "logcosh", "FastICA's contrast function: `logcosh`, `cube` or `exp`.", choices=("logcosh", "cube", "exp")
     )
+    ica_backend: str = option(
+        "torch",
+        "Whose FastICA: `torch` (our own, on the model's device) or `sklearn` (scikit-learn's, on the CPU).",
+        choices=("torch", "sklearn"),
+    )
     ica_dtype: str = option(
         "auto",
         "Precision in which activations are accumulated: `float32` (also `auto`) or `float64`.",
@@ -349,7 +354,7 @@ class FunctionalNetworkConfig:
 
     def discovery_settings(self) -> dict[str, Any]:
         """The settings that a template depends on, as they stand in its `config.json`."""
-        kept = ("components", "layers", "variant", "standardize", "contrast", "dtype", "rank")
+        kept = ("components", "layers", "variant", "standardize", "contrast", "backend", "dtype", "rank")
         kept += ("max_tokens", "until_reliable", "template_samples_per_ds", "reservoir", "skip_tokens", "skip_special")
         kept += ("drop_massive", "batch_size", "max_length", "seed")
         return {f"ica_{name}": getattr(self, f"ica_{name}") for name in kept}

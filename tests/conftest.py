@@ -14,6 +14,7 @@ os.environ.pop("HF_TOKEN", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import hypothesis
 import pytest
 import torch
 from helpers import FAMILIES, medium_model, tiny_model, tiny_rows, tiny_tokenizer
@@ -21,6 +22,10 @@ from helpers import FAMILIES, medium_model, tiny_model, tiny_rows, tiny_tokenize
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.neurons.sites import SITES
 
+
+# The same examples in every run, so that a change alone can turn a test red.
+hypothesis.settings.register_profile("stable", derandomize=True, deadline=None, max_examples=100)
+hypothesis.settings.load_profile("stable")
 
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
 if "OMP_NUM_THREADS" not in os.environ:

@@ -20,6 +20,7 @@ ORDER = {
     "compat": [
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
+    "writing": [],
     "cache": [],
     "ranges": [],
     "fields": [],
@@ -29,7 +30,7 @@ ORDER = {
         *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
     ],
     "neurons": ["layout", "experts", "sites", "mask"],
-    "template": ["description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
+    "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
     ],
@@ -43,9 +44,16 @@ ORDER = {
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "cli": [
-        *("arguments", "refusals", "logs", "models", "precision", "pushing", "templates", "run_config", "schema"),
-        *("values", "help", "translate", "sources", "options", "checks"),
-        *("auth", "inspect", "compare", "discover", "export", "demo", "train", "__main__"),
+        *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
+        *("auth", "inspect", "env", "compare", "export", "discover", "demo_report", "demo", "fine_tuning", "train"),
+        "__main__",
+    ],
+}
+# The same inside a package of a package.
+INNER = {
+    "cli.options": [
+        *("schema", "run_config", "trl_options", "values", "sources", "loading", "help", "arguments", "translate"),
+        "parse",
     ],
 }
 # What other libraries do not document: only `compat` imports it, where a test holds each name.
@@ -82,18 +90,22 @@ def imported(module: str) -> set[str]:
     return found - {"", module}
 
 
-def place(module: str) -> tuple[int, int]:
+def place(module: str) -> tuple[int, int, int]:
     room, _, rest = module.partition(".")
-    names = [name.partition(".")[0] for name in ORDER[room]]
-    return list(ORDER).index(room), names.index(rest.partition(".")[0]) if rest else -1
+    inner, _, last = rest.partition(".")
+    return (
+        list(ORDER).index(room),
+        ORDER[room].index(inner) if inner else -1,
+        INNER[f"{room}.{inner}"].index(last) if last else -1,
+    )
 
 
 def test_every_module_has_its_place_and_every_place_its_module():
-    rooms = {name.partition(".")[0] for name in PATHS}
-    assert rooms == set(ORDER)
-    for room, names in ORDER.items():
-        inside = {name.split(".")[1] for name in PATHS if name.startswith(f"{room}.")}
-        assert inside == set(names), room
+    assert {name.partition(".")[0] for name in PATHS} == set(ORDER)
+    for package, names in (ORDER | INNER).items():
+        depth = package.count(".") + 1
+        inside = {name.split(".")[depth] for name in PATHS if name.startswith(f"{package}.")}
+        assert inside == set(names), package
 
 
 @pytest.mark.parametrize("module", sorted(PATHS))

@@ -4,35 +4,6 @@ import pytest
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig
 from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, ThresholdRule
-from fnsft_trl.ranges import format_ranges, parse_ranges
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("all", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        ("0-5", [0, 1, 2, 3, 4, 5]),
-        ("0:4,9", [0, 1, 2, 3, 9]),
-        ("[0, 2, 4]", [0, 2, 4]),
-        ([4, 2, 0, 2], [0, 2, 4]),
-        (7, [7]),
-        ("8:", [8, 9]),
-        (" 1 - 2 , 5", [1, 2, 5]),
-    ],
-)
-def test_parse_ranges_reads_every_documented_form(spec, expected):
-    assert parse_ranges(spec, 10) == expected
-
-
-@pytest.mark.parametrize("spec", ["10", "0-10", "5-3", "x", "", "[]", "-1", "2:2", "1.5", [11]])
-def test_parse_ranges_refuses_what_is_out_of_range_or_not_understood(spec):
-    with pytest.raises(FNSFTError, match="layer specification"):
-        parse_ranges(spec, 10)
-
-
-def test_format_ranges_is_the_inverse_of_parse_ranges():
-    for chosen in itertools.chain.from_iterable(itertools.combinations(range(8), n) for n in range(1, 9)):
-        assert parse_ranges(format_ranges(chosen), 8) == list(chosen)
 
 
 def test_every_combination_of_switches_has_an_outcome():

@@ -1,42 +1,8 @@
 import pytest
 import torch
 
-from fnsft_trl import FNSFTError, NeuronMask, select_neurons
+from fnsft_trl import FNSFTError, select_neurons
 from fnsft_trl.config import ThresholdRule
-
-
-def mask(*layers):
-    return NeuronMask({i: torch.tensor(members, dtype=torch.bool) for i, members in enumerate(layers)})
-
-
-def test_set_operations():
-    a, b = mask([1, 1, 0, 0], [0, 0, 0, 1]), mask([1, 0, 1, 0], [0, 0, 0, 1])
-    assert a | b == mask([1, 1, 1, 0], [0, 0, 0, 1])
-    assert a & b == mask([1, 0, 0, 0], [0, 0, 0, 1])
-    assert ~a == mask([0, 0, 1, 1], [1, 1, 1, 0])
-    assert (a.count, a.fraction) == (3, 3 / 8)
-    assert a != b
-    assert a.sha256 != b.sha256
-    assert {a, mask([1, 1, 0, 0], [0, 0, 0, 1])} == {a}
-
-
-def test_masks_of_other_shapes_or_sites_do_not_combine():
-    with pytest.raises(FNSFTError, match="do not combine"):
-        mask([1, 0]) | mask([1, 0, 0])
-    with pytest.raises(FNSFTError, match="do not combine"):
-        mask([1, 0]) & NeuronMask({0: torch.ones(2, dtype=torch.bool)}, "mlp_output")
-    with pytest.raises(FNSFTError, match="bool tensor"):
-        NeuronMask({0: torch.ones(2)})
-
-
-def test_ranges_give_the_mask_back():
-    original = mask([1, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1])
-    assert original.to_ranges() == {"0": "0-2,4", "2": "4"}
-    assert NeuronMask.from_ranges(original.to_ranges(), {0: 5, 1: 5, 2: 5}, original.site) == original
-    with pytest.raises(FNSFTError, match="layer 7"):
-        NeuronMask.from_ranges({"7": "0"}, {0: 5}, original.site)
-    with pytest.raises(FNSFTError, match="neuron specification"):
-        NeuronMask.from_ranges({"0": "5"}, {0: 5}, original.site)
 
 
 def test_networks_are_the_union_of_their_members(templates):

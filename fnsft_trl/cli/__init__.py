@@ -1,4 +1,7 @@
-"""The `fnsft` command: one module per verb, imported only when it is called."""
+"""The `fnsft` command: one module per verb, imported only when it is called.
+
+A verb is a module with `ABOUT`, what it does; `options()`, the rows of its options; and `main(argv)`.
+"""
 
 import difflib
 import sys
@@ -8,6 +11,7 @@ from .. import __version__
 from ..errors import FNSFTError
 from ..hub.credentials import hide_tokens, use_env_file
 from .logs import hush_libraries
+from .options.help import format_help
 
 
 VERBS = {
@@ -16,6 +20,7 @@ VERBS = {
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
+    "env": "show versions, devices and settings, for a report of a fault",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
@@ -67,10 +72,14 @@ def run_verb(verb: str, argv: list[str]) -> int:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise FNSFTError(f"there is no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
-        if verb != "auth":  # which says whether a token comes from that file
+        if verb not in ("auth", "env"):  # which say whether a token comes from that file
             use_env_file()
         hush_libraries()
-        import_module(f".{verb}", __package__).main(argv)
+        module = import_module(f".{verb}", __package__)
+        if {"-h", "--help"} & set(argv):
+            print(format_help(verb, module.ABOUT, module.options()))
+        else:
+            module.main(argv)
     except FNSFTError as error:
         message = hide_tokens(" ".join(str(error).split()))
         print(f"fnsft {verb}: error: {message}", file=sys.stderr)

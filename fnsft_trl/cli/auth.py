@@ -3,20 +3,25 @@
 from ..errors import FNSFTError
 from ..hub.account import HubAccount, whose_token
 from ..hub.credentials import ENV_FILE, HubToken, find_token
-from .arguments import ArgumentParser
+from .options.arguments import read_arguments
+from .options.schema import Option, row
 
+
+ABOUT = (
+    "Show which token of the Hub models and datasets are loaded with, and which one uploads use: where it was found, "
+    "whose it is, and what it may do. The token itself is never shown."
+)
 
 _ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-grained"}
 
 
+def options() -> list[Option]:
+    """The options of the verb."""
+    return [row("hub_token", "The token that an upload would be given by this option.")]
+
+
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="fnsft auth",
-        description="Show which token of the Hub models and datasets are loaded with, and which one uploads use: "
-        "where it was found, whose it is, and what it may do. The token itself is never shown.",
-    )
-    parser.add_argument("--hub_token", help="the token that an upload would be given by this option")
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, options())
     loading, upload = find_token(), find_token(args.hub_token)
     if upload is None:
         raise FNSFTError(

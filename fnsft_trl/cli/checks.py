@@ -4,8 +4,6 @@ from pathlib import Path
 
 import torch
 from transformers import get_scheduler
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -14,6 +12,7 @@ from transformers.utils import (
 )
 from trl import SFTConfig
 
+from ..compat.transformers import TRAINER_STATE_FILE, installed_trackers
 from ..errors import FNSFTError
 
 
@@ -36,7 +35,7 @@ def check_training_arguments(args: SFTConfig, device: str) -> None:
             that is not measured, or offloading without an accelerator.
     """
     for name in args.report_to:
-        if name not in (*get_available_reporting_integrations(), "flyte"):
+        if name not in installed_trackers():
             raise FNSFTError(f"the tracker {name} of report_to is not installed; install it, or drop it")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise FNSFTError("use_liger_kernel needs the package liger-kernel; install it, or drop use_liger_kernel")
@@ -81,10 +80,10 @@ def check_checkpoint(directory: Path, *, adapter: bool) -> None:
     Raises:
         FNSFTError: it is no checkpoint, or one of an adapter where the model trains, or the other way round.
     """
-    if not (directory / TRAINER_STATE_NAME).is_file():
+    if not (directory / TRAINER_STATE_FILE).is_file():
         raise FNSFTError(
             f"resume_from_checkpoint is {str(directory)!r}, which is no checkpoint of a training (it has no "
-            f"{TRAINER_STATE_NAME}); give a directory such as OUTPUT_DIR/checkpoint-100, or true for the last one"
+            f"{TRAINER_STATE_FILE}); give a directory such as OUTPUT_DIR/checkpoint-100, or true for the last one"
         )
     of_adapter = (directory / ADAPTER_CONFIG_NAME).is_file()
     of_model = any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))

@@ -1,58 +1,85 @@
 """fnsft compare A B: which networks of one template are found in another, as table, heat map and results.json."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FNSFTError
+from ..report import Report, format_table
 from ..report.figures import check_pyplot, comparison_figure
-from ..report.report import Report, format_table
-from ..template.template import FunctionalNetworkTemplate
-from .arguments import ArgumentParser, check_writable
+from ..template import FunctionalNetworkTemplate
+from .options.arguments import Arguments, read_arguments
+from .options.loading import LoadingConfig, loading_options
+from .options.schema import Option, row
+from .output import check_writable
 
+
+ABOUT = (
+    "Compare the networks of two templates: neuron by neuron where both are of one model (or of a model and its "
+    "fine-tuned child), or by their time courses on shared text (texts) where they are not."
+)
 
 _HEADER = ["network of A", "partner in B", "IoU", "Dice", "correlation", "same network", "nearest in B", "p"]
 
 
+def options() -> list[Option]:
+    """The options of the verb."""
+    template = {"positional": True, "required": True}
+    return [
+        row("a", "Directory, JSON file or Hub id of a template.", metavar="A", **template),
+        row("b", "The same of another one.", metavar="B", **template),
+        row("revision_a", "Branch, tag or commit of A on the Hub."),
+        row("revision_b", "Branch, tag or commit of B on the Hub."),
+        row("texts", "Compare by time courses on this shared text.", many=True, metavar="DATASET"),
+        row("passages", "With texts: number of passages.", 200, lowest=1),
+        row("permutations", "Random permutations for the p-values.", 199, lowest=1),
+        row("seed", "Of the permutations.", 0),
+        row("output_dir", "Where the report goes.", "comparison", metavar="DIR"),
+        *_model_options(),
+    ]
+
+
+def _model_options() -> list[Option]:
+    """What only time courses need: the two models, and how they are loaded."""
+    models = [
+        row(f"model_{side}", f"Model of {side.upper()}; the one that its template names by default.") for side in "ab"
+    ]
+    loading = [option for option in loading_options() if option.name != "model_revision"]  # which would be of one
+    revisions = [
+        row(f"model_revision_{side}", f"Branch, tag or commit of the model of {side.upper()}.") for side in "ab"
+    ]
+    return [replace(option, group="with texts: loading the models") for option in (*models, *revisions, *loading)]
+
+
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="fnsft compare",
-        description="Compare the networks of two templates: neuron by neuron where both are of one model (or of a "
-        "model and its fine-tuned child), or by their time courses on shared text (--texts) where they are not.",
-    )
-    parser.add_argument("a", help="directory, JSON file or Hub id of a template")
-    parser.add_argument("b", help="the same of another one")
-    parser.add_argument("--revision_a", help="branch, tag or commit of A on the Hub")
-    parser.add_argument("--revision_b", help="branch, tag or commit of B on the Hub")
-    parser.add_argument("--texts", nargs="+", metavar="DATASET", help="compare by time courses on this shared text")
-    parser.add_argument("--model_a", help="with --texts: model of A; by default the one that its template names")
-    parser.add_argument("--model_b", help="with --texts: model of B; by default the one that its template names")
-    parser.add_argument("--passages", type=int, default=200, help="with --texts: number of passages")
-    parser.add_argument("--permutations", type=int, default=199, help="random permutations for the p-values")
-    parser.add_argument("--seed", type=int, default=0, help="of the permutations")
-    parser.add_argument("--output_dir", default="comparison", help="where the report goes")
-    args = parser.parse_args(argv)
-    if args.permutations < 1 or args.passages < 1:
-        raise FNSFTError("--permutations and --passages must be at least 1")
-    if args.texts is None and (args.model_a or args.model_b):
-        raise FNSFTError("--model_a and --model_b are read only with --texts; give it or drop them")
+    args = read_arguments(argv, options())
+    idle = [option.name for option in _model_options() if option.name in args.given]
+    if args.texts is None and idle:
+        raise FNSFTError(f"{', '.join(idle)}: read only with texts, the text to load models for; give it or drop them")
+    loading = LoadingConfig(**args.of(LoadingConfig))
     output = check_writable(args.output_dir)
     check_pyplot()
+    if args.texts is not None:
+        from .models import check_loading
+        from .precision import Precision
+
+        check_loading(loading, Precision.choose().device)
     a = FunctionalNetworkTemplate.from_pretrained(args.a, revision=args.revision_a)
     b = FunctionalNetworkTemplate.from_pretrained(args.b, revision=args.revision_b)
 
     from ..comparison.similarity import check_comparable, compare_templates, compare_time_courses
 
-    options = {"permutations": args.permutations, "seed": args.seed}
+    settings = {"permutations": args.permutations, "seed": args.seed}
     if args.texts is None:
         check_comparable(a, b)
-        comparison = compare_templates(a, b, **options)
+        comparison = compare_templates(a, b, **settings)
         measure, matrix = "IoU", comparison.iou
     else:
-        comparison = compare_time_courses(*_time_courses(args, a, b), **options)
+        comparison = compare_time_courses(*_time_courses(args, loading, a, b), **settings)
         measure, matrix = "|correlation| of time courses", comparison.correlation
     _write(args, a, b, comparison, measure, matrix, output)
 
 
-def _time_courses(args, a, b):
+def _time_courses(args: Arguments, loading: LoadingConfig, a, b):
     from ..comparison.fingerprint import network_time_courses, split_passages
     from ..data.sources import load_texts
     from .models import load_model_and_tokenizer
@@ -60,19 +87,22 @@ def _time_courses(args, a, b):
     texts = (row for rows in load_texts(args.texts).values() for row in _strings(rows))
     passages = split_passages(texts, count=args.passages)
     courses = []
-    for template, name in ((a, args.model_a), (b, args.model_b)):
-        model, tokenizer = load_model_and_tokenizer(name or template.base_model)
+    sides = ((a, args.model_a, args.model_revision_a), (b, args.model_b, args.model_revision_b))
+    for template, name, revision in sides:
+        model, tokenizer = load_model_and_tokenizer(
+            name or template.base_model, replace(loading, model_revision=revision)
+        )
         courses.append(network_time_courses(model, tokenizer, template, passages))
     return courses
 
 
 def _strings(rows):
     """The text of every row, without anything that a chat template would add."""
-    for row in rows:
-        if "input_ids" in row:
+    for item in rows:
+        if "input_ids" in item:
             raise FNSFTError("the shared text is token ids of one tokenizer; give text or conversations")
-        messages = row.get("messages") or row.get("prompt", []) + row.get("completion", [])
-        yield row["text"] if "text" in row else "\n".join(message["content"] or "" for message in messages)
+        messages = item.get("messages") or item.get("prompt", []) + item.get("completion", [])
+        yield item["text"] if "text" in item else "\n".join(message["content"] or "" for message in messages)
 
 
 def _known(value, form: str = ".2f") -> str:

@@ -8,23 +8,34 @@ from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
 from ..ranges import format_ranges
 from ..template.card import format_known
-from ..template.description import describe_calibration, describe_method, describe_threshold
 from ..template.stored import StoredTemplate
-from ..template.template import FunctionalNetworkTemplate
-from .arguments import ArgumentParser, check_writable
+from .options.arguments import read_arguments
+from .options.schema import Option, row
+from .output import check_writable
+
+
+ABOUT = "Show what a template of functional networks holds."
+
+
+def options() -> list[Option]:
+    """The options of the verb."""
+    where = "Directory, JSON file of the original project, or org/name on the Hub."
+    return [
+        row("template", where, positional=True, required=True, metavar="TEMPLATE"),
+        row("revision", "Branch, tag or commit on the Hub."),
+        row("json", "Print the template's config.json as it is.", False),
+        row("convert", "Save the template there in the current format.", metavar="DIR"),
+    ]
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="fnsft inspect", description="Show what a template of functional networks holds.")
-    parser.add_argument("template", help="directory, JSON file of the original project, or org/name on the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--json", action="store_true", help="print the template's config.json as it is")
-    parser.add_argument("--convert", metavar="DIR", help="save the template there in the current format")
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, options())
     if args.json and args.convert:
-        raise FNSFTError("--json and --convert exclude each other; drop one of them")
+        raise FNSFTError("json and convert exclude each other; drop one of them")
     stored = StoredTemplate.open(args.template, revision=args.revision)
     if args.convert:
+        from ..template.template import FunctionalNetworkTemplate
+
         target = check_writable(args.convert)
         FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
         print(f"Template saved to: {target}")
@@ -37,42 +48,39 @@ def main(argv: list[str]) -> None:
 
 
 def _show(stored: StoredTemplate, as_json: bool) -> None:
-    config = stored.config
+    found = stored.description
     if as_json:
-        print(json.dumps(config, indent=2))
+        print(json.dumps(found.to_json(), indent=2))
         return
     if stored.hub_id:
         print(f"{stored.hub_id} at commit {stored.commit}")
-    widths = {int(layer): width for layer, width in config["widths"].items()}
-    components = config["components"]
-    print(f"{len(components)} functional networks of {config['base_model'] or UNKNOWN} ({config['architecture']})")
-    print(f"  site          {config['site']}: {sum(widths.values())} neurons, layers {format_ranges(sorted(widths))}")
-    print(f"  calibration   {describe_calibration(config)}")
-    print(f"  tokens sha256 {config['calibration']['sha256'] or UNKNOWN}")
-    print(f"  method        {describe_method(config)}")
-    print(f"  threshold     {describe_threshold(config)}")
+    widths = found.widths
+    print(f"{len(found.components)} functional networks of {found.base_model or UNKNOWN} ({found.architecture})")
+    print(f"  site          {found.site}: {sum(widths.values())} neurons, layers {format_ranges(sorted(widths))}")
+    print(f"  calibration   {found.calibration_in_words()}")
+    print(f"  tokens sha256 {found.calibration.sha256 or UNKNOWN}")
+    print(f"  method        {found.method_in_words()}")
+    print(f"  threshold     {found.threshold_in_words()}")
     print()
     print("network  neurons  layers  variance  kurtosis  reliability  overlap  most neurons in layers")
-    for number, component in enumerate(components):
-        by_layer = sorted(component["layers"].items(), key=lambda item: -item[1])
+    for number, component in enumerate(found.components):
+        by_layer = sorted(component.layers.items(), key=lambda item: -item[1])
         strongest = ", ".join(f"{layer} ({count})" for layer, count in by_layer[:4])
         print(
-            f"{number:>7}  {component['neurons']:>7}  {len(by_layer):>6}  "
-            f"{format_known(component['explained_variance'], '.4f'):>8}  "
-            f"{format_known(component['kurtosis'], '.1f'):>8}  {format_known(component['reliability'], '.2f'):>11}  "
-            f"{format_known(component['jaccard'], '.2f'):>7}  {strongest}"
+            f"{number:>7}  {component.neurons:>7}  {len(by_layer):>6}  "
+            f"{format_known(component.explained_variance, '.4f'):>8}  "
+            f"{format_known(component.kurtosis, '.1f'):>8}  {format_known(component.reliability, '.2f'):>11}  "
+            f"{format_known(component.jaccard, '.2f'):>7}  {strongest}"
         )
-    if null := config.get("null"):
-        print(
-            f"shuffled in time {null['reliability']:>38.2f}  {null['jaccard']:>7.2f}  (so that nothing co-activates)"
-        )
-    if curve := config["calibration"].get("curve"):
-        points = ", ".join(f"{point['reliability']:.2f} at {point['tokens']}" for point in curve)
+    if null := found.null:
+        print(f"shuffled in time {null.reliability:>38.2f}  {null.jaccard:>7.2f}  (so that nothing co-activates)")
+    if curve := found.calibration.curve:
+        points = ", ".join(f"{point.reliability:.2f} at {point.tokens}" for point in curve)
         print(f"mean reliability over tokens: {points}")
-    for number, component in enumerate(components):
-        for name, found in component.get("recurrence", {}).items():
-            verdict = "recurs" if found["recurs"] else "does not recur"
+    for number, component in enumerate(found.components):
+        for name, other in component.recurrence.items():
+            verdict = "recurs" if other["recurs"] else "does not recur"
             print(
-                f"network {number} {verdict} in {name}: its network {found['component']}, IoU {found['iou']:.2f}, "
-                f"correlation {found['correlation']:.2f}"
+                f"network {number} {verdict} in {name}: its network {other['component']}, IoU {other['iou']:.2f}, "
+                f"correlation {other['correlation']:.2f}"
             )

@@ -3,9 +3,7 @@
 import logging
 import warnings
 
-
-_OPTIONAL_KERNEL = "bitsandbytes.backends.cpu.ops"  # which says at every start that there is a faster one
-_REPEATING = "bitsandbytes.autograd._functions"  # which says in every call of an 8-bit layer that it casts the input
+from ..compat.bitsandbytes import CAST_LOGGER, KERNEL_LOGGER
 
 
 class _Once(logging.Filter):
@@ -24,7 +22,7 @@ class _Once(logging.Filter):
 def hush_libraries() -> None:
     """Leave out notices that no user of a command can act on: TRL's own use of old names, an optional kernel."""
     warnings.filterwarnings("ignore", message=".* is deprecated and will be removed in v", category=FutureWarning)
-    logging.getLogger(_OPTIONAL_KERNEL).setLevel(logging.ERROR)
+    logging.getLogger(KERNEL_LOGGER).setLevel(logging.ERROR)
 
 
 def hush_repetitions(process_index: int) -> None:
@@ -35,6 +33,6 @@ def hush_repetitions(process_index: int) -> None:
     """
     if process_index > 0:
         logging.getLogger("fnsft_trl").setLevel(logging.ERROR)
-    repeating = logging.getLogger(_REPEATING)
+    repeating = logging.getLogger(CAST_LOGGER)
     if not any(isinstance(kept, _Once) for kept in repeating.filters):
         repeating.addFilter(_Once())

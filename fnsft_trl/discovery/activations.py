@@ -113,12 +113,7 @@ class ActivationReader:
             backbone.eval()
             with tqdm(total=max_tokens * len(sources), unit=" tokens", desc=description, disable=index > 0) as bar:
                 for number, (source, batch) in enumerate(self._turns(sources, max_tokens)):
-                    length = max(len(sequence.ids) for sequence in batch)
-                    ids = torch.zeros(len(batch), length, dtype=torch.long)  # (sequences, positions)
-                    present = torch.zeros(len(batch), length, dtype=torch.long)
-                    for row, sequence in enumerate(batch):
-                        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-                        present[row, : len(sequence.ids)] = 1
+                    ids, present = _padded(batch)
                     keep = present.bool() & ~torch.isin(ids, self._special_ids)
                     keep[:, : self.skip_tokens] = False
                     left = max_tokens - self.tokens[source]
@@ -139,7 +134,7 @@ class ActivationReader:
                     rows = self._block[: len(kept)]
                     self._check_finite(rows, number)
                     half = torch.tensor([sequence.half for sequence in batch])
-                    yield ActivationBlock(number, rows, 2 * source + half[kept // length])
+                    yield ActivationBlock(number, rows, 2 * source + half[kept // ids.shape[1]])
         finally:
             for handle in handles:
                 handle.remove()
@@ -227,3 +222,14 @@ class ActivationReader:
                 f"the forward pass on text did not reach layer {missing[0].layer} ({missing[0].name}); leave such "
                 "layers out (ica_layers), or switch off kernels that replace whole MLPs (use_kernels=False)"
             )
+
+
+def _padded(batch: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both of shape (sequences, positions)."""
+    length = max(len(sequence.ids) for sequence in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    present = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        present[row, : len(sequence.ids)] = 1
+    return ids, present

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +16,31 @@ from .sketch import COLUMNS, ActivationSketch, eigh_descending
 # ICA unmixes this many times k principal directions and the k strongest components stay. With exactly k, the space cut
 # off at k differs from one half of the tokens to the other, and every component with it.
 _OVERSAMPLING = 1.5
+
+
+@dataclass(frozen=True)
+class IcaSettings:
+    """How activations are decomposed.
+
+    Attributes:
+        components (`int`): k.
+        variant (`str`): `"temporal"` or `"spatial"`.
+        standardize (`str`): `"center"` or `"zscore"`.
+        contrast (`str`): FastICA's `"logcosh"`, `"cube"` or `"exp"`.
+        backend (`str`): whose FastICA: `"torch"` (our own) or `"sklearn"`.
+        seed (`int`): of FastICA's starts.
+        restarts (`int`): of FastICA; a single start now and then ends in a poor optimum.
+        max_iterations (`int`): of FastICA.
+    """
+
+    components: int
+    variant: str = "temporal"
+    standardize: str = "center"
+    contrast: str = "logcosh"
+    backend: str = "torch"
+    seed: int = 0
+    restarts: int = 4
+    max_iterations: int = 400
 
 
 @dataclass
@@ -49,66 +75,51 @@ class Decomposition:
 
 
 def decompose(
-    halves: Sequence[Sequence[ActivationSketch]],
-    components: int,
-    *,
-    variant: str = "temporal",
-    standardize: str = "center",
-    contrast: str = "logcosh",
-    seed: int = 0,
-    excluded: torch.Tensor | None = None,
-    restarts: int = 4,
-    max_iterations: int = 400,
+    halves: Sequence[Sequence[ActivationSketch]], settings: IcaSettings, *, excluded: torch.Tensor | None = None
 ) -> Decomposition:
     """Decompose the union of all sketches, and each half alone for the reliability.
 
     Args:
         halves: two lists of finished sketches; all are of disjoint tokens.
-        components: k.
-        variant: `"temporal"` or `"spatial"`.
-        standardize: `"center"` or `"zscore"`.
-        contrast: FastICA's `"logcosh"`, `"cube"` or `"exp"`.
-        seed: seed of FastICA's starts.
+        settings: how.
         excluded: bool, shape (neurons,): neurons that take no part; their loadings are zero.
-        restarts: of FastICA; a single start now and then ends in a poor optimum.
-        max_iterations: of FastICA.
 
     Raises:
         FNSFTError: a half has no more tokens than components, or fewer independent directions.
     """
+    k = settings.components
     for half in halves:
         count, total = sum(s.count for s in half), sum(s.count for part in halves for s in part)
-        if count <= components:
+        if count <= k:
             raise FNSFTError(
-                f"{total} tokens were read, {count} in one half: more than {components} (ica_components) are needed "
-                "in each; give more text or lower ica_components"
+                f"{total} tokens were read, {count} in one half: more than {k} (ica_components) are needed in each; "
+                "give more text or lower ica_components"
             )
-    settings = {"contrast": contrast, "seed": seed, "restarts": restarts, "max_iterations": max_iterations}
-    runs = [
-        _components(part, components, variant, standardize, excluded, settings)
-        for part in ([sketch for half in halves for sketch in half], *halves)
-    ]
-    whole, first, second = runs
-    loadings = whole.loadings[:components]
+    together = [sketch for half in halves for sketch in half]
+    whole, first, second = (_components(sketches, settings, excluded) for sketches in (together, *halves))
+    loadings = whole.loadings[:k]
     reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings)
     # how far the components that matter are from settled: those kept, and their counterparts in the halves
-    settled = (whole.change[:components], first.change[pairs[0]], second.change[pairs[1]])
-    change = float(torch.cat(settled).max())
-    variance = whole.moments.variance
+    change = float(torch.cat([whole.change[:k], first.change[pairs[0]], second.change[pairs[1]]]).max())
+    moments = whole.moments
+    variance = moments.variance
     taking_part = variance if excluded is None else variance.masked_fill(excluded.to(variance.device), 0)
-    total = float((taking_part > 0).sum()) if standardize == "zscore" else float(taking_part.sum(dtype=torch.float64))
+    if settings.standardize == "zscore":
+        total_variance = float((taking_part > 0).sum())
+    else:
+        total_variance = float(taking_part.sum(dtype=torch.float64))
     power = loadings.square().sum(1, dtype=torch.float64)
     return Decomposition(
         loadings=loadings,
-        explained_variance=[float(p) / total for p in power],
-        kurtosis=whole.kurtosis[:components],
+        explained_variance=[float(p) / total_variance for p in power],
+        kurtosis=whole.kurtosis[:k],
         reliability=reliability,
         jaccard=jaccard,
         converged=change < TOLERANCE,
         change=change,
-        count=whole.moments.count,
-        mean=whole.moments.mean.float().cpu(),
-        rms=(variance + whole.moments.mean.square()).sqrt().float().cpu(),
+        count=moments.count,
+        mean=moments.mean.float().cpu(),
+        rms=(variance + moments.mean.square()).sqrt().float().cpu(),
     )
 
 
@@ -128,11 +139,42 @@ class Moments:
 
 
 @dataclass
-class _Run:
-    loadings: torch.Tensor  # (components and more, neurons), strongest first
-    kurtosis: list[float]
-    change: torch.Tensor  # (components and more,)
+class _Reduced:
+    """The m strongest principal directions of a stream of activations: 1.5 k, or all there are.
+
+    Attributes:
+        moments: of the stream.
+        singular: shape (m,), float64.
+        basis: shape (m, neurons), orthonormal: the directions.
+        scores: shape (sampled tokens, m): coordinates along them.
+    """
+
     moments: Moments
+    singular: torch.Tensor
+    basis: torch.Tensor
+    scores: torch.Tensor
+
+
+def _reduce(sketches: Sequence[ActivationSketch], settings: IcaSettings, excluded: torch.Tensor | None) -> _Reduced:
+    sketches = [sketch for sketch in sketches if sketch.count]
+    moments = Moments(sketches)
+    scale = torch.ones_like(moments.mean)
+    if settings.standardize == "zscore":
+        deviation = moments.variance.sqrt()
+        scale = torch.where(deviation > 0, deviation, 1)
+    if excluded is not None:
+        scale = scale.masked_fill(excluded.to(scale.device), float("inf"))
+    gram = sum(stack @ stack.T for _, stack in _strips(sketches, moments, scale))  # (all rows, all rows)
+    singular, vectors = eigh_descending(gram, math.ceil(_OVERSAMPLING * settings.components))
+    if len(singular) < settings.components:
+        raise FNSFTError(
+            f"the activations span {len(singular)} directions, fewer than ica_components={settings.components}; give "
+            "more varied text or lower ica_components"
+        )
+    turn = (vectors / singular).T  # (m, all rows)
+    basis = torch.cat([turn.to(gram) @ stack for _, stack in _strips(sketches, moments, scale)], 1)
+    along = turn @ gram.to("cpu", torch.float64)  # (m, all rows): rows and offsets along the basis
+    return _Reduced(moments, singular, basis, _sampled_scores(sketches, along))
 
 
 def _strips(sketches, moments: Moments, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -147,27 +189,8 @@ def _strips(sketches, moments: Moments, scale: torch.Tensor) -> Iterator[tuple[s
         yield columns, torch.cat(rows + offsets)
 
 
-def _components(sketches, k: int, variant: str, standardize: str, excluded, settings: dict) -> _Run:
-    sketches = [sketch for sketch in sketches if sketch.count]
-    moments = Moments(sketches)
-    scale = torch.ones_like(moments.mean)
-    if standardize == "zscore":
-        deviation = moments.variance.sqrt()
-        scale = torch.where(deviation > 0, deviation, 1)
-    if excluded is not None:
-        scale = scale.masked_fill(excluded.to(scale.device), float("inf"))
-    gram = sum(stack @ stack.T for _, stack in _strips(sketches, moments, scale))  # (all rows, all rows)
-    singular, vectors = eigh_descending(gram, math.ceil(_OVERSAMPLING * k))
-    if len(singular) < k:
-        raise FNSFTError(
-            f"the activations span {len(singular)} directions, fewer than ica_components={k}; give more varied text "
-            "or lower ica_components"
-        )
-    turn = (vectors / singular).T.to(gram)  # (m, all rows), m = 1.5 k or all directions there are
-    basis = torch.cat([turn @ stack for _, stack in _strips(sketches, moments, scale)], 1)  # (m, neurons), orthonormal
-
-    # All rows and offsets along the basis, then the sampled tokens of each sketch, sampled at one rate for all.
-    along = (vectors / singular).T @ gram.to("cpu", torch.float64)  # (m, all rows)
+def _sampled_scores(sketches: Sequence[ActivationSketch], along: torch.Tensor) -> torch.Tensor:
+    """The sampled tokens of all sketches, sampled at one rate, along the basis, shape (tokens, m)."""
     rate = min(sketch.sampling_rate for sketch in sketches)
     scores, start = [], 0
     offsets = along[:, -len(sketches) :].T  # (sketches, m)
@@ -176,16 +199,37 @@ def _components(sketches, k: int, variant: str, standardize: str, excluded, sett
         rows = along[:, start : start + r] / sketch.singular  # (m, r)
         scores.append(sketch.scores[sketch.priority <= rate] @ rows.T.float() + (offset / sketch.count**0.5).float())
         start += r
-    scores = torch.cat(scores)  # (tokens, m)
+    return torch.cat(scores)
 
-    if variant == "temporal":
-        if len(scores) <= len(singular):
-            raise FNSFTError(f"{len(scores)} tokens were sampled for {len(singular)} directions; raise ica_reservoir")
-        ica = fast_ica(scores, needed=k, **settings)
+
+@dataclass
+class _Run:
+    loadings: torch.Tensor  # (components and more, neurons), strongest first
+    kurtosis: list[float]
+    change: torch.Tensor  # (components and more,)
+    moments: Moments
+
+
+def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, excluded: torch.Tensor | None) -> _Run:
+    reduced = _reduce(sketches, settings, excluded)
+    moments, basis, scores = reduced.moments, reduced.basis, reduced.scores
+    unmix = partial(
+        fast_ica,
+        contrast=settings.contrast,
+        backend=settings.backend,
+        seed=settings.seed,
+        restarts=settings.restarts,
+        needed=settings.components,
+        max_iterations=settings.max_iterations,
+    )
+    if settings.variant == "temporal":
+        if len(scores) <= len(basis):
+            raise FNSFTError(f"{len(scores)} tokens were sampled for {len(basis)} directions; raise ica_reservoir")
+        ica = unmix(scores)
         loadings = ica.mixing.T.to(basis) @ basis  # (m, neurons)
     else:
-        deviations = (singular / moments.count**0.5).to(basis)
-        ica = fast_ica((basis * deviations[:, None]).T.cpu(), needed=k, **settings)
+        deviations = (reduced.singular / moments.count**0.5).to(basis)
+        ica = unmix((basis * deviations[:, None]).T.cpu())
         # With unit-variance maps the time course of component c is (white scores) @ mixing[:, c].
         loadings = (ica.sources * ica.mixing.norm(dim=0).float()).T
     loadings = loadings.float().cpu()

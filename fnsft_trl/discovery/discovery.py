@@ -7,8 +7,11 @@ batches, the first one decomposes, and all get the same template.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +26,9 @@ from ..neurons.sites import base_model, find_neuron_sites
 from ..template.template import Component, FunctionalNetworkTemplate
 from ..template.weights import weight_probes
 from .activations import ActivationReader
-from .decomposition import Decomposition, Moments, decompose
+from .decomposition import Decomposition, IcaSettings, Moments, decompose
 from .null import ShuffledNull, null_reliability
-from .progress import DiscoveryProgress
+from .progress import DiscoveryProgress, Milestones
 from .recurrence import recurrence
 from .sketch import ActivationSketch
 
@@ -34,8 +37,6 @@ logger = logging.get_logger(__name__)
 
 _FIRST_CHECK = 4096  # tokens before the reliability is looked at for the first time,
 _CHECK_GROWTH = 1.5  # and how much they grow from one look to the next
-_SAVES = 10  # times that a discovery is saved on its way,
-_LEAST_SAVED = 4096  # tokens; less is not worth it
 
 
 def discover_networks(
@@ -100,8 +101,36 @@ def discover_group(
     return _Discovery(model, tokenizer, datasets, config or FunctionalNetworkConfig()).run(progress_dir, resume)
 
 
+@dataclass
+class _Part:
+    """One half of one dataset, as far as it was read by one process: its sketch, and its sample for the null."""
+
+    sketch: ActivationSketch
+    null: ShuffledNull
+
+    def update(self, rows: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Add those rows of (tokens, neurons) activations whose indices are given."""
+        self.sketch.update(rows, chosen)
+        self.null.update(rows, chosen)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that is needed to go on later."""
+        both = {"sketch": self.sketch, "null": self.null}
+        return {f"{which}.{name}": t for which, one in both.items() for name, t in one.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over the state of another such part."""
+        for which, one in {"sketch": self.sketch, "null": self.null}.items():
+            one.load_state_dict({name: state[f"{which}.{name}"] for name in one.state_dict()})
+
+
+def _halves(parts: list[list[_Part]]) -> list[list[_Part]]:
+    """The parts of all datasets and processes, by half."""
+    return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
+
+
 class _Discovery:
-    """One discovery: the reader, a sketch and a sample for the null of every part, and how far it is."""
+    """One discovery: the reader, the parts 2 * dataset + half of what it has read, and the templates made of them."""
 
     def __init__(self, model, tokenizer, datasets: Mapping[str, Iterable], config: FunctionalNetworkConfig) -> None:
         self.config, self.names = config, list(datasets)
@@ -126,16 +155,25 @@ class _Discovery:
             for texts in datasets.values()
         ]
         self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.sketches, self.nulls = self._empty(self.share[0])
+        self.parts = self._empty(self.share[0])
+        self.ica = IcaSettings(
+            config.ica_components,
+            variant=config.ica_variant,
+            standardize=config.ica_standardize,
+            contrast=config.ica_contrast,
+            backend=config.ica_backend,
+            seed=config.ica_seed,
+        )
         self.curve: list[dict] = []
 
-    def _empty(self, process: int) -> tuple[list[ActivationSketch], list[ShuffledNull]]:
-        """Sketches and null samples of the parts 2 * dataset + half."""
-        config, parts = self.config, range(2 * len(self.names))
-        seeds = [len(parts) * (process + self.share[1] * config.ica_seed) + part for part in parts]
-        sketches = [
-            ActivationSketch(
-                self.reader.width,
+    def _empty(self, process: int) -> list[_Part]:
+        """The parts of a process that has read nothing yet."""
+        config, width, count = self.config, self.reader.width, 2 * len(self.names)
+        first_seed = count * (process + self.share[1] * config.ica_seed)
+        parts = []
+        for seed in range(first_seed, first_seed + count):
+            sketch = ActivationSketch(
+                width,
                 config.ica_rank,
                 reservoir=config.ica_reservoir,
                 seed=seed,
@@ -143,93 +181,71 @@ class _Discovery:
                 dtype=self.dtype,
                 device=self.reader.device,
             )
-            for seed in seeds
-        ]
-        return sketches, [ShuffledNull(self.reader.width, columns_seed=config.ica_seed, seed=seed) for seed in seeds]
+            parts.append(_Part(sketch, ShuffledNull(width, columns_seed=config.ica_seed, seed=seed)))
+        return parts
 
     def run(
         self, progress_dir: str | os.PathLike | None, resume: bool
     ) -> tuple[FunctionalNetworkTemplate, dict[str, FunctionalNetworkTemplate]]:
         """Read, decompose, and give the group's template and those of the datasets."""
-        config, reader = self.config, self.reader
-        progress = None
-        if progress_dir is not None:
-            about = {"base_model": model_name(self.model), "site": config.ica_site, "datasets": self.names}
-            about |= config.discovery_settings() | {"processes": self.share[1]}
-            progress = DiscoveryProgress(progress_dir, about, self.share)
-        elif resume:
-            raise FNSFTError("there is nothing to resume from without a progress_dir")
-        first_batch, digest = 0, None
+        config = self.config
+        about = {"base_model": model_name(self.model), "site": config.ica_site, "datasets": self.names}
+        about |= config.discovery_settings() | {"processes": self.share[1]}
+        progress = DiscoveryProgress(progress_dir, about, self.share, max_tokens=config.ica_max_tokens)
         if resume:
-            tensors, state = progress.load()
-            first_batch, digest, self.curve = state["batch"] + 1, state["sha256"], state["curve"]
-            for number, part in enumerate((*self.sketches, *self.nulls)):
-                part.load_state_dict({name: tensors[f"{number}.{name}"] for name in part.state_dict()})
-        each = config.ica_max_tokens // len(self.names)
-        if each == 0:
-            raise FNSFTError(
-                f"ica_max_tokens is {config.ica_max_tokens} for {len(self.names)} datasets; give at least one for each"
-            )
-        save_every = max(config.ica_max_tokens / _SAVES, _LEAST_SAVED)
-        save_at, check_at = save_every, float(_FIRST_CHECK)
-        for block in reader.read(
-            self.sources,
-            max_tokens=each,
-            first_batch=first_batch,
-            share=self.share,
-            description="discovering networks",
-        ):
-            for part in block.parts.unique().tolist():
-                chosen = (block.parts == part).nonzero().flatten().to(block.rows.device)
-                self.sketches[part].update(block.rows, chosen)
-                self.nulls[part].update(block.rows, chosen)
-            tokens = sum(reader.tokens)
-            is_new = block.batch >= first_batch
-            if block.batch == first_batch - 1 and self._sha256() == digest:
-                digest = None
-            if digest is not None and is_new:
-                break
-            if tokens >= check_at:
-                while check_at <= tokens:
-                    check_at *= _CHECK_GROWTH
-                if config.ica_until_reliable and is_new and self._is_reliable():
-                    break
-            if tokens >= save_at:
-                while save_at <= tokens:
-                    save_at += save_every
-                if progress is not None and is_new:
-                    state = {"batch": block.batch, "sha256": self._sha256(), "curve": self.curve}
-                    progress.save(dict(self._tensors()), state)
-        if digest is not None:
-            raise FNSFTError(
-                f"the texts differ from those of the interrupted discovery in {progress_dir}; give the same ones, or "
-                "start again without resume"
-            )
-        tokens = sum(reader.tokens)
-        if tokens == 0:
-            raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
-        for name, count in zip(self.names, reader.tokens, strict=True):
-            if count < each and not config.ica_until_reliable:
-                of = "the texts" if len(self.names) == 1 else f"the texts of {name}"
-                logger.warning(f"{of} ended after {count} of {each} tokens (ica_max_tokens)")
+            self.curve = progress.resume(self.parts)["curve"]
+        self._read(progress)
         template, of_datasets, point = self._on_first_process(self._templates)
         if config.ica_until_reliable:
             self.curve.append(point)
             template.calibration["curve"] = self.curve
             if point["reliability"] < config.ica_until_reliable:
                 logger.warning(
-                    f"the mean reliability is {point['reliability']:.2f} after {tokens} tokens, below "
-                    f"{config.ica_until_reliable} (ica_until_reliable): give more text or a larger ica_max_tokens, or "
-                    "ask for fewer components (ica_components)"
+                    f"the mean reliability is {point['reliability']:.2f} after {sum(self.reader.tokens)} tokens, "
+                    f"below {config.ica_until_reliable} (ica_until_reliable): give more text or a larger "
+                    "ica_max_tokens, or ask for fewer components (ica_components)"
                 )
-        if progress is not None:
-            progress.clear()
+        progress.clear()
         return template, of_datasets
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, part in enumerate((*self.sketches, *self.nulls)):
-            for name, value in part.state_dict().items():
-                yield f"{number}.{name}", value
+    def _read(self, progress: DiscoveryProgress) -> None:
+        """Read the texts into the parts, to their end, to `ica_max_tokens`, or until the components are reliable."""
+        config, reader = self.config, self.reader
+        each = config.ica_max_tokens // len(self.names)
+        if each == 0:
+            raise FNSFTError(
+                f"ica_max_tokens is {config.ica_max_tokens} for {len(self.names)} datasets; give at least one for each"
+            )
+        checks = Milestones(_FIRST_CHECK, lambda mark: mark * _CHECK_GROWTH)
+        blocks = reader.read(
+            self.sources,
+            max_tokens=each,
+            first_batch=progress.first_batch,
+            share=self.share,
+            description="discovering networks",
+        )
+        with closing(blocks):
+            if progress.first_batch:  # what was read before the interruption is only counted
+                for _ in islice(blocks, progress.first_batch):
+                    pass
+                progress.check_texts(self._sha256())
+                for marks in (checks, progress.marks):
+                    marks.passed(sum(reader.tokens))
+            for block in blocks:
+                for number in block.parts.unique().tolist():
+                    chosen = (block.parts == number).nonzero().flatten().to(block.rows.device)
+                    self.parts[number].update(block.rows, chosen)
+                tokens = sum(reader.tokens)
+                if checks.passed(tokens) and config.ica_until_reliable and self._is_reliable():
+                    break
+                if progress.marks.passed(tokens):
+                    progress.save(self.parts, batch=block.batch, sha256=self._sha256(), curve=self.curve)
+        if sum(reader.tokens) == 0:
+            raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
+        for name, count in zip(self.names, reader.tokens, strict=True):
+            if count < each and not config.ica_until_reliable:
+                of = "the texts" if len(self.names) == 1 else f"the texts of {name}"
+                logger.warning(f"{of} ended after {count} of {each} tokens (ica_max_tokens)")
 
     def _sha256(self, source: int | None = None) -> str:
         """Of the token ids read so far: of one dataset, or of all."""
@@ -240,30 +256,29 @@ class _Discovery:
 
     def _is_reliable(self) -> bool:
         """Add a point to the curve of reliability over tokens, and say whether it is high enough."""
-        self.curve.append(self._on_first_process(lambda sketches, nulls: self._point(self._halves(sketches))[1]))
+        self.curve.append(self._on_first_process(lambda parts: self._point(_halves(parts))[1]))
         return self.curve[-1]["reliability"] >= self.config.ica_until_reliable
 
-    def _on_first_process(self, work: Callable):
-        """For every process, what `work(sketches, nulls)` gives on the first one with those of all processes.
+    def _on_first_process(self, work: Callable[[list[list[_Part]]], Any]) -> Any:
+        """For every process, what `work` gives on the first one with the parts of all processes.
 
-        Both arguments have one list for each part, with one entry for each process.
+        Its argument has one list for each part, with one entry for each process.
         """
-        for sketch in self.sketches:
-            sketch.finish()
+        for part in self.parts:
+            part.sketch.finish()
         if self.share[1] == 1:
-            return work([[sketch] for sketch in self.sketches], [[null] for null in self.nulls])
+            return work([[part] for part in self.parts])
         gathered: list = [None] * self.share[1]
-        dist.all_gather_object(gathered, [part.state_dict() for part in (*self.sketches, *self.nulls)])
+        dist.all_gather_object(gathered, [part.state_dict() for part in self.parts])
         outcome = [None]
         if self.share[0] == 0:
-            of_parts: list[list] = [[] for _ in (*self.sketches, *self.nulls)]
+            of_processes = []
             for process, states in enumerate(gathered):
-                sketches, nulls = self._empty(process)
-                for part, state, entries in zip((*sketches, *nulls), states, of_parts, strict=True):
+                of_processes.append(self._empty(process))
+                for part, state in zip(of_processes[-1], states, strict=True):
                     part.load_state_dict(state)
-                    entries.append(part)
             try:
-                outcome = [work(of_parts[: len(self.sketches)], of_parts[len(self.sketches) :])]
+                outcome = [work([list(entries) for entries in zip(*of_processes, strict=True)])]
             except FNSFTError as error:  # the others wait for an answer
                 outcome = [error]
         dist.broadcast_object_list(outcome)
@@ -271,22 +286,9 @@ class _Discovery:
             raise outcome[0]
         return outcome[0]
 
-    @staticmethod
-    def _halves(parts: list[list]) -> list[list]:
-        """The parts of all datasets and processes, by half."""
-        return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
-
-    def _point(self, halves: list[list[ActivationSketch]]) -> tuple[Decomposition, dict]:
-        config = self.config
-        result = decompose(
-            halves,
-            config.ica_components,
-            variant=config.ica_variant,
-            standardize=config.ica_standardize,
-            contrast=config.ica_contrast,
-            seed=config.ica_seed,
-            excluded=self._massive(halves),
-        )
+    def _point(self, halves: list[list[_Part]]) -> tuple[Decomposition, dict]:
+        sketches = [[part.sketch for part in half] for half in halves]
+        result = decompose(sketches, self.ica, excluded=self._massive(sketches))
         return result, {"tokens": result.count, "reliability": sum(result.reliability) / len(result.reliability)}
 
     def _massive(self, halves: list[list[ActivationSketch]]) -> torch.Tensor | None:
@@ -300,9 +302,9 @@ class _Discovery:
             excluded[columns] = rms[columns] > self.config.ica_drop_massive * rms[columns].median()
         return excluded
 
-    def _templates(self, sketches: list[list[ActivationSketch]], nulls: list[list[ShuffledNull]]):
+    def _templates(self, parts: list[list[_Part]]):
         """The group's template, those of the datasets, and the last point of the curve."""
-        halves = self._halves(sketches)
+        halves = _halves(parts)
         result, point = self._point(halves)
         if not result.converged:
             logger.warning(
@@ -310,33 +312,27 @@ class _Discovery:
                 "weakest networks may not replicate: give more tokens (ica_max_tokens), or ask for fewer "
                 "components (ica_components)"
             )
-        excluded = self._massive(halves)
+        excluded = self._massive([[part.sketch for part in half] for half in halves])
         if excluded is not None:
             logger.warning(f"{int(excluded.sum())} neurons with massive activations are left out (ica_drop_massive)")
-        template = self._template(result, self.shown, self._sha256(), self._halves(nulls))
+        template = self._template(result, halves, self.shown, self._sha256())
         if len(self.names) == 1:
             return template, {}, point
         of_datasets = {}
         for number, name in enumerate(self.names):
-            parts, null = sketches[2 * number : 2 * number + 2], nulls[2 * number : 2 * number + 2]
-            found = self._point(parts)[0]
-            of_datasets[name] = self._template(found, [self.shown[number]], self._sha256(number), null)
+            own = _halves(parts[2 * number : 2 * number + 2])
+            found = self._point(own)[0]
+            of_datasets[name] = self._template(found, own, [self.shown[number]], self._sha256(number))
         for name, other in zip(self.shown, of_datasets.values(), strict=True):
             for component, found in zip(template.components, recurrence(template, other), strict=True):
                 component.recurrence[name] = found
         return template, of_datasets, point
 
-    def _template(self, result: Decomposition, names: list[str], sha256: str, nulls) -> FunctionalNetworkTemplate:
+    def _template(
+        self, result: Decomposition, halves: list[list[_Part]], names: list[str], sha256: str
+    ) -> FunctionalNetworkTemplate:
         config, columns = self.config, self.reader.columns
-        null = null_reliability(
-            nulls,
-            config.ica_components,
-            rank=config.ica_rank,
-            variant=config.ica_variant,
-            standardize=config.ica_standardize,
-            contrast=config.ica_contrast,
-            seed=config.ica_seed,
-        )
+        nulls = [[part.null for part in half] for half in halves]
         return FunctionalNetworkTemplate(
             base_model=model_name(self.model),
             revision=getattr(self.model.config, "_commit_hash", None),
@@ -345,7 +341,7 @@ class _Discovery:
             settings=config.discovery_settings(),
             calibration={"sources": list(names), "tokens": result.count, "sha256": sha256},
             threshold=config.threshold_rule() or ThresholdRule(),
-            null=null,
+            null=null_reliability(nulls, self.ica, rank=config.ica_rank),
             components=[
                 Component(*values)
                 for values in zip(

@@ -2,9 +2,10 @@
 
 The parallel form with symmetric decorrelation (section IV). Several random starts run at once on a part of the
 samples, their unmixing matrices stacked so that each iteration is one matrix product; the start with the largest
-contrast goes on with all samples.
+contrast goes on with all samples. scikit-learn's FastICA can do the iterations instead, from the same starts.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,7 @@ def fast_ica(
     data: torch.Tensor,
     *,
     contrast: str = "logcosh",
+    backend: str = "torch",
     seed: int = 0,
     restarts: int = 1,
     needed: int | None = None,
@@ -70,9 +72,11 @@ def fast_ica(
     Args:
         data: shape (samples, k), with k independent columns.
         contrast: `"logcosh"`, `"cube"` or `"exp"`.
+        backend: who iterates: `"torch"`, or `"sklearn"` (scikit-learn's FastICA, on the CPU in float64).
         seed: seed of the random starts.
         restarts: number of random starts.
         needed: stop when this many sources, those of the largest power in the data, have settled; all by default.
+            scikit-learn always waits for all of them.
         max_iterations: with all samples.
     """
     samples, k = data.shape
@@ -85,11 +89,12 @@ def fast_ica(
     generator = torch.Generator().manual_seed(seed)
     starts = _decorrelate(torch.randn(restarts, k, k, generator=generator, dtype=torch.float64))
     needed = needed or k
+    iterate = _BACKENDS[backend]
     if restarts > 1:
         few = white[:: -(-samples // _SCREENED)]
-        screened, _, _ = _iterate(few, starts, contrast, values, needed, _SCREENING_ITERATIONS)
+        screened, _, _ = iterate(few, starts, contrast, values, needed, _SCREENING_ITERATIONS)
         starts = screened[[int(_gain(few, screened, contrast).argmax())]]
-    (rotation,), (change,), iterations = _iterate(white, starts, contrast, values, needed, max_iterations)
+    (rotation,), (change,), iterations = iterate(white, starts, contrast, values, needed, max_iterations)
     return IndependentSources(
         sources=white @ rotation.T.to(white),
         mixing=(vectors * values.sqrt()) @ rotation.T,
@@ -119,6 +124,36 @@ def _iterate(
         change[running] = ((new * old).sum(2).abs() - 1).abs()
         unmixing[running] = new
     return unmixing, change, iterations
+
+
+def _iterate_in_scikit_learn(
+    white: torch.Tensor, unmixing: torch.Tensor, contrast: str, values: torch.Tensor, needed: int, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What [`_iterate`] gives, start by start, from scikit-learn's FastICA."""
+    from sklearn.decomposition import FastICA  # loaded only where it is asked for
+    from sklearn.exceptions import ConvergenceWarning
+
+    data = white.to("cpu", torch.float64).numpy()
+
+    def run(start: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
+        # The data is white; scikit-learn's own whitening would zero sources where it is exactly so.
+        ica = FastICA(fun=contrast, whiten=False, w_init=start.numpy(), tol=TOLERANCE, max_iter=most)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the change says so
+            ica.fit(data)
+        return torch.from_numpy(ica.components_), ica.n_iter_
+
+    found, changes, iterations = [], [], 0
+    for start in unmixing:
+        old, count = run(start, max_iterations)
+        new, _ = run(old, 1)  # scikit-learn does not tell the change of its last step: that of one more
+        found.append(new)
+        changes.append(((new * old).sum(1).abs() - 1).abs())
+        iterations = max(iterations, count + 1)
+    return torch.stack(found), torch.stack(changes), iterations
+
+
+_BACKENDS = {"torch": _iterate, "sklearn": _iterate_in_scikit_learn}
 
 
 def _gain(white: torch.Tensor, unmixing: torch.Tensor, contrast: str) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """The null of reliability: what it is for activations without co-activation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from .decomposition import decompose
+from .decomposition import IcaSettings, decompose
 from .sketch import ActivationSketch
 
 
@@ -49,15 +50,13 @@ class ShuffledNull:
         self._random.set_state(state["random"])
 
 
-def null_reliability(
-    nulls: Sequence[Sequence[ShuffledNull]], components: int, *, rank: int, standardize: str, seed: int = 0, **settings
-) -> dict[str, float]:
+def null_reliability(nulls: Sequence[Sequence[ShuffledNull]], settings: IcaSettings, *, rank: int) -> dict[str, float]:
     """Mean reliability and Jaccard overlap of as many components of activations that were shuffled in time.
 
     Args:
         nulls: two lists, one for each half.
-        components: k.
-        rank, seed, standardize, settings: as for the sketches and [`decompose`].
+        settings: as of the networks themselves; a single start of few iterations is enough here.
+        rank: of the sketches.
 
     Returns:
         `reliability` and `jaccard`, both in [0, 1]. Of z-scored activations both are near zero. Of centred ones a few
@@ -67,17 +66,21 @@ def null_reliability(
     Raises:
         FNSFTError: as [`decompose`].
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(settings.seed)
     halves = []
     for half in nulls:
         values = torch.cat([null.values for null in half])  # (tokens, neurons taken)
         shuffled = values.gather(0, torch.rand(values.shape, generator=random).argsort(0))
         sketch = ActivationSketch(
-            values.shape[1], rank, reservoir=len(values), seed=seed, prescale=standardize == "zscore"
+            values.shape[1],
+            rank,
+            reservoir=len(values),
+            seed=settings.seed,
+            prescale=settings.standardize == "zscore",
         )
         sketch.update(shuffled)
         sketch.finish()
         halves.append([sketch])
-    settings |= {"standardize": standardize, "seed": seed, "restarts": 1, "max_iterations": 50}
-    result = decompose(halves, components, **settings)
-    return {"reliability": sum(result.reliability) / components, "jaccard": sum(result.jaccard) / components}
+    result = decompose(halves, replace(settings, restarts=1, max_iterations=50))
+    k = settings.components
+    return {"reliability": sum(result.reliability) / k, "jaccard": sum(result.jaccard) / k}

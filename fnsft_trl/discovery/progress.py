@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,36 +16,88 @@ from ..errors import FNSFTError
 
 
 _STATE = "state"
+_SAVES = 10  # times that a discovery is saved on its way,
+_LEAST_SAVED = 4096  # tokens; less is not worth it
+
+
+class Stateful(Protocol):
+    """What is saved: anything whose whole state is tensors."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that is needed to go on later."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over the state of another one of its kind."""
+
+
+class Milestones:
+    """Marks on a growing count, each passed once.
+
+    Where they are does not depend on how often one looks, so an interrupted discovery that goes on passes the same.
+
+    Args:
+        first: the first of them.
+        following: from each to the next.
+    """
+
+    def __init__(self, first: float, following: Callable[[float], float]) -> None:
+        self._next = first
+        self._following = following
+
+    def passed(self, count: int) -> bool:
+        """Whether the count has passed one since the last look."""
+        if count < self._next:
+            return False
+        while self._next <= count:
+            self._next = self._following(self._next)
+        return True
 
 
 class DiscoveryProgress:
-    """Saves and loads the sketches of a discovery; the newest complete save counts.
+    """Saves and loads the parts of a discovery; the newest complete save counts.
 
     Each save is a folder `batch-<number>` with one safetensors file for each process. A folder counts when every
     process has written its file, so a killed process leaves the save before.
 
     Args:
-        directory: where the saves are.
+        directory: where the saves are; `None`: nothing is saved.
         about: what the discovery is of; another one cannot be resumed from here.
         share: (i, n): this is process i of n.
+        max_tokens: that the discovery will read; it is saved ten times on the way, by each process.
+
+    Attributes:
+        first_batch (`int`): number of the first batch that was not read before the interruption.
+        marks (`Milestones`): the numbers of tokens at which to save.
     """
 
-    def __init__(self, directory: str | os.PathLike, about: dict[str, Any], share: tuple[int, int]) -> None:
-        self.directory = Path(directory)
+    def __init__(
+        self, directory: str | os.PathLike | None, about: dict[str, Any], share: tuple[int, int], *, max_tokens: int
+    ) -> None:
+        self.directory = None if directory is None else Path(directory)
         self.about = about
         self.index, self.count = share
+        self.first_batch = 0
+        every = max(max_tokens / _SAVES, _LEAST_SAVED)
+        self.marks = Milestones(every, lambda mark: mark + every)
+        self._sha256: str | None = None  # of the tokens read before the interruption
 
-    def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(self, parts: Sequence[Stateful], *, batch: int, sha256: str, **notes: Any) -> None:
         """Save, then delete the save before.
 
         Args:
-            tensors: what the sketches hold.
-            state: `batch`, the number of the last batch; and whatever else JSON can hold.
+            parts: whose state is saved.
+            batch: number of the last batch that they hold.
+            sha256: of the tokens read so far.
+            notes: whatever else [`resume`] shall give; plain JSON values.
         """
-        folder = self.directory / f"batch-{state['batch']}"
+        if self.directory is None:
+            return
+        folder = self.directory / f"batch-{batch}"
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{number}.{name}": t for number, part in enumerate(parts) for name, t in part.state_dict().items()}
+        state = {"about": self.about, "batch": batch, "sha256": sha256, "notes": notes}
         scratch = folder / f".process-{self.index}.partial"
-        save_file(tensors, scratch, metadata={_STATE: json.dumps({"about": self.about, **state})})
+        save_file(tensors, scratch, metadata={_STATE: json.dumps(state)})
         os.replace(scratch, self._file(folder, self.index))
         if self.count > 1:
             dist.barrier()
@@ -52,12 +105,19 @@ class DiscoveryProgress:
             for older in self._saves()[:-1]:
                 shutil.rmtree(older)
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensors and the state of the newest complete save.
+    def resume(self, parts: Sequence[Stateful]) -> dict[str, Any]:
+        """Bring the parts to where the newest complete save has them.
+
+        Call [`check_texts`] when the batches before `first_batch` are counted again.
+
+        Returns:
+            The notes that were saved.
 
         Raises:
-            FNSFTError: there is none, it cannot be read, or it is of a discovery with other settings.
+            FNSFTError: there is no save, it cannot be read, or it is of a discovery with other settings.
         """
+        if self.directory is None:
+            raise FNSFTError("there is nothing to resume from without a progress_dir")
         saves = self._saves()
         if not saves:
             raise FNSFTError(f"there is no interrupted discovery in {self.directory} to resume; start without resume")
@@ -74,10 +134,27 @@ class DiscoveryProgress:
                     f"the interrupted discovery in {self.directory} has {key}={state['about'].get(key)!r}, this one "
                     f"{value!r}; give the same settings, or start again without resume"
                 )
-        return tensors, state
+        for number, part in enumerate(parts):
+            part.load_state_dict({name: tensors[f"{number}.{name}"] for name in part.state_dict()})
+        self.first_batch, self._sha256 = state["batch"] + 1, state["sha256"]
+        return state["notes"]
+
+    def check_texts(self, sha256: str) -> None:
+        """Check that the tokens before `first_batch` are those that were read before the interruption.
+
+        Raises:
+            FNSFTError: they are others.
+        """
+        if sha256 != self._sha256:
+            raise FNSFTError(
+                f"the texts differ from those of the interrupted discovery in {self.directory}; give the same ones, "
+                "or start again without resume"
+            )
 
     def clear(self) -> None:
         """Delete all saves."""
+        if self.directory is None:
+            return
         if self.count > 1:
             dist.barrier()
         if self.index == 0:

@@ -42,19 +42,19 @@ def read_delta_config(directory: str | os.PathLike) -> NeuronTunerConfig:
     return config
 
 
-def load_model(name: str | os.PathLike, *, dtype: str = "auto", revision: str | None = None):
+def load_model(name: str | os.PathLike, *, dtype: str = "auto", **loading):
     """Load a causal language model.
 
     Args:
         name: directory or Hub id.
         dtype: `"auto"` is that of its checkpoint.
-        revision: branch, tag or commit on the Hub.
+        loading: further arguments of `from_pretrained`.
 
     Raises:
         FNSFTError: it cannot be loaded.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error

@@ -67,7 +67,8 @@ def verify_merge(
         if sites is None:
             raise FNSFTError("two sets of tensors say nothing of the model's structure; give sites too")
     else:
-        model = load_model(before)
+        is_base = config is not None and str(before) == config.base_model_name_or_path
+        model = load_model(before, revision=config.revision if is_base else None)
         before, sites = dict(model.named_parameters()), find_neuron_sites(model, kind=kind)
     if not isinstance(after, Mapping):
         after = dict(load_model(after).named_parameters())

@@ -12,7 +12,9 @@ from ..template.storage import CARD_FILE, NETWORK_DIR
 from .adapter import load_model, read_adapter_config
 
 
-def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto") -> PeftConfig:
+def to_merged(
+    adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto", **loading
+) -> PeftConfig:
     """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
 
     With its tokenizer, a model card, and the template and the selection that lie beside the adapter.
@@ -21,6 +23,8 @@ def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, 
         adapter_dir: directory of a saved adapter, of neuron deltas or any other PEFT method that merges.
         output_dir: where the checkpoint is written.
         dtype: precision to load the base model in; `"auto"` is that of its checkpoint.
+        loading: further arguments of `from_pretrained` for the base model: `device_map`, `trust_remote_code`, and
+            `revision`, by default the one that is kept in the adapter's configuration.
 
     Returns:
         The configuration of the adapter.
@@ -30,13 +34,15 @@ def to_merged(adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, 
         ValueError: the merged weights are not finite.
     """
     config = read_adapter_config(adapter_dir)
-    base = load_model(config.base_model_name_or_path, dtype=dtype, revision=config.revision)
+    loading.setdefault("revision", config.revision)
+    base = load_model(config.base_model_name_or_path, dtype=dtype, **loading)
     merged = PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload(safe_merge=True)
     merged.save_pretrained(output_dir)
     has_tokenizer = (Path(adapter_dir) / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(
         adapter_dir if has_tokenizer else config.base_model_name_or_path,
-        revision=None if has_tokenizer else config.revision,
+        revision=None if has_tokenizer else loading["revision"],
+        trust_remote_code=loading.get("trust_remote_code", False),
     )
     tokenizer.save_pretrained(output_dir)
     _describe_merged(config, Path(adapter_dir), Path(output_dir))

@@ -1,12 +1,16 @@
 """Model cards of what was trained: free of local paths, and of a model that an adapter was merged into."""
 
-import re
+from __future__ import annotations
+
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from ..errors import FNSFTError
 from .names import is_source_name
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoCard
 
 
 TAGS = ["fnsft", "functional-networks", "independent-component-analysis", "interpretability"]
@@ -16,11 +20,33 @@ ADAPTER_NOTE = (
 )
 
 
+def card_text(metadata: dict[str, Any], body: str) -> str:
+    """A README with the Hub's metadata on top, of which the order is always the same.
+
+    Args:
+        metadata: arguments of `huggingface_hub.ModelCardData`.
+        body: what follows.
+    """
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{body}"
+
+
 def publishable_card(card: str) -> str:
-    """A trained model's README without local paths in its metadata, for which the Hub would refuse it."""
-    metadata, body = _split(card)
+    """A trained model's README without local paths in its metadata, for which the Hub would refuse it.
+
+    Raises:
+        FNSFTError: its metadata cannot be read.
+    """
+    from huggingface_hub import CardData
+
+    found = _read(card)
+    metadata = found.data.to_dict()
     public = _without_paths(metadata)
-    return card if public == metadata else _front(public) + body
+    if public == metadata:
+        return card
+    found.data = CardData(**public)
+    return str(found)
 
 
 def merged_card(base_model: str, adapter_card: str | None) -> str:
@@ -29,35 +55,38 @@ def merged_card(base_model: str, adapter_card: str | None) -> str:
     Args:
         base_model: the model, as the adapter names it.
         adapter_card: the README of the adapter, whose metadata and section on networks go along, where there is one.
+
+    Raises:
+        FNSFTError: the metadata of that README cannot be read.
     """
-    known, body = _split(adapter_card or "")
-    known = _without_paths(known)
+    found = _read(adapter_card or "")
+    known = _without_paths(found.data.to_dict())
     kept = ("base_model", "datasets", "license", "language")
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {key: known[key] for key in kept if key in known}
     tags = (tag for tag in known.get("tags", []) if not tag.startswith(("base_model:adapter:", "peft", "lora")))
     metadata["tags"] = sorted({*TAGS[:2], *tags})
-    section = body[body.find(SECTION) :] if SECTION in body else ""
+    section = found.text[found.text.find(SECTION) :] if SECTION in found.text else ""
     paragraphs = [part.strip() for part in section.split("\n\n") if part.strip() not in ("", ADAPTER_NOTE)]
     name = PurePath(base_model).name if _is_path(base_model) else base_model
     told = "`fnsft_trl` merged a trained adapter into its weights: an ordinary checkpoint, which needs no adapter."
-    return (
-        "\n\n".join(
-            [
-                _front(metadata).strip(),
-                f"# {PurePath(name).name}, fine-tuned",
-                f"`{name}`, fine-tuned. {told}",
-                *paragraphs,
-            ]
-        )
-        + "\n"
-    )
+    lead = [f"\n# {PurePath(name).name}, fine-tuned", f"`{name}`, fine-tuned. {told}"]
+    return card_text(metadata, "\n\n".join([*lead, *paragraphs]) + "\n")
 
 
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    """The metadata of a card and what follows them."""
-    front, body = re.fullmatch(r"(?:---\n(.*?)---\n)?(.*)", card, flags=re.DOTALL).groups()
-    return yaml.safe_load(front or "") or {}, body
+def _read(card: str) -> RepoCard:
+    import yaml
+    from huggingface_hub import RepoCard
+
+    if not card.lstrip().startswith("---"):
+        card = f"---\n\n---\n{card}"  # RepoCard warns of a card without metadata
+    try:
+        return RepoCard(card)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise FNSFTError(
+            f"the metadata on top of a model card cannot be read ({told}); correct its README.md"
+        ) from error
 
 
 def _without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -65,10 +94,6 @@ def _without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
     if "tags" in public:
         public["tags"] = [tag for tag in public["tags"] if not _is_path(tag.rpartition(":")[2])]
     return public
-
-
-def _front(metadata: dict[str, Any]) -> str:
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n"
 
 
 def _is_path(value: Any) -> bool:

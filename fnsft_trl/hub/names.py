@@ -56,7 +56,6 @@ def source_names(sources: Sequence[str]) -> list[str]:
     """
     sources = [_one_line(source) for source in sources]
     parts = [_parts(source) if _is_path(source) else (source,) for source in sources]
-    plain: list[str] = []
     names: list[str] = []
     for source, own in zip(sources, parts, strict=True):
         name = source
@@ -66,10 +65,13 @@ def source_names(sources: Sequence[str]) -> list[str]:
             enough = (n for n, t in enumerate(tails, 1) if all("/".join(o[-n:]) != t for o in others))
             name = "/".join(own[-next(enough, len(own)) :]).lstrip("~/")
             name += "/" * (name != "" and source.endswith("/"))
-        name = name[:_LONGEST].strip() or UNKNOWN
-        again = plain.count(name)
-        plain.append(name)
-        names.append(f"{name[: _LONGEST - 9]} ({again + 1})" if again else name)
+        name = name[:_LONGEST].strip()
+        plain = name = name if is_source_name(name) else UNKNOWN
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{plain[: _LONGEST - 9]} ({number})"
+        names.append(name)
     return names
 
 

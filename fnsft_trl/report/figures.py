@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from ..errors import FNSFTError
-from ..template.template import FunctionalNetworkTemplate
 
 
 def check_pyplot() -> None:
@@ -33,33 +32,6 @@ def _png(figure) -> bytes:
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     _pyplot().close(figure)
     return buffer.getvalue()
-
-
-def networks_figure(template: FunctionalNetworkTemplate) -> bytes:
-    """The networks over the layers: the share of each layer's neurons in each network, and its reliability, as PNG."""
-    pyplot = _pyplot()
-    layers = sorted(template.widths)
-    share = [[100 * c.layers.get(layer, 0) / template.widths[layer] for layer in layers] for c in template.components]
-    count = len(template.components)
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 1.4 + 0.34 * count), width_ratios=[5, 1.1], layout="constrained", sharey=True
-    )
-    image = left.imshow(share, aspect="auto", cmap="magma_r", interpolation="nearest")
-    left.set_xticks(range(0, len(layers), max(1, len(layers) // 15)), layers[:: max(1, len(layers) // 15)])
-    left.set_yticks(range(count))
-    left.set_xlabel("layer")
-    left.set_ylabel("network")
-    left.set_title("share of each layer's neurons in the network", fontsize=11, loc="left")
-    figure.colorbar(image, ax=left, label="% of the layer", pad=0.01)
-    reliability = [float("nan") if c.reliability is None else c.reliability for c in template.components]
-    right.barh(range(count), reliability, color="#3b6ea5", height=0.65)
-    right.set_xlim(0, 1)
-    right.set_xticks([0, 0.5, 1])
-    right.set_title("reliability", fontsize=11, loc="left")
-    right.tick_params(left=False)
-    for axes in (left, right):
-        axes.spines[:].set_visible(False)
-    return _png(figure)
 
 
 def comparison_figure(values: Sequence[Sequence[float]], measure: str) -> bytes:

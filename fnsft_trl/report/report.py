@@ -16,9 +16,12 @@ h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-t
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #9fb0c0; }
-img { max-width: 100%; } figcaption { color: #55636f; font-size: .9rem; } figure { margin: 1.2rem 0; }
+img { max-width: 100%; } figcaption { color: #55636f; font-size: .9rem; }
+figure { margin: 1.2rem 0; overflow-x: auto; }
 code { background: #f0f3f6; padding: .1rem .3rem; border-radius: 3px; font-size: .88em; overflow-wrap: anywhere; }
 """
+
+_PNG, _SVG = b"\x89PNG", b"<svg"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -57,9 +60,21 @@ class Report:
         """Add a table of strings."""
         self._parts.append(("table", header, rows))
 
-    def figure(self, name: str, png: bytes, caption: str) -> None:
-        """Add a picture; `name` becomes its file name."""
-        self._parts.append(("figure", name, png, caption))
+    def figure(self, name: str, picture: bytes, caption: str) -> None:
+        """Add a picture.
+
+        Args:
+            name: of its file, which ends in `.png` or `.svg`.
+            picture: PNG, or SVG, which goes into the page as it is.
+            caption: what it shows.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if not picture.startswith((_PNG, _SVG)):
+            raise ValueError(f"the picture {name!r} is neither PNG nor SVG")
+        file = f"{name}.png" if picture.startswith(_PNG) else f"{name}.svg"
+        self._parts.append(("figure", file, picture, caption))
 
     def save(self, directory: str | os.PathLike, results: dict[str, Any]) -> None:
         """Write `report.md` with its pictures beside it, `report.html` with them inside, and `results.json`."""
@@ -67,7 +82,7 @@ class Report:
         directory.mkdir(parents=True, exist_ok=True)
         for part in self._parts:
             if part[0] == "figure":
-                (directory / f"{part[1]}.png").write_bytes(part[2])
+                (directory / part[1]).write_bytes(part[2])
         (directory / "report.md").write_text(self._markdown(), encoding="utf-8")
         (directory / "report.html").write_text(self._html(), encoding="utf-8")
         (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -84,7 +99,7 @@ class Report:
                 lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
                 blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
             else:
-                blocks.append(f"![{content[2]}]({content[0]}.png)\n\n*{content[2]}*")
+                blocks.append(f"![{content[2]}]({content[0]})\n\n*{content[2]}*")
         return "\n\n".join(blocks) + "\n"
 
     def _html(self) -> str:
@@ -100,15 +115,16 @@ class Report:
                 body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
                 blocks.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
             else:
-                _, png, caption = content
-                data = base64.b64encode(png).decode()
-                alt = html.escape(caption, quote=True)
-                blocks.append(
-                    f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}'
-                    "</figcaption></figure>"
-                )
+                _, picture, caption = content
+                inside = picture.decode() if picture.startswith(_SVG) else _image(picture, caption)
+                blocks.append(f"<figure>{inside}<figcaption>{html.escape(caption)}</figcaption></figure>")
         title = html.escape(self.title)
         return (
             f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
         )
+
+
+def _image(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(caption, quote=True)}" src="data:image/png;base64,{data}">'

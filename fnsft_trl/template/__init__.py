@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "FunctionalNetworkTemplate": "template",
-        "Component": "template",
+        "Component": "description",
     },
 )

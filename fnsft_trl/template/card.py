@@ -4,11 +4,9 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-import yaml
-
-from ..hub.card import TAGS
+from ..hub.card import TAGS, card_text
 from ..hub.names import UNKNOWN
-from .description import describe_calibration, describe_method, describe_threshold
+from .description import TemplateDescription
 from .storage import FIGURE_FILE
 
 
@@ -20,28 +18,26 @@ def format_known(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
 
 
-def template_card(config: dict[str, Any], name: str | None = None) -> str:
+def template_card(description: TemplateDescription, name: str | None = None) -> str:
     """The README of a template, with the Hub's metadata on top.
 
     Args:
-        config: the template's description, see [`~fnsft_trl.template.description.check_config`].
+        description: of the template.
         name: the repository it is loaded from, where that is known.
     """
-    model, components = config["base_model"] or UNKNOWN, config["components"]
+    model, components = description.base_model or UNKNOWN, description.components
     rows = "\n".join(
-        f"| {number} | {c['neurons']} | {len(c['layers'])} | {format_known(c['explained_variance'], '.4f')} | "
-        f"{format_known(c['kurtosis'], '.1f')} | {format_known(c['reliability'], '.2f')} | "
-        f"{format_known(c['jaccard'], '.2f')} |"
+        f"| {number} | {c.neurons} | {len(c.layers)} | {format_known(c.explained_variance, '.4f')} | "
+        f"{format_known(c.kurtosis, '.1f')} | {format_known(c.reliability, '.2f')} | "
+        f"{format_known(c.jaccard, '.2f')} |"
         for number, c in enumerate(components)
     )
-    widths = config["widths"].values()
-    found = f"found by independent component analysis of its activations at `{config['site']}`"
-    return f"""---
-{_metadata(config)}---
-
+    widths = description.widths.values()
+    found = f"found by independent component analysis of its activations at `{description.site}`"
+    body = f"""
 # Functional networks of {model}
 
-{len(components)} groups of co-activating MLP neurons of `{model}` ({config["architecture"]}), {found}:
+{len(components)} groups of co-activating MLP neurons of `{model}` ({description.architecture}), {found}:
 {sum(widths)} neurons in {len(widths)} layers. This is a template for `fnsft_trl`: it holds no weights of the model.
 
 ![The share of each layer's neurons in each network]({FIGURE_FILE})
@@ -49,12 +45,12 @@ def template_card(config: dict[str, Any], name: str | None = None) -> str:
 {_HEADER}
 {rows}
 
-{_reliability(config)}
-{_recurrence(config)}
+{_reliability(description)}
+{_recurrence(description)}
 ## How to use it
 
 ```python
-{_code(config, name)}
+{_code(description, name)}
 ```
 
 To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig` or in the YAML of `fnsft train`:
@@ -64,12 +60,12 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 
 | | |
 |---|---|
-| base model | {model}{_revision(config)} |
-| calibration text | {_cell(describe_calibration(config))} |
-| token ids, SHA-256 | {config["calibration"]["sha256"] or UNKNOWN} |
-| method | {_cell(describe_method(config))} |
-| neurons of a network | {_cell(describe_threshold(config))} |
-| made with | fnsft_trl {config["fnsft_trl_version"]} |
+| base model | {model}{_revision(description)} |
+| calibration text | {_cell(description.calibration_in_words())} |
+| token ids, SHA-256 | {description.calibration.sha256 or UNKNOWN} |
+| method | {_cell(description.method_in_words())} |
+| neurons of a network | {_cell(description.threshold_in_words())} |
+| made with | fnsft_trl {description.fnsft_trl_version} |
 
 ## What it must not be used for
 
@@ -80,33 +76,34 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 - Switching a behaviour off. A lesion damages whatever else its neurons do, and a mask is no safeguard.
 - Conclusions without controls: compare with random neurons and with the most active ones, as many in every layer.
 """
+    return card_text(_metadata(description), body)
 
 
-def _metadata(config: dict[str, Any]) -> str:
+def _metadata(description: TemplateDescription) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
-    if _is_model_id(config["base_model"]):
-        metadata["base_model"] = config["base_model"]
-    sources = [source for source in config["calibration"]["sources"] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
+    if _is_model_id(description.base_model):
+        metadata["base_model"] = description.base_model
+    sources = [source for source in description.calibration.sources if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
     if datasets := [source for source in sources if not PurePath(source).suffix]:
         metadata["datasets"] = datasets
-    if config["license"]:
-        metadata["license"] = config["license"]
-    return yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)
+    if description.license:
+        metadata["license"] = description.license
+    return metadata
 
 
-def _reliability(config: dict[str, Any]) -> str:
-    if config["components"][0]["reliability"] is None:
+def _reliability(description: TemplateDescription) -> str:
+    if description.components[0].reliability is None:
         return (
             "Reliability is unknown: this template was converted from lists of neurons, which say nothing of whether "
             "the networks\nare found again on other text."
         )
     null = ""
-    if config["null"] is not None:
+    if description.null is not None:
         null = (
             "\nThe same activations shuffled in time give a reliability of "
-            f"{config['null']['reliability']:.2f} and an overlap of {config['null']['jaccard']:.2f}, which is chance."
+            f"{description.null.reliability:.2f} and an overlap of {description.null.jaccard:.2f}, which is chance."
         )
-    if config["settings"].get("ica_standardize") == "center":
+    if description.settings.get("ica_standardize") == "center":
         null += (
             " Judge these\nnetworks by their overlap: where activations are only centred, a few neurons of large "
             "variance give a high reliability\nwithout any co-activation."
@@ -118,15 +115,15 @@ def _reliability(config: dict[str, Any]) -> str:
     )
 
 
-def _recurrence(config: dict[str, Any]) -> str:
+def _recurrence(description: TemplateDescription) -> str:
     """In which datasets of several each network is found again; empty for a template of one."""
-    components = config["components"]
-    sources = list(components[0].get("recurrence", {}))
+    components = description.components
+    sources = list(components[0].recurrence)
     if not sources:
         return ""
     rows = []
     for number, component in enumerate(components):
-        found = [component["recurrence"][source] for source in sources if source in component["recurrence"]]
+        found = [component.recurrence[source] for source in sources if source in component.recurrence]
         cells = [f"{f['iou']:.2f}{' (recurs)' if f['recurs'] else ''}" for f in found]
         rows.append(f"| {' | '.join([str(number), *cells])} |")
     header = f"| network | {' | '.join(map(_cell, sources))} |\n|{'---|' * (1 + len(sources))}"
@@ -134,8 +131,8 @@ def _recurrence(config: dict[str, Any]) -> str:
     return "\n".join(["", told, "", header, *rows, ""])
 
 
-def _revision(config: dict[str, Any]) -> str:
-    return f", revision {config['revision']}" if config["revision"] else ""
+def _revision(description: TemplateDescription) -> str:
+    return f", revision {description.revision}" if description.revision else ""
 
 
 def _cell(text: str) -> str:
@@ -143,13 +140,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _code(config: dict[str, Any], name: str | None) -> str:
+def _code(description: TemplateDescription, name: str | None) -> str:
     """How to load and use the template, with the base model where it has an id on the Hub."""
     imports, load_model = [], []
-    if _is_model_id(config["base_model"]):
-        of = f', revision="{config["revision"]}"' if re.fullmatch("[0-9a-f]{40}", config["revision"] or "") else ""
+    if _is_model_id(description.base_model):
+        of = f', revision="{description.revision}"' if re.fullmatch("[0-9a-f]{40}", description.revision or "") else ""
         imports = ["from transformers import AutoModelForCausalLM"]
-        load_model = [f'model = AutoModelForCausalLM.from_pretrained("{config["base_model"]}"{of})']
+        load_model = [f'model = AutoModelForCausalLM.from_pretrained("{description.base_model}"{of})']
     lines = [
         "from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons",
         *imports,

@@ -1,258 +1,245 @@
-"""The description of a template: what its `config.json` may say, checked value by value before any is used. No torch.
+"""TemplateDescription: all that a template says of itself without its tensors, as in its `config.json`. No torch."""
 
-Nothing that it says is opened, run or trusted: names are only shown, and the sizes it names are compared with the
-tensors' file before memory is taken for them.
-"""
+from __future__ import annotations
 
 import json
-import math
-import re
-import reprlib
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..config import ThresholdRule
-from ..errors import FNSFTError
-from ..hub.names import UNKNOWN, clean_model_name, is_model_name, is_source_name, is_text, source_names
+from ..hub.names import UNKNOWN, clean_model_name, source_names
+from .schema import FORMAT, FORMAT_VERSION, check_config
 
 
-FORMAT = "fnsft_trl.template"
-FORMAT_VERSION = 3
-SITES = ("mlp_intermediate", "mlp_output")
-PROBES = 16  # numbers for each layer by which weights are compared, see weights.py
-
-_MOST = 2**24  # layers, neurons of a layer, networks
 _STATISTICS = ("mean", "rms")
 
 
-def describe(template, tensors_sha256: str) -> dict[str, Any]:
-    """The description of a template.
+@dataclass
+class Component:
+    """What is known of one network.
 
-    Args:
-        template: a [`~fnsft_trl.template.template.FunctionalNetworkTemplate`].
-        tensors_sha256: of the bytes of its tensors' file.
-
-    Raises:
-        FNSFTError: the template holds a value that no description may have.
+    Attributes:
+        explained_variance (`float` or `None`): share of the activations' variance, in [0, 1]; `None` where unknown.
+        kurtosis (`float` or `None`): excess kurtosis of the component.
+        reliability (`float` or `None`): |correlation| of its loadings between two disjoint halves of the tokens, in
+            [0, 1].
+        jaccard (`float` or `None`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
+        neurons (`int`): number of neurons over the threshold.
+        layers (`dict[int, int]`): number of them in each layer that has any.
+        recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
+            that dataset's own, see [`~fnsft_trl.discovery.recurrence.recurrence`].
     """
-    components = [asdict(component) for component in template.components]
-    for component in components:
-        found = component["recurrence"]
-        component["layers"] = {str(layer): count for layer, count in component["layers"].items()}
-        component["recurrence"] = dict(zip(source_names(list(found)), found.values(), strict=True))
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fnsft_trl_version": __version__,
-        "base_model": clean_model_name(template.base_model),
-        "revision": template.revision,
-        "architecture": template.architecture,
-        "site": template.site,
-        "license": template.license,
-        "widths": {str(layer): width for layer, width in template.widths.items()},
-        "statistics": bool(template.mean),
-        "threshold": asdict(template.threshold) if template.threshold else None,
-        "settings": template.settings,
-        "calibration": {**template.calibration, "sources": source_names(template.calibration["sources"])},
-        "null": template.null,
-        "weights": {str(i): layer for i, layer in template.weights.items()} if template.weights else None,
-        "tensors_sha256": tensors_sha256,
-        "components": components,
-    }
-    return check_config(config, Path("config.json"))
+
+    explained_variance: float | None
+    kurtosis: float | None
+    reliability: float | None
+    jaccard: float | None
+    neurons: int = 0
+    layers: dict[int, int] | None = None
+    recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def is_description(config: Any) -> bool:
-    """Whether a `config.json` is that of a template, of any version, and not that of a model."""
-    return isinstance(config, dict) and config.get("format") == FORMAT
+@dataclass(frozen=True)
+class CurvePoint:
+    """Mean `reliability` of the networks, in [0, 1], on the first `tokens` tokens."""
+
+    tokens: int
+    reliability: float
 
 
-def check_config(config: Any, path: Path) -> dict[str, Any]:
-    """Check what a `config.json` holds, and bring an older version into the current form.
+@dataclass(frozen=True)
+class Calibration:
+    """The text that networks were found on.
 
-    Args:
-        config: what was read.
-        path: named in messages.
-
-    Raises:
-        FNSFTError: another format, a newer version, or a value that is missing or has no meaning.
+    Attributes:
+        sources (`tuple[str, ...]`): names of datasets, no paths.
+        tokens (`int`): how many.
+        sha256 (`str` or `None`): of the token ids.
+        curve (`tuple[CurvePoint, ...]`): reliability over tokens; empty where it was not measured.
     """
-    if not is_description(config):
-        raise FNSFTError(f"{path} does not describe a template of functional networks (no format {FORMAT!r})")
-    version = config.get("format_version")
-    if not _is_count(version) or version < 1:
-        raise FNSFTError(f"{path} has format version {reprlib.repr(version)}; it must be 1 to {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
-        raise FNSFTError(
-            f"{path} has format version {version}, this package reads versions up to {FORMAT_VERSION}; upgrade "
-            "fnsft-trl"
+
+    sources: tuple[str, ...]
+    tokens: int
+    sha256: str | None
+    curve: tuple[CurvePoint, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Calibration:
+        """Of a mapping that was checked."""
+        curve = tuple(CurvePoint(point["tokens"], point["reliability"]) for point in value.get("curve", ()))
+        return cls(tuple(value["sources"]), value["tokens"], value["sha256"], curve)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in `config.json`."""
+        curve = {"curve": [asdict(point) for point in self.curve]} if self.curve else {}
+        return {"sources": list(self.sources), "tokens": self.tokens, "sha256": self.sha256, **curve}
+
+
+@dataclass(frozen=True)
+class NullReliability:
+    """Mean `reliability` and `jaccard`, in [0, 1], of components of the activations shuffled in time."""
+
+    reliability: float
+    jaccard: float
+
+
+@dataclass(frozen=True)
+class TemplateDescription:
+    """What a template says of itself; its fields are those of a template where they have the same name.
+
+    Attributes:
+        widths (`dict[int, int]`): number of neurons of every layer.
+        statistics (`bool`): whether mean and RMS of each neuron's activations are among the tensors.
+        tensors_sha256 (`str` or `None`): of the bytes of the tensors' file.
+        format_version (`int`): of the files that it was read from.
+        fnsft_trl_version (`str`): of the package that made the template.
+    """
+
+    base_model: str
+    revision: str | None
+    architecture: str
+    site: str
+    license: str | None
+    widths: dict[int, int]
+    statistics: bool
+    threshold: ThresholdRule | None
+    settings: dict[str, Any]
+    calibration: Calibration
+    null: NullReliability | None
+    weights: dict[int, dict] | None
+    tensors_sha256: str | None
+    components: tuple[Component, ...]
+    format_version: int = FORMAT_VERSION
+    fnsft_trl_version: str = __version__
+
+    @classmethod
+    def of(cls, template, tensors_sha256: str) -> TemplateDescription:
+        """The description of a template.
+
+        Args:
+            template: a [`~fnsft_trl.template.template.FunctionalNetworkTemplate`].
+            tensors_sha256: of the bytes of its tensors' file.
+
+        Raises:
+            FNSFTError: the template holds a value that no description may have.
+        """
+        components = [_component_json(component) for component in template.components]
+        for component in components:
+            found = component["recurrence"]
+            component["recurrence"] = dict(zip(source_names(list(found)), found.values(), strict=True))
+        config = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fnsft_trl_version": __version__,
+            "base_model": clean_model_name(template.base_model),
+            "widths": _layer_json(template.widths),
+            "statistics": bool(template.mean),
+            "threshold": asdict(template.threshold) if template.threshold else None,
+            "calibration": {**template.calibration, "sources": source_names(template.calibration["sources"])},
+            "null": template.null,
+            "weights": _layer_json(template.weights) if template.weights else None,
+            "tensors_sha256": tensors_sha256,
+            "components": components,
+        }
+        same = ("revision", "architecture", "site", "license", "settings")
+        return cls.from_json(config | {name: getattr(template, name) for name in same}, Path("config.json"))
+
+    @classmethod
+    def from_json(cls, config: Any, path: Path) -> TemplateDescription:
+        """Check what a `config.json` holds, of this version or an older one.
+
+        Args:
+            config: what was read.
+            path: named in messages.
+
+        Raises:
+            FNSFTError: another format, a newer version, or a value that is missing or has no meaning.
+        """
+        config = check_config(config, path)
+        plain = ("format_version", "fnsft_trl_version", "base_model", "revision", "architecture", "site", "license")
+        plain += ("statistics", "settings", "tensors_sha256")
+        null, weights = config["null"], config["weights"]
+        return cls(
+            **{name: config[name] for name in plain},
+            widths=_by_layer(config["widths"]),
+            threshold=ThresholdRule(**config["threshold"]) if config["threshold"] else None,
+            calibration=Calibration.from_json(config["calibration"]),
+            null=NullReliability(null["reliability"], null["jaccard"]) if null else None,
+            weights=_by_layer(weights) if weights else None,
+            components=tuple(map(_component, config["components"])),
         )
-    if version == 1:
-        config = {"license": None, "weights": None, "statistics": True, "tensors_sha256": None, "null": None, **config}
 
-    def need(key: str, valid: Callable[[Any], bool], expected: str) -> None:
-        value: Any = config
-        for part in key.split("."):
-            if part not in value:
-                raise FNSFTError(f"{path} lacks {key}; save the template again")
-            value = value[part]
-        if not valid(value):
-            raise FNSFTError(f"{path}: {key} is {reprlib.repr(value)}; it must be {expected}")
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in `config.json`."""
+        return {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "fnsft_trl_version": self.fnsft_trl_version,
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "architecture": self.architecture,
+            "site": self.site,
+            "license": self.license,
+            "widths": _layer_json(self.widths),
+            "statistics": self.statistics,
+            "threshold": asdict(self.threshold) if self.threshold else None,
+            "settings": self.settings,
+            "calibration": self.calibration.to_json(),
+            "null": asdict(self.null) if self.null else None,
+            "weights": _layer_json(self.weights) if self.weights else None,
+            "tensors_sha256": self.tensors_sha256,
+            "components": [_component_json(component) for component in self.components],
+        }
 
-    need("base_model", is_model_name, "a model's id (org/name) or the name of its directory")
-    need("revision", lambda v: v is None or is_text(v), "null or a commit")
-    need("architecture", lambda v: is_text(v) and v.isidentifier(), "the name of a class")
-    need("site", lambda v: v in SITES, f"one of: {', '.join(SITES)}")
-    need("license", lambda v: v is None or is_text(v), "null or the id of a license")
-    need("widths", _is_widths, "the number of neurons of every layer")
-    need("statistics", lambda v: isinstance(v, bool), "true or false")
-    need("tensors_sha256", lambda v: v is None or _is_sha256(v), "null or a SHA-256")
-    need("settings", lambda v: isinstance(v, dict) and all(map(_is_setting, v.values())), "names with plain values")
-    need("threshold", lambda v: v is None or _is_threshold(v), "null, or a rule with its value")
-    need("calibration", lambda v: isinstance(v, dict), "a mapping")
-    is_name = is_source_name if version > 2 else is_text
-    need("calibration.sources", lambda v: isinstance(v, list) and all(map(is_name, v)), "a list of names, no paths")
-    need("calibration.tokens", _is_count, "a number of tokens")
-    need("calibration.sha256", lambda v: v is None or _is_sha256(v), "null or a SHA-256")
-    curve = config["calibration"].get("curve", [])
-    if not (isinstance(curve, list) and all(_has_numbers(point, "tokens", "reliability") for point in curve)):
-        raise FNSFTError(f"{path}: calibration.curve must be a list of tokens and reliability")
-    need("null", lambda v: v is None or _has_numbers(v, "reliability", "jaccard"), "null, or reliability and jaccard")
-    need("weights", lambda v: v is None or _is_weights(v, config["widths"]), "null, or norm and probes of every layer")
-    need("components", lambda v: isinstance(v, list) and 0 < len(v) <= _MOST, "a list of networks")
-    for number, component in enumerate(config["components"]):
-        if not _is_component(component, config["widths"], is_name):
-            raise FNSFTError(
-                f"{path}: components[{number}] is {reprlib.repr(component)}; it must have explained_variance, "
-                "kurtosis, reliability and jaccard (numbers in their range or null), and neurons counted by layers"
-            )
-    return config if version > 2 else _named(config)
+    def to_bytes(self) -> bytes:
+        """The bytes of `config.json`."""
+        return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode()
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that it asks for."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, width in self.widths.items():
+            shapes[f"layers.{layer}.loadings"] = (len(self.components), width)
+            if self.statistics:
+                shapes |= {f"layers.{layer}.{part}": (width,) for part in _STATISTICS}
+        return shapes
 
-def _named(config: dict[str, Any]) -> dict[str, Any]:
-    """A description of version 1 or 2, which named datasets by the paths they were read from, with their names."""
-    sources = config["calibration"]["sources"]
-    cleaned = source_names(sources)
-    names = dict(zip(sources, cleaned, strict=True))
-    components = [
-        {**c, "recurrence": {names.get(source, *source_names([source])): f for source, f in c["recurrence"].items()}}
-        if "recurrence" in c
-        else c
-        for c in config["components"]
-    ]
-    calibration = {**config["calibration"], "sources": cleaned}
-    return {**config, "calibration": calibration, "components": components}
+    def threshold_in_words(self) -> str:
+        """The rule by which neurons belong to a network."""
+        return str(self.threshold) if self.threshold else "the neurons listed for each network"
 
+    def calibration_in_words(self) -> str:
+        """The text that the networks were found on."""
+        sources = ", ".join(self.calibration.sources)
+        return f"{self.calibration.tokens} tokens of {sources}" if sources else UNKNOWN
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    def method_in_words(self) -> str:
+        """How the networks were found."""
+        settings = self.settings
+        if not {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
+            return UNKNOWN
+        scaled = {"center": "centred", "zscore": "z-scored"}.get(settings["ica_standardize"], UNKNOWN)
+        return (
+            f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}) of {scaled} activations, rank "
+            f"{settings['ica_rank']}, seed {settings['ica_seed']}"
+        )
 
 
-def _is_number(value: Any, lowest: float = -math.inf, highest: float = math.inf) -> bool:
-    kind = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return kind and abs(value) < 1e300 and lowest <= value <= highest
+def _component(value: dict[str, Any]) -> Component:
+    plain = ("explained_variance", "kurtosis", "reliability", "jaccard", "neurons")
+    layers, recurrence = _by_layer(value["layers"]), value.get("recurrence", {})
+    return Component(**{name: value[name] for name in plain}, layers=layers, recurrence=recurrence)
 
 
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+def _component_json(component: Component) -> dict[str, Any]:
+    return asdict(component) | {"layers": _layer_json(component.layers)}
 
 
-def _is_layer(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch("0|[1-9][0-9]{0,6}", key) is not None
+def _by_layer(value: dict[str, Any]) -> dict[int, Any]:
+    return {int(layer): entry for layer, entry in value.items()}
 
 
-def _is_widths(value: Any) -> bool:
-    valid = isinstance(value, dict) and 0 < len(value) <= _MOST and all(map(_is_layer, value))
-    return valid and all(_is_count(width) and 0 < width <= _MOST for width in value.values())
-
-
-def _is_setting(value: Any) -> bool:
-    return value is None or isinstance(value, bool) or _is_number(value) or (value == "" or is_text(value))
-
-
-def _is_threshold(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"rule", "value"}:
-        return False
-    if not isinstance(value["rule"], str) or not _is_number(value["value"]):
-        return False
-    try:
-        ThresholdRule(**value)
-    except FNSFTError:
-        return False
-    return True
-
-
-def _has_numbers(value: Any, *names: str) -> bool:
-    return isinstance(value, dict) and all(_is_number(value.get(name)) for name in names)
-
-
-def _is_weights(value: Any, widths: dict[str, int]) -> bool:
-    if (
-        not isinstance(value, dict)
-        or set(value) != set(widths)
-        or not all(_has_numbers(v, "norm") for v in value.values())
-    ):
-        return False
-    probes = [layer.get("probes") for layer in value.values()]
-    return all(isinstance(p, list) and len(p) == PROBES and all(map(_is_number, p)) for p in probes)
-
-
-def _is_component(value: Any, widths: dict[str, int], is_name: Callable[[Any], bool]) -> bool:
-    if not isinstance(value, dict):
-        return False
-    ranges = {"explained_variance": (0, 1.001), "kurtosis": (), "reliability": (0, 1.001), "jaccard": (0, 1)}
-    for name, limits in ranges.items():
-        if name not in value or not (value[name] is None or _is_number(value[name], *limits)):
-            return False
-    layers, found = value.get("layers"), value.get("recurrence", {})
-    if not isinstance(layers, dict) or not isinstance(found, dict) or not _is_count(value.get("neurons")):
-        return False
-    if not all(layer in widths and _is_count(count) and count <= widths[layer] for layer, count in layers.items()):
-        return False
-    numbers = ("component", "correlation", "iou")
-    found_in = all(is_name(n) and _has_numbers(f, *numbers) and "recurs" in f for n, f in found.items())
-    return found_in and sum(layers.values()) == value["neurons"]
-
-
-def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a description asks for."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer, width in config["widths"].items():
-        shapes[f"layers.{layer}.loadings"] = (len(config["components"]), width)
-        if config["statistics"]:
-            shapes |= {f"layers.{layer}.{part}": (width,) for part in _STATISTICS}
-    return shapes
-
-
-def describe_threshold(config: dict[str, Any]) -> str:
-    """The rule by which neurons belong to a network, in words."""
-    rule = config["threshold"]
-    return str(ThresholdRule(**rule)) if rule else "the neurons listed for each network"
-
-
-def describe_calibration(config: dict[str, Any]) -> str:
-    """The text that the networks were found on, in words."""
-    calibration = config["calibration"]
-    if not calibration["sources"]:
-        return UNKNOWN
-    return f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}"
-
-
-def describe_method(config: dict[str, Any]) -> str:
-    """How the networks were found, in words."""
-    settings = config["settings"]
-    if not {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
-        return UNKNOWN
-    scaled = {"center": "centred", "zscore": "z-scored"}.get(settings["ica_standardize"], UNKNOWN)
-    return (
-        f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}) of {scaled} activations, rank "
-        f"{settings['ica_rank']}, seed {settings['ica_seed']}"
-    )
-
-
-def dump_config(config: dict[str, Any]) -> bytes:
-    """The bytes of `config.json`."""
-    return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
+def _layer_json(value: dict[int, Any]) -> dict[str, Any]:
+    return {str(layer): entry for layer, entry in value.items()}

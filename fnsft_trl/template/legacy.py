@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from ..config import SITES
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
-from .description import FORMAT, FORMAT_VERSION, SITES, check_config
+from .description import Calibration, Component, TemplateDescription
 from .storage import read_json
 
 
@@ -16,15 +16,15 @@ LEGACY_FILE = "global_templates.json"
 Members = list[dict[int, list[int]]]  # for each network: layer -> its neurons, ascending
 
 
-def read_legacy(path: Path) -> tuple[dict[str, Any], Members]:
+def read_legacy(path: Path) -> tuple[TemplateDescription, Members]:
     """Read the original's JSON template.
 
     Args:
         path: the file.
 
     Returns:
-        A description as [`~fnsft_trl.template.description.check_config`] gives it, of unknown reliability and, unless
-        the file says otherwise, of the MLPs' output channels; and the neurons of every network.
+        A description, of unknown reliability and, unless the file says otherwise, of the MLPs' output channels; and
+        the neurons of every network.
 
     Raises:
         FNSFTError: the file does not have that form, or names a neuron or a layer that it has no room for.
@@ -55,42 +55,31 @@ def read_legacy(path: Path) -> tuple[dict[str, Any], Members]:
             if not isinstance(neurons, list) or not all(_is_index(neuron, width) for neuron in neurons):
                 raise FNSFTError(f"{path}: network {number}, layer {layer}: neurons must be numbers below {width}")
         members.append({int(layer): sorted(set(neurons)) for layer, neurons in by_layer.items() if neurons})
-    return check_config(_description(members, sorted(set(layers)), width, site), path), members
+    return _description(members, dict.fromkeys(sorted(set(layers)), width), site), members
 
 
 def _is_index(value: Any, end: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
 
 
-def _description(members: Members, layers: list[int], width: int, site: str) -> dict[str, Any]:
-    unknown = dict.fromkeys(("explained_variance", "kurtosis", "reliability", "jaccard"))
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fnsft_trl_version": __version__,
-        "base_model": UNKNOWN,
-        "revision": None,
-        "architecture": UNKNOWN,
-        "site": site,
-        "license": None,
-        "widths": {str(layer): width for layer in layers},
-        "statistics": False,
-        "threshold": None,
-        "settings": {},
-        "calibration": {"sources": [], "tokens": 0, "sha256": None},
-        "null": None,
-        "weights": None,
-        "tensors_sha256": None,
-        "components": [
-            {
-                **unknown,
-                "neurons": sum(map(len, of_network.values())),
-                "layers": {str(layer): len(neurons) for layer, neurons in of_network.items()},
-                "recurrence": {},
-            }
-            for of_network in members
-        ],
-    }
+def _description(members: Members, widths: dict[int, int], site: str) -> TemplateDescription:
+    counts = [{layer: len(neurons) for layer, neurons in of_network.items()} for of_network in members]
+    return TemplateDescription(
+        base_model=UNKNOWN,
+        revision=None,
+        architecture=UNKNOWN,
+        site=site,
+        license=None,
+        widths=widths,
+        statistics=False,
+        threshold=None,
+        settings={},
+        calibration=Calibration(sources=(), tokens=0, sha256=None),
+        null=None,
+        weights=None,
+        tensors_sha256=None,
+        components=tuple(Component(None, None, None, None, sum(layers.values()), layers) for layers in counts),
+    )
 
 
 def legacy_bytes(members: Members, widths: dict[int, int], site: str) -> bytes:

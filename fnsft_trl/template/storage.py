@@ -5,11 +5,16 @@ import json
 import math
 import os
 import reprlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import FNSFTError
-from .description import FORMAT, check_config, tensor_shapes
+from ..writing import one_writer, written_whole
+from .description import TemplateDescription
+from .schema import FORMAT
 
 
 if TYPE_CHECKING:
@@ -23,91 +28,116 @@ FILES = (TENSOR_FILE, CARD_FILE, FIGURE_FILE, CONFIG_FILE)
 NETWORK_DIR = "functional_networks"  # where a trained model keeps its template
 
 _AGAIN = "save the template again, or fetch it again (`hf download --force-download`)"
-_READY = ".template.ready"  # while it exists, a newer template waits beside the old one
+_READY = ".template.ready"  # a folder: what is in it is newer than what is beside it
+_LOCK = ".template.lock"
 _LARGEST_DESCRIPTION = 64 * 2**20  # bytes of config.json and of the tensors' header
 _ITEM_SIZE = {"F32": 4, "F64": 8}
 
 
 def write_files(directory: Path, files: dict[str, bytes]) -> None:
-    """Write the files of a template.
+    """Write the files of a template; of several processes that write into one directory, each in its turn.
 
-    Whoever is interrupted leaves the old template or the new one, whole: all are written under other names first, and
-    a template found between two renames is completed before it is read.
+    Whoever is killed or fails leaves the old template or the new one, whole. The new one is written into a folder
+    beside the old one, which from the renaming of that folder on no longer counts, though its files are still there:
+    whoever reads looks into the folder first. Then file after file moves into its place.
+
+    Raises:
+        OSError: the disk does not take them.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _READY).unlink(missing_ok=True)
-    for name in FILES:
-        _partial(directory, name).write_bytes(files[name])
-    (directory / _READY).touch()
-    _complete(directory)
+    with one_writer(directory / _LOCK):
+        _settle(directory)
+        with written_whole(directory / _READY) as scratch:
+            scratch.mkdir()
+            for name in FILES:
+                (scratch / name).write_bytes(files[name])
+        _settle(directory)
 
 
-def _partial(directory: Path, name: str) -> Path:
-    return directory / f".{name}.partial"
+def _settle(directory: Path) -> None:
+    """Move the files of a newer template into their places, and remove what killed writers did not finish."""
+    ready = directory / _READY
+    if ready.is_dir():
+        for name in FILES:
+            if (ready / name).exists():
+                os.replace(ready / name, directory / name)
+        ready.rmdir()
+    for unfinished in directory.glob(f"{_READY}.*"):
+        shutil.rmtree(unfinished)
 
 
-def _complete(directory: Path) -> None:
-    """Put files that were written completely in the place of the old ones."""
-    if not (directory / _READY).exists():
-        return
-    for name in FILES:
-        if _partial(directory, name).exists():
-            os.replace(_partial(directory, name), directory / name)
-    (directory / _READY).unlink()
+def places(directory: Path, name: str) -> tuple[Path, Path]:
+    """Where to look for a file of a template, in this order, as it moves from the first to the second place."""
+    return directory / _READY / name, directory / name
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> TemplateDescription:
     """Read and check the `config.json` of a directory.
-
-    Returns:
-        The description in the form of the current version.
 
     Raises:
         FNSFTError: there is no template in the directory, or one that this version cannot read.
     """
-    _complete(directory)
     path = directory / CONFIG_FILE
-    if not path.is_file():
+    if not any(place.is_file() for place in places(directory, CONFIG_FILE)):
         raise FNSFTError(f"no template at {directory}: {CONFIG_FILE} is missing; make one with `fnsft discover`")
-    return check_config(read_json(path), path)
+    return TemplateDescription.from_json(read_json(*places(directory, CONFIG_FILE)), path)
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of JSON.
+def read_json(*places: Path) -> Any:
+    """Read a file of JSON from the first of some places that has it.
 
     Raises:
         FNSFTError: it cannot be read, is no JSON, or too large.
     """
-    if path.stat().st_size > _LARGEST_DESCRIPTION:
-        raise FNSFTError(f"{path} has {path.stat().st_size} bytes, too many for the description of a template")
+    path = places[-1]
+    with _opened(places) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST_DESCRIPTION:
+            raise FNSFTError(f"{path} has {size} bytes, too many for the description of a template")
+        data = file.read()
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise FNSFTError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise FNSFTError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+
+
+@contextmanager
+def _opened(places: tuple[Path, ...]) -> Iterator[BinaryIO]:
+    try:
+        with _first(places) as file:
+            yield file
+    except OSError as error:
+        raise FNSFTError(f"{places[-1]} cannot be read ({error.strerror}); {_AGAIN}") from error
+
+
+def _first(places: tuple[Path, ...]) -> BinaryIO:
+    *newer, last = places
+    for place in newer:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return place.open("rb")
+    return last.open("rb")
 
 
 def _no_constant(name: str):
     raise ValueError(f"{name} is no number")
 
 
-def read_tensors(path: Path, config: dict[str, Any]) -> "dict[str, torch.Tensor]":
+def read_tensors(description: TemplateDescription, *places: Path) -> "dict[str, torch.Tensor]":
     """Read the tensors of a template, if they are what its description asks for.
 
     Args:
-        path: a safetensors file.
-        config: the description, checked.
+        description: of the template.
+        places: where to look for the safetensors file.
 
     Raises:
         FNSFTError: other names, types, shapes or bytes, or values that are not finite or out of range.
     """
-    try:
-        _check_header(path, config)
-        data = path.read_bytes()
-    except OSError as error:
-        raise FNSFTError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
-    expected = config["tensors_sha256"]
+    path = places[-1]
+    with _opened(places) as file:
+        _check_header(file, path, description)
+        file.seek(0)
+        data = file.read()
+    expected = description.tensors_sha256
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
         raise FNSFTError(f"{path} is not the file that {CONFIG_FILE} describes (SHA-256); {_AGAIN}")
 
@@ -121,28 +151,27 @@ def read_tensors(path: Path, config: dict[str, Any]) -> "dict[str, torch.Tensor]
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise FNSFTError(f"{path}: {name} holds values that are not finite; discover the networks again")
-    for layer in config["widths"] if config["statistics"] else ():
+    for layer in description.widths if description.statistics else ():
         mean, rms = tensors[f"layers.{layer}.mean"], tensors[f"layers.{layer}.rms"]
         if (rms < 0).any() or (mean.abs() > rms * 1.001 + 1e-6).any():
             raise FNSFTError(f"{path}: layers.{layer}.rms cannot be the RMS of activations with that mean")
     return tensors
 
 
-def _check_header(path: Path, config: dict[str, Any]) -> None:
+def _check_header(file: BinaryIO, path: Path, description: TemplateDescription) -> None:
     """Compare the header of a safetensors file, and the file's size, with what the description asks for."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8 or length > _LARGEST_DESCRIPTION:
-            raise FNSFTError(f"{path} cannot be read (its header does not fit into {size} bytes); {_AGAIN}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise FNSFTError(f"{path} cannot be read (its header is no JSON: {error}); {_AGAIN}") from error
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8 or length > _LARGEST_DESCRIPTION:
+        raise FNSFTError(f"{path} cannot be read (its header does not fit into {size} bytes); {_AGAIN}")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise FNSFTError(f"{path} cannot be read (its header is no JSON: {error}); {_AGAIN}") from error
     if not isinstance(header, dict):
         raise FNSFTError(f"{path} cannot be read (its header is no mapping); {_AGAIN}")
     metadata = header.pop("__metadata__", None)
-    shapes = tensor_shapes(config)
+    shapes = description.tensor_shapes()
     total = 0
     for name, shape in shapes.items():
         entry = header.pop(name, None)
@@ -154,7 +183,7 @@ def _check_header(path: Path, config: dict[str, Any]) -> None:
         total += math.prod(shape) * _ITEM_SIZE[entry["dtype"]]
     if header:
         raise FNSFTError(f"{path} holds {reprlib.repr(min(header))}, which is no tensor of this template; {_AGAIN}")
-    if metadata != {FORMAT: str(config["format_version"])}:
+    if metadata != {FORMAT: str(description.format_version)}:
         raise FNSFTError(f"{path} is not of format {FORMAT!r} in the version of its {CONFIG_FILE}; {_AGAIN}")
     if size != 8 + length + total:
         raise FNSFTError(f"{path} has {size} bytes, its header asks for {8 + length + total}; {_AGAIN}")

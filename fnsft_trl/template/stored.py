@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FNSFTError
 from ..hub.files import HubFile, MissingFileError, fetch_file, is_hub_id
-from .description import check_config, is_description
+from .description import TemplateDescription
 from .legacy import Members, read_legacy
-from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, read_config, read_json, read_tensors
+from .schema import is_description
+from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, places, read_description, read_json, read_tensors
 
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ class StoredTemplate:
     """A template where it lies.
 
     Attributes:
-        config (`dict`): the description, see [`~fnsft_trl.template.description.check_config`].
+        description (`TemplateDescription`): what it says of itself.
         read (`Callable[[], dict[str, torch.Tensor]]`): gives the tensors, checked.
         hub_id (`str` or `None`), commit (`str` or `None`): where on the Hub.
     """
 
-    config: dict[str, Any]
+    description: TemplateDescription
     read: Callable[[], dict[str, torch.Tensor]]
     hub_id: str | None = None
     commit: str | None = None
@@ -52,8 +53,8 @@ class StoredTemplate:
         if path.is_file():
             if path.name in FILES:
                 raise FNSFTError(f"{name} is one file of a template; give the directory that it is in")
-            config, members = read_legacy(path)
-            return cls(config, lambda: _membership_tensors(config, members))
+            description, members = read_legacy(path)
+            return cls(description, lambda: _membership_tensors(description, members))
         if path.exists() or not is_hub_id(name):
             if options.get("revision") is not None:
                 raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
@@ -62,21 +63,44 @@ class StoredTemplate:
                     f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
                     "(org/name); make one with `fnsft discover`"
                 )
-            top, directory = path / CONFIG_FILE, path
-            if (path / NETWORK_DIR).is_dir() and not (top.is_file() and is_description(read_json(top))):
-                directory = path / NETWORK_DIR
-            config = read_config(directory)
-            return cls(config, lambda: read_tensors(directory / TENSOR_FILE, config))
+            directory = path / NETWORK_DIR if (path / NETWORK_DIR).is_dir() and not _is_template(path) else path
+            description = read_description(directory)
+            return cls(description, lambda: read_tensors(description, *places(directory, TENSOR_FILE)))
         folder, file = _find(name, options)
-        config = check_config(read_json(file.path), file.path)
+        description = TemplateDescription.from_json(read_json(file.path), file.path)
         # Of the same commit, whatever happens to the branch meanwhile.
         options = {**options, "revision": file.commit}
         return cls(
-            config,
-            lambda: read_tensors(fetch_file(name, folder + TENSOR_FILE, **options).path, config),
+            description,
+            lambda: read_tensors(description, fetch_file(name, folder + TENSOR_FILE, **options).path),
             name,
             file.commit,
         )
+
+    @classmethod
+    def load(cls, reference: str | os.PathLike, **options) -> tuple[StoredTemplate, dict[str, torch.Tensor]]:
+        """Find a template and read its tensors; one that another process replaces meanwhile is read again.
+
+        Args:
+            reference, options: as for [`~StoredTemplate.open`].
+
+        Raises:
+            FNSFTError: it is not there, or its files are not what a template must be.
+        """
+        stored = cls.open(reference, **options)
+        while True:
+            try:
+                return stored, stored.read()
+            except FNSFTError:
+                again = cls.open(reference, **options) if stored.hub_id is None else stored  # a commit stays as it is
+                if again.description == stored.description:
+                    raise
+                stored = again
+
+
+def _is_template(directory: Path) -> bool:
+    found = places(directory, CONFIG_FILE)
+    return any(place.is_file() for place in found) and is_description(read_json(*found))
 
 
 def _find(repo_id: str, options: dict[str, Any]) -> tuple[str, HubFile]:
@@ -91,13 +115,13 @@ def _find(repo_id: str, options: dict[str, Any]) -> tuple[str, HubFile]:
     return folder, fetch_file(repo_id, folder + CONFIG_FILE, **options)
 
 
-def _membership_tensors(config: dict[str, Any], members: Members) -> dict[str, torch.Tensor]:
+def _membership_tensors(description: TemplateDescription, members: Members) -> dict[str, torch.Tensor]:
     import torch
 
     tensors = {}
-    for layer, width in config["widths"].items():
+    for layer, width in description.widths.items():
         loadings = torch.zeros(len(members), width)
         for number, of_network in enumerate(members):
-            loadings[number, of_network.get(int(layer), [])] = 1.0
+            loadings[number, of_network.get(layer, [])] = 1.0
         tensors[f"layers.{layer}.loadings"] = loadings
     return tensors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,9 +19,10 @@ from ..hub.card import TAGS
 from ..hub.files import hub_errors, prepare_repo
 from ..hub.names import UNKNOWN, model_name
 from .card import template_card
-from .description import FORMAT, FORMAT_VERSION, describe, dump_config
+from .description import Component, TemplateDescription
 from .figure import networks_svg
 from .legacy import Members
+from .schema import FORMAT, FORMAT_VERSION
 from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
 from .stored import StoredTemplate
 
@@ -31,31 +32,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NOTEWORTHY = 1e-3  # relative difference of weights from which on a model counts as another one
-
-
-@dataclass
-class Component:
-    """What is known of one network.
-
-    Attributes:
-        explained_variance (`float` or `None`): share of the activations' variance, in [0, 1]; `None` where unknown.
-        kurtosis (`float` or `None`): excess kurtosis of the component.
-        reliability (`float` or `None`): |correlation| of its loadings between two disjoint halves of the tokens, in
-            [0, 1].
-        jaccard (`float` or `None`): overlap of its 2% largest |loadings| between the halves, in [0, 1].
-        neurons (`int`): number of neurons over the threshold.
-        layers (`dict[int, int]`): number of them in each layer that has any.
-        recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
-            that dataset's own, see [`~fnsft_trl.discovery.recurrence.recurrence`].
-    """
-
-    explained_variance: float | None
-    kurtosis: float | None
-    reliability: float | None
-    jaccard: float | None
-    neurons: int = 0
-    layers: dict[int, int] | None = None
-    recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -232,14 +208,14 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
         # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
         data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
-        config = describe(self, hashlib.sha256(data).hexdigest())
+        description = TemplateDescription.of(self, hashlib.sha256(data).hexdigest())
         directory = Path(save_directory)
         name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
         files = {
             TENSOR_FILE: data,
-            CARD_FILE: template_card(config, name).encode(),
-            FIGURE_FILE: networks_svg(config).encode(),
-            CONFIG_FILE: dump_config(config),
+            CARD_FILE: template_card(description, name).encode(),
+            FIGURE_FILE: networks_svg(description).encode(),
+            CONFIG_FILE: description.to_bytes(),
         }
         write_files(directory, files)
         return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs) if push_to_hub else None
@@ -267,7 +243,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         Raises:
             FNSFTError: there is no template, it cannot be had, or its files are not what a template must be.
         """
-        stored = StoredTemplate.open(
+        stored, tensors = StoredTemplate.load(
             pretrained_model_name_or_path,
             revision=revision,
             token=token,
@@ -275,25 +251,20 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        config = stored.config
-        tensors = stored.read()
+        found = stored.description
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
-        for layer in config["widths"]:
+        for layer in found.widths:
             for part, values in parts.items():
-                if part == "loadings" or config["statistics"]:
-                    values[int(layer)] = tensors[f"layers.{layer}.{part}"]
-        known = ("explained_variance", "kurtosis", "reliability", "jaccard")
-        kept = ("base_model", "revision", "architecture", "site", "settings", "calibration", "null", "license")
+                if part == "loadings" or found.statistics:
+                    values[layer] = tensors[f"layers.{layer}.{part}"]
+        same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
         return cls(
-            components=[
-                Component(**{key: c[key] for key in known}, recurrence=c.get("recurrence", {}))
-                for c in config["components"]
-            ],
-            threshold=ThresholdRule(**config["threshold"]) if config["threshold"] else None,
-            weights={int(i): layer for i, layer in config["weights"].items()} if config["weights"] else None,
+            calibration=found.calibration.to_json(),
+            null=asdict(found.null) if found.null else None,
+            components=[replace(component) for component in found.components],
             hub_id=stored.hub_id,
             commit=stored.commit,
-            **{key: config[key] for key in kept},
+            **{name: getattr(found, name) for name in same},
             **parts,
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..neurons.sites import NeuronSite
-from .description import PROBES
+from .schema import PROBES
 
 
 _ROWS = 4096  # of a weight at a time, so that no large copy of it is made

@@ -89,6 +89,10 @@ class Run:
         if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
 
+    @property
+    def _model_init_kwargs(self) -> dict | None:
+        return self.args.model_init_kwargs if isinstance(self.args, SFTConfig) else None
+
     def load(self, model: str | PreTrainedModel | PeftModel, processing_class, quantization_config):
         """Load what was given by name: networks must be known before PEFT wraps the model.
 
@@ -96,13 +100,12 @@ class Run:
             The model, its tokenizer or processor, and the quantization config if it was not used.
         """
         set_seed(self.args.seed)  # as SFTTrainer does before it loads a model
-        model_init_kwargs = self.args.model_init_kwargs if isinstance(self.args, SFTConfig) else None
         if isinstance(model, str):
-            model = load_base_model(model, self.args, model_init_kwargs, quantization_config)
+            model = load_base_model(model, self.args, self._model_init_kwargs, quantization_config)
             quantization_config = None
         keep_4bit_layers_differentiable(model)
         if processing_class is None:
-            processing_class = load_processing_class(model, self.args, model_init_kwargs)
+            processing_class = load_processing_class(model, self.args, self._model_init_kwargs)
         return model, processing_class, quantization_config
 
     def find_networks(
@@ -150,7 +153,10 @@ class Run:
         )
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
         logger.info(f"selected {self.selected}; trainable {self.trainable}; method {self.plan.method}")
-        return self.way.peft_config(model, self.trainable, peft_config)
+        peft_config = self.way.peft_config(model, self.trainable, peft_config)
+        if peft_config is not None and peft_config.revision is None:
+            peft_config.revision = (self._model_init_kwargs or {}).get("revision")  # which export loads again
+        return peft_config
 
     @contextmanager
     def loaded_model(self) -> Iterator[None]:

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from fnsft_trl.cli import VERBS, main
-from fnsft_trl.cli.schema import TRL, Option, training_options
-from fnsft_trl.cli.translate import SWITCHES, original_options
+from fnsft_trl.cli.options.parse import training_options
+from fnsft_trl.cli.options.schema import TRL, Option
+from fnsft_trl.cli.options.translate import SWITCHES, original_options
 
 
 COUNT = 500
@@ -187,7 +188,7 @@ def other_verbs(draw) -> Call:
             (["compare", "a"], "b"),
             (["compare", "a", "b", "--permutations", draw.choice(["0", "x"])], "permutations"),
             (["export"], "--to"),
-            (["export", "a", "--to", draw.choice(["merge", "gguff", "ggml"])], "--to"),
+            (["export", "a", "--to", draw.choice(["merge", "gguff", "ggml"])], "to is"),
             (["export", "a", "--to", "merged"], "output_dir"),
             (["export", "a", "--to", "gguf", "--output_dir", "o"], "output_dir"),
             (["demo", f"--{name}", "1"], name),

@@ -119,9 +119,9 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
     [
         (["--resume"], "no interrupted discovery"),
         (["--until-reliable", "1.5"], "ica_until_reliable is 1.5; it must be between 0 and 1"),
-        (["--skip_special", "perhaps"], "'perhaps' is neither true nor false"),
+        (["--skip_special", "perhaps"], "skip_special is 'perhaps'; it must be true or false"),
         (["--drop_massive", "0.5"], "ica_drop_massive is 0.5; it must be above 1"),
-        (["--dtype", "foo"], "invalid choice: 'foo'"),
+        (["--dtype", "foo"], "dtype is 'foo'; it must be one of: auto, bfloat16"),
     ],
     ids=str,
 )
@@ -301,7 +301,7 @@ def test_a_prompt_format_for_rows_of_text_is_refused(model_dir, capsys, tmp_path
     ("arguments", "message"),
     [
         (["trian"], "did you mean 'train'"),
-        (["inspect"], "the following arguments are required"),
+        (["inspect"], "template is missing; give TEMPLATE"),
         (["inspect", "nowhere"], "no template at nowhere"),
         (["discover", "embedded", "embedded", "--dataset_split", "test"], "it has train"),
         (["demo", "--test_rows", "0"], "must be at least 1"),

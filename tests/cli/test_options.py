@@ -10,12 +10,13 @@ import trl
 import yaml
 from helpers import ROOT
 
-from fnsft_trl.cli import main, schema
-from fnsft_trl.cli.help import format_help
-from fnsft_trl.cli.options import parse_options
-from fnsft_trl.cli.schema import TRL, describe, training_options
-from fnsft_trl.cli.sources import read_sources
-from fnsft_trl.cli.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
+from fnsft_trl.cli import main, train
+from fnsft_trl.cli.options import trl_options
+from fnsft_trl.cli.options.help import format_help
+from fnsft_trl.cli.options.parse import parse_options, training_options
+from fnsft_trl.cli.options.schema import TRL, describe
+from fnsft_trl.cli.options.sources import read_sources
+from fnsft_trl.cli.options.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
 from fnsft_trl.config import FunctionalNetworkConfig
 from fnsft_trl.errors import FNSFTError
 
@@ -112,7 +113,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 def test_other_versions_have_a_schema_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("FNSFT_CACHE", str(tmp_path))
     training_options()
-    monkeypatch.setattr(schema, "version", lambda package: "0.0.1")
+    monkeypatch.setattr(trl_options, "version", lambda package: "0.0.1")
     training_options()
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -131,6 +132,12 @@ def test_other_versions_have_a_schema_of_their_own(tmp_path, monkeypatch):
         (["compare", "--help"], 0),
         (["export", "--help"], 0),
         (["demo", "--help"], 0),
+        (["env", "--help"], 0),
+        (["auth", "--help"], 0),
+        (["discover", "m", "d", "--lerning_rate", "1"], 2),
+        (["compare", "a", "b", "--config", "{yaml}"], 2),
+        (["export", "a", "--to", "merged", "--output_dir", "o", "--load_in_4bit"], 2),
+        (["env", "--config", "{yaml}"], 2),
     ],
     ids=str,
 )
@@ -151,7 +158,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments, status, tmp_path, opt
 def test_the_help_shows_every_option_ours_first(options, capsys):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.strip() == format_help()
+    assert text.strip() == format_help("train", train.ABOUT, train.options())
     assert all(f"  --{name}" in text for name in options)
     titles = ["functional networks:", "data (TRL):", "model, LoRA and quantisation (TRL):", "training (TRL):"]
     places = [text.index(title) for title in titles]

@@ -116,7 +116,7 @@ def test_plain_lora_takes_the_targets_of_peft(family):
 
 
 def test_plain_lora_on_an_unknown_architecture_takes_the_mlps(monkeypatch):
-    monkeypatch.setattr("fnsft_trl.cli.models.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
+    monkeypatch.setattr("fnsft_trl.cli.models.has_lora_targets", lambda kind: False)
     targets = default_lora_targets(tiny_model("llama").config)
     assert len(targets) == 9
     assert not any("lm_head" in name or "self_attn" in name for name in targets)
@@ -124,7 +124,7 @@ def test_plain_lora_on_an_unknown_architecture_takes_the_mlps(monkeypatch):
 
 
 def test_plain_lora_trains_where_peft_knows_no_targets(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.cli.models.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
+    monkeypatch.setattr("fnsft_trl.cli.models.has_lora_targets", lambda kind: False)
     assert main([*base, "--use_peft"]) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert all(".mlp." in name for name in config["target_modules"])

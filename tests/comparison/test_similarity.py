@@ -11,7 +11,6 @@ from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemp
 from fnsft_trl.cli import main
 from fnsft_trl.comparison.fingerprint import network_time_courses, split_passages
 from fnsft_trl.comparison.similarity import compare_templates, compare_time_courses
-from fnsft_trl.discovery.matching import correlation, dice, overlap
 from fnsft_trl.template.legacy import legacy_bytes
 
 
@@ -25,18 +24,6 @@ def shuffled(template, seed=0):
     generator = torch.Generator().manual_seed(seed)
     orders = {layer: torch.randperm(width, generator=generator) for layer, width in template.widths.items()}
     return with_loadings(template, {layer: template.loadings[layer][:, order] for layer, order in orders.items()})
-
-
-def test_overlap_dice_and_correlation_of_known_sets():
-    a = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
-    b = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
-    assert overlap(a, b).tolist() == [[0.5, 0.0], [0.0, 0.0]]
-    assert dice(0.5) == pytest.approx(2 * 2 / (3 + 3))
-    x = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    values = correlation(x, torch.stack([-3 * x[1] + 2, torch.ones(50)]))
-    assert values[1, 0] == pytest.approx(1)
-    assert values[:, 1].tolist() == [0, 0]
-    assert values[0, 0] == pytest.approx(abs(float(torch.corrcoef(x)[0, 1])), abs=1e-5)
 
 
 def test_a_template_against_itself_is_one(templates):
@@ -215,6 +202,6 @@ def test_compare_by_shared_text_of_different_models(templates, model_dir, tokeni
     assert results["iou"] is None
     assert 0 <= results["mean_correlation"] <= 1
     capsys.readouterr()
-    for extra, message in ((["--permutations", "0"], "at least 1"), (["--model_a", "x"], "only with --texts")):
+    for extra, message in ((["--permutations", "0"], "at least 1"), (["--model_a", "x"], "only with texts")):
         assert main([*arguments, *extra]) == 2
         assert message in capsys.readouterr().err

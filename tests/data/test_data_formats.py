@@ -1,11 +1,14 @@
 """Every format of the table, with what can be wrong with a row."""
 
+import copy
 import math
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fnsft_trl import FNSFTError
 from fnsft_trl.data.formats import FORMATS, TOKENS, UnusableRow, convert_row, find_formats, parse_columns
@@ -228,3 +231,53 @@ def formats_table() -> str:
 
 def test_the_table_in_the_docs_is_the_one_in_the_code():
     assert formats_table() in DOCS.read_text()
+
+
+COLUMNS = sorted({column for form in FORMATS for column in form.columns} | {"system", "tools", "x"})
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+MESSAGE_KEYS = st.sampled_from(["role", "from", "content", "value", "tool_calls", "text", "x"])
+ROLES = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "someone"])
+CELLS = st.recursive(
+    SCALARS | ROLES,
+    lambda cells: st.lists(cells, max_size=3) | st.dictionaries(MESSAGE_KEYS, cells, max_size=3),
+    max_leaves=6,
+)
+MESSAGES_OF_ALL_KINDS = st.lists(
+    st.fixed_dictionaries({"role": ROLES, "content": SCALARS}, optional={"tool_calls": CELLS}), max_size=4
+)
+
+
+@given(st.dictionaries(st.sampled_from(COLUMNS), CELLS | MESSAGES_OF_ALL_KINDS, min_size=1, max_size=5))
+@example({"text": {"text": True}, "answer": []})
+@example({"text": {"text": {"role": None}}, "answer": []})
+def test_any_row_is_read_left_out_or_refused_and_never_changed(row):
+    before = copy.deepcopy(row)
+    try:
+        converted = convert_row(row, find_formats(row))
+    except (UnusableRow, FNSFTError):
+        return
+    finally:
+        assert repr(row) == repr(before)
+    assert set(converted) in ({"prompt", "completion"}, {"messages"}, {"text"}, set())
+    for turns_of_row in (converted.get(name, ()) for name in ("prompt", "completion", "messages")):
+        for message in turns_of_row:
+            assert message["role"] in ("system", "developer", "user", "assistant", "tool")
+
+
+@given(st.text("promtcleinxsyag=, ", max_size=30) | st.text(max_size=10))
+def test_any_choice_of_columns_is_read_or_refused(text):
+    try:
+        chosen = parse_columns(text)
+    except FNSFTError:
+        return
+    assert set(chosen) - {"system"} in ({"prompt", "completion"}, {"messages"}, {"text"})
+    assert parse_columns(chosen) == chosen
+
+
+TARGETS = st.sampled_from([("prompt", "completion"), ("messages",), ("text",), ("system", "completion", "prompt")])
+
+
+@given(TARGETS, st.lists(st.text("ab c_=", min_size=1).filter(str.strip), min_size=3, max_size=3))
+def test_chosen_columns_come_back_from_their_text(targets, columns):
+    chosen = {target: name.strip() for target, name in zip(targets, columns, strict=False)}
+    assert parse_columns(" , ".join(f"{target} = {name}" for target, name in chosen.items())) == chosen

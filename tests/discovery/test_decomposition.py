@@ -4,7 +4,7 @@ import torch
 from sklearn.decomposition import FastICA
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.discovery.decomposition import decompose
+from fnsft_trl.discovery.decomposition import IcaSettings, decompose
 from fnsft_trl.discovery.matching import match_components
 from fnsft_trl.discovery.sketch import ActivationSketch
 
@@ -36,7 +36,7 @@ def halves(data, **settings):
 
 def test_moments_are_exact():
     data, _ = planted(tokens=1003)
-    result = decompose(halves(data), 4)
+    result = decompose(halves(data), IcaSettings(4))
     assert result.count == 1003
     assert torch.allclose(result.mean, data.double().mean(0).float(), atol=1e-5)
     assert torch.allclose(result.rms, data.double().square().mean(0).sqrt().float(), atol=1e-4)
@@ -72,9 +72,8 @@ def test_sketch_does_not_depend_on_how_the_stream_is_cut():
 @pytest.mark.parametrize("variant", ["temporal", "spatial"])
 def test_planted_networks_are_recovered(standardize, variant):
     data, loadings = planted()
-    result = decompose(
-        halves(data, prescale=standardize == "zscore"), 4, standardize=standardize, variant=variant, seed=1
-    )
+    settings = IcaSettings(4, standardize=standardize, variant=variant, seed=1)
+    result = decompose(halves(data, prescale=standardize == "zscore"), settings)
     expected = loadings / data.std(0) if standardize == "zscore" else loadings
     partner, correlation = match_components(expected, result.loadings)
     assert sorted(partner.tolist()) == [0, 1, 2, 3]
@@ -86,7 +85,9 @@ def test_planted_networks_are_recovered(standardize, variant):
 
 def test_power_of_spatial_components_is_that_of_the_planted_ones():
     data, loadings = planted()
-    temporal, spatial = (decompose(halves(data), 4, variant=variant) for variant in ("temporal", "spatial"))
+    temporal, spatial = (
+        decompose(halves(data), IcaSettings(4, variant=variant)) for variant in ("temporal", "spatial")
+    )
     planted_power = loadings.square().sum(1) * 2  # a Laplacian source has variance 2
     for result in (temporal, spatial):
         partner, _ = match_components(loadings, result.loadings)
@@ -98,7 +99,7 @@ def test_power_of_spatial_components_is_that_of_the_planted_ones():
 def test_a_stream_that_starts_without_variance_is_absorbed():
     data, loadings = planted(tokens=2000)
     start = torch.zeros(100, data.shape[1]) + data.mean(0)
-    result = decompose(halves(torch.cat([start, data])), 4)
+    result = decompose(halves(torch.cat([start, data])), IcaSettings(4))
     assert match_components(loadings, result.loadings)[1].min() > 0.9
     single = ActivationSketch(3, 1, reservoir=10, seed=0)
     single.update(torch.tensor([[1.0, 2, 3], [2, 2, 3], [4, 2, 3]]))
@@ -110,7 +111,7 @@ def test_a_stream_that_starts_without_variance_is_absorbed():
 @pytest.mark.parametrize("contrast", ["logcosh", "cube", "exp"])
 def test_recovery_is_not_worse_than_scikit_learn_on_the_whole_matrix(contrast):
     data, loadings = planted(noise=1.0)
-    ours = decompose(halves(data), 4, contrast=contrast).loadings
+    ours = decompose(halves(data), IcaSettings(4, contrast=contrast)).loadings
     ica = FastICA(4, fun=contrast, random_state=0, whiten="unit-variance").fit(data.numpy().astype(np.float64))
     theirs = torch.tensor(ica.mixing_.T, dtype=torch.float32)
     assert match_components(loadings, ours)[1].min() > match_components(loadings, theirs)[1].min() - 0.01
@@ -120,7 +121,8 @@ def test_zscored_loadings_are_correlations_and_ignore_scale():
     data, _ = planted()
     scales = torch.logspace(-3, 3, 200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
     plain, scaled = (
-        decompose(halves(d, prescale=True, rank=64), 4, standardize="zscore").loadings for d in (data, data * scales)
+        decompose(halves(d, prescale=True, rank=64), IcaSettings(4, standardize="zscore")).loadings
+        for d in (data, data * scales)
     )
     assert scaled.abs().max() <= 1.02
     assert match_components(plain, scaled)[1].min() > 0.995
@@ -130,14 +132,14 @@ def test_shuffled_time_has_no_reliable_networks():
     data, _ = planted(tokens=2000)
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.stack([column[torch.randperm(len(column), generator=generator)] for column in data.T], dim=1)
-    null, found = (decompose(halves(d, prescale=True), 4, standardize="zscore") for d in (shuffled, data))
+    null, found = (decompose(halves(d, prescale=True), IcaSettings(4, standardize="zscore")) for d in (shuffled, data))
     assert np.mean(null.reliability) < 0.35
     assert np.mean(found.reliability) > 0.98
 
 
 def test_reservoir_is_capped_and_components_hardly_change():
     data, _ = planted()
-    whole, sampled = decompose(halves(data), 4), decompose(halves(data, reservoir=800), 4)
+    whole, sampled = decompose(halves(data), IcaSettings(4)), decompose(halves(data, reservoir=800), IcaSettings(4))
     assert [len(s.scores) for (s,) in halves(data, reservoir=800)] == [800, 800]
     assert match_components(whole.loadings, sampled.loadings)[1].min() > 0.98
 
@@ -152,7 +154,7 @@ def test_reservoir_samples_the_whole_stream_evenly():
 
 def test_order_and_sign_are_canonical_and_runs_repeat_bit_for_bit():
     data, _ = planted()
-    one, two = (decompose(halves(data), 4) for _ in range(2))
+    one, two = (decompose(halves(data), IcaSettings(4)) for _ in range(2))
     assert torch.equal(one.loadings, two.loadings)
     assert one.explained_variance == sorted(one.explained_variance, reverse=True)
     peaks = one.loadings.gather(1, one.loadings.abs().argmax(1, keepdim=True))
@@ -164,7 +166,7 @@ def test_order_and_sign_are_canonical_and_runs_repeat_bit_for_bit():
 def test_constant_neurons_get_no_loading(standardize):
     data, _ = planted()
     data[:, 150:] = 3.0
-    result = decompose(halves(data, prescale=standardize == "zscore"), 4, standardize=standardize)
+    result = decompose(halves(data, prescale=standardize == "zscore"), IcaSettings(4, standardize=standardize))
     assert not result.loadings[:, 150:].any()
     assert torch.isfinite(result.loadings).all()
 
@@ -172,13 +174,13 @@ def test_constant_neurons_get_no_loading(standardize):
 def test_too_little_data_is_an_error():
     data, _ = planted(tokens=8)
     with pytest.raises(FNSFTError, match=r"8 tokens were read.*ica_components"):
-        decompose(halves(data), 4)
+        decompose(halves(data), IcaSettings(4))
     flat = torch.ones(100, 30) * torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
     with pytest.raises(FNSFTError, match="span 1 direction"):
-        decompose(halves(flat), 4)
+        decompose(halves(flat), IcaSettings(4))
 
 
 def test_fewer_tokens_than_the_rank_are_fine():
     data, _ = planted(tokens=60, noise=0.01)
-    result = decompose(halves(data, rank=64), 4)
+    result = decompose(halves(data, rank=64), IcaSettings(4))
     assert result.loadings.shape == (4, 200)

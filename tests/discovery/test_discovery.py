@@ -1,21 +1,13 @@
-import copy
 import json
-import os
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import run_processes, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 
-from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
-from fnsft_trl.discovery.activations import ActivationReader
+from fnsft_trl import FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.discovery.discovery import discover_group
 from fnsft_trl.discovery.matching import match_components, overlap
-from fnsft_trl.discovery.progress import DiscoveryProgress
-from fnsft_trl.template.storage import FILES
 
 
 SMALL = {"ica_components": 3, "ica_rank": 16, "ica_batch_size": 2, "ica_max_length": 32}
@@ -31,57 +23,6 @@ def same(a, b):
 
 class Interrupted(Exception):
     pass
-
-
-@pytest.mark.parametrize("settings", [{}, {"ica_standardize": "zscore"}, {"ica_until_reliable": 0.999}], ids=str)
-def test_resumed_discovery_is_the_uninterrupted_one(tokenizer, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr("fnsft_trl.discovery.discovery._FIRST_CHECK", 300)
-    monkeypatch.setattr("fnsft_trl.discovery.discovery._LEAST_SAVED", 1)
-    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_reservoir=200, **settings)
-    model = tiny_model("llama")
-    whole = discover_networks(model, tokenizer, texts(300), config)
-    read = ActivationReader.read
-
-    def interrupted(self, *args, **kwargs):
-        for block in read(self, *args, **kwargs):
-            if block.batch == 20:
-                raise Interrupted
-            yield block
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ActivationReader, "read", interrupted)
-        with pytest.raises(Interrupted):
-            discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
-    (saved,) = (tmp_path / "p").iterdir()  # the newest alone is kept
-    assert int(saved.name.removeprefix("batch-")) > 5
-    seen = []
-    handle = model.register_forward_pre_hook(lambda *_: seen.append(1))
-    inner = model.model.register_forward_pre_hook(lambda *_: seen.append(1))
-    resumed = discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
-    handle.remove(), inner.remove()
-    assert same(resumed, whole)
-    assert resumed.calibration == whole.calibration
-    assert len(seen) < whole.calibration["tokens"] / 10  # what was read before was not run again
-    assert not (tmp_path / "p").exists()
-
-
-def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypatch):
-    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000)
-    model = tiny_model("llama")
-    with pytest.raises(FNSFTError, match="no interrupted discovery"):
-        discover_networks(model, tokenizer, texts(), config, progress_dir=tmp_path, resume=True)
-    monkeypatch.setattr(DiscoveryProgress, "clear", lambda self: None)
-    monkeypatch.setattr("fnsft_trl.discovery.discovery._LEAST_SAVED", 1)
-    discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
-    other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
-    with pytest.raises(FNSFTError, match=r"ica_seed=0, this one 1"):
-        discover_networks(model, tokenizer, texts(300), other, progress_dir=tmp_path / "p", resume=True)
-    with pytest.raises(FNSFTError, match="the texts differ"):
-        discover_networks(model, tokenizer, texts(300, seed=5), config, progress_dir=tmp_path / "p", resume=True)
-    (file,) = (tmp_path / "p").glob("*/*.safetensors")
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(FNSFTError, match="cannot be read"):
-        discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
 
 
 def test_reading_goes_on_until_the_networks_are_reliable(tokenizer, monkeypatch, caplog):
@@ -139,23 +80,6 @@ def test_several_datasets_give_group_networks_and_their_own(tokenizer, tmp_path)
     assert FunctionalNetworkTemplate.from_pretrained(tmp_path).components == group.components
 
 
-def test_a_group_is_matched_once_with_each_dataset_however_many_networks_it_has(tokenizer, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "fnsft_trl.discovery.recurrence.match_components", lambda a, b: calls.append(len(a)) or match_components(a, b)
-    )
-    datasets = {"a": texts(60, seed=0), "b": texts(60, seed=1)}
-    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=600)
-    group, _ = discover_group(tiny_model("llama"), tokenizer, datasets, config)
-    assert calls == [len(group.components)] * 2
-
-
-def test_overlap_is_intersection_over_union():
-    a = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    b = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
-    assert overlap(a, b).tolist() == [[0.5, 1, 0], [0, 0, 0]]
-
-
 def test_massive_neurons_can_be_left_out(tokenizer):
     model = tiny_model("llama")
     with torch.no_grad():
@@ -189,33 +113,6 @@ def test_null_of_shuffled_activations_is_far_below(tokenizer):
     template = discover_networks(model, tokenizer, texts(800), config)
     found = sum(component.reliability for component in template.components) / 3
     assert template.null["reliability"] < found - 0.3
-
-
-def test_an_interrupted_write_leaves_the_old_template_or_the_new_one(templates, tmp_path, monkeypatch):
-    old, new = templates["llama"], copy.copy(templates["llama"])
-    new.loadings = {layer: values + 1 for layer, values in old.loadings.items()}
-    new.base_model = "new"
-    replace, write = os.replace, Path.write_bytes
-    for dies_at in range(2 * len(FILES) + 1):
-        directory = tmp_path / str(dies_at)
-        old.save_pretrained(directory)
-        calls = []
-
-        def dying(function, *args, calls=calls, dies_at=dies_at):
-            calls.append(function)
-            if len(calls) > dies_at:
-                raise Interrupted
-            return function(*args)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "replace", lambda *args: dying(replace, *args))
-            patched.setattr(Path, "write_bytes", lambda *args: dying(write, *args))
-            with suppress(Interrupted):
-                new.save_pretrained(directory)
-        loaded = FunctionalNetworkTemplate.from_pretrained(directory)
-        expected = old if dies_at < len(FILES) else new
-        assert loaded.base_model == expected.base_model
-        assert all(torch.equal(loaded.loadings[i], expected.loadings[i]) for i in expected.loadings)
 
 
 DISTRIBUTED = """
@@ -258,20 +155,6 @@ def test_two_processes_find_the_networks_of_one(tmp_path):
         for layer in one.mean:
             assert torch.allclose(one.mean[layer], two.mean[layer], atol=1e-5)
     assert not (tmp_path / "2" / "progress").exists()
-
-
-def test_progress_counts_only_when_every_process_has_written(tmp_path):
-    def save(batch, process):
-        folder = tmp_path / f"batch-{batch}"
-        folder.mkdir(exist_ok=True)
-        state = json.dumps({"about": {"a": 1}, "batch": batch})
-        save_file({"x": torch.full((1,), batch)}, folder / f"process-{process}.safetensors", metadata={"state": state})
-
-    save(3, 0), save(3, 1), save(12, 1)
-    for process in (0, 1):
-        tensors, state = DiscoveryProgress(tmp_path, {"a": 1}, (process, 2)).load()
-        assert state["batch"] == 3
-        assert tensors["x"].tolist() == [3]
 
 
 def test_a_wrapped_model_gives_the_template_of_the_plain_one(tokenizer):

@@ -1,10 +1,21 @@
+import re
+import sys
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_model, tiny_rows
 from sklearn.decomposition import FastICA
 
+import fnsft_trl
+from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.discovery.ica import CONTRASTS, TOLERANCE, fast_ica
 from fnsft_trl.discovery.matching import match_components
+
+
+BACKENDS = ["torch", "sklearn"]
 
 
 def mixed(k=5, samples=5000, seed=0):
@@ -17,7 +28,7 @@ def mixed(k=5, samples=5000, seed=0):
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_sources_are_scikit_learns_up_to_order_and_sign(contrast):
+def test_sources_are_those_of_scikit_learns_whole_pipeline(contrast):
     data, _ = mixed()
     ours = fast_ica(data, contrast=contrast, restarts=3)
     theirs = FastICA(fun=contrast, random_state=0, whiten="unit-variance", max_iter=400, tol=1e-6).fit(data.numpy())
@@ -25,11 +36,72 @@ def test_sources_are_scikit_learns_up_to_order_and_sign(contrast):
     assert match_components(torch.from_numpy(theirs.mixing_.T), ours.mixing.T)[1].min() > 0.9999
 
 
-def test_sources_are_white_and_give_the_data_back():
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_both_backends_find_the_same_sources(contrast, dtype):
+    data = mixed(k=9)[0].to(dtype)
+    ours, theirs = (fast_ica(data, contrast=contrast, restarts=4, backend=backend) for backend in BACKENDS)
+    assert max(ours.change.max(), theirs.change.max()) < TOLERANCE
+    assert match_components(ours.mixing.T, theirs.mixing.T)[1].min() > 0.999
+    assert match_components(ours.sources.T, theirs.sources.T)[1].min() > 0.999
+    assert ours.sources.dtype == theirs.sources.dtype == dtype
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_both_backends_find_the_same_networks(tokenizer, contrast):
+    texts = [row["prompt"] + row["completion"] for row in tiny_rows(900)]
+    settings = {"ica_components": 2, "ica_rank": 16, "ica_max_length": 32, "ica_max_tokens": 6000}
+    ours, theirs = (
+        discover_networks(
+            tiny_model("gpt2"),
+            tokenizer,
+            texts,
+            FunctionalNetworkConfig(**settings, ica_contrast=contrast, ica_backend=backend),
+        )
+        for backend in BACKENDS
+    )
+    assert match_components(ours.pooled()[0], theirs.pooled()[0])[1].min() > 0.999
+    for one, other in zip(ours.components, theirs.components, strict=True):
+        assert one.reliability == pytest.approx(other.reliability, abs=1e-3)
+    assert [template.settings["ica_backend"] for template in (ours, theirs)] == BACKENDS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_seed_gives_the_same_bits(backend):
     data, _ = mixed()
-    found = fast_ica(data)
-    assert torch.allclose(found.sources.T @ found.sources / len(data), torch.eye(5, dtype=data.dtype), atol=1e-9)
-    assert torch.allclose(found.sources @ found.mixing.T, data - data.mean(0), atol=1e-9)
+    one, two, other = (fast_ica(data, restarts=3, seed=seed, backend=backend) for seed in (0, 0, 1))
+    assert torch.equal(one.sources, two.sources)
+    assert torch.equal(one.mixing, two.mixing)
+    assert not torch.equal(one.mixing, other.mixing)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sources_that_did_not_settle_are_reported_and_nothing_else_is(backend):
+    noise = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fast_ica(noise, max_iterations=2, backend=backend)
+    assert found.change.max() > TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sources_are_white_and_give_the_data_back(backend):
+    data, _ = mixed()
+    white = fast_ica(data).sources  # scikit-learn's own whitening would lose sources of data that is white
+    for given in (data, white):
+        found = fast_ica(given, backend=backend)
+        assert torch.allclose(found.sources.T @ found.sources / len(data), torch.eye(5, dtype=data.dtype), atol=1e-9)
+        assert torch.allclose(found.sources @ found.mixing.T, given - given.mean(0), atol=1e-9)
+
+
+def test_scikit_learn_is_loaded_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
+    data, _ = mixed(samples=100)
+    fast_ica(data)
+    with pytest.raises(ImportError, match=r"sklearn\.decomposition"):
+        fast_ica(data, backend="sklearn")
+    for path in Path(fnsft_trl.__file__).parent.rglob("*.py"):
+        assert not re.search(r"^(from|import) sklearn", path.read_text(), flags=re.MULTILINE), path
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)

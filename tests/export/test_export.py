@@ -212,10 +212,10 @@ def test_export_lora_on_the_command_line(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "onnx"], "invalid choice"),
+        (["--to", "onnx"], "to is 'onnx'; it must be one of: merged, lora, gguf"),
         (["--to", "lora"], "adapter of type"),
-        (["--to", "merged", "nowhere"], "unrecognized arguments"),
-        ([], "--to"),
+        (["--to", "merged", "nowhere"], "to takes one value, 2 were given"),
+        ([], "to is missing; give DIR --to merged|lora|gguf"),
     ],
 )
 def test_export_refuses_on_one_line(arguments, message, root, tmp_path, capsys):

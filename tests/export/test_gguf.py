@@ -95,15 +95,15 @@ def test_what_the_converter_says_is_passed_on(converter, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["d", "--to", "gguf", "--output_dir", "o"], "--output_dir has no effect with --to gguf"),
-        (["d", "--to", "gguf"], "--to gguf needs --output_path"),
+        (["d", "--to", "gguf", "--output_dir", "o"], "output_dir has no effect with to=gguf"),
+        (["d", "--to", "gguf"], "to=gguf needs output_path"),
         (["d", "--to", "gguf", "--output_path", "o", "--quantization", "q4_0"], "q4_0"),
-        (["d", "--to", "gguf", "--output_path", "o", "--dtype", "float32"], "--dtype has no effect"),
-        (["d", "--to", "merged", "--output_path", "o"], "--output_path has no effect with --to merged"),
-        (["d", "--to", "lora", "--output_dir", "o", "--dtype", "float32"], "--dtype has no effect with --to lora"),
-        (["d", "--to", "merged"], "--to merged needs --output_dir"),
-        (["d", "--model_path", "e", "--to", "merged", "--output_dir", "o"], "one directory is needed"),
-        (["--to", "merged", "--output_dir", "o"], "one directory is needed"),
+        (["d", "--to", "gguf", "--output_path", "o", "--dtype", "float32"], "dtype has no effect with to=gguf"),
+        (["d", "--to", "merged", "--output_path", "o"], "output_path has no effect with to=merged"),
+        (["d", "--to", "lora", "--output_dir", "o", "--dtype", "float32"], "dtype has no effect with to=lora"),
+        (["d", "--to", "merged"], "to=merged needs output_dir"),
+        (["d", "--model_path", "e", "--to", "merged", "--output_dir", "o"], "'d' is one argument too many"),
+        (["--to", "merged", "--output_dir", "o"], "adapter is missing"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Templates on the Hub: pushed, pulled and pinned, against the loopback Hub."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from fnsft_trl import FNSFTError, FunctionalNetworkTemplate
 from fnsft_trl.cli import main
 from fnsft_trl.hub.credentials import hide_tokens
 from fnsft_trl.template.card import template_card
-from fnsft_trl.template.description import describe
+from fnsft_trl.template.description import TemplateDescription
 
 
 FILES = ("config.json", "template.safetensors", "README.md", "networks.svg")
@@ -345,7 +346,7 @@ def test_the_code_of_the_card_runs(hub, template):
 
 
 def test_cards_of_equal_templates_are_equal_and_name_what_is_unknown(template, tmp_path):
-    config = describe(template, "0" * 64)
-    assert template_card(config) == template_card(describe(template, "0" * 64))
-    config = {**config, "components": [{**c, "reliability": None} for c in config["components"]]}
-    assert "Reliability is unknown" in template_card(config)
+    description = TemplateDescription.of(template, "0" * 64)
+    assert template_card(description) == template_card(TemplateDescription.of(template, "0" * 64))
+    unknown = tuple(dataclasses.replace(component, reliability=None) for component in description.components)
+    assert "Reliability is unknown" in template_card(dataclasses.replace(description, components=unknown))

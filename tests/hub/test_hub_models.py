@@ -48,7 +48,7 @@ def test_discover_pushes(hub, model_dir, data, tmp_path, capsys):
     assert all(pushed[name] == local[name] for name in FILES if name != "README.md")
     assert b"license: mit" in pushed["README.md"]
     assert not any(ALICE.encode() in content for content in (*local.values(), *pushed.values()))
-    for wrong, message in ((["--push_to_hub", "nowhere"], "org/name"), (["--private"], "go with --push_to_hub")):
+    for wrong, message in ((["--push_to_hub", "nowhere"], "org/name"), (["--private"], "go with push_to_hub")):
         assert main([*arguments, *wrong]) == 2
         assert message in capsys.readouterr().err
 
@@ -230,7 +230,7 @@ def test_an_adapter_and_the_merged_model_go_into_one_repository_or_apart(hub, mo
     assert "neurons (20.0% of the MLP neurons) could change" in card
     assert "fnsft_trl.tuner" not in card
     assert str(tmp_path) not in card
-    for wrong, message in ((["--push_to_hub", "nowhere"], "org/name"), (["--create_pr"], "go with --push_to_hub")):
+    for wrong, message in ((["--push_to_hub", "nowhere"], "org/name"), (["--create_pr"], "go with push_to_hub")):
         assert main([*export[:-1], *wrong]) == 2
         assert message in capsys.readouterr().err
 

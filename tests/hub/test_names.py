@@ -1,8 +1,14 @@
 """What datasets are called in a template."""
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from fnsft_trl.hub.names import absolute_sources, is_source_name, source_names
+from fnsft_trl.hub.names import absolute_sources, clean_model_name, is_model_name, is_source_name, source_names
+
+
+# Any text, and text of what paths are made of.
+NAMES = st.text(max_size=30) | st.text("ab/.~\\ :(2)-\n", max_size=12)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +50,25 @@ def test_files_and_directories_of_this_machine_are_made_absolute(tmp_path, monke
     found = absolute_sources(given)
     assert found == [f"{tmp_path}/texts/data.jsonl", f"{tmp_path}/texts/corpus/", found[0], *given[3:]]
     assert source_names(found)[:2] == ["data.jsonl", "corpus/"]
+
+
+@given(NAMES)
+@example("x" * 501)
+def test_a_cleaned_model_name_is_a_name_and_stays_as_it_is(name):
+    cleaned = clean_model_name(name)
+    assert is_model_name(cleaned)
+    assert clean_model_name(cleaned) == cleaned
+    if is_model_name(name):
+        assert cleaned == name
+
+
+@given(st.lists(NAMES, max_size=6))
+@example(["x" * 501] * 12)
+@example(["x", "x", "x (2)"])
+@example(["\\ /", "/~.."])
+def test_any_sources_get_names_that_stay_as_they_are(sources):
+    names = source_names(sources)
+    assert len(names) == len(sources)
+    assert all(map(is_source_name, names))
+    assert source_names(names) == names
+    assert len(set(names)) == len(names)

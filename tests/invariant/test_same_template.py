@@ -18,7 +18,9 @@ torch.set_num_threads(2)
 sys.path.insert(0, "tests")
 from helpers import FAMILIES, tiny_model, tiny_rows, tiny_tokenizer
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
-config = FunctionalNetworkConfig(ica_components=3, ica_rank=16, ica_max_length=32, ica_standardize=sys.argv[2])
+config = FunctionalNetworkConfig(
+    ica_components=3, ica_rank=16, ica_max_length=32, ica_standardize=sys.argv[2], ica_backend=sys.argv[3]
+)
 texts = [row["prompt"] + row["completion"] for row in tiny_rows()]
 for family in FAMILIES:
     discover_networks(tiny_model(family), tiny_tokenizer(), texts, config).save_pretrained(f"{sys.argv[1]}/{family}")
@@ -66,10 +68,10 @@ def run(code, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("standardize", ["center", "zscore"])
-def test_two_processes_write_the_same_bytes(tmp_path, standardize):
+@pytest.mark.parametrize(("standardize", "backend"), [("center", "torch"), ("zscore", "torch"), ("center", "sklearn")])
+def test_two_processes_write_the_same_bytes(tmp_path, standardize, backend):
     for name in ("one", "two"):
-        run(DISCOVER, tmp_path / name, standardize)
+        run(DISCOVER, tmp_path / name, standardize, backend)
     for family in FAMILIES:
         for file in FILES:
             one, two = ((tmp_path / name / family / file).read_bytes() for name in ("one", "two"))

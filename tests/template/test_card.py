@@ -1,10 +1,15 @@
 """Cards of trained and of merged models; those of templates are tested where they are pushed."""
 
-import yaml
+from dataclasses import replace
 
-from fnsft_trl.hub.card import ADAPTER_NOTE, SECTION, merged_card, publishable_card
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from fnsft_trl import FNSFTError
+from fnsft_trl.hub.card import ADAPTER_NOTE, SECTION, TAGS, merged_card, publishable_card
 from fnsft_trl.template.card import template_card
-from fnsft_trl.template.description import describe
+from fnsft_trl.template.description import TemplateDescription
 
 
 def card(text: str, **metadata) -> str:
@@ -25,6 +30,38 @@ def test_a_card_is_published_without_local_paths():
     of_the_hub = card("# A", base_model="org/model", tags=["base_model:adapter:org/model"])
     assert publishable_card(of_the_hub) == of_the_hub
     assert publishable_card("# no metadata") == "# no metadata"
+
+
+def test_metadata_end_where_the_hub_ends_them_and_keep_their_order():
+    """Indented dashes end nothing, and line breaks of another system stay."""
+    front = "widget:\n- text: |\n    a\n    ---\n    b\nbase_model: /home/me/model\nlicense: mit\n"
+    local = f"---\n{front}---\n# A\n\n---\nb\n"
+    for text in (local, local.replace("\n", "\r\n")):
+        public = ModelCard(publishable_card(text))
+        assert public.text.replace("\r\n", "\n") == "# A\n\n---\nb\n"
+        assert public.data.get("base_model") is None
+        assert public.data.license == "mit"
+        assert public.data.widget[0]["text"].split() == ["a", "---", "b"]
+        assert str(public).index("widget") < str(public).index("license")
+        assert str(public).count("\r") == (0 if text == local else str(public).count("\n"))
+    assert metadata(merged_card("org/model", local))["license"] == "mit"
+
+
+@pytest.mark.parametrize("front", ["a: [", "- a", "1: a", "a: b: c"])
+def test_metadata_that_cannot_be_read_are_one_line(front):
+    for read in (publishable_card, lambda card: merged_card("org/model", card)):
+        with pytest.raises(FNSFTError, match="metadata on top of a model card cannot be read") as refused:
+            read(f"---\n{front}\n---\n# A")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["no", "null", "1:4", "007", "a: b", "- a", "---", "x\n---\nbase_model: other", "#"])
+def test_no_value_becomes_metadata_of_another_kind(templates, value):
+    text = template_card(replace(TemplateDescription.of(templates["llama"], "0" * 64), license=value))
+    data = ModelCard(text).data
+    assert data.license == value
+    assert data.base_model is None
+    assert (data.library_name, data.tags) == ("fnsft_trl", TAGS)
 
 
 def test_the_card_of_a_merged_model_says_what_the_adapter_s_said():
@@ -49,11 +86,12 @@ def test_a_merged_model_has_a_card_even_where_its_adapter_has_none():
 
 
 def test_a_template_of_several_datasets_says_where_its_networks_recur(templates):
-    config = describe(templates["llama"], "0" * 64)
-    assert "in each dataset alone" not in template_card(config)
+    description = TemplateDescription.of(templates["llama"], "0" * 64)
+    assert "in each dataset alone" not in template_card(description)
     found = {"component": 0, "correlation": 0.9}
     recurrence = {"a|b.txt": {**found, "iou": 0.5, "recurs": True}, "c.txt": {**found, "iou": 0.1, "recurs": False}}
-    text = template_card({**config, "components": [{**c, "recurrence": recurrence} for c in config["components"]]})
+    components = tuple(replace(component, recurrence=recurrence) for component in description.components)
+    text = template_card(replace(description, components=components))
     table = text.split("counts as the same:\n\n")[1].split("\n\n## How to use it")[0].splitlines()
     rows = [f"| {number} | 0.50 (recurs) | 0.10 |" for number in range(3)]
     assert table == [r"| network | a\|b.txt | c.txt |", "|---|---|---|", *rows]

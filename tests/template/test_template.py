@@ -136,23 +136,23 @@ def test_what_is_asked_for_wrongly_is_told(saved, monkeypatch):
         with pytest.raises(FNSFTError, match="no such directory or file"):
             StoredTemplate.open(name)
     monkeypatch.setenv("HOME", str(saved.parent))
-    assert StoredTemplate.open("~/template").config["site"] == "mlp_intermediate"
+    assert StoredTemplate.open("~/template").description.site == "mlp_intermediate"
 
 
 def test_a_template_goes_before_that_of_a_model_beside_it(templates, tmp_path):
     """As it does in a repository."""
     templates["opt"].save_pretrained(tmp_path / "functional_networks")
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    assert StoredTemplate.open(tmp_path).config["architecture"] == "OPTForCausalLM"
+    assert StoredTemplate.open(tmp_path).description.architecture == "OPTForCausalLM"
     templates["llama"].save_pretrained(tmp_path)
-    assert StoredTemplate.open(tmp_path).config["architecture"] == "LlamaForCausalLM"
+    assert StoredTemplate.open(tmp_path).description.architecture == "LlamaForCausalLM"
 
 
 def test_a_description_that_may_not_be_read_is_one_line(saved, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(FNSFTError, match=r"config\.json cannot be read \(Permission denied\)"):
         StoredTemplate.open(saved)
 

@@ -1,15 +1,19 @@
 """The options of one call of `fnsft train`, from both sources, checked against each other. Free of torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..config import FunctionalNetworkConfig
-from ..errors import FNSFTError
-from ..export.gguf import check_outtype, find_converter
-from .arguments import check_writable
-from .schema import training_options
+from ...config import FunctionalNetworkConfig
+from ...data.config import DataConfig
+from ...errors import FNSFTError
+from ...export.gguf import check_outtype, find_converter
+from ..output import check_writable
+from .loading import LoadingConfig
+from .run_config import RunConfig
+from .schema import Option, by_name, describe
 from .sources import COMMAND_LINE, read_sources
 from .translate import NETWORK_NAMES, original_options, translate
+from .trl_options import trl_options
 
 
 # Options of which one can be given, or be on.
@@ -55,6 +59,14 @@ class TrainOptions:
         lora = bool(self.values.get("use_peft"))
         config = self.network_config
         return lora if config is None else config.plan(lora_config=lora).method != "full"
+
+
+def training_options() -> dict[str, Option]:
+    """All options of `fnsft train`, by name, ours first."""
+    ours = [option for kind in (FunctionalNetworkConfig, DataConfig, RunConfig) for option in describe(kind)]
+    known = by_name([*ours, *trl_options()])
+    more = [replace(option, group="ModelConfig") for option in describe(LoadingConfig) if option.name not in known]
+    return known | by_name(more)
 
 
 def parse_options(argv: list[str]) -> TrainOptions:

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..config import FunctionalNetworkConfig
-from ..errors import FNSFTError
-from .schema import Option
+from ...errors import FNSFTError
+from .schema import TRL, Option
 
 
 TRUTH = {
@@ -16,19 +15,6 @@ TRUTH = {
     **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
 }
 
-# Option -> the values that have a meaning, from and to. TRL finds others out after the model has been loaded, or not.
-_RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
-    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha", "max_length"), (1, math.inf)),
-    **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm"), (0, math.inf)),
-    **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "logging_steps", "save_steps"), (0, math.inf)),
-    **dict.fromkeys(("neftune_noise_alpha", "adam_epsilon"), (0, math.inf)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
-    "pad_to_multiple_of": (1, math.inf),
-    "label_smoothing_factor": (0, 1),
-    "lora_dropout": (0, 0.999),
-    "max_steps": (-1, math.inf),
-}
 _EXPECTED = {
     "bool": "true or false",
     "int": "a whole number",
@@ -53,11 +39,12 @@ def read_value(option: Option, written: Any, spelt: str) -> Any:
     if isinstance(written, tuple):
         written = _from_words(option, written, spelt)
     value = _convert(option, written, spelt)
-    lowest, highest = _RANGES.get(option.name, (-math.inf, math.inf))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and not lowest <= value <= highest:
-        allowed = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-        raise FNSFTError(f"{spelt} is {value}; it must be {allowed}")
+    if is_number and option.lowest is not None:
+        highest = math.inf if option.highest is None else option.highest
+        if not option.lowest <= value <= highest:
+            allowed = f"at least {option.lowest}" if highest == math.inf else f"from {option.lowest} to {highest}"
+            raise FNSFTError(f"{spelt} is {value}; it must be {allowed}")
     return value
 
 
@@ -104,8 +91,7 @@ def _convert(option: Option, value: Any, spelt: str) -> Any:
 
 def _is_null(option: Option, word: str) -> bool:
     """Whether a word means null. `none` is a value of its own for some of TRL's options that are text."""
-    is_plain = option.kind != "str" or option.group == FunctionalNetworkConfig.__name__
-    return word == "null" or (word.lower() in ("none", "null") and is_plain)
+    return word == "null" or (word.lower() in ("none", "null") and (option.kind != "str" or option.group not in TRL))
 
 
 def _scalar(option: Option, value: Any, spelt: str) -> Any:
@@ -177,10 +163,12 @@ def _dataset(option: Option, value: Any, spelt: str) -> dict:
 
 
 def _expected(option: Option) -> str:
+    is_ours = option.group not in TRL
     if option.kind == "str" and option.choices:
-        expected = "one of: " + ", ".join(option.choices)
+        names_null = option.nullable and is_ours and "null" not in option.choices
+        expected = "one of: " + ", ".join(("null",) * names_null + option.choices)
     elif option.many and option.kind != "datasets":
         expected = f"a list, each {_EXPECTED[option.kind]}"
     else:
         expected = _EXPECTED[option.kind]
-    return expected + (", or null" if option.nullable and option.group != "FunctionalNetworkConfig" else "")
+    return expected + (", or null" if option.nullable and not is_ours else "")

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from ..errors import FNSFTError
+from ...errors import FNSFTError
 from .schema import Option
+from .sources import under_own_names
 
 
 # Another name for the same thing.
@@ -69,15 +70,13 @@ def translate(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         FNSFTError: an option stands there under two names, or two of the switches contradict each other.
     """
-    values = {name: value for name, value in given.items() if name not in (*RENAMED, *SWITCHES, *DROPPED)}
     used = {name: f"nothing ({DROPPED[name]})" for name in given if name in DROPPED}
-    for old, new in RENAMED.items():
-        if given.get(old) is not None:
-            _check_once(values, old, new)
-            values[new] = given[old]
-            used[old] = new
+    used |= {old: new for old, new in RENAMED.items() if given.get(old) is not None}
+    others = (*(old for old in RENAMED if old not in used), *SWITCHES, *DROPPED)
+    values = under_own_names({name: value for name, value in given.items() if name not in others}, RENAMED)
     if given.get("no_peft") is not None:
-        _check_once(values, "no_peft", "use_peft")
+        if values.get("use_peft") is not None:
+            raise FNSFTError("no_peft and use_peft are two names of one option; drop no_peft")
         values["use_peft"] = not given["no_peft"]
     if given.get("use_wandb") is not None:
         _report_to_wandb(values, given["use_wandb"])
@@ -88,11 +87,6 @@ def translate(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     if values.get("attn_implementation") == "auto":  # the original's word for the default
         del values["attn_implementation"]
     return values, used
-
-
-def _check_once(values: dict[str, Any], old: str, new: str) -> None:
-    if values.get(new) is not None:
-        raise FNSFTError(f"{old} and {new} are two names of one option; drop {old}")
 
 
 def _report_to_wandb(values: dict[str, Any], use_wandb: bool) -> None:

@@ -1,0 +1,180 @@
+"""One run of `fnsft train`: what its options ask for is checked, the trainer made, the training run and exported."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import disable_caching
+from peft import PeftConfig
+from transformers import AutoConfig, AutoProcessor
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
+
+from ..data.config import DataConfig
+from ..data.embedded import resolve_model
+from ..data.training import load_training_data
+from ..errors import FNSFTError
+from ..training.trainer import FNSFTTrainer
+from .checks import check_checkpoint, check_training_arguments
+from .logs import hush_repetitions
+from .models import check_loading, default_lora_targets, loading_arguments, model_errors, source_arguments
+from .options.loading import LoadingConfig
+from .options.parse import TrainOptions
+from .options.run_config import RunConfig
+from .options.translate import DEVICE_DTYPE
+from .output import check_writable
+from .precision import Precision
+from .refusals import refusals
+from .templates import save_template
+
+
+logger = logging.get_logger("fnsft_trl")
+
+
+@dataclass
+class _Settings:
+    """What the libraries are given, checked as far as it can be before anything is loaded."""
+
+    training: SFTConfig
+    script: ScriptArguments
+    mixture: DatasetMixtureConfig
+    loading: LoadingConfig
+    model_init_kwargs: dict[str, Any]
+    peft: PeftConfig | None
+    quantization: Any
+    precision: Precision
+    resume: str | None
+
+
+def fine_tune(asked: TrainOptions) -> None:
+    """Train as the options ask, save, export and push.
+
+    Raises:
+        FNSFTError: something that is asked for cannot be done, with what to do instead.
+    """
+    run = RunConfig(**asked.of(RunConfig))
+    if run.wandb_project:
+        os.environ["WANDB_PROJECT"] = run.wandb_project
+    settings = _settings(asked)
+    trainer = _trainer(asked, settings)
+    args = trainer.args
+    if run.ica_template_output and trainer.is_world_process_zero():
+        save_template(trainer.network_template, run.ica_template_output)
+    trainer.train(resume_from_checkpoint=settings.resume)
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        _export(run, Path(args.output_dir).expanduser())
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        message = {"commit_message": run.hub_commit_message} if run.hub_commit_message else {}
+        trainer.push_to_hub(dataset_name=settings.script.dataset_name, **message)
+    trainer.accelerator.print(f"Model saved to: {args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that ends in a group it has not left can abort
+
+
+def _settings(asked: TrainOptions) -> _Settings:
+    given = asked.values
+    precision = Precision.choose(use_cpu=given.get("use_cpu"), bf16=given.get("bf16"), fp16=given.get("fp16"))
+    model_settings = asked.of(ModelConfig)
+    if model_settings.get("dtype") == DEVICE_DTYPE:
+        model_settings["dtype"] = precision.dtype(frozen=asked.has_adapter)
+    with refusals():
+        training = SFTConfig(**asked.of(SFTConfig) | precision.training_arguments)
+        script = ScriptArguments(**asked.of(ScriptArguments))
+        mixture = DatasetMixtureConfig(**asked.of(DatasetMixtureConfig))
+        model = ModelConfig(**model_settings)
+        peft, quantization = get_peft_config(model), get_quantization_config(model)
+    if peft is not None:
+        peft.revision = asked.values.get("model_revision")
+    hush_repetitions(training.process_index)
+    check_training_arguments(training, precision.device)
+    loading = LoadingConfig(**asked.of(LoadingConfig) | {"dtype": model.dtype})
+    check_loading(loading, precision.device)
+    return _Settings(
+        training=training,
+        script=script,
+        mixture=mixture,
+        loading=loading,
+        model_init_kwargs=loading_arguments(loading) | (training.model_init_kwargs or {}),
+        peft=peft,
+        quantization=quantization,
+        precision=precision,
+        resume=_checkpoint(training, adapter=asked.has_adapter),
+    )
+
+
+def _checkpoint(training: SFTConfig, *, adapter: bool) -> str | None:
+    """The checkpoint to go on from; also checks the directory to write into."""
+    output_dir = check_writable(training.output_dir)
+    resume = training.resume_from_checkpoint
+    if str(resume).lower() == "true":
+        resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+        if resume is None:
+            raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
+    if resume:
+        check_checkpoint(Path(resume), adapter=adapter)
+    return resume
+
+
+def _trainer(asked: TrainOptions, settings: _Settings) -> FNSFTTrainer:
+    """Load data and model, and make the trainer."""
+    training, peft, data_config = settings.training, settings.peft, DataConfig(**asked.of(DataConfig))
+    given_name = asked.values["model_name_or_path"]
+    name = resolve_model(given_name)
+    with model_errors(given_name):
+        model_config = AutoConfig.from_pretrained(name, **source_arguments(settings.loading))
+        processing_class = AutoProcessor.from_pretrained(name, **source_arguments(settings.loading))
+    if not data_config.tokenized_cache:
+        disable_caching()  # of TRL's own steps too
+    data = load_training_data(settings.script, training, settings.mixture, data_config, processing_class)
+    if peft is not None and asked.network_config is None and peft.target_modules is None:
+        peft.target_modules = default_lora_targets(model_config)
+    training.model_init_kwargs = settings.model_init_kwargs
+    if training.process_index == 0:
+        for note in asked.notes:
+            print(f"fnsft train: note: {note}", file=sys.stderr)
+    precision = settings.precision
+    logger.warning(
+        f"device: {precision.device}; mixed precision: {precision.mixed}; weights held in {settings.loading.dtype}"
+    )
+    if asked.network_config is None:
+        logger.warning("no functional networks were asked for: this is plain supervised fine-tuning")
+    with refusals():
+        trainer = FNSFTTrainer(
+            model=name,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=data.processing_class,
+            quantization_config=settings.quantization,
+            peft_config=peft,
+            network_config=asked.network_config,
+            tokenized_cache=data_config.tokenized_cache,
+        )
+        trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
+    if trainer.network_config is not None:
+        logger.warning(
+            f"selected {trainer.neuron_mask}; trainable: {trainer.trainable_neurons.count} neurons, method "
+            f"{trainer.plan.method}, mask {trainer.plan.mask_mode or 'off'}"
+        )
+    return trainer
+
+
+def _export(run: RunConfig, output_dir: Path) -> None:
+    """What is made of the saved model after training."""
+    model = output_dir
+    if run.merge_adapter_with_base:
+        from ..export import to_merged
+
+        model = output_dir / "merged"
+        to_merged(output_dir, model)
+        print(f"Merged model saved to: {model}")
+    if run.convert_to_gguf:
+        from ..export.gguf import to_gguf
+
+        print(f"GGUF file saved to: {to_gguf(model, output_dir / 'model.gguf', outtype=run.gguf_quantization)}")

@@ -1,0 +1,156 @@
+"""The two places that options come from: a YAML file and the command line."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from ...errors import FNSFTError
+from .schema import TRL, Option
+from .values import TRUTH, read_value
+
+
+COMMAND_LINE = "the command line"
+
+_CONFIG = Option("config", "", "str")
+
+
+def read_sources(argv: list[str], known: dict[str, Option]) -> dict[str, dict[str, Any]]:
+    """Read the command line, and the YAML file that its `--config` names.
+
+    Args:
+        argv: the arguments.
+        known: the options there are, by name.
+
+    Returns:
+        Where options stand (the path of the YAML file, [`COMMAND_LINE`]), the weakest first -> name as it is spelt
+        there -> checked value.
+
+    Raises:
+        FNSFTError: a name that is not known, a value that its option cannot have, or a file that is no YAML mapping.
+    """
+    words, path = _split(argv, known)
+    sources = {path: _read_yaml(path, known)} if path is not None else {}
+    sources[COMMAND_LINE] = words
+    return {
+        source: {name: read_value(known[name], value, name) for name, value in written.items()}
+        for source, written in sources.items()
+    }
+
+
+def under_own_names(given: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The options of one source, without their other names.
+
+    Args:
+        given: name as it is spelt there -> value.
+        names: other name -> the option's own.
+
+    Raises:
+        FNSFTError: an option stands there under two names.
+    """
+    values: dict[str, Any] = {}
+    for spelt in sorted(given, key=names.__contains__):  # own names first
+        name = names.get(spelt, spelt)
+        if spelt in names and values.get(name) is not None:
+            raise FNSFTError(f"{spelt} and {name} are two names of one option; drop {spelt}")
+        values[name] = given[spelt]
+    return values
+
+
+def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[str, ...]], str | None]:
+    """The words of every option, the last time that it stands there, and the path of the YAML file."""
+    known = {"config": _CONFIG, **known}
+    found: dict[str, tuple[str, ...]] = {}
+    free: list[str] = []  # words without a flag: one run of them, for the options whose name may be left out
+    may_be_free = any(option.positional for option in known.values())
+    for flag, value, words in _by_flag(argv):
+        taken = 0
+        if flag is not None:
+            name, is_negated = _named(flag, known)
+            if value is not None:
+                own = [value]
+            else:
+                taken = _count(known[name], words, is_negated) if may_be_free and not free else len(words)
+                own = words[:taken]
+            if is_negated and own:
+                raise FNSFTError(f"{flag} takes no value; write {flag}, or --{name} true or false")
+            if name == "config" and (len(own) != 1 or name in found):
+                raise FNSFTError("--config takes one YAML file, once")
+            found[name] = ("false",) if is_negated else tuple(own)
+        rest = words[taken:]
+        stray = rest if free or not may_be_free else [word for word in rest if word.startswith("-")]
+        if stray:
+            raise FNSFTError(f"{stray[0]!r} is no option; options start with -- (see --help)")
+        free += rest
+    path = found.pop("config", (None,))[0]
+    return found | _place(free, known, found), path
+
+
+def _by_flag(argv: list[str]) -> Iterator[tuple[str | None, str | None, list[str]]]:
+    """Every flag in turn, the value that stands behind its `=`, and the words up to the next flag."""
+    starts = [number for number, word in enumerate(argv) if word.startswith("--")]
+    yield None, None, argv[: starts[0] if starts else None]
+    for start, end in pairwise([*starts, len(argv)]):
+        flag, separator, value = argv[start].partition("=")
+        yield flag, value if separator else None, argv[start + 1 : end]
+
+
+def _named(flag: str, known: dict[str, Option]) -> tuple[str, bool]:
+    """The option that a flag names, and whether it is its negation."""
+    name = flag[2:].replace("-", "_")
+    positive = name.removeprefix("no_")
+    if name not in known and positive != name and positive in known and known[positive].kind == "bool":
+        return positive, True
+    if name not in known:
+        raise FNSFTError(f"there is no option --{name}{_nearest(name, known)}")
+    return name, False
+
+
+def _count(option: Option, words: list[str], is_negated: bool) -> int:
+    """How many words after a flag are its value, where others may follow that belong to no flag."""
+    if option.many:
+        return len(words)
+    if is_negated or not words:
+        return 0
+    if option.kind == "bool":
+        return int(words[0].lower() in TRUTH)
+    end = {"[": "]", "{": "}"}.get(words[0][:1])  # of what the shell has split
+    return next((number for number, word in enumerate(words, 1) if end and word.endswith(end)), 1)
+
+
+def _place(words: list[str], known: dict[str, Option], found: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The words without a flag, given to the options whose name may be left out, in turn."""
+    named = {known[name].name for name in found}
+    rest, placed = list(words), {}
+    for name, option in known.items():
+        if option.positional and name == option.name and name not in named and rest:
+            count = len(rest) if option.many else 1
+            placed[name], rest = tuple(rest[:count]), rest[count:]
+    if rest:
+        names = ", ".join(name for name, option in known.items() if option.positional and name == option.name)
+        raise FNSFTError(f"{rest[0]!r} is one argument too many: {names} can be given without a name, once each")
+    return placed
+
+
+def _read_yaml(path: str, known: dict[str, Option]) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except OSError as error:
+        raise FNSFTError(f"the config file {path!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise FNSFTError(f"the config file {path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise FNSFTError(f"the config file {path} must hold a mapping of option names to values")
+    for name, value in settings.items():
+        if name not in known:
+            nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
+            raise FNSFTError(f"{path}: there is no option {name!r}{_nearest(str(name), known)}{nested}")
+    return {name: value for name, value in settings.items() if value is not None or known[name].group in TRL}
+
+
+def _nearest(name: str, known: dict[str, Option]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

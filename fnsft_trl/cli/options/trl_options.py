@@ -1,0 +1,101 @@
+"""The options of TRL's dataclasses, which `fnsft train` has.
+
+Importing TRL's dataclasses takes many seconds, so what they say is kept as JSON in the user's cache, made once for
+each set of installed versions. torch, transformers and trl are imported only if that file is missing, of other
+versions, or damaged.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ... import __version__
+from ...cache import cache_dir
+from . import schema
+from .schema import TRL, Option, describe
+
+
+_PACKAGES = ("trl", "transformers", "peft", "accelerate", "torch")
+# Option -> the values that have a meaning, from and to. TRL finds others out after the model has been loaded, or not.
+_RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, None)),
+    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha", "max_length"), (1, None)),
+    **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm"), (0, None)),
+    **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "logging_steps", "save_steps"), (0, None)),
+    **dict.fromkeys(("neftune_noise_alpha", "adam_epsilon"), (0, None)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
+    "pad_to_multiple_of": (1, None),
+    "label_smoothing_factor": (0, 1),
+    "lora_dropout": (0, 0.999),
+    "max_steps": (-1, None),
+}
+
+
+def trl_options() -> list[Option]:
+    """The options that TRL's dataclasses make."""
+    versions = {"python": ".".join(map(str, sys.version_info[:2])), "fnsft_trl": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "missing"
+    # So that no file outlives a change of what it holds.
+    source = b"".join(Path(module).read_bytes() for module in (__file__, schema.__file__))
+    key = hashlib.sha256(source + json.dumps(versions, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / f"options-{key[:16]}.json"
+    stored = _read(path, key)
+    if stored is not None:
+        return stored
+    print(
+        f"fnsft train: reading the options of TRL {versions['trl']}, once for this version (some seconds)",
+        file=sys.stderr,
+    )
+    import trl
+
+    from ...compat.transformers import tracker_names
+
+    options = [option for name in TRL for option in describe(getattr(trl, name))]
+    trackers = (*tracker_names(), "all", "none")
+    # What their types do not say.
+    more = {name: {"lowest": lowest, "highest": highest} for name, (lowest, highest) in _RANGES.items()}
+    more |= {"report_to": {"choices": trackers}, "resume_from_checkpoint": {"switch": True}}
+    options = [dataclasses.replace(option, **more.get(option.name, {})) for option in options]
+    _write(path, key, options)
+    return options
+
+
+def _digest(key: str, entries: list) -> str:
+    return hashlib.sha256(f"{key}{json.dumps(entries)}".encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> list[Option] | None:
+    """The options in a file; `None` when it is missing or is not what was written for these versions."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["sha256"] != _digest(key, data["options"]):
+            return None
+        listed = ("choices", "aliases")
+        return [Option(**entry | {name: tuple(entry[name]) for name in listed}) for entry in data["options"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, key: str, options: list[Option]) -> None:
+    """Write the file beside its place and rename it; without a cache that can be written, do nothing."""
+    entries = json.loads(json.dumps([dataclasses.asdict(option) for option in options]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(prefix=".options-", dir=path.parent)
+    except OSError:
+        return
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"sha256": _digest(key, entries), "options": entries}, file)
+        os.replace(scratch, path)
+    except OSError:
+        Path(scratch).unlink(missing_ok=True)

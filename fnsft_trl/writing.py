@@ -1,0 +1,64 @@
+"""written_whole: a file or a folder that is on disk as it was or as it shall be, whatever fails or is killed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file or a folder beside its place, bring it to the disk, and rename it.
+
+        with written_whole(path) as scratch:
+            scratch.write_bytes(data)
+
+    A file takes the place of an older one. Where the body or the disk fails, the older one stays and what was written
+    beside it is removed; a killed process leaves that behind, in a hidden folder `.{name}.*`.
+
+    Args:
+        path: the file or the folder; the directory that it is in is made where it does not exist.
+
+    Yields:
+        The path to write to, where nothing is yet.
+
+    Raises:
+        OSError: the disk does not take it; or it is a folder, and one of that name is there already.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name.lstrip('.')}.", dir=path.parent))
+    try:
+        scratch = folder / path.name
+        yield scratch
+        _bring_to_disk(scratch)
+        os.replace(scratch, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def one_writer(lock: str | os.PathLike) -> Iterator[None]:
+    """Let one process, or thread, at a time run the body; the others wait.
+
+    Args:
+        lock: a file that is there meanwhile. A killed process leaves it behind, and the next one takes it over.
+    """
+    from filelock import FileLock
+
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            # Before it is released: whoever waits for it sees that it is no longer there, and makes another one.
+            Path(lock).unlink(missing_ok=True)
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Without this, a machine that loses power after the renaming may have the name without the content."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())

@@ -1,0 +1,132 @@
+"""An interrupted discovery goes on where it was saved, or says why it cannot."""
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_rows
+
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
+from fnsft_trl.discovery.activations import ActivationReader
+from fnsft_trl.discovery.progress import DiscoveryProgress, Milestones
+
+
+SMALL = {"ica_components": 3, "ica_rank": 16, "ica_batch_size": 2, "ica_max_length": 32}
+
+
+def texts(count=48, seed=0):
+    return [row["prompt"] + row["completion"] for row in tiny_rows(count, seed)]
+
+
+def same(a, b):
+    return a.components == b.components and all(torch.equal(a.loadings[i], b.loadings[i]) for i in a.loadings)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Number:
+    """A part whose state is one number."""
+
+    def __init__(self, value):
+        self.value = torch.tensor([value])
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"ica_standardize": "zscore"}, {"ica_until_reliable": 0.999}], ids=str)
+def test_resumed_discovery_is_the_uninterrupted_one(tokenizer, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr("fnsft_trl.discovery.discovery._FIRST_CHECK", 300)
+    monkeypatch.setattr("fnsft_trl.discovery.progress._LEAST_SAVED", 1)
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_reservoir=200, **settings)
+    model = tiny_model("llama")
+    whole = discover_networks(model, tokenizer, texts(300), config)
+    read = ActivationReader.read
+
+    def interrupted(self, *args, **kwargs):
+        for block in read(self, *args, **kwargs):
+            if block.batch == 20:
+                raise Interrupted
+            yield block
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ActivationReader, "read", interrupted)
+        with pytest.raises(Interrupted):
+            discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
+    (saved,) = (tmp_path / "p").iterdir()  # the newest alone is kept
+    assert int(saved.name.removeprefix("batch-")) > 5
+    seen = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(1))
+    inner = model.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    resumed = discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
+    handle.remove(), inner.remove()
+    assert same(resumed, whole)
+    assert resumed.calibration == whole.calibration
+    assert len(seen) < whole.calibration["tokens"] / 10  # what was read before was not run again
+    assert not (tmp_path / "p").exists()
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypatch):
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000)
+    model = tiny_model("llama")
+    with pytest.raises(FNSFTError, match="without a progress_dir"):
+        discover_networks(model, tokenizer, texts(), config, resume=True)
+    with pytest.raises(FNSFTError, match="no interrupted discovery"):
+        discover_networks(model, tokenizer, texts(), config, progress_dir=tmp_path, resume=True)
+    monkeypatch.setattr(DiscoveryProgress, "clear", lambda self: None)
+    monkeypatch.setattr("fnsft_trl.discovery.progress._LEAST_SAVED", 1)
+    discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
+    other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
+    with pytest.raises(FNSFTError, match=r"ica_seed=0, this one 1"):
+        discover_networks(model, tokenizer, texts(300), other, progress_dir=tmp_path / "p", resume=True)
+    for others in (texts(300, seed=5), texts(20)):
+        with pytest.raises(FNSFTError, match="the texts differ"):
+            discover_networks(model, tokenizer, others, config, progress_dir=tmp_path / "p", resume=True)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    (file,) = (tmp_path / "p").glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(FNSFTError, match="cannot be read"):
+        discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
+
+
+def progress(directory, process=0, processes=1, about=None):
+    return DiscoveryProgress(directory, about or {"a": 1}, (process, processes), max_tokens=1000)
+
+
+def test_a_save_gives_parts_and_notes_back(tmp_path):
+    progress(tmp_path).save([Number(3), Number(4)], batch=7, sha256="x", curve=[0.5])
+    parts, resumed = [Number(0), Number(0)], progress(tmp_path)
+    assert resumed.resume(parts) == {"curve": [0.5]}
+    assert [int(part.value) for part in parts] == [3, 4]
+    assert resumed.first_batch == 8
+    resumed.check_texts("x")
+    with pytest.raises(FNSFTError, match="the texts differ"):
+        resumed.check_texts("y")
+
+
+def test_a_save_counts_only_when_every_process_has_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    for batch, process in ((3, 1), (3, 0), (12, 1)):
+        progress(tmp_path, process, 2).save([Number(batch)], batch=batch, sha256="x")
+    for process in (0, 1):
+        part, resumed = Number(0), progress(tmp_path, process, 2)
+        resumed.resume([part])
+        assert resumed.first_batch == 4
+        assert int(part.value) == 3
+
+
+def test_without_a_directory_nothing_is_saved():
+    nowhere = progress(None)
+    nowhere.save([Number(3)], batch=7, sha256="x")
+    nowhere.clear()
+    with pytest.raises(FNSFTError, match="without a progress_dir"):
+        nowhere.resume([Number(0)])
+
+
+def test_milestones_are_passed_once_however_often_one_looks():
+    often, rarely = (Milestones(10, lambda mark: 2 * mark) for _ in range(2))
+    assert [count for count in range(100) if often.passed(count)] == [10, 20, 40, 80]
+    assert [count for count in (5, 50, 60, 79, 80, 81) if rarely.passed(count)] == [50, 80]

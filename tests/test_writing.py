@@ -1,0 +1,81 @@
+import os
+import stat
+
+import pytest
+
+from fnsft_trl.writing import written_whole
+
+
+class Failed(BaseException):
+    pass
+
+
+def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    for text in ("old", "new"):
+        before = path.read_text() if path.exists() else None
+        with written_whole(path) as scratch:
+            scratch.write_text(text)
+            assert (path.read_text() if path.exists() else None) == before
+        assert path.read_text() == text
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError, Failed])
+def test_whatever_fails_the_old_one_stays_and_nothing_beside_it(tmp_path, error, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(*_):
+        raise error
+
+    def write(scratch):
+        scratch.write_text("half")
+
+    def write_and_fail(scratch):
+        write(scratch)
+        fail()
+
+    for body, broken in ((write_and_fail, None), (write, "fsync"), (write, "replace")):
+        with monkeypatch.context() as patch:
+            if broken:
+                patch.setattr(os, broken, fail)
+            with pytest.raises(error), written_whole(path) as scratch:
+                body(scratch)
+        assert path.read_text() == "old"
+        assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_does_not_take_the_place_of_another(tmp_path):
+    for name in ("first", "second"):
+        try:
+            with written_whole(tmp_path / "folder") as scratch:
+                scratch.mkdir()
+                (scratch / name).write_text(name)
+        except OSError:
+            assert name == "second"
+    assert os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == ["first"]
+
+
+def test_all_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: [done.append(os.fstat(number).st_ino), fsync(number)])
+    monkeypatch.setattr(os, "replace", lambda *paths: [done.append("renamed"), replace(*paths)])
+    with written_whole(tmp_path / "folder") as scratch:
+        for name in ("a", "b/c"):
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_text(name)
+    numbers = {(tmp_path / "folder" / name).stat().st_ino for name in ("a", "b/c")}
+    assert (set(done[:2]), done[2:]) == (numbers, ["renamed"])
+
+
+def test_others_may_read_what_the_user_lets_them_read(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with written_whole(tmp_path / "whole") as scratch:
+        scratch.write_text("")
+    with written_whole(tmp_path / "folder") as scratch:
+        scratch.mkdir()
+    plain, whole, folder = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "whole", "folder"))
+    assert plain == whole == folder & 0o666
