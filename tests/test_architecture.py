@@ -146,7 +146,7 @@ def test_only_compat_imports_what_is_private(module):
 @cache
 def own_private_names() -> set[str]:
     """Private names that this package gives, or whose place in other libraries `compat` lists."""
-    names = {method.name for method in PRIVATE_METHODS}
+    names = {method.name for method in PRIVATE_METHODS} | {"_replace"}  # of every named tuple
     for node in (node for module in PATHS for node in nodes_of(module)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
