@@ -1,5 +1,6 @@
 """Checks that TRL and transformers make when the training begins, or in its first evaluation."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def check_checkpoint(directory: Path, *, adapter: bool) -> None:
     Raises:
         FNSFTError: it is no checkpoint, or one of an adapter where the model trains, or the other way round.
     """
-    if not (directory / TRAINER_STATE_FILE).is_file():
+    if not os.path.isfile(directory / TRAINER_STATE_FILE):
         raise FNSFTError(
             f"resume_from_checkpoint is {str(directory)!r}, which is no checkpoint of a training (it has no "
             f"{TRAINER_STATE_FILE}); give a directory such as OUTPUT_DIR/checkpoint-100, or true for the last one"
