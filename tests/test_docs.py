@@ -16,8 +16,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
-from fnsft_trl.cli import main
+from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.arguments import read_arguments
+from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.config import COMBINATIONS
 
@@ -207,3 +208,26 @@ def test_the_table_of_architectures_is_that_of_the_tests():
 
 def test_the_table_of_combinations_is_the_one_in_the_code():
     assert combinations_table() in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_the_table_of_verbs_is_that_of_the_command():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert "\n".join(f"| `fnsft {verb}` | {text} |" for verb, text in VERBS.items()) in page
+    assert all(f"`{verb}`" in (ROOT / "README.md").read_text() for verb in VERBS)
+
+
+def test_the_table_of_loading_names_every_option_that_loads():
+    page = (ROOT / "docs" / "commands.md").read_text().partition("## Loading a model")[2]
+    for option in loading_options():
+        assert re.search(rf"^\| .*`{option.name}`.* \|", page, flags=re.MULTILINE), option.name
+
+
+def test_the_values_that_the_page_shows_are_read_so(tmp_path):
+    """What the two tables of values say, of the option types and of values that belong to none."""
+    shown = next(block for block in blocks(ROOT / "docs" / "commands.md", "yaml") if "fnsft train" in block)
+    (tmp_path / "config.yaml").write_text(shown)
+    asked = parse_options(["--config", str(tmp_path / "config.yaml"), "--ica_template_path", "t"])
+    assert asked.values["run_name"] == "007"
+    assert asked.values["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+    assert asked.values["model_init_kwargs"] == {"low_cpu_mem_usage": True}
+    assert (asked.network_config.ica_layers, asked.network_config.ica_component_ids) == ("1:4", "5:")
