@@ -27,7 +27,8 @@ ORDER = {
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
-        *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
+        *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
+        *("together", "embedded", "sources", "sequences", "tokenized", "training"),
     ],
     "neurons": ["layout", "experts", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
