@@ -2,6 +2,7 @@
 
 import ast
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fnsft_trl.compat.methods import PRIVATE_METHODS
 
 PACKAGE = Path(fnsft_trl.__file__).parent
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 # The way of the data. A package imports only from packages before it, and a module of it only from those before that.
 # A module that starts a line of its own stands at the top level.
 ORDER = {
@@ -145,7 +147,7 @@ def test_only_compat_imports_what_is_private(module):
 @cache
 def own_private_names() -> set[str]:
     """Private names that this package gives, or whose place in other libraries `compat` lists."""
-    names = {method.name for method in PRIVATE_METHODS}
+    names = {method.name for method in PRIVATE_METHODS} | {"_replace"}  # of every named tuple
     for node in (node for module in PATHS for node in nodes_of(module)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
@@ -186,6 +188,56 @@ def test_sets_of_neurons_depend_on_neither_template_nor_hub(room):
         packages = {module.rpartition(".")[0]} & set(PATHS)  # importing a module runs its package first
         waiting += (imported(module) | packages) - seen
     assert not {module for module in seen if module.partition(".")[0] in ("template", "hub", "data")}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "fnsft_trl.tuner:NeuronTunerConfig",
+            "fnsft_trl.cli.train:main",
+            "fnsft_trl.evaluation.metrics:score_tokens",
+        ),
+        *("fnsft_trl.evaluation.retention:RetentionText", "fnsft_trl.discovery:discover_group"),
+        *("fnsft_trl.template:FunctionalNetworkTemplate", "fnsft_trl.neurons:find_neuron_sites"),
+        *("fnsft_trl.hub:fetch_file", "fnsft_trl.export:to_merged", "fnsft_trl.report:Report"),
+        *("fnsft_trl.data:to_trl_format", "fnsft_trl.constraints:constrain_lora"),
+    ],
+)
+def test_a_documented_path_stays(path):
+    module, _, name = path.partition(":")
+    assert callable(getattr(import_module(module), name))
+
+
+def test_the_map_names_every_package_and_module_of_the_top_level():
+    shown = (ROOT / "CONTRIBUTING.md").read_text().partition("## The map")[2].partition("## Words")[0]
+    lines = [line.split()[0] for line in shown.splitlines() if line.startswith("      ")]
+    expected = [f"{room}/" if names else f"{room}.py" for room, names in ORDER.items()]
+    assert [line for line in lines if line in expected] == expected
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_classes_and_functions_are_small(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            most = 300 if isinstance(node, ast.ClassDef) else 60
+            assert node.end_lineno - node.lineno < most, node.name
+
+
+def test_no_two_places_share_more_than_eight_lines():
+    places: dict[tuple[str, ...], list[str]] = {}
+    for path in MODULES:
+        lines = [
+            (number, line.strip())
+            for number, line in enumerate(path.read_text().splitlines(), 1)
+            if line.strip() and not line.strip().startswith(("#", "from ", "import "))
+        ]
+        for start in range(len(lines) - 8):
+            window = tuple(line for _, line in lines[start : start + 9])
+            places.setdefault(window, []).append(f"{name_of(path)}:{lines[start][0]}")
+    assert not [found for found in places.values() if len(found) > 1]
 
 
 def test_every_public_name_loads():

@@ -45,6 +45,7 @@ PRIVATE_METHODS = (
     PrivateMethod(*_MODULE, "_replicate_for_data_parallel", (), "DataParallel's copies have no parameters: refused"),
     PrivateMethod(*_TUNER, "_check_new_adapter_config", ("config",), "all adapters of one model have one site"),
     PrivateMethod(*_TUNER, "_prepare_adapter_config", ("peft_config", "model_config"), "the neurons name the modules"),
+    PrivateMethod(*_TUNER, "_prepare_model", ("peft_config", "model"), "puts LoRA into the model beside the deltas"),
     PrivateMethod(
         *_TUNER,
         "_create_and_replace",

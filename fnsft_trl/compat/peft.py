@@ -1,6 +1,6 @@
 """What is needed of PEFT beyond its public interface. Seen in PEFT 0.21.2."""
 
-from peft import PeftConfig
+from peft import PeftConfig, inject_adapter_in_model
 
 # A method of PEFT's own kind is made of these tables; `register_peft_method` insists on a member of an enum of PEFT.
 # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/mapping.py
@@ -36,6 +36,7 @@ from peft.utils.integrations import dequantize_module_weight
 # Which entry of a rank_pattern or an alpha_pattern holds for a module.
 # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/other.py
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "dequantize_module_weight",
     "get_pattern_key",
     "has_lora_targets",
+    "inject_beside",
 ]
 
 
@@ -64,6 +66,26 @@ def add_method(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> N
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
+
+
+def inject_beside(config: PeftConfig, model: nn.Module, adapter_name: str) -> None:
+    """Put an adapter into a model that another one, which is not of PEFT's own methods, is being put into.
+
+    PEFT notes the configurations of a model on it, and takes those that it finds there for its own.
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
+
+    Args:
+        config: of a method of PEFT's own.
+        model: the model, changed in place.
+        adapter_name: the name that both have.
+    """
+    noted = vars(model).pop("peft_config", None)
+    try:
+        inject_adapter_in_model(config, model, adapter_name)
+    finally:
+        vars(model).pop("peft_config", None)
+        if noted is not None:
+            model.peft_config = noted
 
 
 def has_lora_targets(model_type: str) -> bool:

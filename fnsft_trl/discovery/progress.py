@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FNSFTError
+from ..writing import written_whole
 
 
 _STATE = "state"
@@ -93,12 +94,10 @@ class DiscoveryProgress:
         if self.directory is None:
             return
         folder = self.directory / f"batch-{batch}"
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{number}.{name}": t for number, part in enumerate(parts) for name, t in part.state_dict().items()}
         state = {"about": self.about, "batch": batch, "sha256": sha256, "notes": notes}
-        scratch = folder / f".process-{self.index}.partial"
-        save_file(tensors, scratch, metadata={_STATE: json.dumps(state)})
-        os.replace(scratch, self._file(folder, self.index))
+        with written_whole(self._file(folder, self.index)) as scratch:
+            save_file(tensors, scratch, metadata={_STATE: json.dumps(state)})
         if self.count > 1:
             dist.barrier()
         if self.index == 0:

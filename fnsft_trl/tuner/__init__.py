@@ -5,12 +5,7 @@ that builds on them know it. In a new process, import `fnsft_trl.tuner` (or any 
 loading such an adapter.
 """
 
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
-
+from ..compat.peft import add_method
 from .config import NeuronPeftType, NeuronTunerConfig
 from .experts import ExpertDeltaLayer
 from .layer import NeuronDeltaLayer
@@ -18,10 +13,6 @@ from .linear import LinearDeltaLayer
 from .model import NeuronTunerModel
 
 
-_TYPE = NeuronPeftType.NEURON_DELTA
-# PEFT's own register function insists on an entry of its enum; the tables behind it take any key.
-PEFT_TYPE_TO_CONFIG_MAPPING[_TYPE] = NeuronTunerConfig
-PEFT_TYPE_TO_TUNER_MAPPING[_TYPE] = NeuronTunerModel
-PEFT_TYPE_TO_PREFIX_MAPPING[_TYPE] = NeuronTunerModel.prefix
+add_method(NeuronPeftType.NEURON_DELTA, NeuronTunerConfig, NeuronTunerModel)
 
 __all__ = ["ExpertDeltaLayer", "LinearDeltaLayer", "NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

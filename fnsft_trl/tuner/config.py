@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
-from peft import LoraConfig
-from peft.config import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from ..errors import FNSFTError
 

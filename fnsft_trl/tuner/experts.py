@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..compat.transformers import is_deepspeed_zero3_enabled
 from ..errors import FNSFTError
 from ..neurons.experts import expert_by_expert, expert_weight, project_expert
 from ..neurons.layout import WeightSlice

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..compat.torch import is_fsdp_managed, version_counter
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice, select_positions, write_positions
 
@@ -88,7 +89,7 @@ class HeldWeights:
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP manages the parameters: they look plain in a forward pass, but are gathered copies."""
-        return getattr(self.module, "_is_fsdp_managed_module", False)
+        return is_fsdp_managed(self.module)
 
     @property
     def can_hold(self) -> bool:
@@ -98,8 +99,7 @@ class HeldWeights:
             and not parameter.requires_grad
             and not parameter.is_inference()
             and parameter.device.type != "meta"  # offloaded
-            for parameter in self.module._parameters.values()
-            if parameter is not None
+            for parameter in self.module.parameters(recurse=False)
         )
 
     @contextmanager
@@ -182,7 +182,7 @@ class HeldWeights:
         """Bring the parameters to base + deltas, if they are not there yet."""
         with self._lock:
             every = [delta.values for of_adapter in deltas.values() for delta in of_adapter]
-            state = tuple((id(d), d.data_ptr(), -1 if d.is_inference() else d._version) for d in every)
+            state = tuple((id(d), d.data_ptr(), version_counter(d)) for d in every)
             if tuple(deltas) != self.names or state != self._state or (refresh and deltas):
                 self._write(deltas)
                 self._state, self._is_stale = state, False

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..compat.peft import BaseTunerLayer, BufferDict, check_adapters_to_merge
+from ..compat.transformers import is_deepspeed_zero3_enabled
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice
 from .held import Delta, Deltas, HeldWeights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..neurons.layout import WeightSlice
 from ..neurons.sites import linear_shape

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from ..compat.peft import BaseTuner, BaseTunerLayer, LoraLayer, check_target_module_exists, inject_beside
 from ..errors import FNSFTError
 from ..neurons.experts import Experts
 from ..neurons.layout import WeightSlice
@@ -38,8 +37,6 @@ class NeuronTunerModel(BaseTuner):
 
     prefix: str = "neuron_delta_"
     tuner_layer_cls = (NeuronDeltaLayer, LoraLayer)
-    # LoRA layers are made by PEFT's own code, as its mixed models do.
-    _create_new_module = staticmethod(LoraModel._create_new_module)
 
     def _check_new_adapter_config(self, config: NeuronTunerConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -60,9 +57,19 @@ class NeuronTunerModel(BaseTuner):
                     if len(slices[0].among(neurons)):  # routed experts, or the shared one, may have none of them
                         self._slices[name] = (neurons, slices)
         check_modules_to_save(peft_config.modules_to_save, list(self._slices))
-        targets = self._lora_targets(peft_config.lora, sites) if peft_config.lora else []
-        peft_config.target_modules = sorted([*self._slices, *targets])
+        self._lora_targets = self._find_lora_targets(peft_config.lora, sites) if peft_config.lora else []
+        peft_config.target_modules = sorted([*self._slices, *self._lora_targets])
         return peft_config
+
+    def _prepare_model(self, peft_config: NeuronTunerConfig, model: nn.Module) -> None:
+        """Put LoRA where the configuration asks for it."""
+        if not peft_config.lora:
+            return
+        lora = LoraConfig(**peft_config.lora)
+        # What else narrows the targets down was heeded in finding them.
+        lora.target_modules, lora.exclude_modules, lora.layers_to_transform = set(self._lora_targets), None, None
+        (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        inject_beside(lora, model, adapter_name)
 
     @staticmethod
     def _mask(peft_config: NeuronTunerConfig, sites: list[NeuronSite]) -> NeuronMask:
@@ -70,7 +77,7 @@ class NeuronTunerModel(BaseTuner):
             peft_config.neurons, {site.layer: site.width for site in sites}, peft_config.site
         )
 
-    def _lora_targets(self, lora: dict, sites: list[NeuronSite]) -> list[str]:
+    def _find_lora_targets(self, lora: dict, sites: list[NeuronSite]) -> list[str]:
         """Names of the linear layers that get LoRA."""
         config = LoraConfig(**lora)
         inner = tuple(f"{n}." for n, module in self.model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -102,9 +109,7 @@ class NeuronTunerModel(BaseTuner):
         current_key: str,
     ) -> None:
         if current_key not in self._slices:
-            lora_config = LoraConfig(**peft_config.lora)
-            LoraModel._create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key)
-            return
+            return  # it has its LoRA by now
         neurons, slices = self._slices[current_key]
         layer = target
         if not isinstance(target, NeuronDeltaLayer):

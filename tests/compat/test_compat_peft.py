@@ -99,6 +99,21 @@ def test_peft_check_target_module_exists_matches_the_ends_of_names():
     assert not compat.check_target_module_exists(config, "model.layers.0.mlp.down_proj")
 
 
+def test_peft_inject_beside_leaves_what_is_noted_on_the_model():
+    model = tiny_model("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    compat.inject_beside(config, model, "default")
+    assert "peft_config" not in vars(model)
+    assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), compat.LoraLayer)
+    model.peft_config = noted = {"default": "of another method"}
+    compat.inject_beside(config, model, "second")
+    assert model.peft_config is noted == {"default": "of another method"}
+    assert set(model.get_submodule("model.layers.0.self_attn.q_proj").lora_A) == {"default", "second"}
+    with pytest.raises(ValueError, match="not found"):
+        compat.inject_beside(LoraConfig(target_modules=["no_such"]), model, "third")
+    assert model.peft_config is noted
+
+
 def test_peft_has_lora_targets_for_llama():
     assert compat.has_lora_targets("llama")
     assert not compat.has_lora_targets("no such model")

@@ -45,9 +45,17 @@ def test_trl_preparation_reads_these_attributes_of_the_trainer():
     assert read <= {"_tokenizer", "_is_vlm", "completion_only_loss", "chat_template"}
 
 
-@pytest.mark.parametrize("name", ["completion_only_loss", "chat_template", "is_fsdp_enabled", "is_deepspeed_enabled"])
+@pytest.mark.parametrize(
+    "name", ["completion_only_loss", "chat_template", "is_fsdp_enabled", "is_deepspeed_enabled", "hub_model_id"]
+)
 def test_trl_sft_trainer_has_the_attribute(trainer, name):
     assert name in vars(trainer)
+
+
+def test_trl_sft_config_knows_its_process(trainer):
+    args = trainer.args
+    assert args.distributed_state.is_local_main_process is args.should_save is True
+    assert args.distributed_state.distributed_type == "NO"
 
 
 def test_trl_sft_trainer_lists_its_callbacks(trainer):

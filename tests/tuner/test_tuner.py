@@ -315,6 +315,22 @@ def test_merged_weights_are_those_of_the_forward_pass_bit_for_bit(family, ids):
     assert torch.equal(logits(model.merge_and_unload(safe_merge=True), ids), adapted)
 
 
+def test_a_torch_that_does_not_mark_what_fsdp_shards_is_not_written_to(ids, monkeypatch):
+    """Of several processes, any weight may then be a gathered copy."""
+    model = wrap("llama")
+    randomize(model)
+    base = {name: (value, value._version) for name, value in model.get_base_model().named_parameters()}
+    monkeypatch.setattr("fnsft_trl.compat.torch._fsdp_marks_modules", lambda: False)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    result = logits(model, ids)
+    assert all(value._version == version for value, version in base.values())
+    with pytest.raises(FNSFTError, match="cannot be merged into sharded weights"):
+        model.merge_adapter()
+    monkeypatch.undo()
+    assert torch.allclose(logits(model, ids), result, atol=1e-5)
+    assert any(value._version != version for value, version in base.values())
+
+
 def without_trace(how, delta):
     """Change a delta in a way that leaves its version counter alone."""
     version = delta._version

@@ -8,14 +8,14 @@ versions, or damaged.
 import dataclasses
 import hashlib
 import json
-import os
 import sys
-import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ... import __version__
 from ...cache import cache_dir
+from ...writing import written_whole
 from . import schema
 from .schema import TRL, Option, describe
 
@@ -86,16 +86,7 @@ def _read(path: Path, key: str) -> list[Option] | None:
 
 
 def _write(path: Path, key: str, options: list[Option]) -> None:
-    """Write the file beside its place and rename it; without a cache that can be written, do nothing."""
+    """Write the file; without a cache that can be written, do nothing."""
     entries = json.loads(json.dumps([dataclasses.asdict(option) for option in options]))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(prefix=".options-", dir=path.parent)
-    except OSError:
-        return
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"sha256": _digest(key, entries), "options": entries}, file)
-        os.replace(scratch, path)
-    except OSError:
-        Path(scratch).unlink(missing_ok=True)
+    with suppress(OSError), written_whole(path) as scratch:
+        scratch.write_text(json.dumps({"sha256": _digest(key, entries), "options": entries}), encoding="utf-8")
