@@ -30,7 +30,8 @@ ORDER = {
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
         *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
-        *("together", "embedded", "sources", "sequences", "tokenized", "training"),
+        *("together", "embedded", "sources", "sequences", "tokenized", "labels", "preparation"),
+        "training",
     ],
     "neurons": ["layout", "experts", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
