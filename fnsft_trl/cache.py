@@ -21,5 +21,5 @@ def make_private(directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True, mode=_PRIVATE)
     found = directory.stat()
-    if found.st_mode & 0o077 and found.st_uid == os.getuid():
+    if os.name == "posix" and found.st_mode & 0o077 and found.st_uid == os.getuid():
         directory.chmod(_PRIVATE)

@@ -11,6 +11,7 @@ from ..compat.transformers import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from ..compat.trl import create_model_from_path
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
+from ..data.sequences import trained_part
 from ..data.sources import load_texts
 from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
@@ -117,7 +118,7 @@ def discover_template(
         if formatting_func is not None:
             texts = map(formatting_func, texts)
         else:
-            texts = (row.get(field, row) for row in texts)
+            texts = (trained_part(row, field) for row in texts)
         datasets = {"the training data": texts}
     if args.place_model_on_device and not hasattr(model, "hf_device_map"):
         model.to(args.device)  # where the parent would place it later; discovery is slow on another one
