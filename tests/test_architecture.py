@@ -31,7 +31,7 @@ ORDER = {
     "data": [
         *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
     ],
-    "neurons": ["layout", "experts", "sites", "mask"],
+    "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
@@ -39,7 +39,7 @@ ORDER = {
     "selection": [],
     "interventions": ["masking", "baking"],
     "tuner": ["config", "held", "layer", "linear", "experts", "model"],
-    "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
+    "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
