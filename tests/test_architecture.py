@@ -32,7 +32,7 @@ ORDER = {
         *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
         *("together", "embedded", "sources", "sequences", "tokenized", "training"),
     ],
-    "neurons": ["layout", "experts", "sites", "mask"],
+    "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
@@ -40,7 +40,7 @@ ORDER = {
     "selection": [],
     "interventions": ["masking", "baking"],
     "tuner": ["config", "held", "layer", "linear", "experts", "model"],
-    "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
+    "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
