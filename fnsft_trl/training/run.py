@@ -175,7 +175,15 @@ class Run:
 
         Returns:
             The forward mask.
+
+        Raises:
+            FNSFTError: the run is sharded, and asks for what does not go with that.
         """
+        if is_sharded(trainer) and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
+            raise FNSFTError(
+                "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
+                "ones (FSDP, DeepSpeed) could not be put back; drop the option"
+            )
         self.way.hold(trainer, self.trainable)
         handle = None
         if self.plan.mask_mode is not None:
