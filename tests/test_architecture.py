@@ -43,7 +43,10 @@ ORDER = {
     "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
-    "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
+    "training": [
+        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run"),
+        *("run_record", "schedule", "retention", "trainer"),
+    ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "cli": [

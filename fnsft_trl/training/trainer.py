@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
@@ -34,12 +34,13 @@ from ..template.template import FunctionalNetworkTemplate
 from .run import Run
 from .run_record import RunRecord
 from .schedule import MaskScheduleCallback
+from .watched import WatchedTrainer, bare_optimizer
 
 
 logger = logging.get_logger(__name__)
 
 
-class FNSFTTrainer(SFTTrainer):
+class FNSFTTrainer(WatchedTrainer):
     """
     Trainer for Supervised Fine-Tuning with functional networks.
 
@@ -114,6 +115,7 @@ class FNSFTTrainer(SFTTrainer):
         self._run: Run | None = None
         self.mask_handle: MaskHandle | None = None
         self._evaluation_name: str | None = None
+        self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
@@ -207,7 +209,7 @@ class FNSFTTrainer(SFTTrainer):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._run is not None:
-            self._run.way.attach(optimizer)
+            self._run.way.attach(bare_optimizer(optimizer))
         return optimizer
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
