@@ -35,7 +35,8 @@ ORDER = {
     "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
-        *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
+        *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
+        *("progress", "discovery"),
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
