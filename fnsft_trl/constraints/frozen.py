@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..compat.torch import compute_local_shape_and_global_offset, version_counter
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice, mask_positions, select_positions, write_positions
-from .momentum import clear_momenta, plain_optimizer
+from .momentum import check_momenta, clear_momenta, plain_optimizer
 
 
 @dataclass(eq=False)
@@ -232,8 +232,10 @@ class FrozenSlices:
         """Zero the momentum of the frozen positions. Running means of squared gradients stay.
 
         Raises:
-            FNSFTError: see [`~fnsft_trl.constraints.momentum.check_momenta`].
+            FNSFTError: see [`~fnsft_trl.constraints.momentum.check_momenta`]; nothing is cleared then.
         """
+        for frozen in self.slices:
+            check_momenta(optimizer, frozen.parameter)
         for frozen in self.slices:
             mask = frozen.mask
             if frozen.shape is not None:
