@@ -145,8 +145,12 @@ class _TappedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.was_own = vars(module).get("forward")  # set by others on this one module, as accelerate does
-        self.own = module.forward
         self.taps: list[tuple[ExpertTap, Callable[[], bool]]] = []
+
+    @property
+    def own(self) -> Callable:
+        """The module's own forward."""
+        return type(self.module).forward.__get__(self.module) if self.was_own is None else self.was_own
 
     def restore(self) -> None:
         """Give the module its own forward back, unless a tap is left."""
