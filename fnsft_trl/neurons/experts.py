@@ -115,6 +115,12 @@ class Experts:
         return ExpertTapHandle(forward, (function, enabled))
 
 
+def expert_taps(module: nn.Module) -> list[ExpertTap]:
+    """The functions that tap a module, switched on or not; none where it is no experts module."""
+    forward = vars(module).get("forward")
+    return [function for function, _ in forward.taps] if isinstance(forward, _TappedForward) else []
+
+
 class ExpertTapHandle:
     """A function on the activations of experts, to be taken away with `remove`."""
 

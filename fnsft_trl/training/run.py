@@ -22,10 +22,9 @@ from ..neurons.mask import NeuronMask
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from .guard import FrozenNeuronGuard
+from .loaded import check_template, chosen_layers, given_template
 from .preparation import (
-    check_template,
     discover_template,
-    given_template,
     keep_4bit_layers_differentiable,
     load_base_model,
     load_processing_class,
@@ -51,7 +50,8 @@ class Run:
         way (`Way`): how the neurons are trained.
         args: the training arguments.
         template (`FunctionalNetworkTemplate`): the networks.
-        selected (`NeuronMask`): the selected neurons.
+        layers (`list[int]` or `None`): the layers to select in; all of the template's by default.
+        selected (`NeuronMask`): the selected neurons, over these layers.
         trainable (`NeuronMask`): the neurons whose weights may change, over all layers.
 
     Raises:
@@ -59,6 +59,7 @@ class Run:
     """
 
     template: FunctionalNetworkTemplate
+    layers: list[int] | None = None
     selected: NeuronMask
     trainable: NeuronMask
 
@@ -130,6 +131,7 @@ class Run:
         self.way.check_model(model, self.adapter)
         if template is not None:
             self.template = check_template(self.config, model, template)
+            self.layers = chosen_layers(self.config, model, template)
             return
         self.template = discover_template(
             self.config, model, processing_class, self.args, train_dataset, formatting_func
@@ -150,6 +152,7 @@ class Run:
             rank=config.ica_rank_by,
             min_reliability=config.ica_min_reliability,
             seed=config.ica_seed,
+            layers=self.layers,
         )
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
         logger.info(f"selected {self.selected}; trainable {self.trainable}; method {self.plan.method}")
@@ -175,7 +178,15 @@ class Run:
 
         Returns:
             The forward mask.
+
+        Raises:
+            FNSFTError: the run is sharded, and asks for what does not go with that.
         """
+        if is_sharded(trainer) and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
+            raise FNSFTError(
+                "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
+                "ones (FSDP, DeepSpeed) could not be put back; drop the option"
+            )
         self.way.hold(trainer, self.trainable)
         handle = None
         if self.plan.mask_mode is not None:

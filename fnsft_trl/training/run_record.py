@@ -145,9 +145,12 @@ class RunRecord:
             )
         elif config.ica_min_reliability:
             networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+        layers = "every layer"
+        if set(self.selected.layers) != set(self.template.loadings):
+            layers = f"layers {format_ranges(sorted(self.selected.layers))}"
         if config.ica_fraction is None:
-            return f"the neurons of {networks}"
-        share = f"{config.ica_fraction:.1%} of the neurons of every layer"
+            return f"the neurons of {networks}" + (f", in {layers}" if layers != "every layer" else "")
+        share = f"{config.ica_fraction:.1%} of the neurons of {layers}"
         if config.ica_select == "random":
             return f"{share}, drawn at random: a control"
         if config.ica_select == "activation":

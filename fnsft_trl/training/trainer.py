@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..data.tokenized import TokenizedCache, preparation_settings
 from ..errors import FNSFTError
@@ -33,12 +34,13 @@ from ..template.template import FunctionalNetworkTemplate
 from .run import Run
 from .run_record import RunRecord
 from .schedule import MaskScheduleCallback
+from .watched import WatchedTrainer, bare_optimizer
 
 
 logger = logging.get_logger(__name__)
 
 
-class FNSFTTrainer(SFTTrainer):
+class FNSFTTrainer(WatchedTrainer):
     """
     Trainer for Supervised Fine-Tuning with functional networks.
 
@@ -112,6 +114,8 @@ class FNSFTTrainer(SFTTrainer):
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         self._run: Run | None = None
         self.mask_handle: MaskHandle | None = None
+        self._evaluation_name: str | None = None
+        self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
@@ -205,14 +209,44 @@ class FNSFTTrainer(SFTTrainer):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._run is not None:
-            self._run.way.attach(optimizer)
+            self._run.way.attach(bare_optimizer(optimizer))
         return optimizer
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
-        unmasked = self.mask_handle is not None and not self._evaluate_masked
-        with masks_off(self.model) if unmasked else nullcontext():
+        with self._evaluation_masks():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
+        with self._evaluation_masks():
+            return super().predict(*args, **kwargs)
+
+    def _evaluation_masks(self):
+        unmasked = self.mask_handle is not None and not self._evaluate_masked
+        return masks_off(self.model) if unmasked else nullcontext()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the parent's; the evaluations with and without a mask have names of their own in it."""
+        if self._evaluation_name is not None:
+            metrics = evaluation_metrics(self)
+            named = {f"{self._evaluation_name}_{name}": values for name, values in metrics.items()}
+            metrics.clear()
+            metrics.update(named)
+        super().log(logs, *args, **kwargs)
+
+    def _evaluate_with_and_without_mask(self) -> None:
+        found = {}
+        try:
+            for name, self._evaluate_masked in (("masked", True), ("unmasked", False)):
+                self._evaluation_name = name
+                found |= self.evaluate(metric_key_prefix=f"eval_{name}")
+        finally:
+            self._evaluation_name = None
+            self._evaluate_masked = self.network_config.mask_eval
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name.endswith("_loss"))
+        if self.is_world_process_zero():
+            logger.warning(f"evaluated with the mask and without it, as the saved model runs: {losses}")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
@@ -229,11 +263,7 @@ class FNSFTTrainer(SFTTrainer):
             self._record.check(checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
-            self._evaluate_masked = True
-            self.evaluate(metric_key_prefix="eval_masked")
-            self._evaluate_masked = False
-            self.evaluate(metric_key_prefix="eval_unmasked")
-            self._evaluate_masked = self.network_config.mask_eval
+            self._evaluate_with_and_without_mask()
         return result
 
     def init_hf_repo(self, *args, **kwargs) -> None:

@@ -16,6 +16,7 @@ from ..constraints import (
     check_optimizer_name,
     constrain_full,
     constrain_lora,
+    plain_optimizer,
     set_lora_targets,
 )
 from ..errors import FNSFTError
@@ -72,9 +73,12 @@ class Way:
         """
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Put frozen values back after every step of an optimizer; once, however often it is called."""
+        """Have every step of an optimizer leave frozen values as they are; once, however often it is called."""
+        optimizer = plain_optimizer(optimizer)  # it is wrapped from the second call of `train` on
         if self.frozen is not None and optimizer is not self._optimizer:
-            optimizer.register_step_post_hook(lambda *_: self.frozen.restore())  # sharding may replace `frozen`
+            # Not `frozen.attach`, since sharding may replace `frozen`.
+            optimizer.register_step_pre_hook(lambda *_: self.frozen.before_step())
+            optimizer.register_step_post_hook(lambda *_: self.frozen.after_step())
             self._optimizer = optimizer
 
 
@@ -177,8 +181,6 @@ class FullWeights(Way):
 
     def freeze(self, model: nn.Module, trainable: NeuronMask) -> None:
         """Freeze all but the trainable weights, in the place of what was frozen before."""
-        if self.frozen is not None:
-            self.frozen.release()
         self.frozen = constrain_full(model, trainable, train_other=self.trains_other)
 
 

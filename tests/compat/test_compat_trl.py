@@ -60,3 +60,15 @@ def test_trl_sft_config_knows_its_process(trainer):
 
 def test_trl_sft_trainer_lists_its_callbacks(trainer):
     assert trainer.callback_handler.callbacks
+
+
+def test_trl_evaluation_metrics_are_what_the_next_log_shows(trainer):
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    metrics = compat.evaluation_metrics(trainer)
+    assert "mean_token_accuracy" in metrics
+    expected = sum(metrics["mean_token_accuracy"]) / len(metrics["mean_token_accuracy"])
+    logs = {"other_loss": 1.0}
+    trainer.log(logs)
+    assert logs["eval_mean_token_accuracy"] == expected
+    assert not compat.evaluation_metrics(trainer)
