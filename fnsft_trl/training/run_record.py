@@ -107,7 +107,7 @@ class RunRecord:
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
         what = "every neuron could change."
-        if self.plan.train != "all":
+        if trained.fraction < 1:
             what = (
                 f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
                 "are bit-identical to the base model."

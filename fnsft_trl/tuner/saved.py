@@ -206,10 +206,12 @@ class SavedAdapter:
         try:
             model = PeftModel.from_pretrained(base, str(self.directory))
             found = model.load_adapter(str(self.directory), model.active_adapter)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
+        except FNSFTError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
-            raise self._does_not_fit(base, first_line(error)) from error
+            raise self._does_not_fit(base, " ".join(str(error).split())) from error
         left = [key for key in found.unexpected_keys if not _WRAPPERS & set(key.split("."))]
         if found.missing_keys or left:
             raise self._does_not_fit(base, min([*found.missing_keys, *left]))
