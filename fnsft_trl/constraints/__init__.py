@@ -2,7 +2,7 @@
 
 from .frozen import FrozenSlices
 from .full import check_optimizer_name, constrain_full, freeze_neurons
-from .lora import constrain_lora, factor_slices
+from .lora import constrain_lora, factor_slices, reached_neurons
 from .lora_config import check_lora_config, set_lora_targets
 from .momentum import check_momenta, plain_optimizer
 from .neurons import frozen_by_site, trainable_neurons
@@ -19,6 +19,7 @@ __all__ = [
     "frozen_by_site",
     "freeze_neurons",
     "plain_optimizer",
+    "reached_neurons",
     "set_lora_targets",
     "trainable_neurons",
 ]

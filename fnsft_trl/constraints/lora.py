@@ -8,7 +8,7 @@ without calling `lora_A` and `lora_B`: there the gradients of the frozen entries
 and so are those of the magnitudes of DoRA. Checkpoints are plain PEFT files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ..compat.peft import LoraLayer, ParamWrapper, dequantize_module_weight
 from ..compat.torch import guard_hooks, remove_forward_hooks
 from ..errors import FNSFTError
 from ..neurons.layout import mask_positions, select_positions
-from ..neurons.mask import NeuronMask
+from ..neurons.mask import NeuronMask, fitting_sites
 from ..neurons.sites import NeuronSite, WeightSlice
 from .frozen import FrozenSlices, check_freezable
 from .lora_config import check_lora_config
@@ -75,10 +75,8 @@ def factor_slices(model: nn.Module, site: NeuronSite, adapter_name: str) -> Iter
         FNSFTError: the adapter changes a parameter of the MLP in whose factors neurons have no entries of their own.
     """
     for part in site.layout.slices:
-        layer = model.get_submodule(part.module_name)
-        while isinstance(layer, ParamWrapper) and layer.parameter_name != part.parameter:
-            layer = layer.base_layer
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        layer = _adapting_layer(model, part, adapter_name)
+        if layer is None:
             continue
         is_bare, is_bias = isinstance(layer, ParamWrapper), part.parameter.endswith("bias")
         is_quantised = not part.tensor(model).is_floating_point()
@@ -100,6 +98,35 @@ def factor_slices(model: nn.Module, site: NeuronSite, adapter_name: str) -> Iter
             else:
                 shape = (experts, rows // experts, columns)
         yield FactorSlice(layer, factor, part, tuple(shape), dims)
+
+
+def _adapting_layer(model: nn.Module, part: WeightSlice, adapter_name: str) -> LoraLayer | None:
+    """The layer by which an adapter changes a parameter, or the module that the parameter is of."""
+    layer = model.get_submodule(part.module_name)
+    while isinstance(layer, ParamWrapper) and layer.parameter_name != part.parameter:
+        layer = layer.base_layer
+    return layer if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A else None
+
+
+def reached_neurons(model: nn.Module, neurons: NeuronMask, adapter_names: Iterable[str]) -> NeuronMask:
+    """Those of some neurons that LoRA can change: its targets hold a weight of theirs, be it one of several.
+
+    Args:
+        model: a `PeftModel`.
+        neurons: the neurons that are asked of.
+        adapter_names: the adapters that train.
+
+    Returns:
+        Members of `neurons`, over all layers of the model.
+    """
+    layers = {}
+    for site in fitting_sites(model, neurons):
+        reached = torch.zeros(site.width, dtype=torch.bool)
+        for part in site.layout.slices:
+            if any(_adapting_layer(model, part, name) is not None for name in adapter_names):
+                reached[part.first : part.first + part.count] = True
+        layers[site.layer] = reached & neurons.layers.get(site.layer, torch.zeros_like(reached))
+    return NeuronMask(layers, neurons.site)
 
 
 def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str = "default") -> FrozenSlices:

@@ -19,13 +19,13 @@ from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle, lesion, preserve
 from ..neurons.mask import NeuronMask
+from ..ranges import format_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from .guard import FrozenNeuronGuard
+from .loaded import check_template, chosen_layers, given_template
 from .preparation import (
-    check_template,
     discover_template,
-    given_template,
     keep_4bit_layers_differentiable,
     load_base_model,
     load_processing_class,
@@ -51,7 +51,8 @@ class Run:
         way (`Way`): how the neurons are trained.
         args: the training arguments.
         template (`FunctionalNetworkTemplate`): the networks.
-        selected (`NeuronMask`): the selected neurons.
+        layers (`list[int]` or `None`): the layers to select in; all of the template's by default.
+        selected (`NeuronMask`): the selected neurons, over these layers.
         trainable (`NeuronMask`): the neurons whose weights may change, over all layers.
 
     Raises:
@@ -59,6 +60,7 @@ class Run:
     """
 
     template: FunctionalNetworkTemplate
+    layers: list[int] | None = None
     selected: NeuronMask
     trainable: NeuronMask
 
@@ -130,6 +132,7 @@ class Run:
         self.way.check_model(model, self.adapter)
         if template is not None:
             self.template = check_template(self.config, model, template)
+            self.layers = chosen_layers(self.config, model, template)
             return
         self.template = discover_template(
             self.config, model, processing_class, self.args, train_dataset, formatting_func
@@ -150,9 +153,10 @@ class Run:
             rank=config.ica_rank_by,
             min_reliability=config.ica_min_reliability,
             seed=config.ica_seed,
+            layers=self.layers,
         )
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
-        logger.info(f"selected {self.selected}; trainable {self.trainable}; method {self.plan.method}")
+        logger.info(f"selected {self.selected}; to be trained {self.trainable}; method {self.plan.method}")
         peft_config = self.way.peft_config(model, self.trainable, peft_config)
         if peft_config is not None and peft_config.revision is None:
             peft_config.revision = (self._model_init_kwargs or {}).get("revision")  # which export loads again
@@ -175,8 +179,17 @@ class Run:
 
         Returns:
             The forward mask.
+
+        Raises:
+            FNSFTError: the run is sharded, and asks for what does not go with that.
         """
+        if is_sharded(trainer) and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
+            raise FNSFTError(
+                "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
+                "ones (FSDP, DeepSpeed) could not be put back; drop the option"
+            )
         self.way.hold(trainer, self.trainable)
+        self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
             intervene = lesion if self.plan.mask_mode == "lesion" else preserve
@@ -187,3 +200,16 @@ class Run:
             else:
                 trainer.add_callback(FrozenNeuronGuard(trainer.model, self.trainable))
         return handle
+
+    def _leave_out_unreached(self, model: PreTrainedModel | PeftModel) -> None:
+        """Count as trainable what can train, and say what else was asked for."""
+        reached = self.way.reached(model, self.trainable)
+        missed = self.trainable & ~reached
+        if missed.count:
+            layers = format_ranges([layer for layer, members in missed.layers.items() if members.any()])
+            logger.warning(
+                f"{missed.count} of the {self.trainable.count} neurons that should train, in layers {layers}, have no "
+                f"weight among the LoRA targets and stay as they are: {reached.count} train; name more targets, or "
+                "leave target_modules out"
+            )
+        self.trainable = reached

@@ -107,7 +107,7 @@ class RunRecord:
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
         what = "every neuron could change."
-        if self.plan.train != "all":
+        if trained.fraction < 1:
             what = (
                 f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
                 "are bit-identical to the base model."
@@ -145,9 +145,12 @@ class RunRecord:
             )
         elif config.ica_min_reliability:
             networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+        layers = "every layer"
+        if set(self.selected.layers) != set(self.template.loadings):
+            layers = f"layers {format_ranges(sorted(self.selected.layers))}"
         if config.ica_fraction is None:
-            return f"the neurons of {networks}"
-        share = f"{config.ica_fraction:.1%} of the neurons of every layer"
+            return f"the neurons of {networks}" + (f", in {layers}" if layers != "every layer" else "")
+        share = f"{config.ica_fraction:.1%} of the neurons of {layers}"
         if config.ica_select == "random":
             return f"{share}, drawn at random: a control"
         if config.ica_select == "activation":

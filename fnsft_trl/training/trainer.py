@@ -20,11 +20,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..data.tokenized import TokenizedCache, preparation_settings
+from ..data.preparation import Preparation
+from ..data.tokenized import TokenizedCache
 from ..errors import FNSFTError
 from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, is_hub_id, prepare_repo
@@ -34,12 +35,13 @@ from ..template.template import FunctionalNetworkTemplate
 from .run import Run
 from .run_record import RunRecord
 from .schedule import MaskScheduleCallback
+from .watched import WatchedTrainer, bare_optimizer
 
 
 logger = logging.get_logger(__name__)
 
 
-class FNSFTTrainer(SFTTrainer):
+class FNSFTTrainer(WatchedTrainer):
     """
     Trainer for Supervised Fine-Tuning with functional networks.
 
@@ -114,6 +116,7 @@ class FNSFTTrainer(SFTTrainer):
         self._run: Run | None = None
         self.mask_handle: MaskHandle | None = None
         self._evaluation_name: str | None = None
+        self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
@@ -176,38 +179,32 @@ class FNSFTTrainer(SFTTrainer):
         """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
 
         Raises:
-            FNSFTError: no row has an answer that begins within `max_length`.
+            FNSFTError: no row teaches anything, or the chat template refuses them all.
         """
 
-        def make():
+        def make(rows, args, packing, is_processed=False):
+            function = None if is_processed else formatting_func
             return super(FNSFTTrainer, self)._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
+                rows, processing_class, args, packing, function, dataset_name
             )
 
-        cache = self._tokenized_cache
-        if cache is None or formatting_func is not None or not cache.takes(dataset, processing_class):
-            prepared = make()
-        else:
-            settings = {"packing": packing, "completion_only_loss": self.completion_only_loss}
-            settings |= {"chat_template": self.chat_template, **preparation_settings(args)}
-            key = cache.key(dataset, processing_class, settings)
-            prepared = cache.read_or_make(key, make, writes=args.distributed_state.is_local_main_process)
-        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
-            return prepared
-        begins = f"begins after max_length={args.max_length} tokens"
-        if len(prepared) == 0:
-            raise FNSFTError(f"the answer of every row of the {dataset_name} data {begins}; set a larger max_length")
-        logger.warning(
-            f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
-            f"answer {begins}"
-        )
-        return prepared
+        return Preparation(
+            make=make,
+            args=args,
+            packing=packing,
+            name=dataset_name,
+            processing_class=processing_class,
+            chat_template=self.chat_template,
+            completion_only_loss=self.completion_only_loss,
+            is_formatted=formatting_func is not None,
+            cache=self._tokenized_cache,
+        ).of(dataset)
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._run is not None:
-            self._run.way.attach(optimizer)
+            self._run.way.attach(bare_optimizer(optimizer))
         return optimizer
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:

@@ -17,6 +17,7 @@ from ..constraints import (
     constrain_full,
     constrain_lora,
     plain_optimizer,
+    reached_neurons,
     set_lora_targets,
 )
 from ..errors import FNSFTError
@@ -71,6 +72,10 @@ class Way:
         Raises:
             FNSFTError: that is not possible in the way the model is sharded.
         """
+
+    def reached(self, model: nn.Module, trainable: NeuronMask) -> NeuronMask:
+        """Those of the trainable neurons that the wrapped model can change."""
+        return trainable
 
     def attach(self, optimizer: Optimizer) -> None:
         """Have every step of an optimizer leave frozen values as they are; once, however often it is called."""
@@ -145,6 +150,10 @@ class MaskedLora(Way):
             )
         if not sharded:
             self.frozen = frozen
+
+    def reached(self, model: PeftModel, trainable: NeuronMask) -> NeuronMask:
+        """Those with a weight among the targets of the adapters."""
+        return reached_neurons(model, trainable, model.active_adapters)
 
 
 class FullWeights(Way):

@@ -136,8 +136,8 @@ def test_what_messages_hold_beside_role_and_content_is_kept():
     rows.append({"conversations": None, "question": "q", "answer": "a"})
     converted = to_trl_format(Dataset.from_list(rows))
     assert len(converted) == 1202
-    assert converted[1200]["messages"][1] == {"role": "assistant", "content": None, "tool_calls": call}
-    assert converted[1201]["messages"][1] == {"role": "assistant", "content": "a", "tool_calls": None}
+    assert converted[1200]["messages"][1] == {"role": "assistant", "content": "", "tool_calls": call}
+    assert converted[1201]["messages"][1] == {"role": "assistant", "content": "a"}
 
 
 def test_squad_becomes_prompts_and_completions():

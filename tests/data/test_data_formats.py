@@ -140,9 +140,9 @@ def test_an_empty_answer_is_not_read_as_something_else(row):
 
 
 def test_an_answer_may_be_a_call_of_a_tool():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
-    row = {"messages": [user("q"), call, {"role": "tool", "content": "r"}, assistant("a")]}
-    assert convert_row(row, find_formats(row)) == row
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    row = {"messages": [user("q"), call | {"content": None}, {"role": "tool", "content": "r"}, assistant("a")]}
+    assert convert_row(row, find_formats(row)) == {"messages": [user("q"), call, *row["messages"][2:]]}
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,9 @@ def test_the_same_data_are_prepared_once_whatever_their_path_and_date(file, tmp_
 
 
 def test_it_is_what_the_trainer_without_a_cache_makes(file, tmp_path, cache):
-    trained(file, tmp_path, packing=True, per_device_train_batch_size=2, max_length=16)
-    cached = trained(file, tmp_path, packing=True, per_device_train_batch_size=2, max_length=16)
-    args = sft_config(tmp_path, packing=True, per_device_train_batch_size=2, max_length=16)
+    trained(file, tmp_path, packing=True, per_device_train_batch_size=2, max_length=64)
+    cached = trained(file, tmp_path, packing=True, per_device_train_batch_size=2, max_length=64)
+    args = sft_config(tmp_path, packing=True, per_device_train_batch_size=2, max_length=64)
     plain = SFTTrainer(tiny_model("llama"), args, train_dataset=rows(file), processing_class=tiny_tokenizer())
     assert cached.to_list() == plain.train_dataset.to_list()
 
