@@ -108,8 +108,8 @@ class Experts:
 
         The activations are the neurons' own, without the weight that the router gives the expert.
         """
-        forward = vars(self.module).get("forward")
-        if not isinstance(forward, _TappedForward):
+        forward = _tapped_forward(self.module)
+        if forward is None:
             forward = _TappedForward(self.module)
             self.module.forward = forward
         return ExpertTapHandle(forward, (function, enabled))
@@ -117,8 +117,13 @@ class Experts:
 
 def expert_taps(module: nn.Module) -> list[ExpertTap]:
     """The functions that tap a module, switched on or not; none where it is no experts module."""
-    forward = vars(module).get("forward")
-    return [function for function, _ in forward.taps] if isinstance(forward, _TappedForward) else []
+    forward = _tapped_forward(module)
+    return [] if forward is None else [function for function, _ in forward.taps]
+
+
+def _tapped_forward(module: nn.Module) -> _TappedForward | None:
+    """What stands in for a module's forward; where accelerate has put another one before it, under another name."""
+    return next((value for value in vars(module).values() if isinstance(value, _TappedForward)), None)
 
 
 class ExpertTapHandle:
