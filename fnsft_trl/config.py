@@ -140,8 +140,8 @@ class FunctionalNetworkConfig:
     )
     ica_layers: str | list[int] = option(
         "all",
-        "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. With a template "
-        "that is loaded: those of its layers to select in.",
+        "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. With a loaded "
+        "template: those of its layers to select in.",
     )
     ica_site: str = option(
         "mlp_intermediate",

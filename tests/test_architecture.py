@@ -46,8 +46,8 @@ ORDER = {
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": [
-        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run"),
-        *("run_record", "schedule", "retention", "trainer"),
+        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run_record"),
+        *("checkpoints", "same_run", "run", "resumption", "schedule", "retention", "trainer"),
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
