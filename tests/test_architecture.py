@@ -60,7 +60,18 @@ ORDER = {
 # The same inside a package of a package.
 INNER = {
     "cli.options": [
-        *("schema", "run_config", "trl_options", "values", "sources", "loading", "help", "arguments", "translate"),
+        *(
+            "schema",
+            "run_config",
+            "trl_options",
+            "written",
+            "values",
+            "sources",
+            "loading",
+            "help",
+            "arguments",
+            "translate",
+        ),
         "parse",
     ],
 }
