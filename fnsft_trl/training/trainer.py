@@ -90,6 +90,11 @@ class FNSFTTrainer(WatchedTrainer):
         FNSFTError: the config, the template, the model and the PEFT config do not go together.
     """
 
+    mask_handle: MaskHandle | None = None
+    _run: Run | None = None
+    _resumption: Resumption | None = None
+    _evaluation_name: str | None = None
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -113,10 +118,6 @@ class FNSFTTrainer(WatchedTrainer):
         tokenized_cache: bool = False,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
-        self._run: Run | None = None
-        self._resumption: Resumption | None = None
-        self.mask_handle: MaskHandle | None = None
-        self._evaluation_name: str | None = None
         self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
