@@ -101,7 +101,7 @@ class Preparation:
 
     def _refused(self, rows: Dataset, process: int, processes: int) -> list[tuple[int, str]]:
         """Of the rows that fall to a process, the numbers of those that cannot be rendered, and why."""
-        if self.is_formatted or isinstance(self.processing_class, ProcessorMixin) or "input_ids" in rows.column_names:
+        if self.is_formatted or "input_ids" in rows.column_names:
             return []
         reasons = (
             (number, refusal(rows[number], self.processing_class, self.chat_template))

@@ -467,12 +467,17 @@ for turn in range(3):
     trainer = FNSFTTrainer(tiny_model("llama"), sft_config(folder / f"out-{rank}"), train_dataset=rows,
                            processing_class=tiny_tokenizer(), tokenized_cache=True)
     ids.append(trainer.train_dataset["input_ids"][:])
-print(len(made), ids[0] == ids[1] == ids[2], trainer.args.world_size)
+tokenizer = tiny_tokenizer()  # one that refuses rows, in both processes alike
+refuses = "{% if '3' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+tokenizer.chat_template = refuses + tokenizer.chat_template
+trainer = FNSFTTrainer(tiny_model("llama"), sft_config(folder / f"out-{rank}"), train_dataset=rows,
+                       processing_class=tokenizer, tokenized_cache=True)
+print(len(made) - 1, ids[0] == ids[1] == ids[2], trainer.args.world_size, len(trainer.train_dataset))
 """
 
 
 @pytest.mark.slow
 def test_processes_of_one_run_all_read_or_all_prepare(tmp_path):
     printed = run_processes(2, "-c", _TWO_PROCESSES, TESTS, tmp_path)
-    assert [text.split() for text in printed] == [["2", "True", "2"]] * 2
+    assert [text.split() for text in printed] == [["2", "True", "2", "7"]] * 2
     assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1
