@@ -6,7 +6,7 @@ import torch
 
 from .errors import FNSFTError
 from .neurons.mask import NeuronMask
-from .ranges import format_ranges
+from .ranges import format_ranges, parse_ranges
 from .template.template import FunctionalNetworkTemplate
 
 
@@ -15,7 +15,7 @@ SELECTORS = ("networks", "random", "activation")
 
 def select_neurons(
     template: FunctionalNetworkTemplate,
-    component_ids: Sequence[int] | None = None,
+    component_ids: Sequence[int] | str | None = None,
     *,
     selector: str = "networks",
     fraction: float | None = None,
@@ -34,7 +34,8 @@ def select_neurons(
 
     Args:
         template: the networks.
-        component_ids: numbers of the networks; all of them by default. Only for `"networks"`.
+        component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for
+            `"networks"`.
         selector: `"networks"`, `"random"` or `"activation"`.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
@@ -92,13 +93,13 @@ def _check_request(selector, rank, component_ids, fraction, like) -> None:
 def _networks(template, component_ids, min_reliability: float) -> list[int]:
     """The numbers of the networks that are meant, of those that are reliable enough."""
     count = len(template.components)
+    if isinstance(component_ids, str):
+        component_ids = parse_ranges(component_ids, count, what="network")
     ids = list(range(count)) if component_ids is None else list(component_ids)
     unknown = [number for number in ids if not 0 <= number < count]
     if unknown or not ids:
-        raise FNSFTError(
-            f"the template has no network {', '.join(map(str, unknown)) or '(none was named)'}; it has the networks "
-            f"{format_ranges(range(count))}"
-        )
+        named = format_ranges(sorted(set(unknown))).replace(",", ", ") or "(none was named)"
+        raise FNSFTError(f"the template has no network {named}; it has the networks {format_ranges(range(count))}")
     if min_reliability <= 0:
         return ids
     known = {n: c.reliability for n, c in enumerate(template.components) if c.reliability is not None}

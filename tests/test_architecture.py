@@ -46,8 +46,8 @@ ORDER = {
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": [
-        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run"),
-        *("run_record", "schedule", "retention", "trainer"),
+        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run_record"),
+        *("checkpoints", "same_run", "run", "resumption", "schedule", "retention", "trainer"),
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
@@ -60,7 +60,18 @@ ORDER = {
 # The same inside a package of a package.
 INNER = {
     "cli.options": [
-        *("schema", "run_config", "trl_options", "values", "sources", "loading", "help", "arguments", "translate"),
+        *(
+            "schema",
+            "run_config",
+            "trl_options",
+            "written",
+            "values",
+            "sources",
+            "loading",
+            "help",
+            "arguments",
+            "translate",
+        ),
         "parse",
     ],
 }

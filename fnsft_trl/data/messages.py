@@ -105,7 +105,9 @@ def unread_keys(value, dialect: Dialect) -> set[str]:
 
 def by_rows(value):
     """A list of structs, of one that is a struct of lists."""
-    if isinstance(value, Mapping) and value and all(isinstance(cells, list) for cells in value.values()):
+    if not isinstance(value, Mapping) or not all(isinstance(cells, list) for cells in value.values()):
+        return value
+    if len({len(cells) for cells in value.values()}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
     return value
 
@@ -115,7 +117,8 @@ def _turn(message: Mapping, name: str, dialect: Dialect) -> dict | None:
     if role is None:
         said = message.get("role") or message.get("from")
         raise UnusableRow(f"{name!r} has a message of the role {said!r}; expected one of: {', '.join(ROLES)}")
-    rest = {key: without_nulls(item) for key, item in message.items() if key in dialect.keys and item is not None}
+    kept = dialect.keys.difference(_NAMES)
+    rest = {key: without_nulls(item) for key, item in message.items() if key in kept and item is not None}
     if not rest.get("tool_calls", True):
         del rest["tool_calls"]
     content = _content(_said(message), f"{name!r}", dialect)

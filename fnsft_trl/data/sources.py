@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob
@@ -55,7 +56,7 @@ def load_data(
     with _read_errors(name_or_path):
         if name_or_path == EMBEDDED:
             return _of_splits(DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")})), split)
-        path = Path(name_or_path).expanduser()
+        path = Path(os.path.expanduser(name_or_path))
         is_saved = any((path / file).exists() for file in _SAVED)
         if config_name is not None and (path.is_file() or is_saved):
             raise FNSFTError(

@@ -149,9 +149,12 @@ class _Discovery:
         )
         self.sources = [
             token_sequences(
-                islice(texts, config.ica_template_samples_per_ds), tokenizer, max_length=config.ica_max_length
+                islice(texts, config.ica_template_samples_per_ds),
+                tokenizer,
+                max_length=config.ica_max_length,
+                name=name,
             )
-            for texts in datasets.values()
+            for name, texts in datasets.items()
         ]
         self.units = Units(config.ica_standardize, config.ica_drop_massive, tuple(self.reader.columns.values()))
         self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -13,6 +13,7 @@ from ..compat.transformers import align_special_tokens
 from ..errors import FNSFTError
 from ..hub.card import merged_card
 from ..template.storage import CARD_FILE, NETWORK_DIR
+from ..template.template import FunctionalNetworkTemplate
 from ..tuner.saved import SavedAdapter
 from .adapter import check_target
 
@@ -63,6 +64,8 @@ def to_merged(
     processor = adapter.load_processor(**loading)
     base = adapter.load_base(dtype=dtype, **loading)
     _check_precision(adapter, base.config)
+    if (adapter.directory / NETWORK_DIR).is_dir():  # warns where a branch of the base model has moved on
+        FunctionalNetworkTemplate.from_pretrained(adapter.directory / NETWORK_DIR).check_model(base)
     merged = adapter.load_onto(base).merge_and_unload(safe_merge=True)
     tokenizer = getattr(processor, "tokenizer", processor)
     _check_tokens(adapter, tokenizer, merged, loading)

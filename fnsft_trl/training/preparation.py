@@ -62,12 +62,7 @@ def discover_template(
     config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, formatting_func
 ) -> FunctionalNetworkTemplate:
     """Discover the networks on `ica_datasets` or on the training data."""
-    unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
-    if unknown:
-        raise FNSFTError(
-            f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
-            f"the networks are 0-{config.ica_components - 1}"
-        )
+    config.check_named_networks()
     if is_deepspeed_zero3_enabled():
         raise FNSFTError(
             "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "

@@ -18,7 +18,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -32,6 +31,7 @@ from ..hub.files import hub_errors, is_hub_id, prepare_repo
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
+from .resumption import Resumption, check_plain
 from .run import Run
 from .run_record import RunRecord
 from .schedule import MaskScheduleCallback
@@ -90,6 +90,11 @@ class FNSFTTrainer(WatchedTrainer):
         FNSFTError: the config, the template, the model and the PEFT config do not go together.
     """
 
+    mask_handle: MaskHandle | None = None
+    _run: Run | None = None
+    _resumption: Resumption | None = None
+    _evaluation_name: str | None = None
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -113,9 +118,6 @@ class FNSFTTrainer(WatchedTrainer):
         tokenized_cache: bool = False,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
-        self._run: Run | None = None
-        self.mask_handle: MaskHandle | None = None
-        self._evaluation_name: str | None = None
         self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
@@ -149,6 +151,9 @@ class FNSFTTrainer(WatchedTrainer):
             self.args.hub_token = UnsavedToken(self.args.hub_token)
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
+            own = {"data_collator": data_collator, "compute_loss_func": compute_loss_func, "optimizers": optimizers}
+            own["optimizer_cls_and_kwargs"] = optimizer_cls_and_kwargs
+            self._resumption = Resumption(self, self._run, own)
 
     @property
     def network_config(self) -> FunctionalNetworkConfig | None:
@@ -207,6 +212,13 @@ class FNSFTTrainer(WatchedTrainer):
             self._run.way.attach(optimizer)
         return optimizer
 
+    def get_batch_samples(self, *args, **kwargs):
+        """As the parent's; none for a run that is resumed at its end, which would make one step too many."""
+        if self._run is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
         with self._evaluation_masks():
@@ -246,16 +258,18 @@ class FNSFTTrainer(WatchedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
 
+        Args:
+            resume_from_checkpoint: a checkpoint, or `True` for the newest complete one. `None`: that of
+                `args.resume_from_checkpoint`, from which the networks were taken when the trainer was made.
+            args, kwargs: the other arguments of the parent's.
+
         Raises:
-            FNSFTError: the checkpoint to resume from was written with other trainable neurons or mask phases.
+            FNSFTError: the checkpoint is not complete, or was written by a run that differs from this one.
         """
-        if self._run is not None and resume_from_checkpoint:
-            checkpoint = resume_from_checkpoint
-            if checkpoint is True:
-                checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise FNSFTError(f"there is no checkpoint in {self.args.output_dir} to resume from")
-            self._record.check(checkpoint)
+        if self._resumption is None:
+            check_plain(resume_from_checkpoint, self.args.output_dir)
+        else:
+            resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
             self._evaluate_with_and_without_mask()
@@ -310,7 +324,13 @@ class FNSFTTrainer(WatchedTrainer):
             mask_phases=[phase for schedule in schedules for phase in schedule.to_dict()],
         )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the template and what was selected beside the weights."""
+        super().save_model(output_dir, _internal_call)
         if self._run is not None and self.args.should_save:
             self._record.save(Path(output_dir or self.args.output_dir), self.model)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # A search over hyperparameters writes elsewhere.
+        with self._resumption.writing(self._record.mask_phases) if self._run and trial is None else nullcontext():
+            super()._save_checkpoint(model, trial)

@@ -153,25 +153,52 @@ def test_every_export_reads_the_revision_that_was_trained(hub, tmp_path, monkeyp
         model.save_pretrained(tmp_path / branch)
         tokenizer.save_pretrained(tmp_path / branch)
         files = {path.name: path.read_bytes() for path in (tmp_path / branch).iterdir()}
-        hub.put("alice/base", files, revision=branch)
+        hub.put("alice/exported", files, revision=branch)
     save_adapter(tmp_path / "v1", tmp_path / "adapter", DELTAS)
     file = tmp_path / "adapter" / "adapter_config.json"
-    written = json.loads(file.read_text()) | {"base_model_name_or_path": "alice/base", "revision": "v1"}
+    written = json.loads(file.read_text()) | {"base_model_name_or_path": "alice/exported", "revision": "v1"}
     file.write_text(json.dumps(written))
 
     to_merged(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert verify_merge("alice/base", tmp_path / "merged", tmp_path / "adapter").count == 7
+    assert verify_merge("alice/exported", tmp_path / "merged", tmp_path / "adapter").count == 7
     assert verify_merge(state(first), state(merged), tmp_path / "adapter", sites=find_neuron_sites(first)).count == 7
     assert len(tf.AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer)
     lora = to_plain_lora(tmp_path / "adapter", tmp_path / "plain")
-    assert (lora.base_model_name_or_path, lora.revision) == ("alice/base", "v1")
+    assert (lora.base_model_name_or_path, lora.revision) == ("alice/exported", "v1")
     expected = {"adapter": last_logits(merged, IDS)}
-    (difference,) = check_reload("alice/base", {"adapter": tmp_path / "adapter"}, IDS, expected).values()
+    (difference,) = check_reload("alice/exported", {"adapter": tmp_path / "adapter"}, IDS, expected).values()
     assert difference < 1e-5
     assert to_gguf(tmp_path / "adapter", tmp_path / "model.gguf").is_file()
     with pytest.raises(FNSFTError, match="the layers are 0"):
         to_merged(tmp_path / "adapter", tmp_path / "of main", revision="main")
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
+def test_a_base_that_has_moved_on_since_the_training_is_told(
+    method, hub, rows, templates, tokenizer, tmp_path, caplog
+):
+    tiny_model("llama").save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    hub.put(f"alice/moved-{method}", contents(tmp_path / "first"))
+    trainer = FNSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(f"alice/moved-{method}"),  # which does not know its revision
+        sft_config(tmp_path / "out", max_steps=1),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2) if method == "lora" else None,
+        network_config=FunctionalNetworkConfig(train_method=method),
+        network_template=templates["llama"],
+    )
+    trainer.train()
+    trainer.save_model()
+    told = "the MLP weights of the model differ from those by"
+    to_merged(tmp_path / "out", tmp_path / "merged")
+    assert told not in caplog.text
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "second")
+    hub.put(f"alice/moved-{method}", contents(tmp_path / "second"))
+    to_merged(tmp_path / "out", tmp_path / "merged")
+    assert told in caplog.text
 
 
 # What is refused
