@@ -194,8 +194,8 @@ def expert_by_expert(
     Returns:
         Outputs, shape (tokens, hidden).
     """
-    forward = vars(module).get("forward")
-    taps = forward.enabled() if isinstance(forward, _TappedForward) else []
+    forward = _tapped_forward(module)
+    taps = [] if forward is None else forward.enabled()
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     if project is None:
 

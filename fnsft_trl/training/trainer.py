@@ -35,7 +35,7 @@ from .resumption import Resumption, check_plain
 from .run import Run
 from .run_record import RunRecord
 from .schedule import MaskScheduleCallback
-from .watched import WatchedTrainer, bare_optimizer
+from .watched import WatchedTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -209,7 +209,7 @@ class FNSFTTrainer(WatchedTrainer):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._run is not None:
-            self._run.way.attach(bare_optimizer(optimizer))
+            self._run.way.attach(optimizer)
         return optimizer
 
     def get_batch_samples(self, *args, **kwargs):
