@@ -114,7 +114,6 @@ class FNSFTTrainer(WatchedTrainer):
         self._run: Run | None = None
         self._resumption: Resumption | None = None
         self.mask_handle: MaskHandle | None = None
-        self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
