@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 MARKER_FILE = "complete.json"  # in NETWORK_DIR
 
+SCALER_FILE = "scaler.pt"  # of float16
+
 _CARDS = (".md", ".svg")  # which people may edit
 _BLOCK = 2**20
 # What a training goes on from, and the names that it has, those of sharded weights among them.
@@ -51,11 +53,6 @@ def mark(directory: Path, about: dict[str, Any]) -> None:
     (directory / NETWORK_DIR).mkdir(parents=True, exist_ok=True)
     with written_whole(directory / NETWORK_DIR / MARKER_FILE) as scratch:
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def unmark(directory: Path) -> None:
-    """Take the mark away, before a checkpoint is written over another one."""
-    (directory / NETWORK_DIR / MARKER_FILE).unlink(missing_ok=True)
 
 
 def marked(directory: Path) -> dict[str, Any] | None:
@@ -172,9 +169,12 @@ def _record(directory: Path) -> dict[str, Any] | None:
     path = directory / NETWORK_DIR / MARKER_FILE
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("crc32") != _record_checksum(content.get("record")):
-        raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE} is damaged")
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE}: {error}") from error
+    if content.get("crc32") != _record_checksum(content.get("record")):
+        raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE} is damaged (CRC-32)")
     return content["record"]
 
 

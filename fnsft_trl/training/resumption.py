@@ -9,7 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..errors import FNSFTError
 from ..template.storage import NETWORK_DIR
-from .checkpoints import find_checkpoint, mark, marked, unmark
+from .checkpoints import SCALER_FILE, find_checkpoint, mark, marked
 from .run import Run
 from .run_record import SELECTION_FILE
 from .same_run import check_same, run_settings
@@ -48,6 +48,10 @@ class Resumption:
         if checkpoint is None:
             return asked
         check_same(checkpoint, self._settings(mask_phases))
+        if self.trainer.accelerator.scaler is not None and not (checkpoint / SCALER_FILE).is_file():
+            raise FNSFTError(
+                f"{checkpoint} holds no state of the gradient scaler of fp16 ({SCALER_FILE}); name another one"
+            )
         if self.run.guard is not None:
             self.run.guard.expected = (marked(checkpoint) or {}).get("frozen")
         return str(checkpoint)
@@ -57,8 +61,6 @@ class Resumption:
         """Mark the checkpoint that is written in the block as complete, and delete older ones only then."""
         trainer, args = self.trainer, self.trainer.args
         directory = Path(args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        if args.should_save:
-            unmark(directory)
         limit, args.save_total_limit = args.save_total_limit, None
         try:
             yield

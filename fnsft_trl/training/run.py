@@ -207,6 +207,7 @@ class Run:
                 "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
                 "ones (FSDP, DeepSpeed) could not be put back; drop the option"
             )
+        trainer.keeps_weights = True
         self.way.hold(trainer, self.trainable)
         self._leave_out_unreached(trainer.model)
         handle = None

@@ -36,13 +36,8 @@ _FREE = {
     *("per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "greater_is_better"),
     *("load_best_model_at_end", "bf16_full_eval", "fp16_full_eval", "enable_jit_checkpoint", "push_to_hub"),
     *("ignore_data_skip", "restore_callback_states_from_checkpoint", "full_determinism", "resume_from_checkpoint"),
-    *(
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-    ),
-    *("dataloader_multiprocessing_context", "dataset_num_proc", "local_rank", "model_init_kwargs"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "local_rank", "model_init_kwargs"),
     *("trust_remote_code", "use_cache", "use_liger_kernel", "activation_offloading", "torch_empty_cache_steps"),
     *("auto_find_batch_size", "parallelism_config", "label_names"),
     # Compared together, or below.
@@ -81,8 +76,8 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "networks": networks_text(trainer.network_template),
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
         "train_dataset": _data_text(trainer.train_dataset),
-        "is_fsdp": trainer.is_fsdp_enabled,
-        "is_deepspeed": trainer.is_deepspeed_enabled,
+        "fsdp": str(trainer.accelerator.state.fsdp_plugin.state_dict_type) if trainer.is_fsdp_enabled else None,
+        "deepspeed": trainer.is_deepspeed_enabled,
         **{name: _name(value) for name, value in given.items()},
         **_argument_settings(trainer.args),
     }
@@ -167,7 +162,7 @@ def _argument_settings(args: TrainingArguments) -> dict[str, Any]:
         settings["length"] = _length(args)
     if schedule in _BY_EVALUATION:
         settings |= {name: getattr(args, name) for name in ("eval_strategy", "eval_steps", "metric_for_best_model")}
-    if not args.auto_find_batch_size:
+    if not args.auto_find_batch_size:  # which finds it anew
         batch, steps, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
         settings["rows_in_a_step"] = batch * steps * processes
         settings["batches"] = f"{batch} rows x {steps} x {processes} processes"

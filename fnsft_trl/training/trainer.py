@@ -118,7 +118,6 @@ class FNSFTTrainer(WatchedTrainer):
         tokenized_cache: bool = False,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
-        self.keeps_weights = network_config is not None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
