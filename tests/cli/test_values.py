@@ -286,7 +286,7 @@ def test_an_option_that_is_given_twice_is_refused(verb, tmp_path):
         flags += [f"--no_{name}"] if option.kind == "bool" and f"no_{name}" not in known else []
         for first in flags:
             for second in flags:
-                assert f"gives {name} a second time" in outcome([first, second], known)
+                assert f"{name} is given twice" in outcome([first, second], known)
         message = in_yaml(file, f"{name}: {value}\n{name}: {value}", known)
         assert f"{name} stands twice, in line 1 too" in message
 

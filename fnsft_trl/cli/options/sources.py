@@ -79,7 +79,7 @@ def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[s
             if name == "config" and (len(own) != 1 or name in found):
                 raise FNSFTError("--config takes one YAML file, once")
             if name in found:
-                raise FNSFTError(f"{flag} gives {name} a second time; drop one of them")
+                raise FNSFTError(f"{name} is given twice on the command line; give it once")
             found[name] = ("false",) if is_negated else tuple(own)
         rest = words[taken:]
         stray = rest if free or not may_be_free else [word for word in rest if word.startswith("-")]
