@@ -91,7 +91,8 @@ def discover_template(
         else:
             texts = (trained_part(row, field) for row in texts)
         datasets = {"the training data": texts}
-    if args.place_model_on_device and not hasattr(model, "hf_device_map"):
-        model.to(args.device)  # where the parent would place it later; discovery is slow on another one
+    # Discovery is slow on another device than the trainer's; with `None` the Trainer places the model, but later.
+    if args.place_model_on_device is not False and not hasattr(model, "hf_device_map"):
+        model.to(args.device)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return discover_networks(model, tokenizer, datasets, config)
