@@ -141,7 +141,9 @@ class FunctionalNetworkConfig:
         least=0,
     )
     ica_layers: str | list[int] = option(
-        "all", "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list."
+        "all",
+        "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. With a loaded "
+        "template: those of its layers to select in.",
     )
     ica_site: str = option(
         "mlp_intermediate",

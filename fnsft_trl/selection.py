@@ -24,6 +24,7 @@ def select_neurons(
     seed: int = 0,
     like: NeuronMask | None = None,
     min_reliability: float = 0.0,
+    layers: Sequence[int] | None = None,
 ) -> NeuronMask:
     """Select neurons by the networks they belong to, or by a control.
 
@@ -42,27 +43,31 @@ def select_neurons(
         seed: of `"random"`.
         like: take as many neurons of every layer as this mask has, instead of a fraction.
         min_reliability: leave out networks whose split-half reliability is lower, in [0, 1]. Only for `"networks"`.
+        layers: select in these layers only; in all of the template's by default. What belongs to a network stays as
+            its threshold over all layers has it.
 
     Returns:
-        A [`NeuronMask`] over the template's layers.
+        A [`NeuronMask`] over these layers.
 
     Raises:
-        FNSFTError: an unknown selector or network, a fraction out of range, or a selection without any neuron.
+        FNSFTError: an unknown selector, network or layer, a fraction out of range, or a selection without any neuron.
     """
     _check_request(selector, rank, component_ids, fraction, like)
     ids = _networks(template, component_ids, min_reliability if selector == "networks" else 0)
+    chosen = _layers(template, layers)
     if fraction is None and like is None:
         members = [template.members(number) for number in ids]
-        mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in template.loadings}, template.site)
+        mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in chosen}, template.site)
     else:
         scores = _scores(template, ids, selector, seed)
+        scores = {layer: scores[layer] for layer in chosen}
         if rank == "lowest":
             scores = {layer: -values for layer, values in scores.items()}
         mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
     if mask.count == 0:
         raise FNSFTError(
-            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, {template.threshold}); lower the "
-            "threshold or select a fraction"
+            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, layers {format_ranges(chosen)}, "
+            f"{template.threshold}); lower the threshold or select a fraction"
         )
     return mask
 
@@ -111,6 +116,19 @@ def _networks(template, component_ids, min_reliability: float) -> list[int]:
     return reliable
 
 
+def _layers(template, layers) -> list[int]:
+    """The layers that are meant, ascending."""
+    if layers is None:
+        return list(template.loadings)
+    unknown = sorted(set(layers) - set(template.loadings))
+    if unknown or not layers:
+        raise FNSFTError(
+            f"the template does not cover layer {format_ranges(unknown) or '(none was named)'}; it covers layers "
+            f"{format_ranges(template.loadings)}"
+        )
+    return sorted(set(layers))
+
+
 def _union(parts: Iterator[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(parts)).any(0)
 
@@ -138,7 +156,7 @@ def _take(scores, fraction, per_layer, like) -> dict[int, torch.Tensor]:
     if like is not None:
         widths = {layer: len(values) for layer, values in scores.items()}
         if {layer: len(members) for layer, members in like.layers.items()} != widths:
-            raise FNSFTError("the mask given as `like` has other layers or widths than the template")
+            raise FNSFTError("the mask given as `like` has other layers or widths than what is selected from")
         counts = {layer: int(members.sum()) for layer, members in like.layers.items()}
     else:
         counts = {layer: max(1, round(fraction * len(values))) for layer, values in scores.items()}

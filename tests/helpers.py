@@ -197,7 +197,8 @@ import json, pathlib, sys
 source = pathlib.Path(sys.argv[1])
 if (source / "broken").exists():
     sys.exit("INFO: reading\\nModel ThatForCausalLM is not supported")
-call = {{"arguments": sys.argv[2:], "files": sorted(path.name for path in source.iterdir())}}
+eos = json.loads((source / "config.json").read_text()).get("eos_token_id")
+call = {{"arguments": sys.argv[2:], "files": sorted(path.name for path in source.iterdir()), "eos": eos}}
 pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps(call))
 """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -260,7 +260,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
         return cls(
             calibration=found.calibration.to_json(),
-            null=asdict(found.null) if found.null else None,
+            null=found.to_json()["null"],
             components=[replace(component) for component in found.components],
             hub_id=stored.hub_id,
             commit=stored.commit,

@@ -161,11 +161,11 @@ def test_a_first_argument_that_is_an_option_means_train(train_args, tmp_path):
 def test_command_line_wins_over_yaml_wins_over_defaults(train_args, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
-        yaml.safe_dump({"ica_fraction": 0.2, "ica_seed": 5, "ica_component_ids": [1], "weight_decay": 0.1})
+        yaml.safe_dump({"ica_fraction": 0.2, "frozen_guard": False, "ica_component_ids": [1], "weight_decay": 0.1})
     )
     assert main(["train", f"--config={config}", *train_args, "--ica_fraction", "0.3"]) == 0
     used = json.loads((tmp_path / "out" / "functional_networks" / "selection.json").read_text())["network_config"]
-    assert (used["ica_fraction"], used["ica_seed"], used["ica_component_ids"]) == (0.3, 5, [1])
+    assert (used["ica_fraction"], used["frozen_guard"], used["ica_component_ids"]) == (0.3, False, [1])
     assert used["train_neurons"] == "auto"
 
 
@@ -218,6 +218,8 @@ def refused(arguments, capsys, tmp_path):
         (["--model_name_or_path", "nobody/nothing"], "cannot be loaded"),
         (["--mask_eval", "false"], "mask_eval=false has no effect"),
         (["--ica_site", "mlp_output"], "set ica_site=mlp_intermediate"),
+        (["--ica_components", "4"], "ica_components is 4, but the template was made with 3"),
+        (["--ica_layers", "1-9"], "'1-9' is outside 0-2"),
         (["--train_method", "lora"], "use_peft"),
         (["--dataset_train_split", "trian"], "has no split 'trian'; it has train"),
         (

@@ -283,6 +283,18 @@ def test_a_file_with_no_peft_may_keep_the_options_of_lora(tmp_path):
         from_yaml(tmp_path, settings, "--lora_r", "4", base=ORIGINAL)
 
 
+def test_what_a_template_overrules_is_a_note_in_a_command_of_the_original(tmp_path):
+    settings = {"mask_mode": "lesion", "ica_template_path": "t", "ica_layers": "0-3", "ica_percentile": 95.0}
+    idle = {"ica_components": 7, "ica_pca_preprocessing_components": 64, "ica_build_templates_from": ["a"]}
+    found = from_yaml(tmp_path, settings | idle, base=ORIGINAL)
+    assert "no effect with ica_template_path, as in the original project: " in (note := found.notes[-1])
+    assert set(note.partition(": ")[2].split(", ")) == {"ica_components", "ica_rank", "ica_datasets"}
+    config = found.network_config
+    assert (config.ica_components, config.ica_rank, config.ica_datasets) == (10, 128, None)
+    assert (config.ica_layers, config.ica_percentile) == ("0-3", 95.0)
+    assert from_yaml(tmp_path, settings | idle).network_config.ica_components == 7  # refused with the template
+
+
 def test_a_push_without_a_repository_is_the_original_s_error_and_trl_s_default():
     assert parsed("--push_to_hub").values.get("hub_model_id") is None
     assert any("named as the output_dir" in note for note in parsed("--push_to_hub").notes)

@@ -12,7 +12,7 @@ from .loading import LoadingConfig
 from .run_config import RunConfig
 from .schema import Option, by_name, describe
 from .sources import COMMAND_LINE, read_sources
-from .translate import NETWORK_NAMES, original_options, translate
+from .translate import DISCOVERY_NAMES, NETWORK_NAMES, original_options, translate
 from .trl_options import trl_options
 
 
@@ -188,6 +188,9 @@ def _read_as_the_original(values: dict[str, Any], networks: dict[str, Any], note
     if values.get("use_peft") is None and networks.get("train_method", "auto") in ("auto", "lora"):
         values["use_peft"] = True
         notes.append("LoRA trains, as in the original project; no_peft switches it off")
+    if networks.get("ica_template_path") and (idle := [name for name in DISCOVERY_NAMES if name in networks]):
+        notes.append(f"no effect with ica_template_path, as in the original project: {', '.join(idle)}")
+        networks = {name: value for name, value in networks.items() if name not in idle}
     if not networks or networks.get("mask_mode") or not set(networks) <= NETWORK_NAMES:
         return networks
     notes.append(

@@ -45,6 +45,8 @@ NETWORK_NAMES = {
     *("ica_dtype", "ica_rank", "ica_datasets", "ica_template_samples_per_ds"),
     *("anti_drift_row_param", "anti_drift_apply_to"),
 }
+# Those of a discovery, which a template that is loaded has behind it.
+DISCOVERY_NAMES = ("ica_components", "ica_dtype", "ica_rank", "ica_datasets", "ica_template_samples_per_ds")
 # The value of `dtype` for `torch_dtype: auto`. TRL's own `auto` is the precision of the checkpoint.
 DEVICE_DTYPE = "device"
 
