@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_options_of_verbs import each_verb, options_of
 
 from fnsft_trl.cli import VERBS
-from fnsft_trl.cli.options.parse import training_options
+from fnsft_trl.cli.options.parse import parse_options, training_options
 from fnsft_trl.cli.options.schema import TRL, Option, by_name
 from fnsft_trl.cli.options.sources import read_sources
-from fnsft_trl.cli.options.translate import original_options
+from fnsft_trl.cli.options.translate import RENAMED, original_options
 from fnsft_trl.errors import FNSFTError
 
 
@@ -244,6 +244,15 @@ def test_a_mapping_is_the_same_in_both_sources(name, tmp_path):
         assert "stands twice" in message
 
 
+def test_a_word_in_a_mapping_that_looks_like_a_switch_is_noted(tmp_path):
+    base = "model_name_or_path: m\ndataset_name: d\n"
+    for word, noted in (("no", True), ("Off", True), ("yes", True), ("true", False), ("sdpa", False), ("n", False)):
+        (tmp_path / "config.yaml").write_text(f"{base}gradient_checkpointing_kwargs: {{a: [{{b: {word}}}]}}\n")
+        notes = parse_options(["--config", str(tmp_path / "config.yaml")]).notes
+        text = f"gradient_checkpointing_kwargs: {word!r} is text in a mapping; a switch there is true or false"
+        assert notes == ([text] if noted else [])
+
+
 def test_the_parts_of_a_mixture_have_types_too(tmp_path):
     known, file = known_of("train"), tmp_path / "config.yaml"
     text = "datasets: [{path: 2024_01, name: 007, split: no, columns: [1:30, on], data_files: {train: 1e5}"
@@ -292,9 +301,6 @@ def test_an_option_that_is_given_twice_is_refused(verb, tmp_path):
 
 
 def test_two_names_of_one_option_are_two_values_of_it(tmp_path):
-    from fnsft_trl.cli.options.parse import parse_options
-    from fnsft_trl.cli.options.translate import RENAMED
-
     base = ["--model_name_or_path", "m"]
     for old, new in RENAMED.items():
         option = training_options()[new]

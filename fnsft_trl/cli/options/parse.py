@@ -14,6 +14,7 @@ from .schema import Option, by_name, describe
 from .sources import COMMAND_LINE, read_sources
 from .translate import DISCOVERY_NAMES, NETWORK_NAMES, original_options, translate
 from .trl_options import trl_options
+from .values import TRUTH
 
 
 # Options of which one can be given, or be on.
@@ -90,6 +91,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
         used |= names
     if used:
         notes.insert(0, "names of the original project: " + "; ".join(f"{old} -> {new}" for old, new in used.items()))
+    notes += _switch_words(values)
     _check_presence(values)
 
     networks = _network_options(values, sources, notes)
@@ -147,6 +149,20 @@ def _drop_idle(values: dict[str, Any], sources: dict[str, dict[str, Any]]) -> li
     for name in idle:
         del values[name]
     return [f"{', '.join(idle)} of the config file: no effect with no_peft"] if idle else []
+
+
+def _switch_words(values: dict[str, Any]) -> list[str]:
+    """Notes on words in mappings that are text there, and that an option would read as true or false."""
+    notes = []
+    for name, value in values.items():
+        waiting = [value] if isinstance(value, dict) else []
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, (dict, list)):
+                waiting += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and len(value) > 1 and value.lower() in TRUTH:
+                notes.append(f"{name}: {value!r} is text in a mapping; a switch there is true or false")
+    return notes
 
 
 def _check_presence(values: dict[str, Any]) -> None:

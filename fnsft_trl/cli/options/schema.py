@@ -26,7 +26,8 @@ class Option:
         text (`bool`): whether it takes a plain string too.
         switch (`bool`): whether it takes true and false, or nothing, too.
         nullable (`bool`): whether it takes null.
-        choices (`tuple[str, ...]`): the values it can have (`datasets`: the keys); empty if there is no such list.
+        choices (`tuple[str, ...]`): the texts it can have, of a number beside it (`datasets`: the keys); empty if
+            there is no such list.
         lowest, highest (`float` or `None`): bounds of a number, both allowed.
         default: as JSON.
         help (`str`): one paragraph.
