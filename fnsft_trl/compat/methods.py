@@ -83,6 +83,13 @@ PRIVATE_METHODS = (
     ),
     PrivateMethod(*_SFT, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when all of it is written"),
     PrivateMethod(
+        "transformers.Trainer",
+        f"{_TRANSFORMERS}transformers/trainer.py",
+        "_save",
+        ("output_dir", "state_dict"),
+        "weights that FSDP keeps sharded are gathered, and saved whole at the end",
+    ),
+    PrivateMethod(
         *_SFT,
         "_prepare_dataset",
         ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
