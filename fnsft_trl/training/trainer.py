@@ -53,13 +53,15 @@ class FNSFTTrainer(WatchedTrainer):
     Example:
 
     ```python
+    >>> import torch
+    >>> from datasets import load_dataset
     >>> from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig
     >>> from trl import SFTConfig
 
     >>> trainer = FNSFTTrainer(
     ...     model="meta-llama/Llama-3.2-1B-Instruct",
-    ...     args=SFTConfig(output_dir="output"),
-    ...     train_dataset=dataset,
+    ...     args=SFTConfig(output_dir="output", bf16=torch.accelerator.is_available()),
+    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
     ...     network_config=FunctionalNetworkConfig(ica_component_ids=[0, 3]),
     ... )
     >>> trainer.train()
