@@ -144,7 +144,7 @@ class RunRecord:
                 f"networks {format_ranges(sorted(set(config.ica_component_ids)))} of {len(self.template.components)}"
             )
         elif config.ica_min_reliability:
-            networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+            networks += f" with a reliability above null of {config.ica_min_reliability:g} or more"
         if config.ica_fraction is None:
             return f"the neurons of {networks}"
         share = f"{config.ica_fraction:.1%} of the neurons of every layer"
