@@ -19,7 +19,7 @@ from ..hub.card import TAGS
 from ..hub.files import hub_errors, prepare_repo
 from ..hub.names import UNKNOWN, model_name
 from .card import template_card
-from .description import Component, TemplateDescription
+from .description import Component, NullReliability, TemplateDescription, reliability_above_null
 from .figure import networks_svg
 from .legacy import Members
 from .schema import FORMAT, FORMAT_VERSION
@@ -50,8 +50,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
         threshold (`ThresholdRule` or `None`): which neurons belong to a network. `None`: those with a loading above 0,
             in a template that was converted from lists of neurons.
-        null (`dict[str, float]` or `None`): mean `reliability` and `jaccard` of as many components of the same
-            activations shuffled in time, which those of the components are to be compared with.
+        null (`dict[str, float]` or `None`): mean `reliability` and `jaccard`, and `highest` reliability, of as many
+            components of activations without co-activation, which those of the components are to be compared with.
         components (`list[Component]`): one entry per network.
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
@@ -88,6 +88,17 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             component.layers = {layer: int(m.sum()) for layer, m in members.items() if m.any()}
             component.neurons = sum(component.layers.values())
 
+    def _check_counts(self, found: TemplateDescription, where: str | os.PathLike) -> None:
+        """Check the numbers of neurons that a description states, which nothing is computed from."""
+        for number, (stated, counted) in enumerate(zip(found.components, self.components, strict=True)):
+            if {layer: count for layer, count in stated.layers.items() if count} != counted.layers:
+                raise FNSFTError(
+                    f"{where}: network {number} is said to have {stated.neurons} neurons in {len(stated.layers)} "
+                    f"layers, but by its loadings and the threshold ({found.threshold_in_words()}) it has "
+                    f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
+                    "fetch the template again"
+                )
+
     @property
     def widths(self) -> dict[int, int]:
         """Number of neurons of each layer."""
@@ -112,6 +123,12 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         if self.threshold.rule == "zscore_positive":
             return above
         return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
+
+    def reliability_above_null(self, number: int) -> float | None:
+        """How far the reliability of network `number` is from its null to 1, in [0, 1]: 0 where it is no higher than
+        without co-activation; `None` where one of the two is unknown."""
+        null = None if self.null is None else NullReliability(**self.null)
+        return reliability_above_null(self.components[number].reliability, null)
 
     def pooled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Loadings and memberships of all networks, the layers side by side: both of shape (components, neurons)."""
@@ -258,7 +275,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 if part == "loadings" or found.statistics:
                     values[layer] = tensors[f"layers.{layer}.{part}"]
         same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
-        return cls(
+        template = cls(
             calibration=found.calibration.to_json(),
             null=found.to_json()["null"],
             components=[replace(component) for component in found.components],
@@ -267,6 +284,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             **{name: getattr(found, name) for name in same},
             **parts,
         )
+        template._check_counts(found, pretrained_model_name_or_path)
+        return template
 
     def push_to_hub(
         self,
