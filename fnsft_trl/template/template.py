@@ -56,8 +56,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
             calibration text. Empty where they are unknown.
-        weights (`dict` or `None`): by which to measure how far a model is from the base model, see
-            [`~fnsft_trl.template.weights.weight_probes`].
+        weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
@@ -125,9 +124,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
 
     def reliability_above_null(self, number: int) -> float | None:
-        """How far the reliability of network `number` is from its null to 1, in [0, 1]: 0 where it is no higher than
-        without co-activation; `None` where one of the two is unknown."""
-        null = None if self.null is None else NullReliability(**self.null)
+        """[`~fnsft_trl.template.description.reliability_above_null`] of network `number`; `None` where unknown."""
+        null = self.null and NullReliability(**self.null)
         return reliability_above_null(self.components[number].reliability, null)
 
     def pooled(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,8 +134,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
 
         layers = sorted(self.loadings)
         members = [self.members(number) for number in range(len(self.components))]
-        loadings = torch.cat([self.loadings[layer] for layer in layers], 1)
-        return loadings, torch.stack([torch.cat([network[layer] for layer in layers]) for network in members])
+        stacked = torch.stack([torch.cat([network[layer] for layer in layers]) for network in members])
+        return torch.cat([self.loadings[layer] for layer in layers], 1), stacked
 
     def with_threshold(self, threshold: ThresholdRule) -> FunctionalNetworkTemplate:
         """The same networks with another threshold; no discovery is needed.

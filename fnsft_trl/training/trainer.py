@@ -317,14 +317,9 @@ class FNSFTTrainer(WatchedTrainer):
     @property
     def _record(self) -> RunRecord:
         schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
-        return RunRecord(
-            config=self._run.config,
-            plan=self._run.plan,
-            template=self._run.template,
-            selected=self._run.selected,
-            trainable=self._run.trainable,
-            mask_phases=[phase for schedule in schedules for phase in schedule.to_dict()],
-        )
+        phases = [phase for schedule in schedules for phase in schedule.to_dict()]
+        run = self._run
+        return RunRecord(run.config, run.plan, run.template, run.selected, run.trainable, phases)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's, with the template and what was selected beside the weights.
