@@ -154,7 +154,7 @@ class TemplateDescription:
         Raises:
             FNSFTError: the template holds a value that no description may have.
         """
-        components = [_component_json(component) for component in template.components]
+        components = [_component_json(component) for component in template.counted()]
         for component in components:
             found = component["recurrence"]
             component["recurrence"] = dict(zip(source_names(list(found)), found.values(), strict=True))

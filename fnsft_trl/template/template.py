@@ -82,10 +82,15 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
 
     def __post_init__(self) -> None:
+        self.components = self.counted()
+
+    def counted(self) -> list[Component]:
+        """The components, with the numbers of neurons that the loadings and the threshold give by now."""
+        counted = []
         for number, component in enumerate(self.components):
-            members = self.members(number)
-            component.layers = {layer: int(m.sum()) for layer, m in members.items() if m.any()}
-            component.neurons = sum(component.layers.values())
+            layers = {layer: int(m.sum()) for layer, m in self.members(number).items() if m.any()}
+            counted.append(replace(component, layers=layers, neurons=sum(layers.values())))
+        return counted
 
     def _check_counts(self, found: TemplateDescription, where: str | os.PathLike) -> None:
         """Check the numbers of neurons that a description states, which nothing is computed from."""
@@ -148,7 +153,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 "the template was converted from lists of neurons, so no threshold applies; drop ica_threshold, "
                 "ica_percentile and ica_zscore, or discover the networks again"
             )
-        return replace(self, threshold=threshold, components=[replace(component) for component in self.components])
+        return replace(self, threshold=threshold)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that this template was not made from; warn of one whose weights have moved away from it.
@@ -276,7 +281,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         template = cls(
             calibration=found.calibration.to_json(),
             null=found.to_json()["null"],
-            components=[replace(component) for component in found.components],
+            components=list(found.components),
             hub_id=stored.hub_id,
             commit=stored.commit,
             **{name: getattr(found, name) for name in same},
