@@ -177,12 +177,7 @@ def test_the_networks_are_no_more_reliable_than_their_null():
 
 def test_selections_are_the_same_neurons():
     template = FunctionalNetworkTemplate.from_pretrained(GOLDEN / "templates" / "3")
-    # A least reliability was one of the bare number when this was written, and is one above the null now.
-    reliable = [
-        n for n, c in enumerate(template.components) if c.reliability >= SELECTIONS["reliable"]["min_reliability"]
-    ]
-    selections = SELECTIONS | {"reliable": {"component_ids": reliable}}
-    found = {name: select_neurons(template, **arguments) for name, arguments in selections.items()}
+    found = {name: select_neurons(template, **arguments) for name, arguments in SELECTIONS.items()}
     for rule, value in THRESHOLDS.items():
         found[rule] = select_neurons(template.with_threshold(ThresholdRule(rule, value)))
     assert {name: mask_content(mask) for name, mask in found.items()} == VALUES["selections"]

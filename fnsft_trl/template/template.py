@@ -92,17 +92,6 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             counted.append(replace(component, layers=layers, neurons=sum(layers.values())))
         return counted
 
-    def _check_counts(self, found: TemplateDescription, where: str | os.PathLike) -> None:
-        """Check the numbers of neurons that a description states, which nothing is computed from."""
-        for number, (stated, counted) in enumerate(zip(found.components, self.components, strict=True)):
-            if {layer: count for layer, count in stated.layers.items() if count} != counted.layers:
-                raise FNSFTError(
-                    f"{where}: network {number} is said to have {stated.neurons} neurons in {len(stated.layers)} "
-                    f"layers, but by its loadings and the threshold ({found.threshold_in_words()}) it has "
-                    f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
-                    "fetch the template again"
-                )
-
     @property
     def widths(self) -> dict[int, int]:
         """Number of neurons of each layer."""
@@ -287,7 +276,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             **{name: getattr(found, name) for name in same},
             **parts,
         )
-        template._check_counts(found, pretrained_model_name_or_path)
+        _check_counts(template, found, pretrained_model_name_or_path)
         return template
 
     def push_to_hub(
@@ -340,3 +329,15 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             members = self.members(number).items()
             networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
         return networks
+
+
+def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescription, where: str | os.PathLike) -> None:
+    """Check the numbers of neurons that a description states, which nothing is computed from."""
+    for number, (stated, counted) in enumerate(zip(found.components, template.components, strict=True)):
+        if {layer: count for layer, count in stated.layers.items() if count} != counted.layers:
+            raise FNSFTError(
+                f"{where}: network {number} is said to have {stated.neurons} neurons in {len(stated.layers)} "
+                f"layers, but by its loadings and the threshold ({found.threshold_in_words()}) it has "
+                f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
+                "fetch the template again"
+            )
