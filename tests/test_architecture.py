@@ -38,7 +38,7 @@ ORDER = {
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "held", "layer", "linear", "experts", "model"],
+    "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model"],
     "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
