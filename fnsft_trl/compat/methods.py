@@ -62,7 +62,13 @@ PRIVATE_METHODS = (
         *_TUNER,
         "_unload_and_optionally_merge",
         ("merge", "progressbar", "safe_merge", "adapter_names"),
-        "base values are put back before layers are taken apart",
+        "base values that an interruption left changed are put back before layers are taken apart",
+    ),
+    PrivateMethod(
+        *_TUNER,
+        "_remove_adapter_name_from_key",
+        ("key", "adapter_name"),
+        "files keep the names that deltas had before their parameters got a module of their own",
     ),
     PrivateMethod(*_TUNER, "prefix", None, "the beginning of the deltas' names, by which PEFT finds them"),
     PrivateMethod(
