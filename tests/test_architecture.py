@@ -29,17 +29,20 @@ ORDER = {
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
-        *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
+        *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
+        *("together", "embedded", "sources", "sequences", "tokenized", "labels", "preparation"),
+        "training",
     ],
-    "neurons": ["layout", "experts", "sites", "mask"],
+    "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
-        *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
+        *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
+        *("progress", "discovery"),
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "held", "layer", "linear", "experts", "model"],
-    "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
+    "tuner": ["config", "held", "layer", "linear", "experts", "model", "saved"],
+    "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": [
@@ -57,7 +60,18 @@ ORDER = {
 # The same inside a package of a package.
 INNER = {
     "cli.options": [
-        *("schema", "run_config", "trl_options", "values", "sources", "loading", "help", "arguments", "translate"),
+        *(
+            "schema",
+            "run_config",
+            "trl_options",
+            "written",
+            "values",
+            "sources",
+            "loading",
+            "help",
+            "arguments",
+            "translate",
+        ),
         "parse",
     ],
 }

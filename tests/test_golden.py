@@ -22,6 +22,7 @@ from helpers import logits, state
 from safetensors.torch import load_file
 
 from fnsft_trl import (
+    FNSFTError,
     FunctionalNetworkConfig,
     FunctionalNetworkTemplate,
     NeuronMask,
@@ -167,9 +168,21 @@ def test_the_versions_of_one_template_agree():
     assert three["weights"] is not None
 
 
+def test_the_networks_are_no_more_reliable_than_their_null():
+    template = FunctionalNetworkTemplate.from_pretrained(GOLDEN / "templates" / "3")
+    assert [number for number, c in enumerate(template.components) if c.reliability >= 0.7] == [0, 2]
+    with pytest.raises(FNSFTError, match=r"no network has a reliability above null of 0\.7"):
+        select_neurons(template, min_reliability=0.7)
+
+
 def test_selections_are_the_same_neurons():
     template = FunctionalNetworkTemplate.from_pretrained(GOLDEN / "templates" / "3")
-    found = {name: select_neurons(template, **arguments) for name, arguments in SELECTIONS.items()}
+    # A least reliability was one of the bare number when this was written, and is one above the null now.
+    reliable = [
+        n for n, c in enumerate(template.components) if c.reliability >= SELECTIONS["reliable"]["min_reliability"]
+    ]
+    selections = SELECTIONS | {"reliable": {"component_ids": reliable}}
+    found = {name: select_neurons(template, **arguments) for name, arguments in selections.items()}
     for rule, value in THRESHOLDS.items():
         found[rule] = select_neurons(template.with_threshold(ThresholdRule(rule, value)))
     assert {name: mask_content(mask) for name, mask in found.items()} == VALUES["selections"]

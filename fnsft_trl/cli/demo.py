@@ -145,7 +145,7 @@ def _start(args: Arguments, discovery: FunctionalNetworkConfig, output: Path) ->
         layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]
         print(
             f"   network {number}: {component.neurons} neurons, most in layers {', '.join(map(str, layers))}; "
-            f"reliability {component.reliability:.2f}"
+            f"reliability {component.reliability:.2f}, above null {template.reliability_above_null(number):.2f}"
         )
 
     _say("2/4 Measuring the model before training: the new task, and general text (disjoint from the discovery's)")

@@ -2,8 +2,10 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from functools import cache
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -12,7 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-__all__ = ["compute_local_shape_and_global_offset", "is_fsdp_managed", "version_counter"]
+__all__ = [
+    "compute_local_shape_and_global_offset",
+    "forward_hooks",
+    "guard_hooks",
+    "is_fsdp_managed",
+    "remove_forward_hooks",
+    "version_counter",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +60,38 @@ def _fsdp_marks_modules() -> bool:
             "of several processes: neuron deltas are slower there, and cannot be merged; use an older torch"
         )
     return found
+
+
+def guard_hooks() -> None:
+    """Let compiled code notice hooks: those put on, or taken away, after the compilation, and those of another model.
+
+    By default torch.compile takes for granted that hooks stay as they were, and runs what it made of one model for
+    another of the same classes, whose hooks are then ignored without a word. Code that was compiled so is dropped,
+    and made anew in its next call.
+    https://docs.pytorch.org/docs/stable/torch.compiler_nn_module.html
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/config.py
+    """
+    from torch import _dynamo
+
+    if _dynamo.config.skip_nnmodule_hook_guards:
+        _dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
+# A hook is public only to who registered it. Of a copy of a module nobody did, and it carries copies of the hooks.
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """The hooks that a module calls before and after its forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def remove_forward_hooks(module: nn.Module, kind: type) -> None:
+    """Take those hooks away from a module that are of a class, whoever registered them."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[number]
 
 
 def version_counter(tensor: Tensor) -> int:

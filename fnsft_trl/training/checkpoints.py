@@ -1,6 +1,7 @@
 """Checkpoints: complete or not. A run marks one when all of it is written, and goes on from none that is damaged."""
 
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -91,7 +92,7 @@ def find_checkpoint(asked: str | bool | None, args: TrainingArguments, *, has_ma
 def _find(asked: str | bool, output_dir: Path, has_mark: bool) -> Path:
     if str(asked).lower() != "true":
         directory = Path(asked).expanduser()
-        if not any((directory / name).is_file() for name in (TRAINER_STATE_FILE, f"{NETWORK_DIR}/{MARKER_FILE}")):
+        if not any(os.path.isfile(directory / name) for name in (TRAINER_STATE_FILE, f"{NETWORK_DIR}/{MARKER_FILE}")):
             raise FNSFTError(
                 f"resume_from_checkpoint is {str(asked)!r}, which is no checkpoint of a training (it has no "
                 f"{TRAINER_STATE_FILE}); give a directory such as OUTPUT_DIR/checkpoint-100, or true for the last one"

@@ -19,6 +19,7 @@ from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle, lesion, preserve
 from ..neurons.mask import NeuronMask
+from ..ranges import format_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from .checkpoints import find_checkpoint
@@ -174,7 +175,7 @@ class Run:
             layers=self.layers,
         )
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
-        logger.info(f"selected {self.selected}; trainable {self.trainable}; method {self.plan.method}")
+        logger.info(f"selected {self.selected}; to be trained {self.trainable}; method {self.plan.method}")
         peft_config = self.way.peft_config(model, self.trainable, peft_config)
         if peft_config is not None and peft_config.revision is None:
             peft_config.revision = (self._model_init_kwargs or {}).get("revision")  # which export loads again
@@ -208,6 +209,7 @@ class Run:
             )
         trainer.keeps_weights = True
         self.way.hold(trainer, self.trainable)
+        self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
             intervene = lesion if self.plan.mask_mode == "lesion" else preserve
@@ -219,3 +221,16 @@ class Run:
                 self.guard = FrozenNeuronGuard(trainer.model, self.trainable)
                 trainer.add_callback(self.guard)
         return handle
+
+    def _leave_out_unreached(self, model: PreTrainedModel | PeftModel) -> None:
+        """Count as trainable what can train, and say what else was asked for."""
+        reached = self.way.reached(model, self.trainable)
+        missed = self.trainable & ~reached
+        if missed.count:
+            layers = format_ranges([layer for layer, members in missed.layers.items() if members.any()])
+            logger.warning(
+                f"{missed.count} of the {self.trainable.count} neurons that should train, in layers {layers}, have no "
+                f"weight among the LoRA targets and stay as they are: {reached.count} train; name more targets, or "
+                "leave target_modules out"
+            )
+        self.trainable = reached

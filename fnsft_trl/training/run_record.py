@@ -11,7 +11,7 @@ from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..hub.card import ADAPTER_NOTE, SECTION, publishable_card
 from ..interventions.baking import lesion_note
 from ..neurons.mask import NeuronMask
-from ..ranges import format_ranges
+from ..ranges import format_ranges, parse_ranges
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 
@@ -83,7 +83,7 @@ class RunRecord:
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
         what = "every neuron could change."
-        if self.plan.train != "all":
+        if trained.fraction < 1:
             what = (
                 f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
                 "are bit-identical to the base model."
@@ -116,11 +116,9 @@ class RunRecord:
         config, count = self.config, len(self.template.components)
         networks = f"all {count} networks"
         if config.ica_component_ids is not None:
-            networks = (
-                f"networks {format_ranges(sorted(set(config.ica_component_ids)))} of {len(self.template.components)}"
-            )
+            networks = f"networks {format_ranges(parse_ranges(config.ica_component_ids, count))} of {count}"
         elif config.ica_min_reliability:
-            networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+            networks += f" with a reliability above null of {config.ica_min_reliability:g} or more"
         layers = "every layer"
         if set(self.selected.layers) != set(self.template.loadings):
             layers = f"layers {format_ranges(sorted(self.selected.layers))}"

@@ -21,8 +21,10 @@ from transformers import (
 from transformers.utils import logging
 from trl import SFTConfig
 
+from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..data.tokenized import TokenizedCache, preparation_settings
+from ..data.preparation import Preparation
+from ..data.tokenized import TokenizedCache
 from ..errors import FNSFTError
 from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, is_hub_id, prepare_repo
@@ -34,7 +36,7 @@ from .run import Run
 from .run_record import RunRecord
 from .same_run import fsdp_form
 from .schedule import MaskScheduleCallback
-from .watched import WatchedTrainer, bare_optimizer
+from .watched import WatchedTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -51,13 +53,15 @@ class FNSFTTrainer(WatchedTrainer):
     Example:
 
     ```python
+    >>> import torch
+    >>> from datasets import load_dataset
     >>> from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig
     >>> from trl import SFTConfig
 
     >>> trainer = FNSFTTrainer(
     ...     model="meta-llama/Llama-3.2-1B-Instruct",
-    ...     args=SFTConfig(output_dir="output"),
-    ...     train_dataset=dataset,
+    ...     args=SFTConfig(output_dir="output", bf16=torch.accelerator.is_available()),
+    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
     ...     network_config=FunctionalNetworkConfig(ica_component_ids=[0, 3]),
     ... )
     >>> trainer.train()
@@ -89,6 +93,11 @@ class FNSFTTrainer(WatchedTrainer):
         FNSFTError: the config, the template, the model and the PEFT config do not go together.
     """
 
+    mask_handle: MaskHandle | None = None
+    _run: Run | None = None
+    _resumption: Resumption | None = None
+    _evaluation_name: str | None = None
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -112,9 +121,6 @@ class FNSFTTrainer(WatchedTrainer):
         tokenized_cache: bool = False,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
-        self._run: Run | None = None
-        self._resumption: Resumption | None = None
-        self.mask_handle: MaskHandle | None = None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
@@ -180,38 +186,32 @@ class FNSFTTrainer(WatchedTrainer):
         """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
 
         Raises:
-            FNSFTError: no row has an answer that begins within `max_length`.
+            FNSFTError: no row teaches anything, or the chat template refuses them all.
         """
 
-        def make():
+        def make(rows, args, packing, is_processed=False):
+            function = None if is_processed else formatting_func
             return super(FNSFTTrainer, self)._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
+                rows, processing_class, args, packing, function, dataset_name
             )
 
-        cache = self._tokenized_cache
-        if cache is None or formatting_func is not None or not cache.takes(dataset, processing_class):
-            prepared = make()
-        else:
-            settings = {"packing": packing, "completion_only_loss": self.completion_only_loss}
-            settings |= {"chat_template": self.chat_template, **preparation_settings(args)}
-            key = cache.key(dataset, processing_class, settings)
-            prepared = cache.read_or_make(key, make, writes=args.distributed_state.is_local_main_process)
-        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
-            return prepared
-        begins = f"begins after max_length={args.max_length} tokens"
-        if len(prepared) == 0:
-            raise FNSFTError(f"the answer of every row of the {dataset_name} data {begins}; set a larger max_length")
-        logger.warning(
-            f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
-            f"answer {begins}"
-        )
-        return prepared
+        return Preparation(
+            make=make,
+            args=args,
+            packing=packing,
+            name=dataset_name,
+            processing_class=processing_class,
+            chat_template=self.chat_template,
+            completion_only_loss=self.completion_only_loss,
+            is_formatted=formatting_func is not None,
+            cache=self._tokenized_cache,
+        ).of(dataset)
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._run is not None:
-            self._run.way.attach(bare_optimizer(optimizer))
+            self._run.way.attach(optimizer)
         return optimizer
 
     def get_batch_samples(self, *args, **kwargs):
@@ -223,9 +223,39 @@ class FNSFTTrainer(WatchedTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
-        unmasked = self.mask_handle is not None and not self._evaluate_masked
-        with masks_off(self.model) if unmasked else nullcontext():
+        with self._evaluation_masks():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
+        with self._evaluation_masks():
+            return super().predict(*args, **kwargs)
+
+    def _evaluation_masks(self):
+        unmasked = self.mask_handle is not None and not self._evaluate_masked
+        return masks_off(self.model) if unmasked else nullcontext()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the parent's; the evaluations with and without a mask have names of their own in it."""
+        if self._evaluation_name is not None:
+            metrics = evaluation_metrics(self)
+            named = {f"{self._evaluation_name}_{name}": values for name, values in metrics.items()}
+            metrics.clear()
+            metrics.update(named)
+        super().log(logs, *args, **kwargs)
+
+    def _evaluate_with_and_without_mask(self) -> None:
+        found = {}
+        try:
+            for name, self._evaluate_masked in (("masked", True), ("unmasked", False)):
+                self._evaluation_name = name
+                found |= self.evaluate(metric_key_prefix=f"eval_{name}")
+        finally:
+            self._evaluation_name = None
+            self._evaluate_masked = self.network_config.mask_eval
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name.endswith("_loss"))
+        if self.is_world_process_zero():
+            logger.warning(f"evaluated with the mask and without it, as the saved model runs: {losses}")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
@@ -244,11 +274,7 @@ class FNSFTTrainer(WatchedTrainer):
             resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
-            self._evaluate_masked = True
-            self.evaluate(metric_key_prefix="eval_masked")
-            self._evaluate_masked = False
-            self.evaluate(metric_key_prefix="eval_unmasked")
-            self._evaluate_masked = self.network_config.mask_eval
+            self._evaluate_with_and_without_mask()
         return result
 
     def init_hf_repo(self, *args, **kwargs) -> None:
@@ -291,14 +317,9 @@ class FNSFTTrainer(WatchedTrainer):
     @property
     def _record(self) -> RunRecord:
         schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
-        return RunRecord(
-            config=self._run.config,
-            plan=self._run.plan,
-            template=self._run.template,
-            selected=self._run.selected,
-            trainable=self._run.trainable,
-            mask_phases=[phase for schedule in schedules for phase in schedule.to_dict()],
-        )
+        phases = [phase for schedule in schedules for phase in schedule.to_dict()]
+        run = self._run
+        return RunRecord(run.config, run.plan, run.template, run.selected, run.trainable, phases)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's, with the template and what was selected beside the weights.
