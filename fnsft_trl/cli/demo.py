@@ -236,7 +236,8 @@ def _train(arm: Arm, args: Arguments, start: _Start, output: Path):
         mlp_modules = [name for site in start.sites for name in site.layout.modules()]
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules=mlp_modules, task_type="CAUSAL_LM")
     else:
-        networks = FunctionalNetworkConfig(ica_fraction=FRACTION, ica_seed=args.seed, **arm.networks)
+        seed = {"ica_seed": args.seed} if arm.networks.get("ica_select") == "random" else {}
+        networks = FunctionalNetworkConfig(ica_fraction=FRACTION, **seed, **arm.networks)
     trainer = FNSFTTrainer(
         model=start.model_path,
         args=SFTConfig(
