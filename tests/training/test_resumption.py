@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from helpers import changed_entries, sft_config, state, tiny_model
+from helpers import changed_entries, instead, sft_config, state, tiny_model
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -238,7 +238,7 @@ def test_the_command_discovers_nothing_anew_and_compares(command, tmp_path, caps
         (["--ica_components", "3"], "ica_components is 3, but the template was made with 2"),
     ):
         capsys.readouterr()
-        assert main([*command, *networks, *other, "--resume_from_checkpoint", "true"]) == 2
+        assert main([*instead([*command, *networks], *other), "--resume_from_checkpoint", "true"]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     capsys.readouterr()
     assert main([*command, "--use_peft", "--resume_from_checkpoint", "true"]) == 2
