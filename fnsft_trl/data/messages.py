@@ -137,6 +137,8 @@ def _content(value, name: str, dialect: Dialect):
     value = by_rows(value)
     if isinstance(value, Mapping):
         value = [value]  # its only part
+    if isinstance(value, list) and value and not is_parts(value):
+        raise UnusableRow(f"{name} has a content that is a list or a struct of something else than texts")
     if dialect.keeps_parts and is_parts(value):
         return without_nulls(value)
     try:

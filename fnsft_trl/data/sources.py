@@ -138,7 +138,7 @@ def _options(files: Sequence[Path]) -> dict:
     kinds = {_BUILDERS[file.suffix] for file in files}
     if kinds == {"csv"}:
         for file in files:
-            pass
+            _check_first_row(file)
         # 007 is not 7, and an answer "None" is not a missing one. Without index_col=False, a first row that is longer
         # than the header makes all columns but the last come from the cell beside their own.
         features = Features({name: Value("string") for name in _header(files[0])})
