@@ -132,7 +132,10 @@ class FunctionalNetworkConfig:
     )
     ica_zscore: float | None = option(None, "The z of the `zscore` rules; 1.96 by default.", above=0)
     ica_min_reliability: float = option(
-        0.0, "Without `ica_component_ids`: select only networks at least this reliable.", least=0, most=1
+        0.0,
+        "Without `ica_component_ids`: select only networks whose reliability above null is at least this.",
+        least=0,
+        most=1,
     )
     ica_component_ids: list[int] | str | None = option(
         None,
@@ -184,7 +187,7 @@ class FunctionalNetworkConfig:
     )
     ica_until_reliable: float | None = option(
         None,
-        "Read on until the mean reliability reaches this, at most `ica_max_tokens`; the curve of reliability over "
+        "Read on until the mean reliability above null reaches this, at most `ica_max_tokens`; the curve of it over "
         "tokens is kept in the template.",
         above=0,
         below=1,

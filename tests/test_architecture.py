@@ -41,7 +41,7 @@ ORDER = {
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "held", "layer", "linear", "experts", "model", "saved"],
+    "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
     "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],

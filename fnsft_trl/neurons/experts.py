@@ -140,6 +140,15 @@ class ExpertTapHandle:
             self._forward.restore()
 
 
+def forward_set_on(module: nn.Module) -> Callable | None:
+    """The forward that was set on one module alone, in place of its class's; taps of experts aside."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, _TappedForward):
+        forward = forward.was_own
+    # accelerate, when it takes its hooks away, leaves the class's forward there
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
 class _TappedForward:
     """Stands in for the forward of an experts module as long as its activations are tapped.
 

@@ -22,12 +22,16 @@ class Resumption:
         trainer ([`FNSFTTrainer`]): the trainer.
         run (`Run`): what it trains.
         given (`dict`): name -> what it was given in the place of its own optimizer, loss or collator.
+
+    Attributes:
+        is_writing (`bool`): whether the trainer writes a checkpoint at the moment.
     """
 
     def __init__(self, trainer, run: Run, given: Mapping[str, Any]) -> None:
         self.trainer = trainer
         self.run = run
         self.given = given
+        self.is_writing = False
 
     def begin(self, asked: str | bool | None, mask_phases: list[dict]) -> str | bool | None:
         """Check that the training may go on from a checkpoint, before anything of it is loaded.
@@ -61,11 +65,11 @@ class Resumption:
         """Mark the checkpoint that is written in the block as complete, and delete older ones only then."""
         trainer, args = self.trainer, self.trainer.args
         directory = Path(args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        limit, args.save_total_limit = args.save_total_limit, None
+        limit, args.save_total_limit, self.is_writing = args.save_total_limit, None, True
         try:
             yield
         finally:
-            args.save_total_limit = limit
+            args.save_total_limit, self.is_writing = limit, False
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
             frozen = {"frozen": self.run.guard.fingerprint} if self.run.guard is not None else {}

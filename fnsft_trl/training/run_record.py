@@ -118,7 +118,7 @@ class RunRecord:
         if config.ica_component_ids is not None:
             networks = f"networks {format_ranges(parse_ranges(config.ica_component_ids, count))} of {count}"
         elif config.ica_min_reliability:
-            networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+            networks += f" with a reliability above null of {config.ica_min_reliability:g} or more"
         layers = "every layer"
         if set(self.selected.layers) != set(self.template.loadings):
             layers = f"layers {format_ranges(sorted(self.selected.layers))}"

@@ -76,7 +76,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "networks": networks_text(trainer.network_template),
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
         "train_dataset": _data_text(trainer.train_dataset),
-        "fsdp": str(trainer.accelerator.state.fsdp_plugin.state_dict_type) if trainer.is_fsdp_enabled else None,
+        "fsdp": fsdp_form(trainer),
         "deepspeed": trainer.is_deepspeed_enabled,
         **{name: _name(value) for name, value in given.items()},
         **_argument_settings(trainer.args),
@@ -183,6 +183,11 @@ def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         name if "." in name else f"adapter.{name}": sorted(value, key=str) if isinstance(value, (set, list)) else value
         for name, value in kept.items()
     }
+
+
+def fsdp_form(trainer) -> str | None:
+    """The name of the form in which FSDP writes checkpoints; `None` without FSDP."""
+    return trainer.accelerator.state.fsdp_plugin.state_dict_type.name if trainer.is_fsdp_enabled else None
 
 
 def _mask_text(count: int, sha256: str) -> str:

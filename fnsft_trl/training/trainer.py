@@ -34,6 +34,7 @@ from ..template.template import FunctionalNetworkTemplate
 from .resumption import Resumption, check_plain
 from .run import Run
 from .run_record import RunRecord
+from .same_run import fsdp_form
 from .schedule import MaskScheduleCallback
 from .watched import WatchedTrainer
 
@@ -316,19 +317,21 @@ class FNSFTTrainer(WatchedTrainer):
     @property
     def _record(self) -> RunRecord:
         schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
-        return RunRecord(
-            config=self._run.config,
-            plan=self._run.plan,
-            template=self._run.template,
-            selected=self._run.selected,
-            trainable=self._run.trainable,
-            mask_phases=[phase for schedule in schedules for phase in schedule.to_dict()],
-        )
+        phases = [phase for schedule in schedules for phase in schedule.to_dict()]
+        run = self._run
+        return RunRecord(run.config, run.plan, run.template, run.selected, run.trainable, phases)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the parent's, with the template and what was selected beside the weights."""
+        """As the parent's, with the template and what was selected beside the weights.
+
+        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
+        """
         super().save_model(output_dir, _internal_call)
-        if self._run is not None and self.args.should_save:
+        if self._run is None:
+            return
+        if self.is_fsdp_enabled and not self._resumption.is_writing and "FULL" not in fsdp_form(self):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.should_save:
             self._record.save(Path(output_dir or self.args.output_dir), self.model)
 
     def _save_checkpoint(self, model, trial) -> None:

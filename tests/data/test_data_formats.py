@@ -191,7 +191,7 @@ def test_of_two_shapes_the_one_that_goes_further_is_read(form, answers, unanswer
     assert converted.get("messages", conversation) == conversation
 
 
-ANSWERS = ["code", "solution", "target", "summary", "Reply", *{form.completion for form in PAIRS}]
+ANSWERS = ["code", "solution", "target", "summary", "Reply", *sorted({form.completion for form in PAIRS})]
 
 
 @pytest.mark.parametrize("beside", [*ANSWERS, "role", "parent_id", "message_tree_id", "Speaker"])

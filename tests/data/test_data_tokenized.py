@@ -379,8 +379,8 @@ def _write_slowly(directory, barrier):
 def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
     context = multiprocessing.get_context("fork")
     dead = [context.Process(target=_write_and_die, args=(tmp_path, f"dead{number}")) for number in range(2)]
-    barrier = context.Barrier(2)
-    slow = context.Process(target=_write_slowly, args=(tmp_path, barrier))
+    barrier = context.Barrier(2, timeout=60)
+    slow = context.Process(target=_write_slowly, args=(tmp_path, barrier), daemon=True)
     for process in (*dead, slow):
         process.start()
     for process in dead:

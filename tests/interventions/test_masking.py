@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -330,3 +331,53 @@ def test_an_adapter_that_is_put_around_a_masked_layer_is_refused_until_the_mask_
             masked = logits(wrapped, ids)
         assert not torch.equal(masked, plain)
         assert torch.allclose(logits(zeroed(wrapped.merge_and_unload(), mask), ids), masked, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_a_replica_of_a_wrapped_layer_is_none_that_was_put_around_it(kind, ids):
+    """As DataParallel makes them, in every forward pass."""
+    model = lora(tiny_model("llama"))
+    mask = random_mask(model, kind)
+    with lesion(model, mask):
+        masked = logits(model, ids)
+        for block in model.base_model.model.model.layers:
+            block.mlp.down_proj = copy.copy(block.mlp.down_proj)
+        assert torch.equal(logits(model, ids), masked)
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_a_layer_that_was_unwrapped_and_wrapped_anew_is_refused(kind, ids):
+    model = lora(tiny_model("llama"))
+    handle = lesion(model, random_mask(model, kind))
+    again = lora(model.unload())
+    with pytest.raises(FNSFTError, match="after a mask"):
+        logits(again, ids)
+    assert masks_of(again) == [handle]
+    with masks_off(again):
+        logits(again, ids)
+    masks_of(again)[0].remove()
+    logits(again, ids)
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_a_mask_that_went_with_a_merged_adapter_is_said_to_be_gone_and_comes_back(kind, ids):
+    model = lora(tiny_model("llama"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    mask = random_mask(model, kind)
+    handle = lesion(model, mask)
+    merged = model.merge_and_unload()
+    expected = logits(zeroed(merged, mask), ids)
+    with pytest.warns(UserWarning, match="went with it when that was merged or unloaded: the model runs without it"):
+        plain = logits(merged, ids)
+    assert masks_of(merged) == [handle]
+    handle.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(logits(merged, ids), plain)
+        handle.enable()
+        assert torch.allclose(logits(merged, ids), expected, atol=1e-5)
+        handle.remove()
+        assert torch.equal(logits(merged, ids), plain)
