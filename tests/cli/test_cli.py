@@ -110,7 +110,7 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
     assert main(["inspect", str(target)]) == 0
     text = capsys.readouterr().out
     assert "mean reliability above null (and bare) over tokens: " in text
-    assert "shuffled in time" in text
+    assert "without co-activation: reliability" in text
     assert "recur in other rows.jsonl" in text or "recurs in other rows.jsonl" in text
 
 
