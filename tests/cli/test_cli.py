@@ -83,7 +83,7 @@ def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     assert main(["discover", str(model_dir), str(data), "--output_dir", str(target), *arguments]) == 0
     text = capsys.readouterr().out
     assert "Component 1: 24 neurons across" in text
-    assert "Shuffled in time" in text
+    assert "Null: without co-activation" in text
     template = FunctionalNetworkTemplate.from_pretrained(target)
     assert template.calibration["sources"] == ["data.jsonl"]
     assert template.threshold == ThresholdRule("percentile", 80)
@@ -109,7 +109,7 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
         assert len(FunctionalNetworkTemplate.from_pretrained(directory).components) == 2
     assert main(["inspect", str(target)]) == 0
     text = capsys.readouterr().out
-    assert "mean reliability over tokens: " in text
+    assert "mean reliability above null (and bare) over tokens: " in text
     assert "shuffled in time" in text
     assert "recur in other rows.jsonl" in text or "recurs in other rows.jsonl" in text
 
