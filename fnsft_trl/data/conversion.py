@@ -50,7 +50,6 @@ def to_trl_format(
     *,
     name: str = "the dataset",
     text_field: str = "text",
-    dialect: Dialect = PLAIN,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
     Convert a dataset in any known format to one that [`~trl.SFTTrainer`] reads.
@@ -69,8 +68,6 @@ def to_trl_format(
             What messages call it.
         text_field (`str`, *optional*, defaults to `"text"`):
             The column that the trainer reads text from (`dataset_text_field`).
-        dialect ([`~fnsft_trl.data.messages.Dialect`], *optional*):
-            What the chat template that will render the messages reads of them.
 
     Returns:
         What was given, converted; a [`~datasets.Dataset`] of a list.
@@ -90,14 +87,22 @@ def to_trl_format(
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         converted = {
-            split: _convert(rows, columns, f"the split {split!r} of {name}", text_field, dialect)
+            split: convert(rows, columns, name=f"the split {split!r} of {name}", text_field=text_field)
             for split, rows in dataset.items()
         }
         return type(dataset)(converted)
-    return _convert(dataset, columns, name, text_field, dialect)
+    return convert(dataset, columns, name=name, text_field=text_field)
 
 
-def _convert(dataset, columns, name: str, text_field: str, dialect: Dialect) -> Dataset | IterableDataset:
+def convert(
+    dataset: Dataset | IterableDataset | Iterable[Mapping],
+    columns: str | Mapping[str, str] | None = None,
+    *,
+    name: str,
+    text_field: str = "text",
+    dialect: Dialect = PLAIN,
+) -> Dataset | IterableDataset:
+    """The same for one dataset, whose messages will be rendered by a chat template that reads this of them."""
     if not isinstance(dataset, Dataset | IterableDataset):
         dataset = list(dataset)
     names = _column_names(dataset)

@@ -12,7 +12,7 @@ from trl import get_training_chat_template
 
 from ..errors import FNSFTError
 from .config import DataConfig
-from .conversion import TYPES, to_trl_format
+from .conversion import TYPES, convert
 from .dialects import dialect_of
 from .messages import PLAIN, Dialect
 from .prompts import adds_bos, adds_eos, set_chat_template, teach_end, without_bos
@@ -164,7 +164,7 @@ def _splits(name: str, script_args, data_config: DataConfig, seed: int, evaluate
 
 def _converted(data: DatasetDict, split: str, name: str, data_config: DataConfig, seed: int, options: dict) -> Dataset:
     rows = _sample(data[split], data_config.max_samples, seed)
-    return to_trl_format(rows, name=f"the split {split!r} of the dataset {name}", **options)
+    return convert(rows, name=f"the split {split!r} of the dataset {name}", **options)
 
 
 def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
@@ -200,7 +200,7 @@ def _mixture(mixture, data_config: DataConfig, seed: int, evaluates: bool, optio
         except (ValueError, KeyError) as error:
             raise FNSFTError(f"the mixture has columns that {part.path} does not have: {error}") from error
         rows = _sample(rows, data_config.max_samples, seed)
-        parts.append(to_trl_format(rows, name=f"the dataset {part.path}", **options))
+        parts.append(convert(rows, name=f"the dataset {part.path}", **options))
     shares = [part.fraction for part in mixture.datasets]
     if any(share is not None for share in shares):
         if any(share is None or share < 0 for share in shares) or sum(shares) == 0:

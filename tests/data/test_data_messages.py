@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fnsft_trl import FNSFTError, to_trl_format
 from fnsft_trl.data.cells import UnusableRow
+from fnsft_trl.data.conversion import convert
 from fnsft_trl.data.formats import convert_row, find_formats
 from fnsft_trl.data.messages import ROLES, TURN_KEYS, Dialect, read_messages, unread_keys
 
@@ -168,7 +169,11 @@ def test_what_no_template_reads_goes_no_further():
     assert "SECRET" not in json.dumps(to_trl_format(rows).to_list())
     assert unread_keys(turns, Dialect()) == {"hashed_ip", "mood"}
     reads_mood = Dialect(keys=TURN_KEYS | {"mood"})
-    assert to_trl_format(rows, dialect=reads_mood)[0]["messages"][0] == {"role": "user", "content": "x", "mood": "sad"}
+    assert convert(rows, name="rows", dialect=reads_mood)[0]["messages"][0] == {
+        "role": "user",
+        "content": "x",
+        "mood": "sad",
+    }
 
 
 def test_half_a_surrogate_pair_is_no_text():
