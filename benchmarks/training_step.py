@@ -184,7 +184,7 @@ class Arm:
             self.forward_backward()
         states = [] if self.optimizer is None else self.optimizer.state.values()
         layers = [module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer)]
-        originals = [entries.originals for layer in layers for entries in layer.held.entries.values()]
+        originals = [entries.originals for layer in layers for entries in layer.merging.entries.values()]
         held = {
             "parameters": sum(t.nbytes for t in [*self.model.parameters(), *self.model.buffers(), *originals]),
             "trained": sum(p.nbytes for p in self.trained),

@@ -208,3 +208,12 @@ def write_converter(path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(FAKE_CONVERTER)
     path.chmod(0o755)
+
+
+def instead(words: list[str], *more: str) -> list[str]:
+    """A command line with some options in the place of what it gives them, since an option can stand once."""
+    flags, kept, is_dropped = {word for word in more if word.startswith("--")}, [], False
+    for word in words:
+        is_dropped = word in flags if word.startswith("--") else is_dropped
+        kept += [] if is_dropped else [word]
+    return [*kept, *more]

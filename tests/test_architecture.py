@@ -30,7 +30,8 @@ ORDER = {
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
         *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
-        *("together", "embedded", "sources", "sequences", "tokenized", "training"),
+        *("together", "embedded", "sources", "sequences", "tokenized", "labels", "preparation"),
+        "training",
     ],
     "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
@@ -40,13 +41,13 @@ ORDER = {
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "held", "layer", "linear", "experts", "model", "saved"],
+    "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
     "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": [
-        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run"),
-        *("run_record", "schedule", "retention", "trainer"),
+        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run_record"),
+        *("checkpoints", "same_run", "run", "resumption", "schedule", "retention", "trainer"),
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
@@ -59,7 +60,18 @@ ORDER = {
 # The same inside a package of a package.
 INNER = {
     "cli.options": [
-        *("schema", "run_config", "trl_options", "values", "sources", "loading", "help", "arguments", "translate"),
+        *(
+            "schema",
+            "run_config",
+            "trl_options",
+            "written",
+            "values",
+            "sources",
+            "loading",
+            "help",
+            "arguments",
+            "translate",
+        ),
         "parse",
     ],
 }

@@ -62,7 +62,13 @@ PRIVATE_METHODS = (
         *_TUNER,
         "_unload_and_optionally_merge",
         ("merge", "progressbar", "safe_merge", "adapter_names"),
-        "base values are put back before layers are taken apart",
+        "base values that an interruption left changed are put back before layers are taken apart",
+    ),
+    PrivateMethod(
+        *_TUNER,
+        "_remove_adapter_name_from_key",
+        ("key", "adapter_name"),
+        "files keep the names that deltas had before their parameters got a module of their own",
     ),
     PrivateMethod(*_TUNER, "prefix", None, "the beginning of the deltas' names, by which PEFT finds them"),
     PrivateMethod(
@@ -81,12 +87,13 @@ PRIVATE_METHODS = (
     PrivateMethod(
         *_LAYER, "merge", ("safe_merge", "adapter_names"), "replaced on layers whose merge would move frozen neurons"
     ),
+    PrivateMethod(*_SFT, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when all of it is written"),
     PrivateMethod(
         "transformers.Trainer",
         f"{_TRANSFORMERS}transformers/trainer.py",
         "_save",
         ("output_dir", "state_dict"),
-        "template and selection are written beside every saved model",
+        "weights that FSDP keeps sharded are gathered, and saved whole at the end",
     ),
     PrivateMethod(
         *_SFT,

@@ -1,6 +1,9 @@
 """What is needed of PEFT beyond its public interface. Seen in PEFT 0.21.2."""
 
-from peft import PeftConfig, inject_adapter_in_model
+import re
+from functools import wraps
+
+from peft import PeftConfig, PeftType, inject_adapter_in_model
 
 # A method of PEFT's own kind is made of these tables; `register_peft_method` insists on a member of an enum of PEFT.
 # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/mapping.py
@@ -25,6 +28,11 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 
+# How names of parameters in a file become names in a model, for transformers' own loader of adapters, which looks the
+# function up there at every call.
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
+from peft.utils import transformers_weight_conversion as conversion
+
 # The modules that LoRA adapts where none are named, by type of model: where there is no entry, PEFT refuses.
 # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/constants.py
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -37,6 +45,7 @@ from peft.utils.integrations import dequantize_module_weight
 # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/other.py
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 
 
 __all__ = [
@@ -55,17 +64,35 @@ __all__ = [
 ]
 
 
-def add_method(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+def add_method(name: str, config: type[PeftConfig], tuner: type[BaseTuner], *, ending: str = "") -> None:
     """Make a PEFT method known to `get_peft_model`, `PeftModel.from_pretrained` and all that builds on them.
+
+    transformers' own loader (`AutoModel.from_pretrained` of a folder with an adapter, `model.load_adapter`) asks PEFT
+    how names in a file become names in a model. PEFT answers for one kind of parameters a method: those of LoRA, which
+    may stand beside this method's, would be left out.
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
 
     Args:
         name: as it stands in `adapter_config.json`, under `peft_type`.
         config: the class of its configuration.
         tuner: the class of its models.
+        ending: what follows an adapter's name in the names of its parameters, and does not stand in files.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
+    answer = conversion.build_peft_weight_mapping
+
+    @wraps(answer)
+    def with_all_names(weight_conversions, adapter_name, peft_config=None):
+        found = answer(weight_conversions, adapter_name, peft_config=peft_config)
+        if found and peft_config is not None and peft_config.peft_type == name:
+            lora, own = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA], re.escape(tuner.prefix)
+            found.append(WeightRenaming(rf"({lora}[^\.]*)", rf"\1.{adapter_name}"))
+            found.append(WeightRenaming(rf"({own}[^\.]*\.{re.escape(adapter_name)})$", rf"\1{ending}"))
+        return found
+
+    conversion.build_peft_weight_mapping = with_all_names
 
 
 def inject_beside(config: PeftConfig, model: nn.Module, adapter_name: str) -> None:

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 # Which part of a sharded tensor (`DTensor`) this process holds: neurons are counted over the whole weight.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_utils.py
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.modules import module as modules
 
 
 __all__ = [
     "compute_local_shape_and_global_offset",
     "forward_hooks",
     "guard_hooks",
+    "has_hooks",
     "is_fsdp_managed",
+    "is_transformed",
+    "multiplies_exactly",
     "remove_forward_hooks",
     "version_counter",
 ]
@@ -92,6 +96,48 @@ def remove_forward_hooks(module: nn.Module, kind: type) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
             del hooks[number]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs hooks, of its own or of all modules, beside its forward.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py
+    """
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(own) or any(
+        (
+            modules._global_forward_pre_hooks,
+            modules._global_forward_hooks,
+            modules._global_backward_pre_hooks,
+            modules._global_backward_hooks,
+        )
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, jvp) is computing: it follows no writes to weights.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/pyfunctorch.py
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def multiplies_exactly(x: Tensor) -> bool:
+    """Whether matrix products of a tensor take all bits of their factors: in half precision, under autocast, and where
+    float32 is rounded to TF32 or bfloat16 within a product, they do not.
+
+    How the last is asked changed with torch 2.9, which refuses the old question once the new one was used.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/backends/__init__.py
+    """
+    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.dtype is torch.float64:
+        return True
+    backend = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision not in ("tf32", "bf16")
 
 
 def version_counter(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..compat.torch import compute_local_shape_and_global_offset, version_counter
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice, mask_positions, select_positions, write_positions
-from .momentum import clear_momenta, plain_optimizer
+from .momentum import check_momenta, clear_momenta, plain_optimizer
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class FrozenSlice:
     _written: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.values, self._written = self._select(), self._mark()
+        self.values, self._written = select_positions(self.view, self.dims, self.positions), self._mark()
 
     @property
     def view(self) -> torch.Tensor:
@@ -65,9 +65,9 @@ class FrozenSlice:
                 "load_state_dict with assign=True) since constrain_full, which holds the one before; call it again, "
                 "and make the optimizer after that"
             )
-        if self._mark() == self._written:
+        if self._mark() == self._written and torch.equal(self._sample(), self._sample(of_values=True)):
             return
-        values = self._select()
+        values = select_positions(self.view, self.dims, self.positions)
         if not self.lasting:
             self.values = values
         elif not torch.allclose(values, self.values.to(values)):
@@ -82,13 +82,19 @@ class FrozenSlice:
         write_positions(self.view, self.dims, self.positions, self.values)
         self._written = self._mark()
 
-    def _select(self) -> torch.Tensor:
-        return select_positions(self.view, self.dims, self.positions)
-
     def _mark(self) -> tuple[int, int]:
-        """What changes when the parameter is written to, or gets other memory."""
+        """What changes when the parameter is written to, other than through `.data`, or gets other memory."""
         view = self.view
         return version_counter(view), view.data_ptr()
+
+    def _sample(self, *, of_values: bool = False) -> torch.Tensor:
+        """One entry of every position: they show what was written through `.data`."""
+        if of_values:
+            return self.values.flatten(1)[:, :1].flatten() if self.values.dim() > 1 else self.values
+        view = self.view
+        for dim in set(range(view.dim())) - set(self.dims):
+            view = view.narrow(dim, 0, min(1, view.shape[dim]))
+        return select_positions(view, self.dims, self.positions).flatten()
 
 
 # What holds a module's weights at present: of full fine-tuning by the model, of LoRA by the factor.
@@ -226,8 +232,10 @@ class FrozenSlices:
         """Zero the momentum of the frozen positions. Running means of squared gradients stay.
 
         Raises:
-            FNSFTError: see [`~fnsft_trl.constraints.momentum.check_momenta`].
+            FNSFTError: see [`~fnsft_trl.constraints.momentum.check_momenta`]; nothing is cleared then.
         """
+        for frozen in self.slices:
+            check_momenta(optimizer, frozen.parameter)
         for frozen in self.slices:
             mask = frozen.mask
             if frozen.shape is not None:

@@ -46,7 +46,7 @@ def clear_momenta(optimizer: Optimizer, parameter: torch.Tensor, entries: torch.
         entries: `True` at these, of a shape that broadcasts to that of the parameter, or of its shard.
 
     Raises:
-        FNSFTError: as [`check_momenta`]; nothing is changed then.
+        FNSFTError: as [`check_momenta`].
     """
     for momentum, zero in list(_momenta(optimizer, parameter)):
         momentum.masked_fill_(entries, zero)

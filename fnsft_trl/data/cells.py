@@ -48,7 +48,7 @@ def text_of(value, name: str) -> str:
         FNSFTError: it is something else.
     """
     if value is None or isinstance(value, str):
-        return value or ""
+        return _encodable(value or "", name)
     if isinstance(value, bool | int | float):
         return "" if is_empty(value) else str(value)
     if is_parts(value):
@@ -56,6 +56,14 @@ def text_of(value, name: str) -> str:
     if isinstance(value, Mapping) and "text" in value:
         return text_of(_squad_answer(value), name)
     raise FNSFTError(f"{name} holds a {type(value).__name__}; expected text")
+
+
+def _encodable(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRow(f"{name} holds half a surrogate pair, which is no text") from error
+    return text
 
 
 def _squad_answer(value: Mapping):
@@ -69,7 +77,7 @@ def _part_text(part: Mapping, name: str) -> str:
     text = part.get("text")
     if not isinstance(text, str | None):
         raise UnusableRow(f"{name} has a part whose text is a {type(text).__name__}")
-    return text or ""
+    return _encodable(text or "", name)
 
 
 def without_nulls(value):

@@ -89,13 +89,15 @@ def to_trl_format(
     ```
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        named = {split: f"the split {split!r} of {name}" for split in dataset}
-        return type(dataset)(
-            {
-                split: to_trl_format(rows, columns, name=named[split], text_field=text_field, dialect=dialect)
-                for split, rows in dataset.items()
-            }
-        )
+        converted = {
+            split: _convert(rows, columns, f"the split {split!r} of {name}", text_field, dialect)
+            for split, rows in dataset.items()
+        }
+        return type(dataset)(converted)
+    return _convert(dataset, columns, name, text_field, dialect)
+
+
+def _convert(dataset, columns, name: str, text_field: str, dialect: Dialect) -> Dataset | IterableDataset:
     if not isinstance(dataset, Dataset | IterableDataset):
         dataset = list(dataset)
     names = _column_names(dataset)

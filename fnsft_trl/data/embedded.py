@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..cache import cache_dir
 from ..errors import FNSFTError
-from ..writing import one_writer, written_whole
+from ..writing import one_writer, remove_leftovers, written_whole
 
 
 EMBEDDED = "embedded"
@@ -46,6 +46,7 @@ def embedded_model() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with one_writer(target.parent / f".{target.name}.lock"):
             if not (target / "config.json").exists():  # another process may have made it meanwhile
+                remove_leftovers(target)
                 _convert(package, target)
     return target
 

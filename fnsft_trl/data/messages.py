@@ -35,7 +35,7 @@ class Dialect:
     Attributes:
         keys (`frozenset[str]`): what is kept beside role and content. Whatever else a dataset says about a turn (who
             wrote it, from where, when) is in no text, and goes no further.
-        writes_calls (`bool`): whether calls of tools are written; without, they would be trained as empty answers.
+        writes_calls (`bool`): whether calls of tools are written.
         keeps_parts (`bool`): whether a content in parts stays one, because images belong between them.
     """
 
@@ -88,17 +88,26 @@ def _said(message: Mapping):
 
 
 def unread_keys(value, dialect: Dialect) -> set[str]:
-    """The keys of messages that go no further."""
-    value = by_rows(value)
-    if not isinstance(value, list):
+    """The keys of messages that are in no text."""
+    messages = by_rows(value)
+    if not isinstance(messages, list):
         return set()
-    filled = {key for message in value if isinstance(message, Mapping) for key in message if message[key] is not None}
-    return filled - dialect.keys - set(_NAMES)
+    filled = {
+        key
+        for message in messages
+        if isinstance(message, Mapping)
+        for key, item in message.items()
+        if item is not None and item != []
+    }
+    read = dialect.keys if dialect.writes_calls else dialect.keys - {"tool_calls"}
+    return filled - read - set(_NAMES)
 
 
 def by_rows(value):
     """A list of structs, of one that is a struct of lists."""
-    if isinstance(value, Mapping) and value and all(isinstance(cells, list) for cells in value.values()):
+    if not isinstance(value, Mapping) or not all(isinstance(cells, list) for cells in value.values()):
+        return value
+    if len({len(cells) for cells in value.values()}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
     return value
 
@@ -108,11 +117,10 @@ def _turn(message: Mapping, name: str, dialect: Dialect) -> dict | None:
     if role is None:
         said = message.get("role") or message.get("from")
         raise UnusableRow(f"{name!r} has a message of the role {said!r}; expected one of: {', '.join(ROLES)}")
-    rest = {key: without_nulls(item) for key, item in message.items() if key in dialect.keys and item is not None}
+    kept = dialect.keys.difference(_NAMES)
+    rest = {key: without_nulls(item) for key, item in message.items() if key in kept and item is not None}
     if not rest.get("tool_calls", True):
         del rest["tool_calls"]
-    if "tool_calls" in rest and not dialect.writes_calls:
-        raise UnusableRow(f"{name!r} has a call of a tool, which the chat template does not write")
     content = _content(_said(message), f"{name!r}", dialect)
     if is_empty(content):
         if role in ("system", "developer"):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 
 from jinja2 import TemplateError
+from transformers import ProcessorMixin
 
 from .cells import UnusableRow, is_empty, without_nulls
 
@@ -57,13 +58,13 @@ def refusal(row: Mapping, processing_class, chat_template: str | None = None) ->
 
     Args:
         row: with `messages`, or with `prompt` and `completion`, as lists of messages; text is not rendered.
-        processing_class: a tokenizer or a processor.
+        processing_class: a tokenizer; a processor is given contents in parts, and is not asked.
         chat_template: another chat template than its own.
     """
     whole, prompt = row.get("messages"), row.get("prompt")
     if "prompt" in row:
         whole = prompt + row["completion"] if isinstance(prompt, list) else None
-    if not isinstance(whole, list):
+    if not isinstance(whole, list) or isinstance(processing_class, ProcessorMixin):
         return None
     try:
         arguments = {"tokenize": False, "chat_template": chat_template, **template_arguments(row)}

@@ -58,6 +58,12 @@ def text_token_ids(text, tokenizer, dialect: Dialect | None = None) -> list[int]
     )
 
 
+def trained_part(row: Mapping, text_field: str = "text"):
+    """What SFTTrainer trains of a row that it is given: the row itself, or the text in this column of it."""
+    has_conversation = any(isinstance(row.get(name), list) for name in ("messages", "conversations"))
+    return row if has_conversation or row.keys() & {"input_ids", "prompt"} else row.get(text_field, row)
+
+
 def _string_ids(text: str, tokenizer) -> list[int]:
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and adds_bos(tokenizer):

@@ -1,5 +1,6 @@
 """From the options of a run to the datasets and the tokenizer of its trainer."""
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def _check_columns(
 
 
 def _names(dataset_name: str) -> list[str]:
-    if Path(dataset_name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(dataset_name)):
         return [dataset_name]
     return [name.strip() for name in dataset_name.split(",") if name.strip()]
 

@@ -73,7 +73,10 @@ class Decomposition:
 
 
 def decompose(
-    halves: Sequence[Sequence[ActivationSketch]], settings: IcaSettings, units: Units | None = None
+    halves: Sequence[Sequence[ActivationSketch]],
+    settings: IcaSettings,
+    units: Units | None = None,
+    weights: torch.Tensor | None = None,
 ) -> Decomposition:
     """Decompose the union of all sketches, and each half alone for the reliability.
 
@@ -82,6 +85,7 @@ def decompose(
         settings: how.
         units: of the decomposition; those of the centred activations by default. Loadings of neurons that these leave
             out are zero.
+        weights: of neurons that are a sample: how many each stands for in the replication, shape (neurons,).
 
     Raises:
         FNSFTError: a half has no more tokens than components, or fewer independent directions.
@@ -98,7 +102,7 @@ def decompose(
     together = [sketch for half in halves for sketch in half]
     whole, first, second = (_components(sketches, settings, units) for sketches in (together, *halves))
     loadings = whole.loadings[:k]
-    reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings)
+    reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings, weights)
     # how far the components that matter are from settled: those kept, and their counterparts in the halves
     change = float(torch.cat([whole.change[:k], first.change[pairs[0]], second.change[pairs[1]]]).max())
     moments = whole.moments
@@ -231,7 +235,7 @@ def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, uni
 
 
 def _replication(
-    whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[list[float], list[float], tuple[torch.Tensor, torch.Tensor]]:
     """|correlation| and Jaccard overlap of the pair of half components that belongs to each final component.
 
@@ -239,13 +243,21 @@ def _replication(
     gives the pairs' numbers in `a` and in `b`.
     """
     count = min(len(a), len(b))  # a half may have fewer directions than the other
-    a, b = a[:count], b[:count]
+    weights = torch.ones(whole.shape[1]) if weights is None else weights
+    whole, a, b = (loadings * weights.sqrt() for loadings in (whole, a[:count], b[:count]))
     partner, correlation = match_components(a, b)
     matched = b[partner]
     pair_of, _ = match_components(whole, a + (a * matched).sum(1, keepdim=True).sign() * matched)
-    top = max(1, round(0.02 * whole.shape[1]))
-    jaccard = []
-    for pair in pair_of:
-        first, second = (set(half[pair].abs().topk(top).indices.tolist()) for half in (a, matched))
-        jaccard.append(len(first & second) / len(first | second))
-    return correlation[pair_of].tolist(), jaccard, (pair_of, partner[pair_of])
+    first, second = (_strongest(half[pair_of], weights) for half in (a, matched))
+    both, either = (((sets * weights).sum(1)) for sets in (first & second, first | second))
+    return correlation[pair_of].tolist(), (both / either).tolist(), (pair_of, partner[pair_of])
+
+
+def _strongest(weighted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The neurons of the 2% largest |loadings|, at least one: bool, shape (components, neurons)."""
+    share = 0.02 * float(weights.sum())
+    most = min(len(weights), 1 + int(share / float(weights.min())))
+    order = (weighted.abs() / weights.sqrt()).topk(most).indices
+    inside = weights[order].cumsum(1) - weights[order] / 2 <= share
+    inside[:, 0] = True
+    return torch.zeros_like(weighted, dtype=torch.bool).scatter(1, order, inside)

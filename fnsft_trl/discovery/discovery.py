@@ -25,12 +25,12 @@ from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.sites import base_model, find_neuron_sites
 from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate
-from ..template.weights import weight_probes
+from ..template.weights import weight_probes, weights_sha256
 from .activations import ActivationReader
 from .decomposition import Decomposition, IcaSettings, decompose
 from .moments import Moments
 from .null import null_reliability
-from .progress import DiscoveryProgress, Milestones
+from .progress import WEIGHTS, DiscoveryProgress, Milestones
 from .recurrence import recurrence
 from .sketch import ActivationSketch
 from .units import Units
@@ -64,6 +64,7 @@ def discover_networks(
         config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
         progress_dir: where to save the sketch ten times on the way. Emptied at the end.
         resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.
+            Refused for a model with other weights, whatever its name.
 
     Returns:
         A [`FunctionalNetworkTemplate`], the same in every process. The same model, texts, settings, threads and
@@ -71,7 +72,7 @@ def discover_networks(
 
     Raises:
         FNSFTError: no sites, no text, fewer tokens than components, activations that are not finite, nothing to
-            resume from or other settings than there.
+            resume from, or other settings or weights than there.
     """
     datasets = texts if isinstance(texts, Mapping) else {"texts given in memory": texts}
     return discover_group(model, tokenizer, datasets, config, progress_dir=progress_dir, resume=resume)[0]
@@ -132,7 +133,7 @@ class _Discovery:
     """One discovery: the reader, the sketch of each part 2 * dataset + half of what it has read, and the templates."""
 
     def __init__(self, model, tokenizer, datasets: Mapping[str, Iterable], config: FunctionalNetworkConfig) -> None:
-        self.config, self.names = config, list(datasets)
+        self.whole_model, self.config, self.names = model, config, list(datasets)
         self.shown = source_names(absolute_sources(self.names))  # as the template names them
         self.model = base_model(model)
         sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
@@ -149,9 +150,12 @@ class _Discovery:
         )
         self.sources = [
             token_sequences(
-                islice(texts, config.ica_template_samples_per_ds), tokenizer, max_length=config.ica_max_length
+                islice(texts, config.ica_template_samples_per_ds),
+                tokenizer,
+                max_length=config.ica_max_length,
+                name=name,
             )
-            for texts in datasets.values()
+            for name, texts in datasets.items()
         ]
         self.units = Units(config.ica_standardize, config.ica_drop_massive, tuple(self.reader.columns.values()))
         self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -189,6 +193,8 @@ class _Discovery:
         config = self.config
         about = {"base_model": model_name(self.model), "site": config.ica_site, "datasets": self.names}
         about |= config.discovery_settings() | {"processes": self.share[1]}
+        if progress_dir is not None:
+            about[WEIGHTS] = weights_sha256(self.whole_model)
         progress = DiscoveryProgress(progress_dir, about, self.share, max_tokens=config.ica_max_tokens)
         if resume:
             self.curve = progress.resume(self.parts)["curve"]

@@ -42,13 +42,13 @@ def null_reliability(
     together = [sketch for half in halves for sketch in half if sketch.count]
     moments = Moments.union([sketch.moments for sketch in together])
     divisor = units.divisor(moments)
-    columns = _neurons(moments.variance.sqrt() / divisor, settings.components, random)
+    columns, weights = _neurons(moments.variance.sqrt() / divisor, settings.components, random)
     values = _activations(together, moments, divisor, columns)
     drawn = []
     for half in halves:
         count = sum(sketch.count for sketch in half)
         drawn.append([_drawn(values, count, reservoir=max(s.reservoir for s in half), random=random)])
-    result = decompose(drawn, replace(settings, restarts=1, max_iterations=50))
+    result = decompose(drawn, replace(settings, restarts=1, max_iterations=50), weights=weights)
     k = settings.components
     return {
         "reliability": sum(result.reliability) / k,
@@ -57,13 +57,15 @@ def null_reliability(
     }
 
 
-def _neurons(deviation: torch.Tensor, components: int, random: torch.Generator) -> torch.Tensor:
-    """The neurons that are taken, ascending, given the standard deviation of each in the units."""
+def _neurons(deviation: torch.Tensor, components: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons that are taken, given the standard deviation of each in the units, and how many each stands for."""
     varying = (deviation > 0).nonzero().flatten().cpu()
     order = varying[torch.randperm(len(varying), generator=random)]
     strongest = deviation.cpu()[order].argsort(descending=True, stable=True)[: 4 * components]
     rest = torch.ones(len(order), dtype=torch.bool).index_fill(0, strongest, False)
-    return torch.cat([order[strongest], order[rest]])[: max(_NEURONS, 8 * components)].sort().values
+    others = order[rest][: max(_NEURONS, 8 * components) - len(strongest)]
+    weight = float(rest.sum()) / max(1, len(others))
+    return torch.cat([order[strongest], others]), torch.tensor([1.0] * len(strongest) + [weight] * len(others))
 
 
 def _activations(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask, fitting_sites
 from ..neurons.sites import base_model
-from ..neurons.taps import tapping
+from ..neurons.taps import checking, tapping
 
 
 class MaskHandle:
@@ -32,6 +33,7 @@ class MaskHandle:
         self.silenced = silenced
         self._model: weakref.ref[nn.Module] | None = weakref.ref(base_model(model))
         self._hooks: list | None = None  # `None`: not registered
+        self._count = 0  # of modules that are tapped
         self._on = False
         self._blocks = 0  # `with` blocks that it is in
         self._register(model)
@@ -42,18 +44,19 @@ class MaskHandle:
         return self._on
 
     def enable(self) -> None:
-        """Switch the mask on. One that was removed is put on its model again.
+        """Switch the mask on. One that was removed, or went with an adapter, is put on its model again.
 
         Raises:
             FNSFTError: it was removed, and its model is gone, or is a copy of the one that it was made for.
         """
-        if self._hooks is None:
-            model = self._model and self._model()
+        model = self._model and self._model()
+        if self._hooks is None or (model is not None and self._taps(model) != self._count):
             if model is None:
                 raise FNSFTError(
                     "the mask was removed, and its handle knows no model any more (that of a copy never does); make a "
                     "new one with lesion or preserve"
                 )
+            self.remove()
             self._register(model)
         self._on = True
 
@@ -75,13 +78,19 @@ class MaskHandle:
             members = self.silenced.layers.get(site.layer)
             if members is not None and members.any():
                 self._hooks += site.tap(_Silence(self, members), self._is_on)
+        self._count = self._taps(model)
         self._on = True
+
+    def _taps(self, model: nn.Module) -> int:
+        return sum(isinstance(function, _Silence) and function.handle is self for function in tapping(model))
 
     def _is_on(self) -> bool:
         return self._on
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_model": None, "_blocks": 0}
+        # Hooks of modules that are gone, as a merge leaves them, cannot be copied.
+        hooks = self._hooks and [h for h in self._hooks if not isinstance(h, RemovableHandle) or h.hooks_dict_ref()]
+        return {**vars(self), "_hooks": hooks, "_model": None, "_blocks": 0}
 
     def __enter__(self) -> "MaskHandle":
         self.enable()
@@ -105,8 +114,8 @@ class _Silence:
 
 def masks_of(model: nn.Module) -> list[MaskHandle]:
     """The handles of all masks that are on a model, enabled or not, in no order; on a copy, its own."""
-    handles = (function.handle for function in tapping(model) if isinstance(function, _Silence))
-    return list({id(handle): handle for handle in handles}.values())
+    functions = [*tapping(model), *checking(model)]
+    return list({id(f.handle): f.handle for f in functions if isinstance(f, _Silence)}.values())
 
 
 @contextmanager

@@ -102,21 +102,23 @@ class NeuronSite:
         guard_hooks()
         if self.kind == "mlp_output":
             tap = OutputTap(function, enabled, slice(0, self.width))
-            return [self.output.register_forward_hook(tap), *self._check_wrapping(enabled)]
+            handles = [self.output.register_forward_hook(tap)]
+            return handles + self._check_wrapping(tap) if self.output is self.down else handles
         handles: list = []
         first = 0
         if self.experts:
             first = self.experts.width
             handles.append(self.experts.tap(UnitsTap(function, self.experts.units), enabled))
         if self.down is not None:
-            handles.append(self.down.register_forward_pre_hook(InputTap(function, enabled, slice(first, self.width))))
-        return handles + self._check_wrapping(enabled)
+            tap = InputTap(function, enabled, slice(first, self.width))
+            handles += [self.down.register_forward_pre_hook(tap), *self._check_wrapping(tap)]
+        return handles
 
-    def _check_wrapping(self, enabled: Callable[[], bool]) -> list:
-        """Have a pass refused in which an adapter was put around the down projection after it was tapped."""
+    def _check_wrapping(self, tap: InputTap | OutputTap) -> list:
+        """Have a pass refused in which an adapter was put around the tapped down projection since."""
         if self.around is None:
             return []
-        check = WrappingCheck(self.down_name.rpartition(".")[2], self.down, enabled)
+        check = WrappingCheck(self.down_name.rpartition(".")[2], tap)
         return [self.around.register_forward_pre_hook(check)]
 
 

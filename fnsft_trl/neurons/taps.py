@@ -4,6 +4,7 @@ They are objects and no closures, so that a copy of a model (`copy.deepcopy`, pi
 of what they refer to: the state of the copy is its own.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -77,27 +78,33 @@ class UnitsTap:
 
 @dataclass(eq=False)
 class WrappingCheck:
-    """A pre-hook of the module around a tapped one: a pass ends where an adapter was put around that since.
+    """A pre-hook of the module around a tapped one, for when another is in its place.
 
-    The taps would be inside of the adapter, and what it adds would go past them.
+    Where that is an adapter around it, the tap is inside, and what the adapter adds would go past it: the pass ends.
+    Where an adapter was taken away with the tap, which a merge does, the pass goes on, and a warning says so.
 
     Attributes:
         name (`str`): the tapped module's name in the module around it.
-        tapped (`nn.Module`): the tapped module.
-        enabled (callable): asked in every pass whether it is tapped at present.
+        tap (`InputTap` or `OutputTap`): the tap.
     """
 
     name: str
-    tapped: nn.Module
-    enabled: Callable[[], bool]
+    tap: InputTap | OutputTap
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         found = getattr(module, self.name)
-        if found is not self.tapped and isinstance(found, BaseTunerLayer) and self.enabled():
+        if not self.tap.enabled() or any(hook is self.tap for hook in forward_hooks(found)):
+            return
+        if isinstance(found, BaseTunerLayer):
             raise FNSFTError(
                 f"an adapter was put around {self.name} after a mask or another hook of this package, which would not "
                 "reach what the adapter adds; remove the mask, and put it on again"
             )
+        warnings.warn(
+            f"a mask was on the adapter around {self.name}, and went with it when that was merged or unloaded: the "
+            "model runs without it; remove the mask, or put it on again",
+            stacklevel=2,
+        )
 
 
 def tapping(model: nn.Module) -> Iterator[ActivationFunction]:
@@ -105,3 +112,9 @@ def tapping(model: nn.Module) -> Iterator[ActivationFunction]:
     for module in model.modules():
         taps = [*forward_hooks(module), *expert_taps(module)]
         yield from (tap.function for tap in taps if isinstance(tap, (InputTap, OutputTap, UnitsTap)))
+
+
+def checking(model: nn.Module) -> Iterator[ActivationFunction]:
+    """The functions that are to be called on a model's activations, even where the tapped modules are gone."""
+    for module in model.modules():
+        yield from (hook.tap.function for hook in forward_hooks(module) if isinstance(hook, WrappingCheck))

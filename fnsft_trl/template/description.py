@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..config import ThresholdRule
 from ..hub.names import UNKNOWN, clean_model_name, source_names
-from .schema import FORMAT, FORMAT_VERSION, check_config
+from .schema import FORMAT, FORMAT_VERSION, check_config, signed
 
 
 _STATISTICS = ("mean", "rms")
@@ -154,7 +154,7 @@ class TemplateDescription:
         Raises:
             FNSFTError: the template holds a value that no description may have.
         """
-        components = [_component_json(component) for component in template.components]
+        components = [_component_json(component) for component in template.counted()]
         for component in components:
             found = component["recurrence"]
             component["recurrence"] = dict(zip(source_names(list(found)), found.values(), strict=True))
@@ -223,8 +223,8 @@ class TemplateDescription:
         }
 
     def to_bytes(self) -> bytes:
-        """The bytes of `config.json`."""
-        return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode()
+        """The bytes of `config.json`, with a checksum of what it says."""
+        return (json.dumps(signed(self.to_json()), indent=2, allow_nan=False) + "\n").encode()
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that it asks for."""
@@ -235,7 +235,7 @@ class TemplateDescription:
                 shapes |= {f"layers.{layer}.{part}": (width,) for part in _STATISTICS}
         return shapes
 
-    def above_null(self, number: int) -> float | None:
+    def reliability_above_null(self, number: int) -> float | None:
         """[`reliability_above_null`] of network `number`."""
         return reliability_above_null(self.components[number].reliability, self.null)
 

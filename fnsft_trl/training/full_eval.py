@@ -20,8 +20,8 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, NeuronDeltaLayer)]
     for layer in layers:
-        layer.release()  # weights that hold deltas must give them back in the precision that they took them in
-    entries = [layer.held.entries for layer in layers]  # of merged deltas
+        layer.release()
+    merged = [dict(vars(layer.merging)) for layer in layers]  # what deltas are merged into, and its base values
     kept = [
         _Kept(module, name, tensor)
         for module in model.modules()
@@ -35,8 +35,8 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
             layer.release()
         for each in kept:
             each.restore()
-        for layer, of_layer in zip(layers, entries, strict=True):
-            layer.held.entries = of_layer
+        for layer, of_layer in zip(layers, merged, strict=True):
+            vars(layer.merging).update(of_layer)
 
 
 class _Kept:

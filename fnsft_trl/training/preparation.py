@@ -11,6 +11,7 @@ from ..compat.transformers import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from ..compat.trl import create_model_from_path
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
+from ..data.sequences import trained_part
 from ..data.sources import load_texts
 from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
@@ -61,12 +62,7 @@ def discover_template(
     config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, formatting_func
 ) -> FunctionalNetworkTemplate:
     """Discover the networks on `ica_datasets` or on the training data."""
-    unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
-    if unknown:
-        raise FNSFTError(
-            f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
-            f"the networks are 0-{config.ica_components - 1}"
-        )
+    config.check_named_networks()
     if is_deepspeed_zero3_enabled():
         raise FNSFTError(
             "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "
@@ -93,9 +89,10 @@ def discover_template(
         if formatting_func is not None:
             texts = map(formatting_func, texts)
         else:
-            texts = (row.get(field, row) for row in texts)
+            texts = (trained_part(row, field) for row in texts)
         datasets = {"the training data": texts}
-    if args.place_model_on_device and not hasattr(model, "hf_device_map"):
-        model.to(args.device)  # where the parent would place it later; discovery is slow on another one
+    # Discovery is slow on another device than the trainer's; with `None` the Trainer places the model, but later.
+    if args.place_model_on_device is not False and not hasattr(model, "hf_device_map"):
+        model.to(args.device)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return discover_networks(model, tokenizer, datasets, config)

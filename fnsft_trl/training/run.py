@@ -22,6 +22,7 @@ from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
+from .checkpoints import find_checkpoint
 from .guard import FrozenNeuronGuard
 from .loaded import check_template, chosen_layers, given_template
 from .preparation import (
@@ -30,6 +31,7 @@ from .preparation import (
     load_base_model,
     load_processing_class,
 )
+from .same_run import networks_text
 from .ways import WAYS, Way, is_sharded
 
 
@@ -50,6 +52,8 @@ class Run:
         plan (`TrainingPlan`): what the config comes to.
         way (`Way`): how the neurons are trained.
         args: the training arguments.
+        checkpoint (`Path` or `None`): what the run goes on from, as far as the arguments say so.
+        guard (`FrozenNeuronGuard` or `None`): what watches the frozen weights.
         template (`FunctionalNetworkTemplate`): the networks.
         layers (`list[int]` or `None`): the layers to select in; all of the template's by default.
         selected (`NeuronMask`): the selected neurons, over these layers.
@@ -88,8 +92,10 @@ class Run:
         if args.push_to_hub and args.process_index == 0:
             is_proposal = (args.hub_revision or "").startswith("refs/pr/")
             check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
+        self.guard: FrozenNeuronGuard | None = None
         if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
+        self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
 
     @property
     def _model_init_kwargs(self) -> dict | None:
@@ -118,12 +124,15 @@ class Run:
         train_dataset: Dataset | IterableDataset | None,
         formatting_func: Callable | None,
     ) -> None:
-        """Take the template that was given or named, or discover one.
+        """Take the template of the checkpoint, or the one that was given or named, or discover one.
 
         Raises:
-            FNSFTError: it is of another model, or the model cannot be trained in this way.
+            FNSFTError: it is of another model, or the model cannot be trained in this way; or the checkpoint has
+                another one than was given.
         """
         template = given_template(self.config, given)
+        if self.checkpoint is not None:
+            template = self._checkpoint_template(template)
         if template is not None and template.threshold is None and template.site != self.config.ica_site:
             # The original's commands name no site: their templates are of the MLPs' outputs.
             logger.warning(f"ica_site is {template.site}, the site of the converted template")
@@ -137,6 +146,16 @@ class Run:
         self.template = discover_template(
             self.config, model, processing_class, self.args, train_dataset, formatting_func
         )
+
+    def _checkpoint_template(self, given: FunctionalNetworkTemplate | None) -> FunctionalNetworkTemplate:
+        template = FunctionalNetworkTemplate.from_pretrained(self.checkpoint)
+        if given is not None and networks_text(given) != networks_text(template):
+            raise FNSFTError(
+                f"{self.checkpoint} was written with {networks_text(template)}, this run is given "
+                f"{networks_text(given)}; drop the template, since that of the checkpoint is taken, or start anew "
+                "(drop resume_from_checkpoint)"
+            )
+        return template
 
     def select(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
         """Select the neurons.
@@ -188,6 +207,7 @@ class Run:
                 "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
                 "ones (FSDP, DeepSpeed) could not be put back; drop the option"
             )
+        trainer.keeps_weights = True
         self.way.hold(trainer, self.trainable)
         self._leave_out_unreached(trainer.model)
         handle = None
@@ -198,7 +218,8 @@ class Run:
             if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
                 logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")
             else:
-                trainer.add_callback(FrozenNeuronGuard(trainer.model, self.trainable))
+                self.guard = FrozenNeuronGuard(trainer.model, self.trainable)
+                trainer.add_callback(self.guard)
         return handle
 
     def _leave_out_unreached(self, model: PreTrainedModel | PeftModel) -> None:

@@ -3,11 +3,10 @@
 from contextlib import nullcontext
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from torch.optim import Optimizer
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from ..constraints import plain_optimizer
 from ..errors import FNSFTError
 from .divergence import DivergenceGuard, check_weights
 from .full_eval import weights_kept
@@ -42,7 +41,7 @@ class WatchedTrainer(SFTTrainer):
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; its steps are watched."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._divergence.watch(bare_optimizer(optimizer))
+        self._divergence.watch(plain_optimizer(optimizer))
         return optimizer
 
     def train(self, *args, **kwargs):
@@ -107,8 +106,3 @@ class WatchedTrainer(SFTTrainer):
                 f"{empty} of the {batches} batches of the {what} hold no token with a label; each counts in the mean "
                 "loss with 0.0"
             )
-
-
-def bare_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside accelerate's, which a second training finds in its place and which knows no hooks."""
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

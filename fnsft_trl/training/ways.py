@@ -135,20 +135,21 @@ class MaskedLora(Way):
         """
         if self.plan.train == "all":
             return
-        frozen = constrain_lora(trainer.model, trainable, adapter_name=_only_adapter(trainer.model))
-        if not is_sharded(trainer):
-            self.frozen = frozen
-            return
-        if frozen.masks_gradients:
-            raise FNSFTError(
-                "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
-                "use plain data parallelism, or train_method=neuron_delta"
-            )
-        if "8bit" in (optim := OptimizerNames(trainer.args.optim).value):
+        sharded = is_sharded(trainer)
+        if sharded and "8bit" in (optim := OptimizerNames(trainer.args.optim).value):
             raise FNSFTError(
                 f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={optim}, whose "
                 "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
             )
+        frozen = constrain_lora(trainer.model, trainable, adapter_name=_only_adapter(trainer.model))
+        if sharded and frozen.masks_gradients:
+            frozen.release()
+            raise FNSFTError(
+                "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
+                "use plain data parallelism, or train_method=neuron_delta"
+            )
+        if not sharded:
+            self.frozen = frozen
 
     def reached(self, model: PeftModel, trainable: NeuronMask) -> NeuronMask:
         """Those with a weight among the targets of the adapters."""

@@ -13,6 +13,6 @@ from .linear import LinearDeltaLayer
 from .model import NeuronTunerModel
 
 
-add_method(NeuronPeftType.NEURON_DELTA, NeuronTunerConfig, NeuronTunerModel)
+add_method(NeuronPeftType.NEURON_DELTA, NeuronTunerConfig, NeuronTunerModel, ending=".values")
 
 __all__ = ["ExpertDeltaLayer", "LinearDeltaLayer", "NeuronDeltaLayer", "NeuronTunerConfig", "NeuronTunerModel"]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import repeat
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from ..compat.transformers import is_deepspeed_zero3_enabled
 from ..errors import FNSFTError
 from ..neurons.experts import expert_by_expert, expert_weight, project_expert
 from ..neurons.layout import WeightSlice
-from .held import Delta, Deltas, HeldState
+from .changes import Change, held_linear, summed_linear
+from .hooks import call_with
 from .layer import NeuronDeltaLayer
-from .linear import add_change, change_gradients
+from .merged import Delta, Deltas
 
 
 _PARAMETERS = tuple(f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias"))
-
-# What one adapter changes in one projection of one expert: positions (m,), delta (m, other), bias (m,) or `None`.
-_Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class ExpertDeltaLayer(NeuronDeltaLayer):
@@ -35,8 +33,8 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
     At `mlp_output` a position is a channel of every expert, and its row holds the rows of all of them, one after the
     other: down_proj: (positions, experts * units), its bias: (positions, experts).
 
-    Whenever gradients are recorded, and in the additive form, the experts are computed one after the other. Otherwise
-    the weights hold the deltas and the module's own implementation runs.
+    As long as deltas are active the experts are computed one after the other; without them, and with merged ones, the
+    module's own implementation runs.
     """
 
     adapter_layer_names = tuple(f"neuron_delta_{parameter}" for parameter in _PARAMETERS)
@@ -71,13 +69,8 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
         self._counts.pop(adapter_name, None)
 
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        deltas, is_held = self._prepare()
+        deltas = self._active_deltas()
         inputs = (hidden_states, chosen, weights)
-        if is_held:
-            with self.held.hold(deltas, refresh=self.training) as state:
-                if deltas and torch.is_grad_enabled():
-                    return self._by_expert(deltas, state, *inputs)
-                return self.base_layer(*inputs)
         if not deltas:
             return self.base_layer(*inputs)
         weight = self.base_layer.down_proj
@@ -86,36 +79,32 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
                 "the experts' weights are sharded on their own, or offloaded, and neuron deltas read them one expert "
                 "at a time; shard whole blocks (FSDP's transformer-based wrapping), or keep experts on one device"
             )
-        return self._by_expert(deltas, None, *inputs)
+        return call_with(self.base_layer, partial(self._by_expert, deltas), *inputs)
 
-    def _by_expert(self, deltas: Deltas, state: HeldState | None, *inputs: torch.Tensor) -> torch.Tensor:
-        """The experts one after the other, from the held form with that state of the deltas or in the additive form.
+    def _by_expert(self, deltas: Deltas, *inputs: torch.Tensor) -> torch.Tensor:
+        """The experts one after the other.
 
         Args:
             deltas: the deltas.
-            state: their state; `None` for the additive form.
             inputs: those of `forward`.
         """
-        changes = self._changes(deltas)
-        every = [delta for of_adapter in deltas.values() for delta in of_adapter]
-        sides = {delta.slice_.parameter: delta.slice_.side for delta in every}
+        changes, base = self._changes(deltas), self.base_layer
+        is_held = self._can_hold(deltas, inputs[0])
         reached: set[int] = set()  # experts that have tokens
 
         def project(parameter: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-            mine: list[_Change] = changes[parameter][expert] if parameter in changes else []
             reached.add(expert)
-            if state is not None:
-                trained = [change for change in mine if change[1].requires_grad]
-                values = [tensor for change in trained for tensor in change[1:] if tensor is not None]
-                where = [(positions, bias is not None) for positions, _, bias in trained]
-                side = sides.get(parameter, "")
-                return _HeldExpert.apply(self, deltas, state, parameter, expert, side, where, x, *values)
-            result = project_expert(self.base_layer, parameter, expert, x)
-            for positions, delta, bias in mine:
-                result = add_change(result, x, sides[parameter], positions, delta, bias)
-            return result
+            mine = changes[parameter][expert] if parameter in changes else []
+            compute = partial(project_expert, base, parameter, expert)
+            if not mine:
+                return compute(x)
+            weight = expert_weight(base, parameter, expert)
+            bias = getattr(base, f"{parameter}_bias")[expert] if base.has_bias else None
+            if is_held:
+                return held_linear(x, mine, held=self.held, compute=compute, weight=weight, bias=bias)
+            return summed_linear(x, mine, weight=weight, bias=bias)
 
-        output = expert_by_expert(self.base_layer, *inputs, project)
+        output = expert_by_expert(base, *inputs, project)
         for name, of_adapter in deltas.items():
             counts = self._counts.get(name)
             if counts is not None and not any(counts[expert] for expert in reached):
@@ -133,9 +122,9 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
         rest = [size for dim, size in enumerate(weight.shape) if dim not in slice_.dims]
         return (torch.Size(rest).numel(),) if rest else ()
 
-    def _changes(self, deltas: Deltas) -> dict[str, list[list[_Change]]]:
+    def _changes(self, deltas: Deltas) -> dict[str, list[list[Change]]]:
         """Weight -> for each expert, the changes of its projection, one for each adapter that has neurons there."""
-        changes: dict[str, list[list[_Change]]] = {}
+        changes: dict[str, list[list[Change]]] = {}
         for name, of_adapter in deltas.items():
             by_parameter = {delta.slice_.parameter: delta for delta in of_adapter}
             for parameter, delta in by_parameter.items():
@@ -148,7 +137,7 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
                 by_expert = changes.setdefault(parameter, [[] for _ in range(self._n_experts)])
                 for found, *change in zip(by_expert, positions, rows, biases, strict=False):
                     if len(change[0]):
-                        found.append(tuple(change))
+                        found.append(Change(delta.slice_.side, *change))
         return changes
 
     def _split(self, name: str, slice_: WeightSlice, rows: torch.Tensor, rest: tuple[int, ...]) -> list[torch.Tensor]:
@@ -172,48 +161,5 @@ class ExpertDeltaLayer(NeuronDeltaLayer):
         """The experts' weights by their names, without the deltas of adapters that are not merged."""
         if name not in _PARAMETERS:
             return super().__getattr__(name)
-        self.held.show()
         self.release()
         return getattr(self.base_layer, name)
-
-
-class _HeldExpert(torch.autograd.Function):
-    """One projection of one expert, with deltas held in its weight; see `_HeldLinear`.
-
-    It serves for experts without a delta, too: a plain linear function would find that their weights, which share
-    their tensor with those of others, were written to since its forward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        layer: ExpertDeltaLayer,
-        deltas: Deltas,
-        state: HeldState,
-        parameter: str,
-        expert: int,
-        side: str,
-        where: list[tuple[torch.Tensor, bool]],
-        x: torch.Tensor,
-        *values: torch.Tensor,
-    ):
-        ctx.layer, ctx.names, ctx.state = layer, tuple(deltas), state
-        ctx.parameter, ctx.expert, ctx.side, ctx.where = parameter, expert, side, where
-        ctx.dtypes = [tensor.dtype for tensor in values]
-        ctx.save_for_backward(*(x if side == "output" else x.index_select(-1, positions) for positions, _ in where))
-        return project_expert(layer.base_layer, parameter, expert, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        """Gradients for x and for the deltas that train, `None` for all else."""
-        layer: ExpertDeltaLayer = ctx.layer
-        layer.held.take_over(layer._deltas(ctx.names), ctx.state)
-        grad_x = None
-        if ctx.needs_input_grad[7]:
-            grad_x = grad @ expert_weight(layer.base_layer, ctx.parameter, ctx.expert).to(grad.dtype)
-        grads: list[torch.Tensor] = []
-        for (positions, has_bias), kept in zip(ctx.where, ctx.saved_tensors, strict=True):
-            grads += change_gradients(ctx.side, positions, kept.to(grad.dtype), grad, has_bias)
-        grads = [found.to(dtype) for found, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, None, None, None, grad_x, *grads

@@ -6,12 +6,31 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..compat.peft import BaseTunerLayer, BufferDict, check_adapters_to_merge
-from ..compat.transformers import is_deepspeed_zero3_enabled
+from ..compat.torch import is_fsdp_managed
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice
-from .held import Delta, Deltas, HeldWeights
+from .held import HeldWeights
+from .hooks import has_foreign_forward
+from .merged import Delta, Deltas, MergedWeights
+
+
+_MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class DeltaValues(nn.Module):
+    """The rows of one delta. A module of its own, so that the adapter's name stands inside the parameter's name, as it
+    does with LoRA: trainers that copy an adapter look for it there.
+
+    Attributes:
+        values (`nn.Parameter`): one row for each position, shape (m, ...).
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
 
 
 class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
@@ -21,20 +40,19 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
     in `adapter_layer_names` and `other_param_names` a `neuron_delta_NAME` and a `positions_NAME` for every parameter
     that may have a delta.
 
-    The same function is computed in one of two forms. In the *held* form the selected slices of the base weight are
-    overwritten with base + delta, and the backward pass computes the gradient of these slices alone. [`HeldWeights`]
-    keeps the base values aside, and they are put back bit for bit whenever anyone looks: on disabling, switching,
-    unmerging, in `state_dict` and in `layer.weight`. In the *additive* form the weight is not touched and the change
-    is added to the output. It costs more, and serves where the weight cannot be written: quantised, sharded or
-    offloaded weights, and under `torch.compile`.
+    The same function is computed in one of two forms. In the *additive* form the base layer computes as it is, with
+    the hooks that it has, and the change is added to its output. In the *held* form the selected slices of the base
+    weight are overwritten with base + delta for the length of one product ([`HeldWeights`]), which costs less. It is
+    that of training where products have all bits of their factors, on plain layers that nobody else touches.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.held = HeldWeights(base_layer)
+        self.merging = MergedWeights(base_layer)
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict({}))
+            setattr(self, name, nn.ModuleDict({}))
         for name in self.other_param_names:
             setattr(self, name, BufferDict({}, persistent=False))
         # adapter name -> parameter name -> where its neurons are
@@ -57,7 +75,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             positions = slice_.indices(neurons)
             values = torch.zeros(len(positions), *self._row_shape(slice_))
             getattr(self, f"positions_{slice_.parameter}")[adapter_name] = positions
-            getattr(self, f"neuron_delta_{slice_.parameter}")[adapter_name] = nn.Parameter(values)
+            getattr(self, f"neuron_delta_{slice_.parameter}")[adapter_name] = DeltaValues(values)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -92,22 +110,29 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
                 if delta.values.dtype in (torch.bfloat16, torch.float16):
                     delta.values.data = delta.values.data.float()
 
-    def _prepare(self) -> tuple[Deltas, bool]:
-        """The deltas that a forward pass computes with, and whether the base weights are to hold them."""
+    def _active_deltas(self) -> Deltas:
+        """The deltas that a forward pass computes with; none when they are switched off, or merged.
+
+        Raises:
+            FNSFTError: the base layer has a forward of its own.
+        """
+        self.release()
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.merged:
-            self.release()  # a backward pass of an earlier graph has held what it needed
-            return {}, False
-        names = () if self.disable_adapters else (name for name in self.active_adapters if name in self.slices)
-        can_hold = self._can_hold()
-        if not can_hold:
-            self.held.release()
-        return self._deltas(names), can_hold
+        if self.merged or self.disable_adapters:
+            return {}
+        deltas = self._deltas(name for name in self.active_adapters if name in self.slices)
+        if deltas and has_foreign_forward(self.base_layer):
+            raise FNSFTError(
+                f"a {type(self.base_layer).__name__} with neuron deltas has a forward that was set on it alone, and "
+                "what that makes of a changed weight is unknown; put what it does into hooks, or merge the deltas"
+            )
+        return deltas
 
-    def _can_hold(self) -> bool:
-        """Whether the selected slices of the base weights can be overwritten, and the plain layer then called."""
-        return not torch.compiler.is_compiling() and not is_deepspeed_zero3_enabled() and self.held.can_hold
+    def _can_hold(self, deltas: Deltas, x: torch.Tensor) -> bool:
+        """Whether the held form gives, for an input, what the additive form does."""
+        names = [delta.slice_.parameter for of_adapter in deltas.values() for delta in of_adapter]
+        return self.training and self.held.can_hold(names, x)
 
     def _deltas(self, names: Iterable[str]) -> Deltas:
         """The deltas of adapters; of each, in the order of the slices it was made with."""
@@ -116,7 +141,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
                 Delta(
                     slice_,
                     getattr(self, f"positions_{parameter}")[name],
-                    getattr(self, f"neuron_delta_{parameter}")[name],
+                    getattr(self, f"neuron_delta_{parameter}")[name].values,
                 )
                 for parameter, slice_ in self.slices[name].items()
             ]
@@ -124,8 +149,10 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         }
 
     def release(self) -> None:
-        """Put the base values back until the next forward pass; what is merged stays merged."""
-        self.held.release(self._deltas(self.merged_adapters))
+        """Finish what an interruption (Ctrl-C, no memory left) broke off: without it, nothing is to be done."""
+        self.held.release()
+        if self.merging.is_torn:
+            self.merging.merge(self._deltas(self.merged_adapters))
 
     def state_dict(self, *args, **kwargs):
         """As the parent's: base values and deltas apart."""
@@ -136,11 +163,9 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         self.release()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def train(self, mode: bool = True):
-        """As the parent's; the next forward pass reads all deltas anew."""
-        # An average of weights that takes their place for an evaluation may leave no trace in their version counters.
-        self.held.expire()
-        return super().train(mode)
+    def __getstate__(self) -> dict:
+        self.release()
+        return super().__getstate__()
 
     def _replicate_for_data_parallel(self):
         raise FNSFTError(
@@ -150,23 +175,11 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn, recurse: bool = True):
         self.release()
-        super()._apply(fn, recurse)
-        self.held.move(fn)
+        self.merging.move(fn, lambda: super(NeuronDeltaLayer, self)._apply(fn, recurse))
         return self
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off, the base weights are back at once unless adapters are merged."""
-        super().enable_adapters(enabled)
-        self.release()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters."""
-        self.release()
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
-        self.release()
         super().delete_adapter(adapter_name)
         self.slices.pop(adapter_name, None)
 
@@ -184,26 +197,38 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
         if not names:
             return
+        self.release()
+        self._check_merge(names)
+        self.merging.merge(self._deltas([*self.merged_adapters, *names]))
+        if safe_merge and not self.merging.is_finite():
+            self.merging.merge(self._deltas(self.merged_adapters))
+            raise ValueError(f"the merged weights have NaN or infinity; adapter {', '.join(names)} seems to be broken")
+        self.merged_adapters.extend(names)
+
+    def _check_merge(self, names: list[str]) -> None:
         base = self.get_base_layer()
         weights = [getattr(base, parameter) for name in names for parameter in self.slices[name]]
-        if not all(weight.is_floating_point() for weight in weights):
+        if not all(weight.dtype in _MERGEABLE for weight in weights):
             raise FNSFTError(
                 f"neuron deltas cannot be merged into a {type(base).__name__}: a quantised weight shares its "
                 "scale with its neighbours; load the base model unquantised, then merge"
             )
-        if any(type(weight) is not nn.Parameter for weight in weights) or self.held.is_sharded:
+        if is_fsdp_managed(base) or any(isinstance(weight, DTensor) for weight in weights):
             raise FNSFTError("neuron deltas cannot be merged into sharded weights; merge in one process")
-        with self.held.hold(self._deltas([*self.merged_adapters, *names]), refresh=True):
-            is_broken = safe_merge and not self.held.is_finite()
-        if is_broken:
-            self.release()
-            raise ValueError(f"the merged weights have NaN or infinity; adapter {', '.join(names)} seems to be broken")
-        self.merged_adapters.extend(names)
+        if any(type(weight) is not nn.Parameter for weight in weights):
+            raise FNSFTError(
+                f"neuron deltas cannot be merged into a {type(base).__name__} whose weight is computed from other "
+                "tensors (pruned, parametrized); make that permanent first (prune.remove, remove_parametrizations)"
+            )
 
     def unmerge(self) -> None:
-        """Put the base weights back, bit for bit."""
+        """Put the base weights back, bit for bit.
+
+        Raises:
+            FNSFTError: they were changed since, and what others have written would be lost.
+        """
+        self.merging.merge({})
         self.merged_adapters = []
-        self.release()
 
     def __repr__(self) -> str:
         return "neuron_delta." + super().__repr__()

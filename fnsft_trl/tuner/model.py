@@ -57,9 +57,28 @@ class NeuronTunerModel(BaseTuner):
                     if len(slices[0].among(neurons)):  # routed experts, or the shared one, may have none of them
                         self._slices[name] = (neurons, slices)
         check_modules_to_save(peft_config.modules_to_save, list(self._slices))
+        self._check_shared()
         self._lora_targets = self._find_lora_targets(peft_config.lora, sites) if peft_config.lora else []
         peft_config.target_modules = sorted([*self._slices, *self._lora_targets])
         return peft_config
+
+    def _check_shared(self) -> None:
+        """Refuse weights that others have too: a change of one would be a change of the other."""
+        owners: dict[int, list[tuple[str, nn.Module]]] = {}  # where a parameter lies -> the modules that have it
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.numel() and not parameter.is_meta:
+                    owners.setdefault(parameter.data_ptr(), []).append((name, module))
+        for name in self._slices:
+            module = self.model.get_submodule(name)
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            for parameter in module.parameters(recurse=False):
+                others = [other for other, owner in owners.get(parameter.data_ptr(), []) if owner is not module]
+                if others:
+                    raise FNSFTError(
+                        f"{name} shares a weight with {others[0]}, so its neurons cannot have deltas of their own: "
+                        "select neurons of other layers, or untie the two"
+                    )
 
     def _prepare_model(self, peft_config: NeuronTunerConfig, model: nn.Module) -> None:
         """Put LoRA where the configuration asks for it."""
@@ -129,13 +148,18 @@ class NeuronTunerModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer))
 
     def release(self) -> None:
-        """Put the base values back into all weights until the next forward pass.
+        """Put back base values that an interruption (Ctrl-C, no memory left) of a training step has left changed.
 
-        Reading weights through `state_dict`, `layer.weight` or PEFT's methods does this by itself. It is needed before
-        something reads or shards the bare parameters of a model that has already run.
+        Whatever reads or runs the model does this by itself, except what reads its bare parameters.
         """
         for layer in self._layers():
             layer.release()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # `x.neuron_delta_weight.NAME.values` is `x.neuron_delta_weight` in files
+        key = key.removesuffix(".values") if cls.prefix in key else key
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:

@@ -3,6 +3,8 @@
 import inspect
 
 from accelerate import Accelerator, state
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
 
 from fnsft_trl.compat import accelerate as compat
 
@@ -21,3 +23,13 @@ def test_accelerate_use_cpu_is_the_variable_that_it_reads():
 
 def test_accelerate_tells_fsdp2_from_fsdp1():
     assert Accelerator(cpu=True).is_fsdp2 is False
+
+
+def test_accelerate_moves_inputs_by_a_forward_that_it_sets_on_a_module():
+    module = nn.Linear(2, 2)
+    assert not compat.moves_inputs(module)
+    add_hook_to_module(module, AlignDevicesHook("cpu"))
+    assert compat.moves_inputs(module)
+    assert "forward" in vars(module)
+    remove_hook_from_module(module)
+    assert not compat.moves_inputs(module)

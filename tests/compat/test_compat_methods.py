@@ -29,8 +29,9 @@ def test_the_method_is_there_with_its_parameters(method):
     owner, about = class_of(method.owner), f"needed because {method.why}; see {method.link}"
     assert method.name in {*dir(owner), *inspect.get_annotations(owner)}, about
     if method.parameters is not None:
-        found = list(inspect.signature(getattr(owner, method.name)).parameters)
-        assert found[1 : 1 + len(method.parameters)] == list(method.parameters), about
+        value = getattr(owner, method.name)
+        found = list(inspect.signature(value).parameters)[0 if inspect.ismethod(value) else 1 :]  # without `self`
+        assert found[: len(method.parameters)] == list(method.parameters), about
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
 """The parts of PEFT that have no public name are there, and do what is relied on."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
 from helpers import medium_experts, tiny_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from fnsft_trl.compat import peft as compat
 
@@ -42,6 +47,26 @@ def test_peft_finds_a_method_that_add_method_has_added(tables, tmp_path):
     model.save_pretrained(tmp_path)
     assert type(PeftConfig.from_pretrained(str(tmp_path))) is OtherConfig
     assert type(PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).base_model) is OtherModel
+
+
+def test_transformers_loader_asks_peft_how_names_of_files_become_names_of_a_model(tables, monkeypatch):
+    class OtherModel(type(lora().base_model)):
+        prefix = "other_"
+
+    mapping = "peft.utils.transformers_weight_conversion.build_peft_weight_mapping"
+    monkeypatch.setattr(mapping, conversion.build_peft_weight_mapping)  # put back afterwards
+    compat.add_method("OTHER", LoraConfig, OtherModel, ending=".values")
+    assert "import build_peft_weight_mapping" in inspect.getsource(transformers.PreTrainedModel.load_adapter)
+    config = LoraConfig()
+    names = ["base_model.model.x.other_weight", "base_model.model.x.lora_A.weight", "base_model.model.other.weight"]
+    own = [WeightRenaming("nothing", "nothing")]
+    found = {}
+    for kind in ("OTHER", "LORA"):
+        config.peft_type = kind
+        renamings = conversion.build_peft_weight_mapping(own, "name", peft_config=config)
+        found[kind] = [rename_source_key(name, renamings, [])[0] for name in names]
+    assert found["OTHER"] == ["x.other_weight.name.values", "x.lora_A.name.weight", "other.weight"]
+    assert found["LORA"] == ["x.other_weight", "x.lora_A.name.weight", "other.weight"]
 
 
 def test_peft_buffer_dict_moves_with_its_module_and_is_not_saved():

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.modules import module as modules
 
 from fnsft_trl.compat import torch as compat
 
@@ -117,6 +118,90 @@ def test_torch_forward_hooks_are_listed_and_remove_forward_hooks_takes_a_copy_s_
     compat.remove_forward_hooks(copied, Hook)
     assert compat.forward_hooks(copied) == [other]
     assert compat.forward_hooks(module) == hooks
+
+
+HOOKS = {
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda *args: None),
+    "forward": lambda module: module.register_forward_hook(lambda *args: None),
+    "full backward pre": lambda module: module.register_full_backward_pre_hook(lambda *args: None),
+    "full backward": lambda module: module.register_full_backward_hook(lambda *args: None),
+    "global forward pre": lambda module: modules.register_module_forward_pre_hook(lambda *args: None),
+    "global forward": lambda module: modules.register_module_forward_hook(lambda *args: None),
+    "global full backward pre": lambda module: modules.register_module_full_backward_pre_hook(lambda *args: None),
+    "global full backward": lambda module: modules.register_module_full_backward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_torch_says_which_modules_have_hooks_as_has_hooks_reads_it(kind):
+    module = nn.Linear(2, 2)
+    assert not compat.has_hooks(module)
+    handle = HOOKS[kind](module)
+    try:
+        assert compat.has_hooks(module)
+        assert compat.has_hooks(nn.Linear(2, 2)) == kind.startswith("global")
+    finally:
+        handle.remove()
+    assert not compat.has_hooks(module)
+
+
+def test_torch_says_within_a_transform_that_it_is_transformed():
+    seen = []
+
+    def function(x):
+        seen.append(compat.is_transformed())
+        return x.sum()
+
+    function(torch.ones(2))
+    torch.func.grad(function)(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(2, 2))
+    torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
+    function(torch.ones(2))
+    assert seen == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_torch_multiplies_exactly_in_float32_and_more_outside_of_autocast(dtype):
+    x = torch.ones(2, dtype=dtype)
+    assert compat.multiplies_exactly(x) == (dtype in (torch.float64, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not compat.multiplies_exactly(x)
+        with torch.autocast("cpu", enabled=False):
+            assert compat.multiplies_exactly(x) == (dtype in (torch.float64, torch.float32))
+
+
+@pytest.fixture
+def precision():
+    """The precision of products, put back afterwards."""
+    yield
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+    else:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("value", ["high", "medium"])
+def test_torch_says_that_products_are_rounded(value, precision):
+    single, double = torch.ones(2), torch.ones(2, dtype=torch.float64)
+    assert compat.multiplies_exactly(single)
+    torch.set_float32_matmul_precision(value)
+    assert not compat.multiplies_exactly(single)
+    assert compat.multiplies_exactly(double)
+    torch.set_float32_matmul_precision("highest")
+    assert compat.multiplies_exactly(single)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="the newer way to ask")
+@pytest.mark.parametrize("value", ["tf32", "bf16"])
+def test_torch_says_it_in_the_newer_way_too(value, precision):
+    """`TrainingArguments(tf32=True)` sets it there; the older question is then an error."""
+    torch.backends.fp32_precision = "tf32"
+    assert not compat.multiplies_exactly(torch.ones(2))
+    torch.backends.fp32_precision = "none"
+    assert compat.multiplies_exactly(torch.ones(2))
+    torch.backends.mkldnn.matmul.fp32_precision = value
+    assert not compat.multiplies_exactly(torch.ones(2))
 
 
 def test_torch_counts_writes_to_a_tensor():

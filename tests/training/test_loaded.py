@@ -153,7 +153,7 @@ def test_ica_layers_restricts_the_selection(templates, rows, tokenizer, tmp_path
         ({"mask_mode": "preserve"}, lambda selected: selected),
         ({"mask_mode": "lesion"}, lambda selected: ~selected),  # with all neurons of other layers
     ],
-    ids=str,
+    ids=["no mask", "preserve", "lesion"],
 )
 def test_what_is_masked_and_trained_lies_in_these_layers(templates, rows, tokenizer, tmp_path, config, trained):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], ica_layers="1", **config)

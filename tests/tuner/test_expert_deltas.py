@@ -46,7 +46,7 @@ def ids():
 @pytest.fixture
 def additive(monkeypatch):
     """Switches all layers to the additive form."""
-    return lambda: monkeypatch.setattr(HeldWeights, "can_hold", False)
+    return lambda: monkeypatch.setattr(HeldWeights, "can_hold", lambda *args: False)
 
 
 def wrap(name, site="mlp_intermediate", mask=None, **config):
@@ -81,7 +81,9 @@ def gradients(model, ids):
 
 @pytest.mark.parametrize("site", SITES)
 def test_untrained_deltas_change_nothing(name, site, ids):
-    assert torch.equal(logits(wrap(name, site).eval(), ids), logits(NAMED[name].model(), ids))
+    """To rounding: architectures multiply the experts in other orders than one after the other."""
+    found, expected = logits(wrap(name, site).eval(), ids), logits(NAMED[name].model(), ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -98,7 +100,7 @@ def test_what_trains_is_one_row_for_each_position_of_the_selected_neurons(name, 
 
 @pytest.mark.parametrize("site", SITES)
 def test_gradients_of_the_deltas_are_those_of_the_weights_slices(name, site, ids, additive):
-    model = randomize(wrap(name, site))
+    model = randomize(wrap(name, site)).train()
     merged = copy.deepcopy(model).merge_and_unload()
     merged.requires_grad_(True)
     merged(input_ids=ids, labels=ids).loss.backward()
@@ -110,7 +112,7 @@ def test_gradients_of_the_deltas_are_those_of_the_weights_slices(name, site, ids
     for s in find_neuron_sites(merged, kind=site):
         for part in s.layout.slices:
             expected = part.select(part.tensor(merged).grad, part.indices(mask.indices(s.layer)))
-            key = f"base_model.model.{part.module_name}.neuron_delta_{part.parameter}.default"
+            key = f"base_model.model.{part.module_name}.neuron_delta_{part.parameter}.default.values"
             for found in (held[key], added[key]):
                 torch.testing.assert_close(found.view_as(expected), expected, atol=1e-5, rtol=1e-4)
             count += 1
@@ -120,7 +122,7 @@ def test_gradients_of_the_deltas_are_those_of_the_weights_slices(name, site, ids
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("site", SITES)
 def test_both_forms_and_the_merged_model_compute_the_same(name, site, implementation, ids, additive):
-    model = randomize(wrap(name, site)).eval()
+    model = randomize(wrap(name, site)).train()
     model.get_base_model().set_experts_implementation(implementation)
     held = logits(model, ids)
     with_gradients = model(ids).logits.detach()
@@ -128,9 +130,8 @@ def test_both_forms_and_the_merged_model_compute_the_same(name, site, implementa
     additive()
     added = logits(model, ids)
     merged = model.merge_and_unload()
-    assert torch.equal(logits(merged, ids), held)
-    torch.testing.assert_close(with_gradients, held, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(added, held, atol=1e-4, rtol=1e-4)
+    for found in (with_gradients, added, logits(merged, ids)):
+        torch.testing.assert_close(found, held, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -140,22 +141,20 @@ def test_the_base_values_come_back_bit_for_bit(name, site, ids):
     plain = logits(NAMED[name].model(), ids)
 
     def run():
-        gradients(model, ids)
-        logits(model, ids)
-        assert changed_entries(original, base_values(model))  # else the rest would show nothing
+        for training in (True, False):
+            gradients(model.train(training), ids)
+            logits(model, ids)
+            assert changed_entries(original, base_values(model)) == {}
 
-    run()
-    model.state_dict()
-    assert changed_entries(original, base_values(model)) == {}
     run()
     part = next(p for s in find_neuron_sites(model, kind=site) if s.experts for p in s.layout.slices)
     assert torch.equal(part.tensor(model), original[part.full_name.removeprefix("base_model.model.")])
-    run()
     with model.disable_adapter():
         assert changed_entries(original, base_values(model)) == {}
         assert torch.equal(logits(model, ids), plain)
     run()
     model.merge_adapter(safe_merge=True)
+    assert changed_entries(original, base_values(model))
     changed, others = changed_neurons(find_neuron_sites(NAMED[name].model(), kind=site), original, base_values(model))
     assert others == []
     assert changed == random_mask(NAMED[name].model(), site)
@@ -215,7 +214,7 @@ def test_several_adapters_alone_together_and_as_a_weighted_sum(name, ids):
     model.base_model.set_adapter(["default", "other"])
     both = logits(model, ids)
     held = gradients(model, ids)
-    assert {key.rpartition(".")[2] for key in held} == {"default", "other"}
+    assert {key.split(".")[-2] for key in held} == {"default", "other"}
     model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
     model.set_adapter("sum")
     torch.testing.assert_close(logits(model, ids), both, atol=1e-5, rtol=1e-4)
@@ -288,7 +287,6 @@ def test_a_bfloat16_base_keeps_float32_deltas(name, ids):
         optimizer.step()
         optimizer.zero_grad()
     assert logits(model, ids).dtype == torch.bfloat16
-    model.base_model.release()
     assert changed_entries(before, base_values(model)) == {}
 
 
@@ -302,8 +300,8 @@ def test_masks_reach_through_the_deltas(name, site, ids):
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(model(ids).logits.detach(), expected, atol=1e-5, rtol=1e-4)
         handle.disable()
-        assert torch.equal(logits(model, ids), logits(merged, ids))
-    assert torch.equal(logits(model, ids), logits(merged, ids))
+        torch.testing.assert_close(logits(model, ids), logits(merged, ids), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(model, ids), logits(merged, ids), atol=1e-5, rtol=1e-4)
 
 
 def test_a_lesioned_neuron_has_no_gradient(name, ids):

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 
 import pytest
@@ -100,7 +99,7 @@ def test_transformers_loads_the_adapter_by_itself(ids, tmp_path):
     model = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
     fit(model, ids).save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-6)
 
 
 def test_two_adapters_of_other_neurons_on_one_model(ids):
@@ -225,7 +224,7 @@ def test_lora_on_the_same_model_type_is_unaffected(ids):
     assert torch.equal(logits(model, ids), logits(tiny_model("llama"), ids))
 
 
-# The two forms: deltas held in the base weight, and deltas added to the output.
+# The two forms: deltas held in the base weight for one product, and deltas added to the output.
 
 
 def randomize(model, seed=0):
@@ -255,115 +254,151 @@ def gradients(model, ids):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def adapter_of(name):
+    """The adapter that a parameter of a delta belongs to."""
+    return name.split(".")[-2]
+
+
 @pytest.fixture
 def additive(monkeypatch):
     """Switches all layers to the additive form."""
 
     def switch():
-        monkeypatch.setattr(HeldWeights, "can_hold", False)
+        monkeypatch.setattr(HeldWeights, "can_hold", lambda *args: False)
 
     return switch
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """The products that are computed in the held form, as they come."""
+    hold, products = HeldWeights.hold, []
+
+    def noted(self, writes):
+        products.append(len(writes))
+        return hold(self, writes)
+
+    monkeypatch.setattr(HeldWeights, "hold", noted)
+    return products
+
+
 @pytest.mark.parametrize("site", SITES)
-def test_both_forms_give_the_same_logits_and_gradients(family, site, ids, additive):
-    model = randomize(wrap(family, site))
-    held = logits(model, ids), gradients(model, ids)
+def test_both_forms_give_the_same_logits_and_gradients(family, site, ids, held, additive):
+    model = randomize(wrap(family, site)).train()
+    found = logits(model, ids), gradients(model, ids)
+    assert held
+    model.eval()
+    evaluated = logits(model, ids), gradients(model, ids)
+    del held[:]
     additive()
-    added = logits(model, ids), gradients(model, ids)
-    assert torch.allclose(held[0], added[0], atol=1e-4)
-    for name, gradient in added[1].items():
-        assert torch.allclose(held[1][name], gradient, atol=1e-4 * gradient.abs().max())
+    added = logits(model.train(), ids), gradients(model, ids)
+    assert not held
+    for logits_, gradients_ in (found, evaluated):
+        assert torch.allclose(logits_, added[0], atol=1e-4)
+        for name, gradient in added[1].items():
+            assert torch.allclose(gradients_[name], gradient, atol=1e-4 * gradient.abs().max())
+
+
+def versions_of(model):
+    return {name: p._version for name, p in model.get_base_model().named_parameters() if "neuron_delta" not in name}
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_the_weight_holds_the_deltas_in_a_forward_pass_and_the_base_values_for_everyone_else(family, site, ids):
+def test_outside_of_a_product_everyone_finds_the_base_values(family, site, ids, held):
+    """Whoever reads bare parameters, at whatever moment: an average of weights, an optimizer, a collective."""
     original = parameters_of(tiny_model(family))
-    model = randomize(wrap(family, site)).eval()
+    model = randomize(wrap(family, site)).train()
+    versions = versions_of(model)
 
-    def run():
-        logits(model, ids)
-        assert changed_entries(original, base_values(model))  # else the rest would show nothing
-
-    run()
-    model.state_dict()
-    assert changed_entries(original, base_values(model)) == {}
-    run()
-    first = find_neuron_sites(tiny_model(family), kind=site)[0].name
-    assert torch.equal(model.get_base_model().get_submodule(first).weight, original[f"{first}.weight"])
-    run()
-    with model.disable_adapter():
+    def check():
         assert changed_entries(original, base_values(model)) == {}
-    run()
+        assert versions_of(model) == versions
+
+    loss = model(input_ids=ids, labels=ids).loss
+    assert held
+    check()
+    loss.backward()
+    check()
+    logits(model, ids)
+    logits(model.eval(), ids)
+    check()
     model.merge_adapter()
+    assert changed_entries(original, base_values(model))
     model.unmerge_adapter()
     assert changed_entries(original, base_values(model)) == {}
-    run()
-    model.base_model.release()
-    assert changed_entries(original, base_values(model)) == {}
-    run()
     assert changed_entries(original, parameters_of(model.unload())) == {}
 
 
-def test_merged_weights_are_those_of_the_forward_pass_bit_for_bit(family, ids):
-    model = randomize(wrap(family)).eval()
-    adapted = logits(model, ids)
-    held = base_values(model)
+def test_a_merged_model_computes_what_the_adapter_does(family, ids):
+    model = randomize(wrap(family))
+    adapted = logits(model.train(), ids), logits(model.eval(), ids)
     model.merge_adapter()
-    assert changed_entries(held, base_values(model)) == {}
-    assert torch.equal(logits(model, ids), adapted)
-    assert torch.equal(logits(model.merge_and_unload(safe_merge=True), ids), adapted)
+    merged = base_values(model)
+    for expected in adapted:
+        assert torch.allclose(logits(model, ids), expected, atol=1e-5)
+    whole = model.merge_and_unload(safe_merge=True)
+    assert changed_entries(merged, parameters_of(whole)) == {}
 
 
-def test_a_torch_that_does_not_mark_what_fsdp_shards_is_not_written_to(ids, monkeypatch):
+def test_a_torch_that_does_not_mark_what_fsdp_shards_is_not_written_to(ids, monkeypatch, held):
     """Of several processes, any weight may then be a gathered copy."""
-    model = wrap("llama")
-    randomize(model)
-    base = {name: (value, value._version) for name, value in model.get_base_model().named_parameters()}
+    model = randomize(wrap("llama")).train()
     monkeypatch.setattr("fnsft_trl.compat.torch._fsdp_marks_modules", lambda: False)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     result = logits(model, ids)
-    assert all(value._version == version for value, version in base.values())
+    assert not held
     with pytest.raises(FNSFTError, match="cannot be merged into sharded weights"):
         model.merge_adapter()
-    monkeypatch.undo()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     assert torch.allclose(logits(model, ids), result, atol=1e-5)
-    assert any(value._version != version for value, version in base.values())
+    assert held
 
 
-def without_trace(how, delta):
-    """Change a delta in a way that leaves its version counter alone."""
-    version = delta._version
-    if how == "data, in place":
-        delta.data.add_(0.1)
-    elif how == "data, replaced":
-        delta.data = delta.data + 0.1
-    assert delta._version == version
+# Ways to change deltas of which some leave no trace in the version counters: averages of weights, optimizers.
+WRITES = {
+    "data, in place": lambda delta: delta.data.mul_(0.5),
+    "data, copied": lambda delta: delta.data.copy_(delta.data * 2),
+    "data, replaced": lambda delta: setattr(delta, "data", delta.data + 0.1),
+    "detached": lambda delta: delta.detach().mul_(0.5),
+    "numpy": lambda delta: delta.detach().numpy().__imul__(2),
+}
 
 
-@pytest.mark.parametrize("how", ["data, in place", "data, replaced"])
-def test_deltas_written_without_a_trace_are_seen_in_training(how, ids):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", WRITES)
+def test_deltas_are_read_in_every_forward_pass(how, training, ids):
+    model = randomize(wrap("llama")).train(training)
+    for _ in range(2):
+        before = logits(model, ids)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                WRITES[how](parameter)
+        after = logits(model, ids)
+        assert not torch.equal(after, before)
+        fresh = wrap("llama").train(training)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(logits(fresh, ids), after)
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_an_average_of_the_model_is_the_model_with_the_average_of_its_deltas(is_before, ids):
+    """torch copies the model, and then averages all parameters as they lie in memory."""
     model = randomize(wrap("llama")).train()
-    before = logits(model, ids)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            without_trace(how, parameter)
-    after = logits(model, ids)
-    assert not torch.equal(after, before)
-    fresh = wrap("llama")
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(logits(fresh, ids), after)
-
-
-@pytest.mark.parametrize("how", ["data, in place", "data, replaced"])
-def test_deltas_written_without_a_trace_are_seen_by_an_evaluation(how, ids):
-    """As by an average of weights that takes their place: every evaluation begins with `eval()`."""
-    model = randomize(wrap("llama")).eval()
-    before = logits(model, ids)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            without_trace(how, parameter)
-    assert not torch.equal(logits(model.eval(), ids), before)
+    if not is_before:
+        gradients(model, ids)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        for name, parameter in model.named_parameters():
+            sums[name] += parameter.detach() / 3
+    twin = wrap("llama").eval()
+    twin.load_state_dict({**twin.state_dict(), **sums})
+    assert torch.allclose(logits(average.eval(), ids), logits(twin, ids), atol=1e-5)
 
 
 def _optimizers():
@@ -394,15 +429,14 @@ def test_every_step_of_every_optimizer_is_seen_and_moves_nothing_else(make, opti
         optimizer.zero_grad()
         after = logits(model, ids)
         assert not torch.equal(after, before)
-        twin.load_state_dict(model.state_dict())
+        twin.train(training).load_state_dict(model.state_dict())
         assert torch.equal(logits(twin, ids), after)
-    model.base_model.release()
     assert changed_entries(original, base_values(model)) == {}
 
 
 def test_adapters_may_be_switched_off_between_forward_and_backward(ids):
     """The way of a preference loss: the reference model is the same model without its adapter."""
-    model = randomize(wrap("llama"))
+    model = randomize(wrap("llama")).train()
     expected = gradients(model, ids)
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
@@ -414,67 +448,53 @@ def test_adapters_may_be_switched_off_between_forward_and_backward(ids):
     assert changed_entries(expected, found) == {}
 
 
-def test_a_gradient_through_the_disabled_model_is_the_base_models(ids):
-    model = randomize(wrap("llama"))
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_through_the_disabled_model_is_the_base_models(training, ids):
+    model = randomize(wrap("llama")).train(training)
     embedded = tiny_model("llama").get_input_embeddings()(ids).detach().requires_grad_(True)
     with model.disable_adapter():
         off = model(inputs_embeds=embedded).logits
-    model(inputs_embeds=embedded.detach()).logits.sum().backward()  # writes the deltas into the weights
+    model.train()(inputs_embeds=embedded.detach()).logits.sum().backward()  # writes the deltas into the weights
     (gradient,) = torch.autograd.grad(off.square().sum(), embedded)
     base = tiny_model("llama")
     (expected,) = torch.autograd.grad(base(inputs_embeds=embedded).logits.square().sum(), embedded)
     assert torch.equal(gradient, expected)
 
 
-def test_a_merge_between_forward_and_backward_stays(ids):
-    model = several()
-    loss = model(input_ids=ids, labels=ids).loss
-    model.set_adapter("other")
-    expected = logits(model, ids)
+def merge(model):
     model.merge_adapter()
-    loss.backward()  # holds the first adapter once more
-    assert torch.equal(logits(model, ids), expected)
 
 
-def test_deltas_changed_between_forward_and_backward_are_an_error(ids):
-    model = randomize(wrap("llama"))
+@torch.no_grad()
+def step(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [merge, step])
+def test_weights_or_deltas_changed_between_forward_and_backward_are_an_error(change, training, ids):
+    model = randomize(wrap("llama")).train(training)
     loss = model(input_ids=ids, labels=ids).loss
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(2)
-    with pytest.raises(FNSFTError, match="changed between a forward pass and its backward pass"):
+    change(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-@pytest.mark.parametrize("method", ["_take", "_put"])
-@pytest.mark.parametrize("at", range(4))
-@pytest.mark.parametrize("start", ["base values", "held"])
-def test_an_interruption_leaves_the_base_values_within_reach(method, at, start, ids, monkeypatch):
-    """A key pressed, or no memory left, in the middle of writing."""
-    model = randomize(wrap("llama", neurons={"1": "0-4,9"})).eval()
-    original = parameters_of(tiny_model("llama"))
-    expected = logits(copy.deepcopy(model), ids)
-    if start == "held":
-        logits(model, ids)
-    work, calls = getattr(HeldWeights, method), []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        return work(self, *args)
-
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(HeldWeights, method, interrupted)
-        if start == "held":
-            model.base_model.release()
-        else:
-            logits(model, ids)
-    twin = copy.deepcopy(model)
-    twin.base_model.release()
-    assert changed_entries(original, base_values(twin)) == {}
-    assert torch.equal(logits(model, ids), expected)
+@pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"], []])
+def test_other_adapters_may_be_active_between_forward_and_backward(names, ids):
+    model = several().train()
+    model.set_adapter("default")
+    expected = gradients(model, ids)
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    model.base_model.set_adapter(names)
+    logits(model, ids)
+    model.set_adapter("default")
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert changed_entries(expected, found) == {}
 
 
 def test_copies_of_data_parallel_are_refused():
@@ -494,67 +514,37 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, ids)
 
 @pytest.mark.slow
 def test_compiled_without_a_graph_break_and_in_turn_with_the_plain_model(ids):
-    model = randomize(wrap("llama")).eval()
-    expected, expected_gradients = logits(copy.deepcopy(model), ids), gradients(copy.deepcopy(model), ids)
+    model = randomize(wrap("llama")).train()
+    expected, expected_gradients = logits(model, ids), gradients(model, ids)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="aot_eager")
     assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
     assert not torch._dynamo.utils.counters["graph_break"]
     for _ in range(2):
-        assert torch.equal(logits(model, ids), expected)  # leaves the deltas in the weights
+        assert torch.equal(logits(model, ids), expected)
         assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
     for name, gradient in gradients(compiled, ids).items():
         expected_gradient = expected_gradients[name.removeprefix("_orig_mod.")]
         assert torch.allclose(gradient, expected_gradient, atol=1e-4 * expected_gradient.abs().max())
 
 
-@pytest.mark.parametrize("reference", ["float32", "bfloat16 weights"])
-def test_bfloat16_autocast_and_weights(reference, ids):
-    """Half precision costs accuracy, not correctness: gradients stay close to those in float32."""
-    model = randomize(wrap("llama"))
-    expected = gradients(model, ids)
-    if reference == "float32":
-        with torch.autocast("cpu", torch.bfloat16):
-            found = gradients(model, ids)
-    else:
-        base = tiny_model("llama").to(torch.bfloat16)
-        half = get_peft_model(base, NeuronTunerConfig(neurons=NEURONS, task_type="CAUSAL_LM"))
-        found = gradients(randomize(half), ids)
-    for name, gradient in expected.items():
-        assert found[name].dtype == torch.float32
-        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.97, name
-
-
-def test_a_bfloat16_weight_holds_the_rounded_sum_and_gets_its_own_bits_back(ids):
-    base = tiny_model("llama").to(torch.bfloat16)
-    original = parameters_of(base)
-    model = get_peft_model(base, NeuronTunerConfig(neurons={"0": "3"}, task_type="CAUSAL_LM")).eval()
-    randomize(model)
-    logits(model, ids)
-    name = "model.layers.0.mlp.down_proj.weight"
-    delta = model.get_base_model().model.layers[0].mlp.down_proj.neuron_delta_weight["default"][0]
-    expected = (original[name][:, 3].float() + delta).to(torch.bfloat16)
-    assert torch.equal(base_values(model)[name][:, 3], expected)
-    model.base_model.release()
-    assert changed_entries(original, base_values(model)) == {}
-
-
 def test_inference_mode_leaves_a_model_that_still_trains(ids):
-    model = randomize(wrap("llama"))
+    model = randomize(wrap("llama")).train()
     expected = gradients(copy.deepcopy(model), ids)
     with torch.inference_mode():
+        model(input_ids=ids)
         model.eval()(input_ids=ids)
-    assert changed_entries(expected, gradients(model, ids)) == {}
+    assert changed_entries(expected, gradients(model.train(), ids)) == {}
 
 
-def test_copies_and_casts_of_a_model_that_has_run(ids, tmp_path):
+@pytest.mark.parametrize("training", [True, False])
+def test_copies_and_casts_of_a_model_that_has_run(training, ids, tmp_path):
     original = parameters_of(tiny_model("llama"))
-    model = randomize(wrap("llama")).eval()
+    model = randomize(wrap("llama")).train(training)
     expected = logits(model, ids)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, ids), expected)
-    twin.base_model.release()
     assert changed_entries(original, base_values(twin)) == {}
     torch.save(model, tmp_path / "model.pt")
     assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False), ids), expected)
@@ -637,14 +627,13 @@ def several(family="llama", first=None, second=None, site="mlp_intermediate"):
 @pytest.mark.parametrize("site", SITES)
 def test_adapters_active_together_add_up(family, site, ids, additive):
     """They share neurons in layer 1, none in layer 0, and only one has any in layer 2."""
-    model = several(family, site=site)
+    model = several(family, site=site).train()
     model.base_model.set_adapter(["default", "other"])
     together, found = logits(model, ids), gradients(model, ids)
-    assert {name.rpartition(".")[2] for name in found} == {"default", "other"}
+    assert {adapter_of(name) for name in found} == {"default", "other"}
     model.merge_adapter()
-    assert torch.equal(logits(model, ids), together)
+    assert torch.allclose(logits(model, ids), together, atol=1e-5)
     model.unmerge_adapter()
-    model.base_model.release()
     assert changed_entries(parameters_of(tiny_model(family)), base_values(model)) == {}
     additive()
     assert torch.allclose(logits(model, ids), together, atol=1e-4)
@@ -658,9 +647,9 @@ def test_merging_one_after_the_other(ids):
     together = logits(model, ids)
     model.merge_adapter(["default"])
     model.merge_adapter(["other"], safe_merge=True)
-    assert torch.equal(logits(model, ids), together)
+    assert torch.allclose(logits(model, ids), together, atol=1e-5)
     with torch.no_grad():
-        model.get_base_model().model.layers[0].mlp.up_proj.neuron_delta_weight["other"].fill_(float("inf"))
+        model.get_base_model().model.layers[0].mlp.up_proj.neuron_delta_weight["other"].values.fill_(float("inf"))
     model.unmerge_adapter()
     model.set_adapter("default")
     alone = logits(model, ids)
@@ -702,9 +691,8 @@ def test_only_active_adapters_train(names, ids):
     model.base_model.set_adapter(names)
     before = parameters_of(model)
     fit(model, ids)
-    model.base_model.release()
     changed = changed_entries(before, parameters_of(model))
-    assert {name.rpartition(".")[2] for name in changed} == set(names)
+    assert {adapter_of(name) for name in changed} == set(names)
 
 
 def test_each_adapter_is_saved_alone_and_reloads(ids, tmp_path):
@@ -725,8 +713,8 @@ def test_weighted_combination(family, ids):
     model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "neuron_delta" in name and not name.endswith("sum"):
-                parameter.mul_(0.5 if name.endswith("default") else -2.0)
+            if "neuron_delta" in name and adapter_of(name) != "sum":
+                parameter.mul_(0.5 if adapter_of(name) == "default" else -2.0)
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model, ids)
     model.set_adapter("sum")
@@ -740,8 +728,8 @@ def test_a_weighted_combination_on_a_half_precision_base_is_not_rounded():
     model.add_weighted_adapter(["default"], [1.0], "same")
     deltas = {name: p for name, p in model.named_parameters() if "neuron_delta" in name}
     for name, delta in deltas.items():
-        if name.endswith("default"):
-            assert torch.equal(deltas[name.replace("default", "same")], delta)
+        if adapter_of(name) == "default":
+            assert torch.equal(deltas[name.replace(".default.", ".same.")], delta)
 
 
 def test_one_batch_with_several_adapters_is_refused(ids):
@@ -787,7 +775,6 @@ def with_lora(neurons=NEURONS):
 def test_lora_beside_the_deltas_trains_and_nothing_else_does(ids):
     original = parameters_of(tiny_model("llama"))
     model = fit(with_lora(), ids)
-    model.base_model.release()
     assert changed_entries(original, base_values(model)) == {}
     adapted = logits(model, ids)
     with model.disable_adapter():

@@ -100,6 +100,8 @@ def parse_options(argv: list[str]) -> TrainOptions:
     config = FunctionalNetworkConfig(**networks) if networks else None
     if config is not None:
         config.plan(lora_config=bool(values.get("use_peft")))
+        if config.ica_template_path is None:
+            config.check_named_networks()
     result = TrainOptions(values, config, notes)
     _check_effects(result)
     if values.get("push_to_hub") and not values.get("hub_model_id"):
@@ -152,6 +154,8 @@ def _check_presence(values: dict[str, Any]) -> None:
         raise FNSFTError("model_name_or_path is missing; give a Hub id, a directory, or `embedded`")
     if not values.get("dataset_name") and not values.get("datasets"):
         raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+    if values.get("output_dir") == "":
+        raise FNSFTError("output_dir is empty; name a directory (. is this one), or leave it out")
 
 
 def _network_options(values: dict[str, Any], sources: dict[str, dict], notes: list[str]) -> dict[str, Any]:

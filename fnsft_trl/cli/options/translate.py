@@ -74,8 +74,10 @@ def translate(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """
     used = {name: f"nothing ({DROPPED[name]})" for name in given if name in DROPPED}
     used |= {old: new for old, new in RENAMED.items() if given.get(old) is not None}
-    others = (*(old for old in RENAMED if old not in used), *SWITCHES, *DROPPED)
+    others = (*SWITCHES, *DROPPED)
     values = under_own_names({name: value for name, value in given.items() if name not in others}, RENAMED)
+    for old in given.keys() & RENAMED.keys() - used.keys():  # whose null is the default, as there
+        del values[RENAMED[old]]
     if given.get("no_peft") is not None:
         if values.get("use_peft") is not None:
             raise FNSFTError("no_peft and use_peft are two names of one option; drop no_peft")
