@@ -70,6 +70,7 @@ def to_merged(
     tokenizer = getattr(processor, "tokenizer", processor)
     _check_tokens(adapter, tokenizer, merged, loading)
     align_special_tokens(merged, tokenizer)
+    _align_whole(merged.config)
     _part_tied(merged)
     merged.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
@@ -99,6 +100,14 @@ def _check_tokens(adapter: SavedAdapter, tokenizer, merged: PreTrainedModel, loa
             f"the tokenizer in {adapter.directory} has {len(tokenizer)} tokens and the model {rows} rows for them: "
             "the adapter was saved without the rows of those that were added; save it with save_embedding_layers=True"
         )
+
+
+def _align_whole(config: PretrainedConfig) -> None:
+    """Let the configuration of a whole with a language model in it say the same of special tokens, if it says any."""
+    text = config.get_text_config()
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        if config is not text and getattr(config, name, None) is not None:
+            setattr(config, name, getattr(text, name))
 
 
 def _part_tied(merged: PreTrainedModel) -> None:

@@ -133,9 +133,14 @@ class SavedAdapter:
             loading: arguments of `from_pretrained` that say which it is.
 
         Raises:
-            FNSFTError: it cannot be loaded.
+            FNSFTError: it cannot be loaded, or is an adapter.
         """
         name, source = self.source(base, **loading)
+        if (Path(name) / "adapter_config.json").is_file():
+            raise FNSFTError(
+                f"the base model {name} is an adapter itself (adapter_config.json); merge that first, and name the "
+                f"result in base_model_name_or_path of {self.directory}/adapter_config.json"
+            )
         with _loading_errors(name, self.directory):
             return AutoConfig.from_pretrained(name, **source)
 

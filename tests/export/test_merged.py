@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from architectures import ARCHITECTURES
 from datasets import Dataset
 from helpers import VOCABULARY, logits, sft_config, state, tiny_model, tiny_tokenizer, write_converter
 from hypothesis import given, settings
@@ -109,6 +110,23 @@ def test_a_merged_model_stops_where_its_tokenizer_does(config, generation, eos, 
             assert ends(found[0]) == {eos, *declared[0]}
         else:
             assert found[0] == eos
+
+
+@pytest.mark.parametrize("declared", [5, [5, 6]], ids=str)
+def test_all_of_a_model_of_images_and_text_stops_where_its_tokenizer_does(declared, tokenizer, tmp_path):
+    (architecture,) = (a for a in ARCHITECTURES if str(a) == "LlavaForConditionalGeneration")
+    model = architecture.model()
+    model.config.eos_token_id = model.config.text_config.eos_token_id = declared
+    model.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(model, NeuronTunerConfig(neurons={"0": "0-4"}, task_type="CAUSAL_LM"))
+    wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    to_merged(tmp_path / "adapter", tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    eos = tokenizer.eos_token_id
+    expected = [eos, 5, 6] if isinstance(declared, list) else eos
+    assert written["eos_token_id"] == written["text_config"]["eos_token_id"] == expected
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
@@ -258,6 +276,17 @@ def test_an_export_does_not_take_the_place_of_what_it_reads(target, form, base, 
     if not again:
         assert contents(tmp_path) == before
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_base_that_is_an_adapter_is_refused(base, tmp_path):
+    save_adapter(base, tmp_path / "first", DELTAS)
+    save_adapter(base, tmp_path / "second", DELTAS)
+    file = tmp_path / "second" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "first")}))
+    for export in (to_merged, to_plain_lora):
+        with pytest.raises(FNSFTError, match="is an adapter itself"):
+            export(tmp_path / "second", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_missing_or_of_another_model_is_refused_before_anything_is_written(base, tmp_path):

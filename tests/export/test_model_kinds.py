@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 from architectures import ARCHITECTURES, BART, GPT2, GROUPED, SMALL, T5
 from helpers import VOCABULARY, tiny_tokenizer
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronMask, NeuronTunerConfig, find_neuron_sites, to_plain_lora, verify_merge
 from fnsft_trl.export import to_merged
@@ -102,19 +102,22 @@ def outputs(model):
     return model.eval()(**inputs).to_tuple()[0].clone()
 
 
+(LLAVA,) = (kind for kind in KINDS if kind.name == "LlavaForConditionalGeneration")
 EXTRAS = ("nothing", "lora", "head", "embedding", "tokens")
 
 
-def adapter_config(kind: Kind, extra: str, added: int) -> NeuronTunerConfig:
+def adapter_config(kind: Kind, method: str, extra: str, added: int):
     more = {}
-    if extra == "lora":
-        more["lora"] = {"r": 2, "target_modules": [kind.attention]}
-    elif extra == "head":
+    if extra == "head":
         more["modules_to_save"] = [kind.head]
     elif extra == "embedding":
         more["modules_to_save"] = [kind.embedding]
     elif extra == "tokens":
         more["trainable_token_indices"] = {kind.embedding: [5, *range(VOCABULARY, VOCABULARY + added)]}
+    if method == "lora":
+        return LoraConfig(r=2, target_modules=[kind.attention], task_type=kind.task, **more)
+    if extra == "lora":
+        more["lora"] = {"r": 2, "target_modules": [kind.attention]}
     return NeuronTunerConfig(neurons=NEURONS, task_type=kind.task, **more)
 
 
@@ -133,12 +136,17 @@ def is_lost(kind: Kind, extra: str, added: int, tied: bool) -> bool:
 @settings(max_examples=80)
 @given(
     kind=st.sampled_from(KINDS),
+    method=st.sampled_from(["neuron_delta", "lora"]),
     extra=st.sampled_from(EXTRAS),
     added=st.sampled_from([0, 2]),
     tied=st.booleans(),
     labels=st.integers(1, 4),
 )
-def test_what_is_exported_computes_what_was_trained(kind, extra, added, tied, labels):
+@example(LLAVA, "neuron_delta", "embedding", 2, True, 2)
+@example(LLAVA, "lora", "head", 2, True, 2)
+@example(LLAVA, "neuron_delta", "tokens", 2, True, 2)
+@example(KINDS[0], "lora", "embedding", 0, True, 2)
+def test_what_is_exported_computes_what_was_trained(kind, method, extra, added, tied, labels):
     assume(extra != "head" or kind.head)
     assume(tied or not kind.model_class.config_class().is_encoder_decoder)
     with tempfile.TemporaryDirectory() as name:
@@ -155,7 +163,7 @@ def test_what_is_exported_computes_what_was_trained(kind, extra, added, tied, la
                 model.resize_token_embeddings(VOCABULARY + added)
             return model
 
-        model = trained(base(), adapter_config(kind, extra, added))
+        model = trained(base(), adapter_config(kind, method, extra, added))
         expected = outputs(model)
         model.save_pretrained(root / "adapter")
         tokenizer.save_pretrained(root / "adapter")
@@ -170,6 +178,8 @@ def test_what_is_exported_computes_what_was_trained(kind, extra, added, tied, la
         torch.testing.assert_close(outputs(merged), expected, atol=1e-5, rtol=1e-4)
         saved = SavedAdapter.read(root / "adapter")
         assert torch.equal(outputs(saved.load_onto(saved.load_base())), expected)
+        if method == "lora":
+            return
         widths = {site.layer: site.width for site in find_neuron_sites(merged)}
         neurons = NeuronMask.from_ranges(NEURONS, widths, "mlp_intermediate")
         assert verify_merge(root / "base", root / "merged", root / "adapter") == neurons
