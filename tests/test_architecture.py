@@ -46,7 +46,7 @@ ORDER = {
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
     "training": [
-        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run_record"),
+        *("preparation", "loaded", "divergence", "batches", "full_eval", "watched", "ways", "guard", "run_record"),
         *("checkpoints", "same_run", "run", "resumption", "schedule", "retention", "trainer"),
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],

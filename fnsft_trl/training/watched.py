@@ -8,9 +8,9 @@ from trl import SFTTrainer
 
 from ..constraints import plain_optimizer
 from ..errors import FNSFTError
+from .batches import BatchCount
 from .divergence import DivergenceGuard, check_weights
 from .full_eval import weights_kept
-from .labels import LabelCount
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +34,7 @@ class WatchedTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._trained_on, self._evaluated_on = LabelCount(), LabelCount()
+        self._trained_on, self._evaluated_on = BatchCount(), BatchCount()
         self._divergence = DivergenceGuard(self)
         self.add_callback(self._divergence)
 
@@ -50,7 +50,7 @@ class WatchedTrainer(SFTTrainer):
         Raises:
             FNSFTError: the run diverged, or no batch held a label.
         """
-        self._trained_on = LabelCount()
+        self._trained_on = BatchCount()
         result = super().train(*args, **kwargs)
         self._check_labels(self._trained_on, "training")
         return result
@@ -63,9 +63,12 @@ class WatchedTrainer(SFTTrainer):
         return loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        """As the parent's; labels are counted."""
+        """As the parent's; labels are counted, and losses that are not finite."""
         self._evaluated_on.add(inputs)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if result[0] is not None:
+            self._evaluated_on.add_loss(result[0])
+        return result
 
     def evaluation_loop(self, dataloader, description: str, *args, **kwargs):
         """As the parent's; where it casts the model, the weights are put back.
@@ -73,7 +76,7 @@ class WatchedTrainer(SFTTrainer):
         Raises:
             FNSFTError: no batch of an evaluation holds a label.
         """
-        self._evaluated_on = LabelCount()
+        self._evaluated_on = BatchCount()
         is_cast = not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
         with weights_kept(self.model) if is_cast and self.keeps_weights else nullcontext():
             result = super().evaluation_loop(dataloader, description, *args, **kwargs)
@@ -92,9 +95,8 @@ class WatchedTrainer(SFTTrainer):
             self._check_labels(self._trained_on, "training", is_done=False)
         super().save_model(output_dir, _internal_call)
 
-    def _check_labels(self, found: LabelCount, what: str, *, is_done: bool = True) -> None:
-        counts = torch.tensor([found.batches, found.empty], device=self.args.device)
-        batches, empty = self.accelerator.reduce(counts, "sum").tolist()  # of all processes
+    def _check_labels(self, found: BatchCount, what: str, *, is_done: bool = True) -> None:
+        batches, empty, broken = found.totals(self)
         if batches and empty == batches:
             raise FNSFTError(
                 f"none of the {batches} batches of the {what}{'' if is_done else ' so far'} holds a token with a "
@@ -106,3 +108,5 @@ class WatchedTrainer(SFTTrainer):
                 f"{empty} of the {batches} batches of the {what} hold no token with a label; each counts in the mean "
                 "loss with 0.0"
             )
+        if broken:
+            logger.warning(f"{broken} of the {batches} batches of the {what} give a loss that is not finite")

@@ -1,5 +1,7 @@
 """Batches without a label are counted; where none has one, training and evaluation end in an error."""
 
+import math
+
 import pytest
 from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model
@@ -32,9 +34,7 @@ def make(directory, train, tokenizer, template, *, evaluated=None, is_streamed=F
     )
 
 
-@pytest.mark.parametrize(
-    "args", [{}, {"padding_free": True, "max_length": None}, {"packing": True, "dataset_kwargs": None}], ids=str
-)
+@pytest.mark.parametrize("args", [{}, {"padding_free": True, "max_length": None}], ids=str)
 @pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("row", UNTAUGHT, ids=str)
 def test_a_training_without_a_label_is_an_error_and_nothing_is_saved(
@@ -63,6 +63,25 @@ def test_batches_without_a_label_are_counted(templates, tokenizer, tmp_path, mon
     ]
     trainer.train()  # counts anew
     assert "2 of the 4 batches of the training" in said[-1]
+
+
+def test_losses_of_an_evaluation_that_are_not_finite_are_counted(templates, tokenizer, tmp_path, monkeypatch):
+    """transformers leaves them out of the mean."""
+    said = []
+    monkeypatch.setattr("fnsft_trl.training.watched.logger.warning", said.append)
+    trainer = make(
+        tmp_path, [TAUGHT] * 4, tokenizer, templates["llama"], evaluated=[TAUGHT] * 3, per_device_eval_batch_size=1
+    )
+    expected = trainer.evaluate()["eval_loss"]
+    own, seen = trainer.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        seen.append(None)
+        return own(*args, **kwargs) * (math.nan if len(seen) == 2 else 1)
+
+    trainer.compute_loss = compute_loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
+    assert said == ["1 of the 3 batches of the evaluation give a loss that is not finite"]
 
 
 @pytest.mark.parametrize("row", UNTAUGHT, ids=str)
