@@ -26,7 +26,7 @@ def calls(directory: Path) -> dict[str, list[str]]:
     config = directory / "bad.yaml"
     config.write_text("lerning_rate: 1\n")
     found = {f"fnsft {verb} --help": [*FNSFT, verb, "--help"] for verb in ("train", "discover", "inspect", "compare")}
-    found |= {f"fnsft {verb} --help": [*FNSFT, verb, "--help"] for verb in ("export", "demo")}
+    found |= {f"fnsft {verb} --help": [*FNSFT, verb, "--help"] for verb in ("export", "demo", "env", "auth")}
     found["fnsft --help"] = [*FNSFT, "--help"]
     found["fnsft train, misspelt option"] = [*FNSFT, *BASE, "--lerning_rate", "1"]
     found["fnsft train, wrong value"] = [*FNSFT, *BASE, "--lr_scheduler_type", "cosin"]

@@ -4,11 +4,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import FNSFTError
-from .fields import check_fields, documented, fits, option
-from .ranges import parse_ranges
+from .fields import check_fields, documented, fits, is_free_text, option
+from .ranges import format_ranges, is_open, parse_ranges, ranges_text
 
 
 SITES = ("mlp_intermediate", "mlp_output")
+# More than any template has, and few enough to be listed.
+_MOST_NETWORKS = 10_000
 THRESHOLD_RULES = {"percentile": 98.0, "layer_percentile": 98.0, "zscore": 1.96, "zscore_positive": 1.96}
 
 
@@ -130,16 +132,21 @@ class FunctionalNetworkConfig:
     )
     ica_zscore: float | None = option(None, "The z of the `zscore` rules; 1.96 by default.", above=0)
     ica_min_reliability: float = option(
-        0.0, "Without `ica_component_ids`: select only networks at least this reliable.", least=0, most=1
+        0.0,
+        "Without `ica_component_ids`: select only networks whose reliability above null is at least this.",
+        least=0,
+        most=1,
     )
     ica_component_ids: list[int] | str | None = option(
         None,
-        "Numbers of the networks that make up the selection, as a list or as `0-3,7`; all networks of the template by "
-        "default.",
+        "Numbers of the networks that make up the selection, as a list or as `0-3,7` (`5:`: from 5 on); all networks "
+        "of the template by default.",
         least=0,
     )
     ica_layers: str | list[int] = option(
-        "all", "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list."
+        "all",
+        "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. With a loaded "
+        "template: those of its layers to select in.",
     )
     ica_site: str = option(
         "mlp_intermediate",
@@ -180,7 +187,7 @@ class FunctionalNetworkConfig:
     )
     ica_until_reliable: float | None = option(
         None,
-        "Read on until the mean reliability reaches this, at most `ica_max_tokens`; the curve of reliability over "
+        "Read on until the mean reliability above null reaches this, at most `ica_max_tokens`; the curve of it over "
         "tokens is kept in the template.",
         above=0,
         below=1,
@@ -267,16 +274,15 @@ class FunctionalNetworkConfig:
             value = getattr(self, f.name)
             if isinstance(value, tuple):
                 setattr(self, f.name, list(value))
-            elif f.default is None and isinstance(value, str) and value in ("null", "none", "None"):
+            elif f.default is None and value in ("null", "none", "None") and not is_free_text(f):
                 setattr(self, f.name, None)
-        if self.ica_component_ids in ("all", ""):
-            self.ica_component_ids = None
-        elif isinstance(self.ica_component_ids, str):
-            self.ica_component_ids = parse_ranges(self.ica_component_ids, 10**6, what="network")
-        elif fits(self.ica_component_ids, int):
-            self.ica_component_ids = [self.ica_component_ids]
-        if fits(self.ica_layers, int) or fits(self.ica_layers, list[int]):
-            self.ica_layers = str(self.ica_layers).strip("[]").replace(" ", "")
+        if not fits(self.ica_component_ids, list[int]):
+            text = ranges_text(self.ica_component_ids, "ica_component_ids", what="network")
+            # With an open end it stays text, until the number of networks is known.
+            if isinstance(text, str) and not is_open(text):
+                text = parse_ranges(text, _MOST_NETWORKS, what="ica_component_ids: network") if text else None
+            self.ica_component_ids = None if text == "all" else text
+        self.ica_layers = ranges_text(self.ica_layers, "ica_layers")
         if isinstance(self.ica_datasets, str):
             self.ica_datasets = [self.ica_datasets]
 
@@ -351,6 +357,21 @@ class FunctionalNetworkConfig:
         if outcome.endswith("by anti-drift") and not self.anti_drift_row_param:
             train = "all"
         return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode)
+
+    def check_named_networks(self) -> None:
+        """Check that a discovery with these settings will find the networks that are named.
+
+        Raises:
+            FNSFTError: it will not.
+        """
+        named = self.ica_component_ids
+        if isinstance(named, str):
+            named = parse_ranges(named, self.ica_components, what="network")
+        if unknown := [number for number in named or [] if number >= self.ica_components]:
+            raise FNSFTError(
+                f"ica_component_ids: there will be no network {format_ranges(sorted(unknown))}: ica_components is "
+                f"{self.ica_components}, so the networks are 0-{self.ica_components - 1}"
+            )
 
     def discovery_settings(self) -> dict[str, Any]:
         """The settings that a template depends on, as they stand in its `config.json`."""

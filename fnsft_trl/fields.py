@@ -125,7 +125,9 @@ def _unmet(f: Field, value: Any) -> str | None:
         range_text = f" ({bounds.text})" if bounds else ""
         kinds = [_KINDS[kind] + (range_text if kind is not str else "") for kind in _kinds(f)]
         return " or ".join(kinds) + (", or null" if is_nullable else "")
-    if bounds is None or all(item in bounds for item in (value if isinstance(value, list) else [value])):
+    if bounds is None or isinstance(value, str):
+        return None
+    if all(item in bounds for item in (value if isinstance(value, list) else [value])):
         return None
     return f"numbers, each {bounds.text}" if isinstance(value, list) else bounds.text
 
@@ -138,6 +140,11 @@ def fits(value: Any, kind: Any) -> bool:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and float("-inf") < value < float("inf")
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def is_free_text(f: Field) -> bool:
+    """Whether a field takes any text."""
+    return _kinds(f) == [str] and "choices" not in f.metadata
 
 
 def _kinds(f: Field) -> list[Any]:

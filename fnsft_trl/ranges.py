@@ -2,45 +2,89 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .errors import FNSFTError
 
 
-def parse_ranges(spec: str | int | Sequence[int], size: int, *, what: str = "layer") -> list[int]:
+# Without zeros in front, which make a number octal elsewhere; of any size that a computer counts to.
+_INDEX = r"(0|[1-9][0-9]{0,17})"
+
+
+def parse_ranges(spec: str | int | Sequence[int | str], size: int, *, what: str = "layer") -> list[int]:
     """Expand an index specification into a sorted list without repeats.
 
     Args:
         spec: `"all"`, or comma-separated items, each an index `9`, an inclusive range `0-5`, or a Python slice `0:4`
-            (its end is left out); brackets around them are ignored. A list of indices is taken as it is.
+            (its end is left out); brackets around them are ignored. A list may hold indices and such items.
         size: number of valid indices; all results are in `0 .. size - 1`.
         what: the noun of the error message.
 
     Raises:
         FNSFTError: an item is not understood, is out of range, or nothing is left.
     """
+    chosen: set[int] = set()
+    for item, first, end in _spans(spec, what):
+        end = size if end is None else end
+        if not 0 <= first < end <= size:
+            raise FNSFTError(f"{what} specification {spec!r}: {item!r} is outside 0-{size - 1} or empty")
+        chosen.update(range(first, end))
+    if not chosen:
+        raise FNSFTError(f"{what} specification {spec!r} names no {what}; there are {what}s 0-{size - 1}")
+    return sorted(chosen)
+
+
+def is_open(spec: str | int | Sequence[int | str], *, what: str = "layer") -> bool:
+    """Whether an index specification reaches as far as there are indices, as `5:` and `all` do.
+
+    Raises:
+        FNSFTError: an item is not understood.
+    """
+    return any(end is None for _, _, end in _spans(spec, what))
+
+
+def _spans(spec: str | int | Sequence[int | str], what: str) -> list[tuple[str | int, int, int | None]]:
+    """Every item, with the first of its indices and the one after the last; `None` is the number that there are."""
     items = [spec] if isinstance(spec, int) else spec
     if isinstance(items, str):
         text = items.strip().strip("[]").strip()
         items = ["0:"] if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
-    chosen: set[int] = set()
+    spans: list[tuple[str | int, int, int | None]] = []
     for item in items:
-        if match := re.fullmatch(r"(\d+)", str(item)):
-            first, last = int(match[1]), int(match[1])
-        elif match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", str(item)):
-            first, last = int(match[1]), int(match[2])
-        elif match := re.fullmatch(r"(\d*)\s*:\s*(\d*)", str(item)):
-            first, last = int(match[1] or 0), int(match[2] or size) - 1
+        if match := re.fullmatch(_INDEX, str(item)):
+            spans.append((item, int(match[1]), int(match[1]) + 1))
+        elif match := re.fullmatch(rf"{_INDEX}\s*-\s*{_INDEX}", str(item)):
+            spans.append((item, int(match[1]), int(match[2]) + 1))
+        elif match := re.fullmatch(rf"{_INDEX}?\s*:\s*{_INDEX}?", str(item)):
+            spans.append((item, int(match[1] or 0), int(match[2]) if match[2] else None))
         else:
             raise FNSFTError(
                 f"{what} specification {spec!r}: {item!r} is not understood; write all, 3, 0-5 (inclusive), 0:4 (end "
                 "left out), or several with commas"
             )
-        if not (0 <= first <= last < size):
-            raise FNSFTError(f"{what} specification {spec!r}: {item!r} is outside 0-{size - 1} or empty")
-        chosen.update(range(first, last + 1))
-    if not chosen:
-        raise FNSFTError(f"{what} specification {spec!r} names no {what}; there are {what}s 0-{size - 1}")
-    return sorted(chosen)
+    return spans
+
+
+def ranges_text(value: Any, name: str, *, what: str = "layer") -> Any:
+    """One text for what may be a number, a text, or a list of numbers and ranges; anything else as it is.
+
+    Args:
+        value: of a field.
+        name: of the field, for the message.
+        what: the noun of the message.
+
+    Raises:
+        FNSFTError: the text is no index specification.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(item, (int, str)) and not isinstance(item, bool) for item in items):
+        return value
+    text = ",".join(map(str, items)).strip("[]").replace(" ", "")
+    try:
+        _spans(text, what)
+    except FNSFTError as error:
+        raise FNSFTError(f"{name} is {value!r}; it must be numbers and ranges, such as 0-5,7 ({error})") from error
+    return text
 
 
 def format_ranges(indices: Iterable[int]) -> str:

@@ -3,19 +3,22 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers.utils import logging
 
 from .errors import FNSFTError
 from .neurons.mask import NeuronMask
-from .ranges import format_ranges
+from .ranges import format_ranges, parse_ranges
 from .template.template import FunctionalNetworkTemplate
 
+
+logger = logging.get_logger(__name__)
 
 SELECTORS = ("networks", "random", "activation")
 
 
 def select_neurons(
     template: FunctionalNetworkTemplate,
-    component_ids: Sequence[int] | None = None,
+    component_ids: Sequence[int] | str | None = None,
     *,
     selector: str = "networks",
     fraction: float | None = None,
@@ -24,6 +27,7 @@ def select_neurons(
     seed: int = 0,
     like: NeuronMask | None = None,
     min_reliability: float = 0.0,
+    layers: Sequence[int] | None = None,
 ) -> NeuronMask:
     """Select neurons by the networks they belong to, or by a control.
 
@@ -33,35 +37,42 @@ def select_neurons(
 
     Args:
         template: the networks.
-        component_ids: numbers of the networks; all of them by default. Only for `"networks"`.
+        component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for
+            `"networks"`.
         selector: `"networks"`, `"random"` or `"activation"`.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
         rank: `"highest"`, or `"lowest"`: those most outside the networks, or most quiet.
         seed: of `"random"`.
         like: take as many neurons of every layer as this mask has, instead of a fraction.
-        min_reliability: leave out networks whose split-half reliability is lower, in [0, 1]. Only for `"networks"`.
+        min_reliability: leave out networks whose reliability above null (`template.reliability_above_null`) is lower,
+            in [0, 1]. Of a template that knows no null, with a warning, the bare reliability counts. Only for
+            `"networks"`.
+        layers: select in these layers only; in all of the template's by default. What belongs to a network stays as
+            its threshold over all layers has it.
 
     Returns:
-        A [`NeuronMask`] over the template's layers.
+        A [`NeuronMask`] over these layers.
 
     Raises:
-        FNSFTError: an unknown selector or network, a fraction out of range, or a selection without any neuron.
+        FNSFTError: an unknown selector, network or layer, a fraction out of range, or a selection without any neuron.
     """
     _check_request(selector, rank, component_ids, fraction, like)
     ids = _networks(template, component_ids, min_reliability if selector == "networks" else 0)
+    chosen = _layers(template, layers)
     if fraction is None and like is None:
         members = [template.members(number) for number in ids]
-        mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in template.loadings}, template.site)
+        mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in chosen}, template.site)
     else:
         scores = _scores(template, ids, selector, seed)
+        scores = {layer: scores[layer] for layer in chosen}
         if rank == "lowest":
             scores = {layer: -values for layer, values in scores.items()}
         mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
     if mask.count == 0:
         raise FNSFTError(
-            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, {template.threshold}); lower the "
-            "threshold or select a fraction"
+            f"the selection holds no neuron (networks {format_ranges(sorted(ids))}, layers {format_ranges(chosen)}, "
+            f"{template.threshold}); lower the threshold or select a fraction"
         )
     return mask
 
@@ -87,27 +98,57 @@ def _check_request(selector, rank, component_ids, fraction, like) -> None:
 def _networks(template, component_ids, min_reliability: float) -> list[int]:
     """The numbers of the networks that are meant, of those that are reliable enough."""
     count = len(template.components)
+    if isinstance(component_ids, str):
+        component_ids = parse_ranges(component_ids, count, what="network")
     ids = list(range(count)) if component_ids is None else list(component_ids)
     unknown = [number for number in ids if not 0 <= number < count]
     if unknown or not ids:
-        raise FNSFTError(
-            f"the template has no network {', '.join(map(str, unknown)) or '(none was named)'}; it has the networks "
-            f"{format_ranges(range(count))}"
-        )
-    if min_reliability <= 0:
-        return ids
-    known = {n: c.reliability for n, c in enumerate(template.components) if c.reliability is not None}
-    if not known:
+        named = format_ranges(sorted(set(unknown))).replace(",", ", ") or "(none was named)"
+        raise FNSFTError(f"the template has no network {named}; it has the networks {format_ranges(range(count))}")
+    return ids if min_reliability <= 0 else _reliable(template, ids, min_reliability)
+
+
+def _reliable(template, ids: list[int], least: float) -> list[int]:
+    """Those networks whose reliability above null is high enough."""
+    bare = [component.reliability for component in template.components]
+    if None in bare:
         raise FNSFTError(
             "the template was converted from lists of neurons, so its reliability is unknown; drop min_reliability"
         )
-    reliable = [number for number in ids if known.get(number, 0) >= min_reliability]
+    if template.null is None:
+        what, known = "reliability (null unknown)", bare
+        logger.warning(
+            "the template does not know its null, the reliability of networks without co-activation: min_reliability "
+            "is compared with the bare reliability; discover the networks again to know both"
+        )
+    else:
+        what, known = (
+            "reliability above null",
+            [template.reliability_above_null(number) for number in range(len(bare))],
+        )
+    reliable = [number for number in ids if known[number] >= least]
     if not reliable:
+        best = max(ids, key=lambda number: (known[number], bare[number]))
+        centred = template.null is not None and template.settings.get("ica_standardize") == "center"
         raise FNSFTError(
-            f"no network has a reliability of {min_reliability:g}; the highest is {max(known.values()):.2f}: lower "
-            "min_reliability, or discover on more tokens"
+            f"no network has a {what} of {least:g}; the highest is {known[best]:.2f} (its reliability is "
+            f"{bare[best]:.2f}): lower min_reliability, or discover on more tokens"
+            + (", or z-scored (ica_standardize), where the null is near zero" if centred else "")
         )
     return reliable
+
+
+def _layers(template, layers) -> list[int]:
+    """The layers that are meant, ascending."""
+    if layers is None:
+        return list(template.loadings)
+    unknown = sorted(set(layers) - set(template.loadings))
+    if unknown or not layers:
+        raise FNSFTError(
+            f"the template does not cover layer {format_ranges(unknown) or '(none was named)'}; it covers layers "
+            f"{format_ranges(template.loadings)}"
+        )
+    return sorted(set(layers))
 
 
 def _union(parts: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -137,7 +178,7 @@ def _take(scores, fraction, per_layer, like) -> dict[int, torch.Tensor]:
     if like is not None:
         widths = {layer: len(values) for layer, values in scores.items()}
         if {layer: len(members) for layer, members in like.layers.items()} != widths:
-            raise FNSFTError("the mask given as `like` has other layers or widths than the template")
+            raise FNSFTError("the mask given as `like` has other layers or widths than what is selected from")
         counts = {layer: int(members.sum()) for layer, members in like.layers.items()}
     else:
         counts = {layer: max(1, round(fraction * len(values))) for layer, values in scores.items()}

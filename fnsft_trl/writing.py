@@ -40,20 +40,35 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def one_writer(lock: str | os.PathLike) -> Iterator[None]:
+def one_writer(lock: str | os.PathLike, *, waits: bool = True) -> Iterator[None]:
     """Let one process, or thread, at a time run the body; the others wait.
 
     Args:
         lock: a file that is there meanwhile. A killed process leaves it behind, and the next one takes it over.
+        waits: whether to wait for another one.
+
+    Raises:
+        TimeoutError: another one has the lock, and this one does not wait.
     """
     from filelock import FileLock
 
-    with FileLock(lock):
+    with FileLock(lock, mode=0o600, blocking=waits):
         try:
             yield
         finally:
             # Before it is released: whoever waits for it sees that it is no longer there, and makes another one.
             Path(lock).unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what killed processes left beside a path in [`written_whole`].
+
+    It must be called by the one writer of the path, for what another one is writing looks the same.
+    """
+    path = Path(path)
+    for folder in path.parent.glob(f".{path.name}.*"):
+        if folder.is_dir() and all(inside.name == path.name for inside in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bring_to_disk(path: Path) -> None:

@@ -47,12 +47,18 @@ def _signature(thing) -> str:
         if p.name != "self"
     ]
     words = [re.sub(r"<factory>|<dataclasses.*?>|<function .* at 0x\w+>", "...", str(p)) for p in parameters]
+    words = [re.sub(r"(?<=frozenset\(\{).*?(?=\}\))", _in_order, word) for word in words]
     names = [p.name for p in parameters]
     first = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
     if first is not None and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         words.insert(first, "*")
     line = f"({', '.join(words)})"
     return line if len(line) + len(names) < 100 else "(\n    " + ",\n    ".join(words) + ",\n)"
+
+
+def _in_order(members: re.Match) -> str:
+    """The members of a set, which Python writes in another order each time."""
+    return ", ".join(sorted(members[0].split(", ")))
 
 
 def _markdown(docstring: str) -> str:

@@ -10,18 +10,20 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from helpers import medium_experts, medium_model, random_mask, sft_config, tiny_rows, tiny_tokenizer
 from peft import LoraConfig, PeftConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fnsft_trl import (
+    FNSFTError,
     FNSFTTrainer,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
@@ -120,6 +122,50 @@ def run_trainer(
     return weights
 
 
+def run_sharded(method: str, folder: Path, rank: int, form: str | None) -> None:
+    """A run, and one that goes on from its checkpoint, under FSDP2 (with checkpoints of a form) or DDP: the same."""
+    sharding = {} if form is None else {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": form}}
+
+    def make(asked: str | None) -> FNSFTTrainer:
+        return FNSFTTrainer(
+            model=medium(method),
+            args=sft_config(
+                folder / method, per_device_train_batch_size=2, save_strategy="steps", save_steps=2,
+                resume_from_checkpoint=asked, **sharding,
+            ),
+            train_dataset=Dataset.from_list(tiny_rows()),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4) if method == "lora" else None,
+            network_config=FunctionalNetworkConfig(
+                train_method=method, ica_select="random", ica_fraction=0.5, ica_components=2, ica_rank=8,
+                ica_max_tokens=200, ica_max_length=32,
+            ),
+        )  # fmt: skip
+
+    first = make(None)
+    first.train()
+    first.save_model(str(folder / f"{method}-end"))
+    expected = whole(first.model)
+    if rank == 0:
+        (folder / method / "checkpoint-4" / "trainer_state.json").unlink()
+    dist.barrier()
+    second = make("true")
+    second.train()
+    assert second.network_template.calibration == first.network_template.calibration
+    found = whole(second.model)
+    assert {name for name, value in expected.items() if not torch.equal(value, found[name])} == set()
+    dist.barrier()
+    if rank == 0:
+        saved = load_file(next((folder / f"{method}-end").glob("*model.safetensors")))
+        live = {name.replace(".default.values", "").replace(".default", ""): value for name, value in expected.items()}
+        assert all(torch.equal(value, live[name]) for name, value in saved.items())
+        assert saved.keys() == {name for name in live if method == "full" or "lora_" in name or "delta_" in name}
+    other = make("true")
+    other.args.learning_rate = 1e-3
+    with pytest.raises(FNSFTError, match=r"learning_rate was 0\.01 and is now 0\.001"):
+        other.train()
+
+
 def run_fsdp2(method: str, processes: int) -> dict[str, torch.Tensor]:
     """A plain loop over a model sharded by `fully_shard`."""
     base = medium(method)
@@ -166,6 +212,12 @@ def main(processes: str, kind: str, folder: str) -> None:
     if int(processes) > 1 and kind == "fsdp2":
         dist.init_process_group("gloo")
     with_experts = ["neuron_delta", "lora"] if kind == "ddp" else ["neuron_delta"]
+    if kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT", "none"):
+        shard_on_cpu()
+        for method in METHODS:
+            run_sharded(method, Path(folder), int(rank), None if kind == "none" else kind)
+        dist.destroy_process_group()
+        return
     for method in [*METHODS, *(f"{method}{EXPERTS}" for method in with_experts)]:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))

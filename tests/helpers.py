@@ -197,7 +197,8 @@ import json, pathlib, sys
 source = pathlib.Path(sys.argv[1])
 if (source / "broken").exists():
     sys.exit("INFO: reading\\nModel ThatForCausalLM is not supported")
-call = {{"arguments": sys.argv[2:], "files": sorted(path.name for path in source.iterdir())}}
+eos = json.loads((source / "config.json").read_text()).get("eos_token_id")
+call = {{"arguments": sys.argv[2:], "files": sorted(path.name for path in source.iterdir()), "eos": eos}}
 pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps(call))
 """
 
@@ -207,3 +208,12 @@ def write_converter(path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(FAKE_CONVERTER)
     path.chmod(0o755)
+
+
+def instead(words: list[str], *more: str) -> list[str]:
+    """A command line with some options in the place of what it gives them, since an option can stand once."""
+    flags, kept, is_dropped = {word for word in more if word.startswith("--")}, [], False
+    for word in words:
+        is_dropped = word in flags if word.startswith("--") else is_dropped
+        kept += [] if is_dropped else [word]
+    return [*kept, *more]

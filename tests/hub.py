@@ -18,7 +18,8 @@ import yaml
 
 ALICE, BOB = "hf_aliceWritesEverything", "hf_bobReadsNothingPrivate"
 READER, FINE = "hf_aliceReadsAndNeverWrites", "hf_aliceWritesHerOwnOnly"  # two more tokens of alice
-USERS = {ALICE: "alice", BOB: "bob", READER: "alice", FINE: "alice"}
+ORG = "hf_orgWritesAsTheDocsSay"
+USERS = {ALICE: "alice", BOB: "bob", READER: "alice", FINE: "alice", ORG: "org"}
 SCOPES = [
     {"entity": {"_id": "1", "type": "user", "name": "alice"}, "permissions": ["repo.content.read", "repo.write"]},
     {"entity": {"_id": "2", "type": "org", "name": "team"}, "permissions": ["repo.content.read"]},
@@ -26,6 +27,7 @@ SCOPES = [
 ACCESS = {  # what the Hub says of a token
     ALICE: {"displayName": "laptop", "role": "write"},
     BOB: {"displayName": "laptop", "role": "write"},
+    ORG: {"displayName": "docs", "role": "write"},
     READER: {"displayName": "reader", "role": "read"},
     FINE: {
         "displayName": "fine",

@@ -29,20 +29,26 @@ ORDER = {
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
-        *("formats", "prompts", "config", "conversion", "embedded", "sources", "sequences", "tokenized", "training"),
+        *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
+        *("together", "embedded", "sources", "sequences", "tokenized", "labels", "preparation"),
+        "training",
     ],
-    "neurons": ["layout", "experts", "sites", "mask"],
+    "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
-        *("activations", "sketch", "ica", "matching", "decomposition", "null", "recurrence", "progress", "discovery"),
+        *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
+        *("progress", "discovery"),
     ],
     "selection": [],
     "interventions": ["masking", "baking"],
-    "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model"],
-    "constraints": ["neurons", "frozen", "full", "lora_config", "lora"],
+    "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
+    "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": ["metrics", "reload", "retention"],
-    "training": ["preparation", "ways", "guard", "run", "run_record", "schedule", "retention", "trainer"],
+    "training": [
+        *("preparation", "loaded", "divergence", "labels", "full_eval", "watched", "ways", "guard", "run_record"),
+        *("checkpoints", "same_run", "run", "resumption", "schedule", "retention", "trainer"),
+    ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "cli": [
@@ -54,7 +60,18 @@ ORDER = {
 # The same inside a package of a package.
 INNER = {
     "cli.options": [
-        *("schema", "run_config", "trl_options", "values", "sources", "loading", "help", "arguments", "translate"),
+        *(
+            "schema",
+            "run_config",
+            "trl_options",
+            "written",
+            "values",
+            "sources",
+            "loading",
+            "help",
+            "arguments",
+            "translate",
+        ),
         "parse",
     ],
 }

@@ -1,27 +1,48 @@
 """Every command that the documentation shows runs, and its tables say what the code does."""
 
+import doctest
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from api_reference import api_reference
 from architectures import architectures_table
-from helpers import ROOT
+from helpers import ROOT, instead, tiny_rows
+from hub import ORG
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fnsft_trl import NeuronTunerConfig
-from fnsft_trl.cli import main
+from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
+from fnsft_trl.cli import VERBS, main
+from fnsft_trl.cli.options.arguments import read_arguments
+from fnsft_trl.cli.options.loading import loading_options
+from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.config import COMBINATIONS
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROLES = {"user": "prompt", "assistant": "completion"}
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "train": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_rank 8 --max_length 32 --disable_tqdm true",
+}
+
+CHATS = [
+    {"source": "made here", "messages": [{"role": role, "content": row[key]} for role, key in ROLES.items()]}
+    for row in tiny_rows(40)
+]
+# The data that the documentation names: their files below the working directory.
+FILES = {
+    "trl-lib/Capybara/train.jsonl": CHATS[:30],
+    "trl-lib/Capybara/test.jsonl": CHATS[30:],
+    "roneneldan/TinyStories/train.jsonl": [{"text": row["prompt"] * 60} for row in tiny_rows(100)],
+    "roneneldan/TinyStories/validation.jsonl": [{"text": row["completion"] * 40} for row in tiny_rows(200)],
+    "first.jsonl": tiny_rows(24),
+    "second.jsonl": tiny_rows(24, seed=1),
 }
 
 
@@ -53,56 +74,111 @@ def _adapter(model_dir: Path, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_fnsft_command_runs_in_turn(page, model_dir, rows, tmp_path, monkeypatch, hub):
-    """As shown, with the model, the data and the amount of work replaced by small local ones."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "second.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:24]))
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, model_dir, hub):
+    """A working directory in which the names that the documentation gives are those of tiny models and data."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", ORG)  # of one who may write to org/...
+    for name in ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).symlink_to(model_dir)
+    for file, rows in FILES.items():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("\n".join(json.dumps(row) for row in rows))
+    Path("recipes").symlink_to(ROOT / "recipes")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
+    """As shown, with the model, the data and the amount of work replaced by small local ones."""
+    data = str(workplace / "second.jsonl")
     for words in commands(page):
         if words[0] != "fnsft" or words[1] == "demo":
             continue
-        verb, arguments = words[1], [re.sub("^org/", "alice/", word) for word in words[2:]]
+        verb, arguments = words[1], words[2:]
         if verb == "discover":
-            arguments[:2] = [str(model_dir), str(data)]
-            # QUICK says it again: the last one holds, under one name.
+            arguments[:2] = [str(model_dir), data]
             arguments = [word.replace("--max_tokens", "--ica_max_tokens") for word in arguments]
         if verb == "export":
-            arguments[0] = str(_adapter(model_dir, tmp_path / "adapter"))
+            arguments[0] = str(_adapter(model_dir, workplace / "adapter"))
         if verb == "train":
-            arguments += ["--model_name_or_path", str(model_dir), "--dataset_name", str(data)]
-            arguments += ["--ica_datasets", str(data), "--use_cpu", "--bf16", "false", "--report_to", "none"]
+            arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
+            arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
         if "--texts" in arguments:
-            shared = tmp_path / "shared.jsonl"
-            shared.write_text(json.dumps({"text": " ".join(row["completion"] for row in rows) * 20}))
-            arguments[arguments.index("--texts") + 1] = str(shared)
-            arguments += ["--model_a", str(model_dir), "--model_b", str(model_dir)]
-        arguments += shlex.split(QUICK.get(verb, ""))
-        assert main([verb, *arguments]) == 0, words
+            arguments = instead(arguments, "--texts", "roneneldan/TinyStories", "--model_a", str(model_dir))
+            arguments += ["--model_b", str(model_dir)]
+        assert main([verb, *instead(arguments, *shlex.split(QUICK.get(verb, "")))]) == 0, words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_python_block_runs(page, model_dir, rows, templates, tmp_path, monkeypatch, hub):
-    """In turn, in one namespace, with the names of model and data replaced by local ones."""
-    from datasets import Dataset
-    from helpers import sft_config
+def snippets() -> list:
+    """Every Python block of every page, both sides of every diff, and the example of every docstring."""
+    found = []
+    for page in PAGES:
+        code = blocks(page, "python")
+        for diff in blocks(page, "diff"):
+            code += [_side(diff, mark) for mark in "-+"]
+        code += [_of_prompts(example) for example in blocks(page, "pycon")]
+        found += [pytest.param(block, id=f"{page.name}-{number}") for number, block in enumerate(code)]
+    return found
 
-    monkeypatch.chdir(tmp_path)
-    templates["llama"].save_pretrained("ica_templates")
-    data = Dataset.from_list(rows)
-    namespace = {
-        "dataset": data,
-        "validation": data.select(range(8)),
-        "general_text": [row["completion"] * 3 for row in rows],
-    }
-    for block in blocks(page, "python"):
-        code = re.sub(r'"[\w.-]+/[\w.-]+-Instruct"', repr(str(model_dir)), block)
-        code = code.replace('"org/', '"alice/')
-        code = code.replace('SFTConfig(output_dir="output")', "small_config").replace("[0, 3]", "[0, 2]")
-        namespace["small_config"] = sft_config(tmp_path / "output")
-        exec(compile(code, page.name, "exec"), namespace)
+
+def _side(diff: str, mark: str) -> str:
+    """What stands there before (`-`) or after (`+`) a change."""
+    return "\n".join(line[1:] for line in diff.splitlines() if line[:1] in ("", " ", mark)) + "\n"
+
+
+def _of_prompts(example: str) -> str:
+    """The code of a session, which says itself what comes out."""
+    lines = []
+    for part in doctest.DocTestParser().get_examples(example):
+        lines.append(f"assert ({part.source.strip()}) == ({part.want.strip()})\n" if part.want else part.source)
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("code", snippets())
+def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten):
+    """Alone, with nothing defined before it. What is tiny is the model and the data of that name."""
+    template_of_ten.save_pretrained("ica_templates")
+    exec(compile(code, "snippet", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture(scope="module")
+def template_of_ten(model_dir):
+    """Ten networks of the tiny model, as many as a discovery finds by default."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    texts = [row["text"] for row in FILES["roneneldan/TinyStories/validation.jsonl"]]
+    return discover_networks(model, tokenizer, texts, FunctionalNetworkConfig(ica_percentile=80, ica_max_tokens=2000))
+
+
+def test_there_are_snippets_of_every_kind():
+    code = [snippet.values[0] for snippet in snippets()]
+    assert len(code) >= 10
+    assert any("SFTTrainer(" in block and "fnsft_trl" not in block for block in code)  # what the diff takes away
+    assert any(block.startswith("assert") or "\nassert" in block for block in code)
+    assert not [block for block in code if "# doctest" in block or "..." in block]
+
+
+def yaml_blocks() -> list:
+    """Every YAML file that is shown or brought; its first line says what it is for."""
+    shown = {f"{page.name}-{n}": block for page in PAGES for n, block in enumerate(blocks(page, "yaml"))}
+    brought = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    return [pytest.param(text, id=name) for name, text in (shown | brought).items()]
+
+
+@pytest.mark.parametrize("text", yaml_blocks())
+def test_every_yaml_file_is_one_that_its_command_takes(text, workplace):
+    program, verb, *words = text.splitlines()[0].removeprefix("# ").split()
+    assert (program, words[0]) == ("fnsft", "--config")
+    Path("config.yaml").write_text(text)
+    words[1] = "config.yaml"
+    if verb == "train":
+        asked = parse_options(words)
+        assert asked.network_config is not None
+        assert not asked.notes
+    else:
+        assert read_arguments(words, import_module(f"fnsft_trl.cli.{verb}").options()).given
 
 
 def combinations_table() -> str:
@@ -132,3 +208,26 @@ def test_the_table_of_architectures_is_that_of_the_tests():
 
 def test_the_table_of_combinations_is_the_one_in_the_code():
     assert combinations_table() in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_the_table_of_verbs_is_that_of_the_command():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert "\n".join(f"| `fnsft {verb}` | {text} |" for verb, text in VERBS.items()) in page
+    assert all(f"`{verb}`" in (ROOT / "README.md").read_text() for verb in VERBS)
+
+
+def test_the_table_of_loading_names_every_option_that_loads():
+    page = (ROOT / "docs" / "commands.md").read_text().partition("## Loading a model")[2]
+    for option in loading_options():
+        assert re.search(rf"^\| .*`{option.name}`.* \|", page, flags=re.MULTILINE), option.name
+
+
+def test_the_values_that_the_page_shows_are_read_so(tmp_path):
+    """What the two tables of values say, of the option types and of values that belong to none."""
+    shown = next(block for block in blocks(ROOT / "docs" / "commands.md", "yaml") if "fnsft train" in block)
+    (tmp_path / "config.yaml").write_text(shown)
+    asked = parse_options(["--config", str(tmp_path / "config.yaml"), "--ica_template_path", "t"])
+    assert asked.values["run_name"] == "007"
+    assert asked.values["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+    assert asked.values["model_init_kwargs"] == {"low_cpu_mem_usage": True}
+    assert (asked.network_config.ica_layers, asked.network_config.ica_component_ids) == ("1:4", "5:")

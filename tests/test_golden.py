@@ -22,6 +22,7 @@ from helpers import logits, state
 from safetensors.torch import load_file
 
 from fnsft_trl import (
+    FNSFTError,
     FunctionalNetworkConfig,
     FunctionalNetworkTemplate,
     NeuronMask,
@@ -165,6 +166,13 @@ def test_the_versions_of_one_template_agree():
     assert one == {**three, "license": None, "weights": None}
     assert three["license"] == "mit"
     assert three["weights"] is not None
+
+
+def test_the_networks_are_no_more_reliable_than_their_null():
+    template = FunctionalNetworkTemplate.from_pretrained(GOLDEN / "templates" / "3")
+    assert [number for number, c in enumerate(template.components) if c.reliability >= 0.7] == [0, 2]
+    with pytest.raises(FNSFTError, match=r"no network has a reliability above null of 0\.7"):
+        select_neurons(template, min_reliability=0.7)
 
 
 def test_selections_are_the_same_neurons():

@@ -19,13 +19,16 @@ from fnsft_trl.ranges import format_ranges, parse_ranges
         (7, [7]),
         ("8:", [8, 9]),
         (" 1 - 2 , 5", [1, 2, 5]),
+        (["0-2", 5, "8:"], [0, 1, 2, 5, 8, 9]),
     ],
 )
 def test_parse_ranges_reads_every_documented_form(spec, expected):
     assert parse_ranges(spec, 10) == expected
 
 
-@pytest.mark.parametrize("spec", ["10", "0-10", "5-3", "x", "", "[]", "-1", "2:2", "1.5", [11]])
+@pytest.mark.parametrize(
+    "spec", ["10", "0-10", "5-3", "x", "", "[]", "-1", "2:2", "1.5", [11], "007", "0-07", "٣", "9" * 5000]
+)
 def test_parse_ranges_refuses_what_is_out_of_range_or_not_understood(spec):
     with pytest.raises(FNSFTError, match="layer specification"):
         parse_ranges(spec, 10)

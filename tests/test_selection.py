@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,14 +68,24 @@ def test_an_unknown_network_lists_those_there_are(templates):
 
 
 def test_unreliable_networks_are_left_out(templates):
-    template = templates["llama"]
+    """Reliable is what is further from the null than asked for: a fraction of the way from the null to 1."""
+    template = replace(templates["llama"], null={"reliability": 0.2, "jaccard": 0.0, "highest": 0.2})
+    above = [template.reliability_above_null(number) for number in range(3)]
+    order = sorted(range(3), key=lambda number: -above[number])
+    assert above[order[0]] == pytest.approx((template.components[order[0]].reliability - 0.2) / 0.8)
+    least = (above[order[0]] + above[order[1]]) / 2
+    assert select_neurons(template, min_reliability=least) == select_neurons(template, order[:1])
+    assert select_neurons(template, min_reliability=0.0) == select_neurons(template)
+    with pytest.raises(FNSFTError, match="no network has a reliability above null of 1"):
+        select_neurons(template, min_reliability=1.0)
+
+
+def test_without_a_null_the_bare_reliability_counts(templates):
+    template = replace(templates["llama"], null=None)
     reliability = [component.reliability for component in template.components]
     order = sorted(range(3), key=lambda number: -reliability[number])
     least = (reliability[order[0]] + reliability[order[1]]) / 2
     assert select_neurons(template, min_reliability=least) == select_neurons(template, order[:1])
-    assert select_neurons(template, min_reliability=0.0) == select_neurons(template)
-    with pytest.raises(FNSFTError, match="no network has a reliability of 1"):
-        select_neurons(template, min_reliability=1.0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers.utils import (
 )
 from trl import SFTConfig
 
-from ..compat.transformers import TRAINER_STATE_FILE, installed_trackers
+from ..compat.transformers import installed_trackers
 from ..errors import FNSFTError
 
 
@@ -78,13 +78,8 @@ def check_checkpoint(directory: Path, *, adapter: bool) -> None:
         adapter: whether this run trains an adapter.
 
     Raises:
-        FNSFTError: it is no checkpoint, or one of an adapter where the model trains, or the other way round.
+        FNSFTError: it is one of an adapter where the model trains, or the other way round.
     """
-    if not (directory / TRAINER_STATE_FILE).is_file():
-        raise FNSFTError(
-            f"resume_from_checkpoint is {str(directory)!r}, which is no checkpoint of a training (it has no "
-            f"{TRAINER_STATE_FILE}); give a directory such as OUTPUT_DIR/checkpoint-100, or true for the last one"
-        )
     of_adapter = (directory / ADAPTER_CONFIG_NAME).is_file()
     of_model = any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if of_adapter and not adapter:

@@ -145,7 +145,7 @@ def _start(args: Arguments, discovery: FunctionalNetworkConfig, output: Path) ->
         layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]
         print(
             f"   network {number}: {component.neurons} neurons, most in layers {', '.join(map(str, layers))}; "
-            f"reliability {component.reliability:.2f}"
+            f"reliability {component.reliability:.2f}, above null {template.reliability_above_null(number):.2f}"
         )
 
     _say("2/4 Measuring the model before training: the new task, and general text (disjoint from the discovery's)")
@@ -236,7 +236,8 @@ def _train(arm: Arm, args: Arguments, start: _Start, output: Path):
         mlp_modules = [name for site in start.sites for name in site.layout.modules()]
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules=mlp_modules, task_type="CAUSAL_LM")
     else:
-        networks = FunctionalNetworkConfig(ica_fraction=FRACTION, ica_seed=args.seed, **arm.networks)
+        seed = {"ica_seed": args.seed} if arm.networks.get("ica_select") == "random" else {}
+        networks = FunctionalNetworkConfig(ica_fraction=FRACTION, **seed, **arm.networks)
     trainer = FNSFTTrainer(
         model=start.model_path,
         args=SFTConfig(

@@ -99,7 +99,9 @@ def _describe_sources(report: Report, summary: dict, template, output: Path) -> 
         "networks",
         (output / TEMPLATE / FIGURE_FILE).read_bytes(),
         f"{len(template.components)} networks of {template.base_model} from {template.calibration['tokens']} tokens. "
-        "Reliability: correlation of a network's loadings between two disjoint halves of the tokens.",
+        "Reliability: correlation of a network's loadings between two disjoint halves of the tokens; above null: how "
+        "far it is from the highest that components reach without any co-activation "
+        f"({template.null['highest']:.2f}) to 1.",
     )
     report.heading("Data")
     report.text(

@@ -121,10 +121,11 @@ def _show(template) -> None:
     for number, component in enumerate(template.components):
         print(
             f"  Component {number}: {component.neurons} neurons across {len(component.layers)} layers, "
-            f"reliability {component.reliability:.2f}"
+            f"reliability {component.reliability:.2f}, above null {template.reliability_above_null(number):.2f}"
             + "".join(f"; {'also' if r['recurs'] else 'not'} in {n}" for n, r in component.recurrence.items())
         )
     print(
-        f"\nShuffled in time, as many components have reliability {template.null['reliability']:.2f} and overlap "
+        f"\nNull: without co-activation, as many components have a mean reliability of "
+        f"{template.null['reliability']:.2f}, at most {template.null['highest']:.2f}, and an overlap of "
         f"{template.null['jaccard']:.2f} (see docs/discovery.md)"
     )

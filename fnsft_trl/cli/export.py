@@ -97,9 +97,8 @@ def _check(args: Arguments) -> None:
 def _merge(adapter: str, output_dir: Path, loading: LoadingConfig) -> None:
     """Merge an adapter, and verify the result where that is possible: what was read is then what was written."""
     from ..export import to_merged, verify_merge
-    from ..neurons import find_neuron_sites
     from ..tuner import NeuronTunerConfig
-    from .models import check_loading, load_model, loading_arguments
+    from .models import check_loading, loading_arguments
     from .refusals import refusals
 
     check_loading(loading, "cpu")
@@ -108,9 +107,5 @@ def _merge(adapter: str, output_dir: Path, loading: LoadingConfig) -> None:
     print(f"Merged model saved to: {output_dir}")
     if isinstance(config, NeuronTunerConfig) and loading.dtype == "auto":
         base = config.base_model_name_or_path
-        loading = replace(loading, device_map=None, model_revision=loading.model_revision or config.revision)
-        before, after = load_model(base, loading), load_model(str(output_dir), loading)
-        sites = find_neuron_sites(before, kind=config.site)
-        weights = (dict(model.named_parameters()) for model in (before, after))
-        changed = verify_merge(*weights, adapter, sites=sites)
+        changed = verify_merge(base, output_dir, adapter, **loading_arguments(replace(loading, device_map=None)))
         print(f"Verified: {changed.count} neurons differ from {base}, as the adapter says")

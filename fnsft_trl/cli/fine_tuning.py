@@ -9,14 +9,13 @@ from typing import Any
 from datasets import disable_caching
 from peft import PeftConfig
 from transformers import AutoConfig, AutoProcessor
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from ..data.config import DataConfig
 from ..data.embedded import resolve_model
 from ..data.training import load_training_data
-from ..errors import FNSFTError
+from ..training.checkpoints import find_checkpoint
 from ..training.trainer import FNSFTTrainer
 from .checks import check_checkpoint, check_training_arguments
 from .logs import hush_repetitions
@@ -104,21 +103,19 @@ def _settings(asked: TrainOptions) -> _Settings:
         peft=peft,
         quantization=quantization,
         precision=precision,
-        resume=_checkpoint(training, adapter=asked.has_adapter),
+        resume=_checkpoint(training, adapter=asked.has_adapter, has_networks=asked.network_config is not None),
     )
 
 
-def _checkpoint(training: SFTConfig, *, adapter: bool) -> str | None:
+def _checkpoint(training: SFTConfig, *, adapter: bool, has_networks: bool) -> str | None:
     """The checkpoint to go on from; also checks the directory to write into."""
-    output_dir = check_writable(training.output_dir)
-    resume = training.resume_from_checkpoint
-    if str(resume).lower() == "true":
-        resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        if resume is None:
-            raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
-    if resume:
-        check_checkpoint(Path(resume), adapter=adapter)
-    return resume
+    check_writable(training.output_dir)
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training, has_mark=has_networks)
+    if checkpoint is None:
+        return None
+    check_checkpoint(checkpoint, adapter=adapter)
+    training.resume_from_checkpoint = str(checkpoint)  # from which the trainer takes the networks
+    return str(checkpoint)
 
 
 def _trainer(asked: TrainOptions, settings: _Settings) -> FNSFTTrainer:

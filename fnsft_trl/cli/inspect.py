@@ -1,6 +1,5 @@
 """fnsft inspect TEMPLATE: networks, neurons by layer, reliability, provenance. Needs no torch, except to convert."""
 
-import json
 import os
 import sys
 
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
 def _show(stored: StoredTemplate, as_json: bool) -> None:
     found = stored.description
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(found.to_bytes().decode(), end="")
         return
     if stored.hub_id:
         print(f"{stored.hub_id} at commit {stored.commit}")
@@ -62,7 +61,7 @@ def _show(stored: StoredTemplate, as_json: bool) -> None:
     print(f"  method        {found.method_in_words()}")
     print(f"  threshold     {found.threshold_in_words()}")
     print()
-    print("network  neurons  layers  variance  kurtosis  reliability  overlap  most neurons in layers")
+    print("network  neurons  layers  variance  kurtosis  reliability  above null  overlap  most neurons in layers")
     for number, component in enumerate(found.components):
         by_layer = sorted(component.layers.items(), key=lambda item: -item[1])
         strongest = ", ".join(f"{layer} ({count})" for layer, count in by_layer[:4])
@@ -70,13 +69,19 @@ def _show(stored: StoredTemplate, as_json: bool) -> None:
             f"{number:>7}  {component.neurons:>7}  {len(by_layer):>6}  "
             f"{format_known(component.explained_variance, '.4f'):>8}  "
             f"{format_known(component.kurtosis, '.1f'):>8}  {format_known(component.reliability, '.2f'):>11}  "
+            f"{format_known(found.reliability_above_null(number), '.2f'):>10}  "
             f"{format_known(component.jaccard, '.2f'):>7}  {strongest}"
         )
     if null := found.null:
-        print(f"shuffled in time {null.reliability:>38.2f}  {null.jaccard:>7.2f}  (so that nothing co-activates)")
+        highest = "" if null.highest is None else f", at most {null.highest:.2f}"
+        print(f"without co-activation: reliability {null.reliability:.2f}{highest}; overlap {null.jaccard:.2f}")
+    else:
+        print("without co-activation: unknown, it was not measured")
     if curve := found.calibration.curve:
-        points = ", ".join(f"{point.reliability:.2f} at {point.tokens}" for point in curve)
-        print(f"mean reliability over tokens: {points}")
+        points = ", ".join(
+            f"{format_known(point.above_null, '.2f')} ({point.reliability:.2f}) at {point.tokens}" for point in curve
+        )
+        print(f"mean reliability above null (and bare) over tokens: {points}")
     for number, component in enumerate(found.components):
         for name, other in component.recurrence.items():
             verdict = "recurs" if other["recurs"] else "does not recur"

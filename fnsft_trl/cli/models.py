@@ -1,8 +1,8 @@
 """Loading a model by name, with errors that say what to do."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def model_errors(name_or_path: str) -> Iterator[None]:
         yield
     except FNSFTError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise FNSFTError(
             f"the model {name_or_path!r} cannot be loaded ({_reason(error, name_or_path)}); give a directory with a "
             "causal language model and its tokenizer, a Hub id, or `embedded`"
@@ -39,7 +39,7 @@ def model_errors(name_or_path: str) -> Iterator[None]:
 
 def _reason(error: Exception, name: str) -> str:
     """What the Hub says, where transformers passes it on: a gated model, no right to read it."""
-    if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+    if os.path.isfile(os.path.join(name, ADAPTER_CONFIG_NAME)):
         return f"it is an adapter; merge it into its base first: fnsft export {name} --to merged --output_dir DIR"
     cause = error.__cause__
     known = (

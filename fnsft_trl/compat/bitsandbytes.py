@@ -12,6 +12,7 @@ __all__ = [
     "MOMENTUM",
     "is_packed",
     "keep_unpacked",
+    "keeps_only_squares",
     "packs_weights",
     "supported_devices",
     "zero_entry",
@@ -25,9 +26,18 @@ KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 # https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/autograd/_functions.py
 CAST_LOGGER = "bitsandbytes.autograd._functions"
 
-# The name under which its optimizers keep the running mean of gradients; in 8 bits, as indices into a table.
+# The name under which its optimizers keep the running mean of gradients, or the only running mean that they have; in 8
+# bits, as indices into a table.
 # https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/optim/optimizer.py
 MOMENTUM = "state1"
+
+
+def keeps_only_squares(optimizer: Any) -> bool:
+    """Whether the one running mean that an optimizer keeps is of squared gradients; False for one of another library.
+
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/optim/optimizer.py
+    """
+    return vars(optimizer).get("optimizer_name") in ("rmsprop", "adagrad")
 
 
 def zero_entry(state: dict[str, Any]) -> int:

@@ -87,12 +87,13 @@ PRIVATE_METHODS = (
     PrivateMethod(
         *_LAYER, "merge", ("safe_merge", "adapter_names"), "replaced on layers whose merge would move frozen neurons"
     ),
+    PrivateMethod(*_SFT, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when all of it is written"),
     PrivateMethod(
         "transformers.Trainer",
         f"{_TRANSFORMERS}transformers/trainer.py",
         "_save",
         ("output_dir", "state_dict"),
-        "template and selection are written beside every saved model",
+        "weights that FSDP keeps sharded are gathered, and saved whole at the end",
     ),
     PrivateMethod(
         *_SFT,

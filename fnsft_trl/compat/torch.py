@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -16,10 +17,14 @@ from torch.nn.modules import module as modules
 
 __all__ = [
     "compute_local_shape_and_global_offset",
+    "forward_hooks",
+    "guard_hooks",
     "has_hooks",
     "is_fsdp_managed",
     "is_transformed",
     "multiplies_exactly",
+    "remove_forward_hooks",
+    "version_counter",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,6 +64,38 @@ def _fsdp_marks_modules() -> bool:
             "of several processes: neuron deltas are slower there, and cannot be merged; use an older torch"
         )
     return found
+
+
+def guard_hooks() -> None:
+    """Let compiled code notice hooks: those put on, or taken away, after the compilation, and those of another model.
+
+    By default torch.compile takes for granted that hooks stay as they were, and runs what it made of one model for
+    another of the same classes, whose hooks are then ignored without a word. Code that was compiled so is dropped,
+    and made anew in its next call.
+    https://docs.pytorch.org/docs/stable/torch.compiler_nn_module.html
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/config.py
+    """
+    from torch import _dynamo
+
+    if _dynamo.config.skip_nnmodule_hook_guards:
+        _dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
+# A hook is public only to who registered it. Of a copy of a module nobody did, and it carries copies of the hooks.
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """The hooks that a module calls before and after its forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def remove_forward_hooks(module: nn.Module, kind: type) -> None:
+    """Take those hooks away from a module that are of a class, whoever registered them."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[number]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -101,3 +138,12 @@ def multiplies_exactly(x: Tensor) -> bool:
     if precision is None:
         return torch.get_float32_matmul_precision() == "highest"
     return precision not in ("tf32", "bf16")
+
+
+def version_counter(tensor: Tensor) -> int:
+    """How often a tensor was written to in place, as autograd counts it; -1 for one of inference mode, not counted.
+
+    A delta that was written to since it was added to the base weight is added anew.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_tensor.py
+    """
+    return -1 if tensor.is_inference() else tensor._version

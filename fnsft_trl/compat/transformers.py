@@ -7,10 +7,15 @@ from torch import Tensor, nn
 # https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/__init__.py
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
+# What the Trainer does before it trains: a model's configurations get the special tokens of the tokenizer.
+# https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_utils.py
+from transformers.trainer_utils import align_special_tokens
+
 
 __all__ = [
     "EXPERTS_FORM",
     "TRAINER_STATE_FILE",
+    "align_special_tokens",
     "apply_gate",
     "installed_trackers",
     "is_deepspeed_zero3_enabled",

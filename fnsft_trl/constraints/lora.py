@@ -8,19 +8,21 @@ without calling `lora_A` and `lora_B`: there the gradients of the frozen entries
 and so are those of the magnitudes of DoRA. Checkpoints are plain PEFT files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import Conv1D
 
 from ..compat.peft import LoraLayer, ParamWrapper, dequantize_module_weight
+from ..compat.torch import guard_hooks, remove_forward_hooks
 from ..errors import FNSFTError
 from ..neurons.layout import mask_positions, select_positions
-from ..neurons.mask import NeuronMask
+from ..neurons.mask import NeuronMask, fitting_sites
 from ..neurons.sites import NeuronSite, WeightSlice
-from .frozen import FrozenSlices
+from .frozen import FrozenSlices, check_freezable
 from .lora_config import check_lora_config
 from .neurons import frozen_by_site
 
@@ -73,10 +75,8 @@ def factor_slices(model: nn.Module, site: NeuronSite, adapter_name: str) -> Iter
         FNSFTError: the adapter changes a parameter of the MLP in whose factors neurons have no entries of their own.
     """
     for part in site.layout.slices:
-        layer = model.get_submodule(part.module_name)
-        while isinstance(layer, ParamWrapper) and layer.parameter_name != part.parameter:
-            layer = layer.base_layer
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        layer = _adapting_layer(model, part, adapter_name)
+        if layer is None:
             continue
         is_bare, is_bias = isinstance(layer, ParamWrapper), part.parameter.endswith("bias")
         is_quantised = not part.tensor(model).is_floating_point()
@@ -100,8 +100,40 @@ def factor_slices(model: nn.Module, site: NeuronSite, adapter_name: str) -> Iter
         yield FactorSlice(layer, factor, part, tuple(shape), dims)
 
 
+def _adapting_layer(model: nn.Module, part: WeightSlice, adapter_name: str) -> LoraLayer | None:
+    """The layer by which an adapter changes a parameter, or the module that the parameter is of."""
+    layer = model.get_submodule(part.module_name)
+    while isinstance(layer, ParamWrapper) and layer.parameter_name != part.parameter:
+        layer = layer.base_layer
+    return layer if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A else None
+
+
+def reached_neurons(model: nn.Module, neurons: NeuronMask, adapter_names: Iterable[str]) -> NeuronMask:
+    """Those of some neurons that LoRA can change: its targets hold a weight of theirs, be it one of several.
+
+    Args:
+        model: a `PeftModel`.
+        neurons: the neurons that are asked of.
+        adapter_names: the adapters that train.
+
+    Returns:
+        Members of `neurons`, over all layers of the model.
+    """
+    layers = {}
+    for site in fitting_sites(model, neurons):
+        reached = torch.zeros(site.width, dtype=torch.bool)
+        for part in site.layout.slices:
+            if any(_adapting_layer(model, part, name) is not None for name in adapter_names):
+                reached[part.first : part.first + part.count] = True
+        layers[site.layer] = reached & neurons.layers.get(site.layer, torch.zeros_like(reached))
+    return NeuronMask(layers, neurons.site)
+
+
 def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str = "default") -> FrozenSlices:
     """Hold an unmerged LoRA adapter to a set of neurons. Other targets of the adapter (attention) train as usual.
+
+    An adapter is held to one set at a time: a second call takes the place of the first. Load an adapter's weights
+    before it.
 
     Args:
         model: a `PeftModel` with LoRA on MLP modules, or on the weights of experts.
@@ -114,75 +146,113 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
         on its device when this is called.
 
     Raises:
-        FNSFTError: the adapter has no MLP module, is of a variant that cannot be held, or already changes a neuron
-            that should be frozen.
+        FNSFTError: there is no such adapter, it has no MLP module, is of a variant that cannot be held, or already
+            changes a neuron that should be frozen. The model is left as it was.
     """
-    check_lora_config(model.peft_config[adapter_name], model, trainable.site)
-    slices = FrozenSlices()
-    adapted = trained = 0
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, LoraConfig):
+        raise FNSFTError(f"the model has no LoRA adapter {adapter_name!r}; wrap it by get_peft_model first")
+    check_lora_config(config, model, trainable.site)
+    factors = []
+    trained = 0
     for site, frozen in frozen_by_site(model, trainable):
         for found in factor_slices(model, site, adapter_name):
-            part = found.part
-            adapted += 1
-            trained += part.count - len(part.among(frozen))
-            if not part.tensor(model).is_floating_point():
-                found.layer.merge = _refuse_merge(part.module_name)
-            _freeze_factor(slices, found, adapter_name, frozen)
-    if adapted == 0:
+            trained += found.part.count - len(found.part.among(frozen))
+            factors.append(_FrozenFactor(model, found, adapter_name, frozen))
+    if not factors:
         raise FNSFTError(f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train")
     if trained == 0:
         raise FNSFTError(
             f"no trainable neuron lies in a layer that adapter {adapter_name!r} adapts, so none could train; adapt "
             "other layers, or select other neurons"
         )
+    guard_hooks()
+    slices = FrozenSlices()
+    slices.take_over(factor.found.factor for factor in factors)
+    for factor in factors:
+        factor.freeze(slices)
     return slices
 
 
-@torch.no_grad()
-def _freeze_factor(slices: FrozenSlices, found: FactorSlice, adapter_name: str, frozen: torch.Tensor) -> None:
-    """Zero the frozen neurons' entries of a factor, and keep their gradients at zero."""
-    weight, positions = found.factor.weight, found.positions(frozen)
-    view = weight.view(found.shape)
-    is_frozen = mask_positions(view, found.dims, positions)
-    a, b = found.layer.lora_A[adapter_name].weight, found.layer.lora_B[adapter_name].weight
-    experts = found.layer.num_experts if found.is_bare else 1
-    only_frozen = (view * is_frozen).view(weight.shape)
-    if _changes_anything(*((a, only_frozen) if weight is b else (only_frozen, b)), experts):
-        raise _already_changed(found)
-    view.masked_fill_(is_frozen, 0)
-    if found.is_bare:
-        slices.freeze(weight, found.dims, positions, shape=found.shape)
-        letter = "lora_B" if found.part.side == "output" else "lora_A"
-        _check_is_trained(found, letter, adapter_name, weight)
-        return
-    slices.freeze(weight, found.dims, positions, zero_gradients=False)
-    if adapter_name in getattr(found.layer, "lora_magnitude_vector", {}):
-        _freeze_magnitude(slices, found, adapter_name, positions)
-    if found.part.side == "output":
-        found.factor.register_forward_hook(_mask_output(is_frozen.flatten()))
-    else:
-        found.factor.register_forward_pre_hook(_mask_input(is_frozen.flatten()))
+class _FrozenFactor:
+    """The frozen neurons' entries of a factor: checked when this is made, so that `freeze` cannot fail."""
 
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, found: FactorSlice, adapter_name: str, frozen: torch.Tensor) -> None:
+        self.found = found
+        self.adapter_name = adapter_name
+        self.weight = weight = found.factor.weight
+        self.positions = found.positions(frozen)
+        self.is_quantised = not found.part.tensor(model).is_floating_point()
+        check_freezable(weight, found.dims)
+        view = weight.view(found.shape)
+        self.is_frozen = mask_positions(view, found.dims, self.positions)
+        a, b = found.layer.lora_A[adapter_name].weight, found.layer.lora_B[adapter_name].weight
+        experts = found.layer.num_experts if found.is_bare else 1
+        only_frozen = (view * self.is_frozen).view(weight.shape)
+        if _changes_anything(*((a, only_frozen) if weight is b else (only_frozen, b)), experts):
+            raise _already_changed(found)
+        self.magnitudes = self._magnitudes()
 
-def _freeze_magnitude(slices: FrozenSlices, found: FactorSlice, adapter_name: str, positions: torch.Tensor) -> None:
-    """Hold the frozen rows' magnitudes of DoRA at the norms of the base weight's rows.
+    def _magnitudes(self) -> torch.Tensor | None:
+        """What the frozen rows' magnitudes of DoRA are held at: the norms of the base weight's rows.
 
-    At those that a merge computes: it adds the weight change first, which is more precise than a base in half
-    precision, from whose rounded norms PEFT has started. The quotient of the two must be exactly 1.
-    """
-    dora = found.layer.lora_magnitude_vector[adapter_name]
-    weight = dequantize_module_weight(found.layer.get_base_layer())
-    shape = found.layer.out_features, found.layer.in_features
-    present = dora.weight[positions]
-    started, merged = (
-        dora.get_weight_norm(weight, weight.new_zeros(shape, dtype=dtype), 1)[positions].to(present)
-        for dtype in (weight.dtype, found.factor.weight.dtype)
-    )
-    if not torch.equal(present, started) and not torch.equal(present, merged):
-        raise _already_changed(found)
-    dora.weight[positions] = merged
-    slices.freeze(dora.weight, (0,), positions)
-    _check_is_trained(found, "lora_magnitude_vector", adapter_name, dora.weight)
+        Those that a merge computes: it adds the weight change first, which is more precise than a base in half
+        precision, from whose rounded norms PEFT has started. The quotient of the two must be exactly 1.
+        """
+        layer, found = self.found.layer, self.found
+        if found.is_bare or self.adapter_name not in getattr(layer, "lora_magnitude_vector", {}):
+            return None
+        dora = layer.lora_magnitude_vector[self.adapter_name]
+        weight = dequantize_module_weight(layer.get_base_layer())
+        shape = layer.out_features, layer.in_features
+        present = dora.weight[self.positions]
+        started, merged = (
+            dora.get_weight_norm(weight, weight.new_zeros(shape, dtype=dtype), 1)[self.positions].to(present)
+            for dtype in (weight.dtype, self.weight.dtype)
+        )
+        if not torch.equal(present, started) and not torch.equal(present, merged):
+            raise _already_changed(found)
+        return merged
+
+    @torch.no_grad()
+    def freeze(self, slices: FrozenSlices) -> None:
+        """Zero the entries, and keep their gradients at zero."""
+        found, weight, positions = self.found, self.weight, self.positions
+        if self.is_quantised:
+            found.layer.merge = _refuse_merge(found.part.module_name)
+        weight.view(found.shape).masked_fill_(self.is_frozen, 0)
+        if found.is_bare:
+            slices.freeze(weight, found.dims, positions, shape=found.shape, lasting=True)
+            slices.add_hook(self._check_is_trained("lora_B" if found.part.side == "output" else "lora_A", weight))
+            return
+        slices.freeze(weight, found.dims, positions, zero_gradients=False, lasting=True)
+        if self.magnitudes is not None:
+            magnitude = found.layer.lora_magnitude_vector[self.adapter_name].weight
+            magnitude[positions] = self.magnitudes
+            slices.freeze(magnitude, (0,), positions, lasting=True)
+            slices.add_hook(self._check_is_trained("lora_magnitude_vector", magnitude))
+        remove_forward_hooks(found.factor, _FactorMask)  # a copy of a model that was held has its hooks
+        mask = self.is_frozen.flatten()
+        if found.part.side == "output":
+            slices.add_hook(found.factor.register_forward_hook(_OutputMask(mask)))
+        else:
+            slices.add_hook(found.factor.register_forward_pre_hook(_InputMask(mask)))
+
+    def _check_is_trained(self, holder: str, weight: nn.Parameter):
+        """Stop training where another tensor has taken the place of one whose gradients are masked."""
+        name, adapter_name = self.found.part.full_name, self.adapter_name
+
+        def check(layer: nn.Module, args: tuple) -> None:  # a copy of the model has this hook too, with its own layer
+            present = getattr(layer, holder)[adapter_name].weight
+            if present is not weight and torch.is_grad_enabled() and present.requires_grad:
+                raise FNSFTError(
+                    f"the LoRA weight on {name} was replaced (by sharding, or in a copy of the model) since "
+                    "constrain_lora masked its gradients; use plain data parallelism, and copy a model before "
+                    "constrain_lora, not after"
+                )
+
+        return self.found.layer.register_forward_pre_hook(check)
 
 
 def _already_changed(found: FactorSlice) -> FNSFTError:
@@ -190,22 +260,6 @@ def _already_changed(found: FactorSlice) -> FNSFTError:
         f"the LoRA adapter already changes neurons of {found.part.module_name} that should be frozen; merge it into "
         "the base model, or start from a new adapter"
     )
-
-
-def _check_is_trained(found: FactorSlice, holder: str, adapter_name: str, weight: nn.Parameter) -> None:
-    """Stop training where another tensor has taken the place of one whose gradients are masked."""
-    name = found.part.full_name
-
-    def check(layer: nn.Module, args: tuple) -> None:  # a copy of the model has this hook too, with its own layer
-        present = getattr(layer, holder)[adapter_name].weight
-        if present is not weight and torch.is_grad_enabled() and present.requires_grad:
-            raise FNSFTError(
-                f"the LoRA weight on {name} was replaced (by sharding, or in a copy of the model) since "
-                "constrain_lora masked its gradients; use plain data parallelism, and copy a model before "
-                "constrain_lora, not after"
-            )
-
-    found.layer.register_forward_pre_hook(check)
 
 
 def _changes_anything(a: torch.Tensor, b: torch.Tensor, experts: int) -> bool:
@@ -226,9 +280,16 @@ def _refuse_merge(name: str):
     return merge
 
 
-def _mask_input(is_frozen: torch.Tensor):
-    return lambda module, args: (args[0].masked_fill(is_frozen.to(args[0].device), 0), *args[1:])
+@dataclass(eq=False)
+class _FactorMask:
+    is_frozen: torch.Tensor
 
 
-def _mask_output(is_frozen: torch.Tensor):
-    return lambda module, args, output: output.masked_fill(is_frozen.to(output.device), 0)
+class _InputMask(_FactorMask):
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        return args[0].masked_fill(self.is_frozen.to(args[0].device), 0), *args[1:]
+
+
+class _OutputMask(_FactorMask):
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill(self.is_frozen.to(output.device), 0)

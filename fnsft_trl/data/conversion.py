@@ -1,33 +1,47 @@
 """Rows of any known format -> rows of TRL's, for a whole dataset."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Json,
+    List,
+    Value,
+    concatenate_datasets,
+)
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..compat.datasets import fingerprint
 from ..errors import FNSFTError
-from . import formats
-from .formats import (
-    KEPT_COLUMNS,
-    MESSAGES,
-    PROMPT_COMPLETION,
-    TEXT,
-    TOKENS,
-    Match,
-    UnusableRow,
-    convert_row,
-    find_formats,
-)
+from . import cells, formats, messages, rendering
+from .cells import UnusableRow
+from .formats import KEPT_COLUMNS, MESSAGES, PROMPT_COMPLETION, TEXT, TOKENS, Match, convert_row, find_formats
+from .left_out import LeftOut
+from .messages import PLAIN, Dialect, unread_keys
 
 
 logger = logging.get_logger(__name__)
 
+# The types of what is converted. Of structs each would have the keys of all others, as nulls.
+TYPES = {
+    "prompt": List(Json()),
+    "completion": List(Json()),
+    "messages": List(Json()),
+    "tools": Value("string"),
+    "chat_template_kwargs": Json(),
+}
+
 _BATCH = 1000
+_GIVEN = {"tools": rendering.tools_of, "chat_template_kwargs": rendering.kwargs_of}  # to the chat template
 
 
 def to_trl_format(
@@ -36,13 +50,14 @@ def to_trl_format(
     *,
     name: str = "the dataset",
     text_field: str = "text",
+    dialect: Dialect = PLAIN,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
     Convert a dataset in any known format to one that [`~trl.SFTTrainer`] reads.
 
     Questions and answers, under whatever names, become TRL's conversational `prompt` and `completion`, so that the
-    loss is on the completion only; `conversations` become `messages`; `text`, `messages` and `input_ids` stay as they
-    are. Rows without text in a column that their format needs are left out, with a warning that counts them.
+    loss is on the completion only; `conversations` become `messages`; `text` and `input_ids` stay as they are, and so
+    do `messages` of text. Rows that cannot be used are left out, with a warning that counts them and says why.
 
     Args:
         dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a dict of their splits, or list of `dict`):
@@ -54,12 +69,15 @@ def to_trl_format(
             What messages call it.
         text_field (`str`, *optional*, defaults to `"text"`):
             The column that the trainer reads text from (`dataset_text_field`).
+        dialect ([`~fnsft_trl.data.messages.Dialect`], *optional*):
+            What the chat template that will render the messages reads of them.
 
     Returns:
         What was given, converted; a [`~datasets.Dataset`] of a list.
 
     Raises:
-        FNSFTError: no known format, no usable row, a cell that is no text, or rows of text beside conversations.
+        FNSFTError: no known format, no usable row, a cell that is no text, or rows of text beside conversations or
+            beside what looks like their answer.
 
     Example:
 
@@ -67,14 +85,19 @@ def to_trl_format(
     >>> from fnsft_trl import to_trl_format
 
     >>> to_trl_format([{"question": "2 + 2?", "answer": 4}])[0]
-    {'prompt': [{'content': '2 + 2?', 'role': 'user'}], 'completion': [{'content': '4', 'role': 'assistant'}]}
+    {'prompt': [{'role': 'user', 'content': '2 + 2?'}], 'completion': [{'role': 'assistant', 'content': '4'}]}
     ```
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        named = {split: f"the split {split!r} of {name}" for split in dataset}
-        return type(dataset)(
-            {s: to_trl_format(rows, columns, name=named[s], text_field=text_field) for s, rows in dataset.items()}
-        )
+        converted = {
+            split: _convert(rows, columns, f"the split {split!r} of {name}", text_field, dialect)
+            for split, rows in dataset.items()
+        }
+        return type(dataset)(converted)
+    return _convert(dataset, columns, name, text_field, dialect)
+
+
+def _convert(dataset, columns, name: str, text_field: str, dialect: Dialect) -> Dataset | IterableDataset:
     if not isinstance(dataset, Dataset | IterableDataset):
         dataset = list(dataset)
     names = _column_names(dataset)
@@ -85,10 +108,10 @@ def to_trl_format(
     if matches[0].format.becomes == TOKENS:
         tokens = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
         return tokens.select_columns(list(matches[0].names))
-    kept = [column for column in KEPT_COLUMNS if column in names]
+    reader = _Reader(matches, [column for column in KEPT_COLUMNS if column in names], name, dialect)
     if isinstance(dataset, IterableDataset):
-        return _convert_stream(dataset, matches, kept, name)
-    return (_convert_dataset if isinstance(dataset, Dataset) else _convert_list)(dataset, matches, kept, name)
+        return _convert_stream(dataset, reader)
+    return (_convert_dataset if isinstance(dataset, Dataset) else _convert_list)(dataset, reader)
 
 
 def _formats_of(names: list[str], columns: str | Mapping[str, str] | None, name: str, text_field: str) -> list[Match]:
@@ -98,15 +121,58 @@ def _formats_of(names: list[str], columns: str | Mapping[str, str] | None, name:
         raise FNSFTError(f"{name} {error}" if str(error).startswith("has ") else str(error)) from error
 
 
-def _convert_list(rows: list[Mapping], matches: Sequence[Match], kept: list[str], name: str) -> Dataset:
-    dropped: list = []
-    found = [
-        {**converted, **{column: row.get(column) for column in kept}}
-        for _, row, converted in _usable(enumerate(rows), matches, name, dropped)
-    ]
-    _warn_dropped(dropped, len(rows), name)
-    kind = _common_kind(Counter(map(_kind, found)), name)
-    return Dataset.from_list([_as_kind(row, kind, name) for row in found])
+class _Reader:
+    """Reads rows in their formats, and notes which cannot be read and what of them is not used."""
+
+    def __init__(self, matches: Sequence[Match], kept: Sequence[str], name: str, dialect: Dialect) -> None:
+        self.matches, self.name = matches, name
+        self.kept = [column for column in kept if column in _GIVEN]
+        self.images = [column for column in kept if column not in _GIVEN]
+        self.dialect = replace(dialect, keeps_parts=bool(self.images))
+        self.columns = sorted(set().union(*(match.used for match in matches)))
+        self.left_out = LeftOut(name)
+        self.unread: set[str] = set()
+
+    def read(self, row: Mapping) -> dict:
+        """A row as TRL reads it, without images."""
+        converted = convert_row(row, self.matches, self.dialect)
+        return converted | {column: _GIVEN[column](row.get(column)) for column in self.kept}
+
+    def usable(self, numbered: Iterable[tuple[int, Mapping]], leave_out: Callable[[int, object], None]) -> Iterator:
+        """(number, row, converted row) of the rows that can be read."""
+        for number, row in numbered:
+            for column in self.columns:
+                if isinstance(row.get(column), list | Mapping):
+                    self.unread |= unread_keys(row[column], self.dialect)
+            try:
+                yield number, row, self.read(row)
+            except UnusableRow as reason:
+                leave_out(number, reason)
+            except FNSFTError as error:
+                raise FNSFTError(f"{self.name}, row {number}: {error}") from error
+
+    def say_unread(self) -> None:
+        """Say what messages hold that goes no further."""
+        if self.unread:
+            logger.warning(f"{self.name}: of its messages are not used: {', '.join(sorted(self.unread))}")
+
+    def features(self, kind: str) -> Features:
+        """The types of converted rows: messages each with the keys that they have, and no null for those of others."""
+        columns = [*_columns(kind, self.matches), *self.kept]
+        return Features({column: TYPES.get(column, Value("string")) for column in columns})
+
+
+def _convert_list(rows: list[Mapping], reader: _Reader) -> Dataset:
+    usable = list(reader.usable(enumerate(rows), reader.left_out.add))
+    reader.left_out.check(len(rows))
+    reader.say_unread()
+    kind = _common_kind(Counter(_kind(row) for _, _, row in usable), reader.name)
+    converted = [_as_kind(row, kind, reader.name) for _, _, row in usable]
+    data = Dataset.from_list(converted, features=reader.features(kind))
+    if reader.images:
+        images = [{column: row.get(column) for column in reader.images} for _, row, _ in usable]
+        data = concatenate_datasets([data, Dataset.from_list(images)], axis=1)
+    return data
 
 
 def _column_names(dataset) -> list[str]:
@@ -126,39 +192,16 @@ def _say_format(matches: Sequence[Match], names: list[str], name: str) -> None:
     read = [match.names[column] for column in match.format.columns if match.names.get(column) in match.used]
     system = f" and {match.system} (system)" if match.system else ""
     others = [other.format.name for other in matches[1:] if not other.used <= match.used]
-    rows = f"; rows in which these are empty: as {' or as '.join(others)}" if others else ""
+    longer = any(other.format.becomes == MESSAGES and not other.used <= match.used for other in matches[1:])
+    where = "in which these are empty" + (" or a conversation goes further" if longer else "")
+    rows = f"; rows {where}: as {' or as '.join(others)}" if others else ""
     rest = f"; not used: {', '.join(unused)}" if unused else ""
     logger.warning(f"{name} is read as {', '.join(read)}{system}{rows}{rest}")
 
 
-def _usable(
-    numbered: Iterable[tuple[int, Mapping]], matches: Sequence[Match], name: str, dropped: list[tuple[int, str]]
-) -> Iterator[tuple[int, Mapping, dict]]:
-    """(number, row, converted row) of the rows that can be read; the others go to `dropped`."""
-    for number, row in numbered:
-        try:
-            yield number, row, convert_row(row, matches)
-        except UnusableRow as missing:
-            dropped.append((number, missing.args[0]))
-        except FNSFTError as error:
-            raise FNSFTError(f"{name}, row {number}: {error}") from error
-
-
-def _warn_dropped(dropped: list[tuple[int, str]], rows: int, name: str) -> None:
-    if not dropped:
-        return
-    number, column = dropped[0]
-    if len(dropped) == rows:
-        raise FNSFTError(f"{name} has no row to train on: {column!r} is empty or without an answer in row {number}")
-    logger.warning(
-        f"{name}: {len(dropped)} of {rows} rows are left out, their text is missing; the first is row {number}, where "
-        f"{column!r} is empty or without an answer"
-    )
-
-
 def _rows(batch: Mapping[str, list]) -> Iterator[dict]:
-    for cells in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, cells, strict=True))
+    for row in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, row, strict=True))
 
 
 def _numbered(dataset: Dataset) -> Iterator[tuple[int, dict]]:
@@ -166,88 +209,65 @@ def _numbered(dataset: Dataset) -> Iterator[tuple[int, dict]]:
     return enumerate(row for batch in batches for row in _rows(batch))
 
 
-def _convert_dataset(dataset: Dataset, matches: Sequence[Match], kept: list[str], name: str) -> Dataset:
-    read = sorted(set().union(*(match.used for match in matches)))
-    dropped: list = []
+def _convert_dataset(dataset: Dataset, reader: _Reader) -> Dataset:
     usable: list[int] = []
     kinds: Counter = Counter()
     stay = True
-    for number, row, converted in _usable(_numbered(dataset.select_columns(read)), matches, name, dropped):
+    numbered = _numbered(dataset.select_columns([*reader.columns, *reader.kept]))
+    for number, row, converted in reader.usable(numbered, reader.left_out.add):
         usable.append(number)
         kinds[_kind(converted)] += 1
         stay = stay and all(row.get(column) == value for column, value in converted.items())
-    _warn_dropped(dropped, len(dataset), name)
-    kind = _common_kind(kinds, name)
-    if dropped:
+    reader.left_out.check(len(dataset))
+    reader.say_unread()
+    kind = _common_kind(kinds, reader.name)
+    if reader.left_out.count:
         dataset = dataset.select(usable)
+    columns = [*_columns(kind, reader.matches), *reader.kept]
     if stay and len(kinds) == 1:
-        return dataset.select_columns([*_columns(kind, matches), *kept])
+        return dataset.select_columns([*columns, *reader.images])
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
-        rows = [_as_kind(convert_row(row, matches), kind, name) for row in _rows(batch)]
-        return {column: [row[column] for row in rows] for column in _columns(kind, matches)}
+        rows = [_as_kind(reader.read(row), kind, reader.name) for row in _rows(batch)]
+        return {column: [row[column] for row in rows] for column in columns}
 
-    turns = _turns_of(dataset.features, read)
-    types = {column: turns if kind != TEXT else Value("string") for column in _columns(kind, matches)}
-    features = Features(types | {column: dataset.features[column] for column in kept})
     # Nothing of this is read from the cache of `datasets`, and what is made of the result later is not mixed up there
     # with what another version of this package made of it: the keys do not see the code behind a function's name.
-    made_by = Hasher.hash([fingerprint(dataset), _code(), matches, kind])
+    made_by = Hasher.hash([fingerprint(dataset), _code(), reader.matches, reader.dialect, kind])
     return dataset.map(
         convert,
         batched=True,
         batch_size=_BATCH,
-        remove_columns=[column for column in dataset.column_names if column not in kept],
-        features=features,
+        remove_columns=[column for column in dataset.column_names if column not in reader.images],
+        features=Features(reader.features(kind) | {column: dataset.features[column] for column in reader.images}),
         load_from_cache_file=False,
         new_fingerprint=made_by,
-        desc=f"Reading {name}",
+        desc=f"Reading {reader.name}",
     )
-
-
-def _turns_of(features: Features, columns: Iterable[str]) -> List:
-    """The type of converted messages: role, content, and whatever else the dataset's messages have."""
-    turn = {"role": Value("string"), "content": Value("string")}
-    for column in columns:
-        messages = features[column]
-        if isinstance(messages, dict):  # by columns
-            fields = {name: feature.feature for name, feature in messages.items() if isinstance(feature, List)}
-        elif isinstance(messages, List) and isinstance(messages.feature, dict):
-            fields = messages.feature
-        else:
-            fields = {}
-        if not fields.keys() & {"role", "from"}:
-            continue
-        for name, feature in fields.items():
-            name = {"from": "role", "value": "content"}.get(name, name)
-            if name != "role" and feature != Value("null"):
-                turn[name] = feature
-    return List(turn)
 
 
 def _code() -> bytes:
     """The source of what converts a row."""
-    return b"".join(Path(module).read_bytes() for module in (formats.__file__, __file__))
+    sources = (__file__, *(module.__file__ for module in (cells, formats, messages, rendering)))
+    return b"".join(Path(source).read_bytes() for source in sources)
 
 
-def _convert_stream(dataset: IterableDataset, matches: Sequence[Match], kept: list[str], name: str) -> IterableDataset:
-    dropped: list = []
-    first = next((row for _, _, row in _usable(enumerate(islice(dataset, _BATCH)), matches, name, dropped)), None)
+def _convert_stream(dataset: IterableDataset, reader: _Reader) -> IterableDataset:
+    first = next((row for _, _, row in reader.usable(enumerate(islice(dataset, _BATCH)), reader.left_out.add)), None)
     if first is None:
-        _warn_dropped(dropped, len(dropped), name)
+        reader.left_out.check(reader.left_out.count)
+    reader.say_unread()
     kind = _kind(first)
-    warned: list = []
+    met = LeftOut(reader.name)
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        missing: list = []
+        numbered = zip(numbers, _rows(batch), strict=True)
         rows = [
-            {**_as_kind(converted, kind, name), **{column: row.get(column) for column in kept}}
-            for _, row, converted in _usable(zip(numbers, _rows(batch), strict=True), matches, name, missing)
+            {**_as_kind(converted, kind, reader.name), **{column: row.get(column) for column in reader.images}}
+            for _, row, converted in reader.usable(numbered, met.add_and_say)
         ]
-        if missing and not warned:
-            warned.append(True)
-            logger.warning(f"{name}: rows without text are left out; the first is row {missing[0][0]}")
-        return {column: [row[column] for row in rows] for column in (*_columns(kind, matches), *kept)}
+        columns = (*_columns(kind, reader.matches), *reader.kept, *reader.images)
+        return {column: [row[column] for row in rows] for column in columns}
 
     return dataset.map(convert, batched=True, batch_size=32, with_indices=True, remove_columns=_column_names(dataset))
 

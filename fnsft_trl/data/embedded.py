@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..cache import cache_dir
 from ..errors import FNSFTError
-from ..writing import one_writer, written_whole
+from ..writing import one_writer, remove_leftovers, written_whole
 
 
 EMBEDDED = "embedded"
@@ -46,24 +46,23 @@ def embedded_model() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with one_writer(target.parent / f".{target.name}.lock"):
             if not (target / "config.json").exists():  # another process may have made it meanwhile
+                remove_leftovers(target)
                 _convert(package, target)
     return target
 
 
 def _convert(package: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     log = logging.get_logger("fnsft_trl")
     log.warning(f"converting the embedded model to safetensors, once (a minute or two): {target}")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF_FILE, dtype="float32")
-    # The weights are plain float32 by now, but the model calls itself quantised and would refuse to be saved.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.quantization_method
-    model.config._name_or_path = MODEL_ID
+    plain = GgufConfig(dequantize=True)  # or the model calls itself quantised, and cannot be saved
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=_GGUF_FILE, dtype="float32", quantization_config=plain
+    )
+    model.config.name_or_path = MODEL_ID
     with written_whole(target) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

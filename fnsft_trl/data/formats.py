@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import FNSFTError
+from .cells import UnusableRow, is_empty, is_parts, text_of
+from .messages import PLAIN, Dialect, read_messages, turns_to_answer
 
 
 PROMPT_COMPLETION, MESSAGES, TEXT, TOKENS = "prompt, completion", "messages", "text", "input_ids"
@@ -12,16 +14,9 @@ PROMPT_COMPLETION, MESSAGES, TEXT, TOKENS = "prompt, completion", "messages", "t
 SYSTEM_COLUMNS = ("system", "system_prompt")
 KEPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images")  # which TRL reads beside the text
 
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-} | {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+# What makes `text` beside it a question, or one message of several.
+_ANSWERS = ("code", "solution", "canonical_solution", "target", "targets", "summary", "translation", "reply", "chosen")
+_PLACES = ("role", "from", "speaker", "parent_id", "message_tree_id", "conversation_id")
 
 
 @dataclass(frozen=True)
@@ -103,10 +98,6 @@ class Match:
         return names | ({self.system} if self.system else set())
 
 
-class UnusableRow(Exception):
-    """A row without the text of a required column; `args[0]` is the column."""
-
-
 def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
     """Read a choice of columns, `prompt=question,completion=answer`, or check one given as a mapping.
 
@@ -170,7 +161,27 @@ def find_formats(
             f"{_nearest(found)}; rename the columns, or choose them with columns (--columns "
             "prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN)"
         )
-    return sorted(matches, key=lambda match: -len(match.names))
+    matches.sort(key=lambda match: -len(match.names))
+    if matches[0].format.becomes == TEXT:
+        _check_text_is_all(spelt)
+    return matches
+
+
+def _check_text_is_all(spelt: Mapping[str, str]) -> None:
+    """See that `text` is not a question or a message, whose rest is in columns that are no known format."""
+    answers = {*_ANSWERS, *(form.completion for form in FORMATS if form.completion)}
+    text = spelt["text"]
+    if answer := next((spelt[name] for name in spelt if name.lower() in answers), None):
+        raise FNSFTError(
+            f"has the column {text!r} beside {answer!r}, which looks like the answer to it; say what is trained with "
+            f"columns (--columns): prompt={text},completion={answer}, or text={text} for that column alone"
+        )
+    if place := next((spelt[name] for name in spelt if name.lower() in _PLACES), None):
+        raise FNSFTError(
+            f"has the column {text!r} beside {place!r}: each row looks like one message of a conversation; put them "
+            f"together into messages (role and content), or set columns (--columns) to text={text} to train each "
+            "message by itself"
+        )
 
 
 def _chosen(chosen: dict[str, str], found: list[str], text_field: str) -> Match:
@@ -202,41 +213,48 @@ def choose(row: Mapping, matches: Sequence[Match]) -> Match:
 
     A shorter format takes a row over from a longer one that is filled in part only if it reads everything that is
     filled in that part: rows of several formats in one dataset are each read in their own, and a row with an
-    instruction and an empty answer is not read as something else.
+    instruction and an empty answer is not read as something else. A conversation with an answer may always take a row
+    over, and does so from one that is filled too if it goes further.
 
     Raises:
         UnusableRow: there is none; a required column of the nearest is null or empty.
     """
+    chosen: Match | None = None
     partial: Match | None = None
-    filled_of_partial: set[str] = set()
     for match in matches:
         required = [match.names[column] for column in match.format.required]
         filled = {name for name in required if not is_empty(row.get(name))}
-        if len(filled) == len(required) and filled_of_partial <= match.used:
-            return match
-        if filled and partial is None:
-            partial, filled_of_partial = match, filled
+        if filled and len(filled) < len(required):
+            partial = partial or match
+        if len(filled) < len(required):
+            continue
+        is_conversation = match.format.becomes == MESSAGES
+        if chosen is not None:
+            if is_conversation and chosen.format.becomes != TEXT and _reach(row, match) > _reach(row, chosen):
+                chosen = match
+        elif partial is None or _filled(row, partial) <= match.used or (is_conversation and _reach(row, match)):
+            chosen = match
+    if chosen is not None:
+        return chosen
     match = partial or matches[0]
-    raise UnusableRow(next(n for c in match.format.required if is_empty(row.get(n := match.names[c]))))
+    column = next(n for c in match.format.required if is_empty(row.get(n := match.names[c])))
+    raise UnusableRow(f"{column!r} is empty")
 
 
-def is_empty(value) -> bool:
-    """Whether a cell holds nothing: null, NaN, white space, an empty list, or a SQuAD answer without text."""
-    if value is None or value != value:
-        return True
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, Mapping):
-        return is_empty(_squad_answer(value)) if "text" in value else not value
-    return isinstance(value, Sequence) and len(value) == 0
+def _filled(row: Mapping, match: Match) -> set[str]:
+    return {name for column in match.format.required if not is_empty(row.get(name := match.names[column]))}
 
 
-def _squad_answer(value: Mapping):
-    texts = value["text"]
-    return texts[0] if isinstance(texts, list) and texts else texts
+def _reach(row: Mapping, match: Match) -> int:
+    """How many turns a row has in this format up to its last answer."""
+    if match.format.becomes == MESSAGES:
+        return turns_to_answer(row[match.names[match.format.prompt[0]]])
+    prompt, answer = (row.get(match.names[column]) for column in (match.format.prompt[0], match.format.completion))
+    before = len(prompt) if isinstance(prompt, list) else 1
+    return before + (turns_to_answer(answer) if isinstance(answer, list) else 1)
 
 
-def convert_row(row: Mapping, matches: Sequence[Match]) -> dict:
+def convert_row(row: Mapping, matches: Sequence[Match], dialect: Dialect = PLAIN) -> dict:
     """One row of a dataset as TRL reads it.
 
     Returns:
@@ -244,35 +262,41 @@ def convert_row(row: Mapping, matches: Sequence[Match]) -> dict:
         a row of token ids, which stays as it is.
 
     Raises:
-        UnusableRow: a required column is null or empty.
-        FNSFTError: a cell holds something else than text or messages, or a message has an unknown role.
+        UnusableRow: a required text is missing, or a message cannot be read.
+        FNSFTError: a cell holds something else than text or messages.
     """
     match = choose(row, matches)
     form, names = match.format, match.names
-    system = [] if match.system is None else _turn("system", row.get(match.system), match.system)
     if form.becomes == TOKENS:
         return {}
     if form.becomes == TEXT:
         (column,) = form.prompt
-        return {column: _text(row[names[column]], names[column])}
+        return {column: text_of(row[names[column]], repr(names[column]))}
+    system = [] if match.system is None else _turn("system", row.get(match.system), match.system)
     if form.becomes == MESSAGES:
         column = names[form.prompt[0]]
-        messages = read_messages(row[column], column)
-        _check_answers(messages, column)
+        messages = read_messages(row[column], column, dialect)
+        _check_answered(messages, column)
         return {"messages": _with_system(system, messages)}
     cells = [(row.get(names[column]), names[column]) for column in form.prompt if column in names]
     answer, answer_name = row[names[form.completion]], names[form.completion]
-    if isinstance(cells[0][0], list) and len(cells) == 1:
-        prompt = read_messages(*cells[0])
+    if len(cells) == 1 and _holds_messages(cells[0][0]):
+        prompt = read_messages(*cells[0], dialect)
     else:
-        parts = [text for text in (_text(value, name) for value, name in cells) if text.strip()]
+        parts = [text for text in (text_of(value, repr(name)) for value, name in cells) if text.strip()]
         prompt = _turn("user", "\n\n".join(parts), "prompt")
-    if isinstance(answer, list) and isinstance(answer[0], Mapping):
-        completion = read_messages(answer, answer_name)
-        _check_answers(completion, answer_name)
+    if not prompt:
+        raise UnusableRow(f"{cells[0][1]!r} is empty")
+    if _holds_messages(answer):
+        completion = read_messages(answer, answer_name, dialect)
+        _check_answered(completion, answer_name)
     else:
         completion = _turn("assistant", answer, answer_name)
     return {"prompt": _with_system(system, prompt), "completion": completion}
+
+
+def _holds_messages(value) -> bool:
+    return isinstance(value, list) and not is_parts(value) and (not value or isinstance(value[0], Mapping))
 
 
 def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
@@ -280,40 +304,9 @@ def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
 
 
 def _turn(role: str, value, name: str) -> list[dict]:
-    return [] if is_empty(value) else [{"role": role, "content": _text(value, name)}]
+    return [] if is_empty(value) else [{"role": role, "content": text_of(value, repr(name))}]
 
 
-def _text(value, name: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, bool | int | float):
-        return "" if is_empty(value) else str(value)
-    if isinstance(value, Mapping) and "text" in value:
-        return _text(_squad_answer(value), name)
-    raise FNSFTError(f"{name!r} holds a {type(value).__name__}; expected text")
-
-
-def read_messages(value, name: str) -> list[dict]:
-    """Messages with role and content, whatever names and roles they came with.
-
-    Raises:
-        FNSFTError: the value is no list of messages, or one of them has an unknown role.
-    """
-    if isinstance(value, Mapping) and all(isinstance(cells, list) for cells in value.values()):
-        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]  # by columns
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise FNSFTError(f"{name!r} holds a {type(value).__name__}; expected a list of messages (role and content)")
-    messages = []
-    for message in value:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if str(role).lower() not in _ROLES:
-            raise FNSFTError(f"{name!r} has a message of the role {role!r}; expected one of: {', '.join(_ROLES)}")
-        rest = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
-        messages.append({"role": _ROLES[str(role).lower()], "content": content, **rest})
-    return messages
-
-
-def _check_answers(messages: list[dict], name: str) -> None:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers or any(is_empty(answer["content"]) and not answer.get("tool_calls") for answer in answers):
-        raise UnusableRow(name)
+def _check_answered(messages: list[dict], name: str) -> None:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UnusableRow(f"{name!r} has no answer")

@@ -128,6 +128,13 @@ def adds_eos(tokenizer) -> bool:
     return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
+def without_bos(text: str, bos: str) -> str:
+    """Text without the BOS tokens that it begins with, for a tokenizer that writes one itself."""
+    while text.startswith(bos):
+        text = text.removeprefix(bos)
+    return text
+
+
 def _quoted(text: str) -> str:
     """Text as an expression of Jinja."""
     for character, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
@@ -167,7 +174,7 @@ def _chatml(has_end: bool) -> str:
     )
 
 
-def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
+def teach_end(tokenizer, *, keep_eos: bool = False, keep_template: bool = False) -> str | None:
     """See to it that an assistant's last turn ends with the EOS token, in place, so that a model learns to stop.
 
     A chat template that ends it with another special token makes that one the EOS token, unless `keep_eos`; else the
@@ -176,6 +183,7 @@ def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
     Args:
         tokenizer: a tokenizer with an EOS token, or its processor.
         keep_eos: leave the EOS token as it is.
+        keep_template: leave the chat template as it is.
 
     Returns:
         What was changed, in words; `None` where nothing was.
@@ -202,6 +210,8 @@ def teach_end(tokenizer, *, keep_eos: bool = False) -> str | None:
     if special and not keep_eos:
         was, core.eos_token = core.eos_token, max(special, key=len)
         return f"the chat template ends an answer with {core.eos_token}, which becomes the EOS token (it was {was})"
+    if keep_template:
+        return None
     if not isinstance(tokenizer.chat_template, str):
         raise FNSFTError(
             "the chat template, one of several that the tokenizer has, does not end an answer with an EOS token; "

@@ -3,21 +3,27 @@
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob
+from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from textwrap import shorten
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, config, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 
+from ..cache import make_private
 from ..errors import FNSFTError
 from .conversion import to_trl_format
 from .embedded import EMBEDDED, wikipedia_passages
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_LONGEST_CELL = 2**31 - 1  # characters; the limit of Python's CSV reader is 131,072
+_READERS = ("datasets", "pandas", "pyarrow")
 _SAVED = ("state.json", "dataset_dict.json")  # what marks a directory written by `save_to_disk`
 
 
@@ -50,7 +56,7 @@ def load_data(
     with _read_errors(name_or_path):
         if name_or_path == EMBEDDED:
             return _of_splits(DatasetDict(train=Dataset.from_dict({"text": wikipedia_passages("discovery")})), split)
-        path = Path(name_or_path).expanduser()
+        path = Path(os.path.expanduser(name_or_path))
         is_saved = any((path / file).exists() for file in _SAVED)
         if config_name is not None and (path.is_file() or is_saved):
             raise FNSFTError(
@@ -60,6 +66,8 @@ def load_data(
         if data_dir is not None or data_files is not None:
             files = _local_files(path if path.is_dir() else Path(), data_dir, data_files)
             where = {"data_dir": data_dir, "data_files": data_files, "cache_dir": _cache_of(files) if files else None}
+            if path.is_dir() or name_or_path in _BUILDERS.values():
+                where |= _options(files)
             return load_dataset(name_or_path, config_name, split=split, **where)
         if path.is_file():
             return _load_file(path, split)
@@ -128,13 +136,62 @@ def _options(files: Sequence[Path]) -> dict:
     """How `datasets` is to read files so that their text stays as it is written."""
     files = [file for file in files if file.suffix in _BUILDERS]
     kinds = {_BUILDERS[file.suffix] for file in files}
-    if kinds == {"csv"}:  # 007 is not 7, and an answer "None" is not a missing one
-        with files[0].open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
-        return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
+    if kinds == {"csv"}:
+        for file in files:
+            _check_first_row(file)
+        # 007 is not 7, and an answer "None" is not a missing one. Without index_col=False, a first row that is longer
+        # than the header makes all columns but the last come from the cell beside their own.
+        features = Features({name: Value("string") for name in _header(files[0])})
+        return {"features": features, "keep_default_na": False, "index_col": False}
     if kinds == {"json"}:  # in one piece: a column that begins further down is known from the first row on
         return {"chunksize": max(10 << 20, *(file.stat().st_size + 1 for file in files))}
     return {}
+
+
+@contextmanager
+def _csv_rows(file: Path) -> Iterator:
+    """The rows of a CSV file as they are written, whatever their length."""
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            yield csv.reader(lines)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(file: Path) -> list[str]:
+    """The columns of a CSV file; one without a name, or with that of another, has one as pandas would give it."""
+    names: list[str] = []
+    with _csv_rows(file) as rows:
+        for number, name in enumerate(next(rows, [])):
+            name = name or f"Unnamed: {number}"
+            repeated = count(1)
+            found = name
+            while found in names:
+                found = f"{name}.{next(repeated)}"
+            names.append(found)
+    return names
+
+
+def _check_first_row(file: Path) -> None:
+    """See that the first row of a CSV file is not longer than the header.
+
+    Only the first: it is what the parser takes the length of all others from, and a longer one it refuses itself.
+
+    Raises:
+        FNSFTError: it is, and not by empty cells in all rows.
+    """
+    with _csv_rows(file) as rows:
+        width = len(next(rows, []))
+        first = next((row for row in rows if row), [])
+        if len(first) <= width:
+            return
+        for row in chain([first], rows):
+            if any(row[width:]):
+                raise FNSFTError(
+                    f"{file} has {width} columns, but {len(row)} cells in the row that ends in line {rows.line_num}; "
+                    "put text with commas in double quotes"
+                )
 
 
 def _local_files(root: Path, data_dir: str | None, data_files) -> list[Path]:
@@ -147,12 +204,17 @@ def _local_files(root: Path, data_dir: str | None, data_files) -> list[Path]:
 
 
 def _cache_of(files: Sequence[Path]) -> str:
-    """A directory in the cache of `datasets` that belongs to the content of files."""
-    digest = hashlib.sha256()
+    """A directory in the cache of `datasets` that belongs to the content of files, and to what reads them.
+
+    It is the user's alone, as the files may be.
+    """
+    digest = hashlib.sha256(json.dumps([version(package) for package in _READERS]).encode())
     for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
-    return str(Path(config.HF_DATASETS_CACHE) / "fnsft_trl" / digest.hexdigest())
+    cache = Path(config.HF_DATASETS_CACHE) / "fnsft_trl"
+    make_private(cache)
+    return str(cache / digest.hexdigest())
 
 
 def load_texts(

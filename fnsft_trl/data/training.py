@@ -1,17 +1,24 @@
 """From the options of a run to the datasets and the tokenizer of its trainer."""
 
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from transformers.utils import logging
+from trl import get_training_chat_template
 
 from ..errors import FNSFTError
 from .config import DataConfig
-from .conversion import to_trl_format
-from .prompts import adds_bos, adds_eos, set_chat_template, teach_end
+from .conversion import TYPES, to_trl_format
+from .dialects import dialect_of
+from .messages import PLAIN, Dialect
+from .prompts import adds_bos, adds_eos, set_chat_template, teach_end, without_bos
+from .rendering import refusal
 from .sources import load_data
+from .together import is_prompted, put_together
 
 
 logger = logging.get_logger(__name__)
@@ -51,7 +58,12 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
     """
     _check_options(script_args, training_args, mixture, data_config)
     evaluates = training_args.eval_strategy != "no"
-    options = {"columns": data_config.columns, "text_field": training_args.dataset_text_field}
+    has_template_file = _read_template_file(processing_class, training_args)
+    options = {
+        "columns": data_config.columns,
+        "text_field": training_args.dataset_text_field,
+        "dialect": _dialect(processing_class, training_args, data_config),
+    }
     if mixture.datasets:
         train, evaluation = _mixture(mixture, data_config, training_args.seed, evaluates, options)
     elif script_args.dataset_name:
@@ -59,14 +71,22 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
             _splits(name, script_args, data_config, training_args.seed, evaluates, options)
             for name in _names(script_args.dataset_name)
         ]
-        train = _together([train for train, _ in parts])
+        train = put_together([train for train, _ in parts])
         held_out = [evaluation for _, evaluation in parts if evaluation is not None]
-        evaluation = _together(held_out) if held_out else None
+        evaluation = put_together(held_out) if held_out else None
     else:
         raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
-    is_rendered = _is_prompted(train) or "messages" in train.column_names
+    is_rendered = is_prompted(train) or "messages" in train.column_names
     _check_columns(train, evaluation, training_args, data_config, is_rendered)
-    _set_prompt_format(processing_class, training_args, data_config, is_rendered)
+    _set_prompt_format(
+        processing_class,
+        training_args,
+        data_config,
+        is_rendered=is_rendered,
+        has_template_file=has_template_file,
+    )
+    if is_rendered and training_args.chat_template_path is None:
+        _check_rendered(train, processing_class)
     if training_args.dataset_text_field in train.column_names:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         train = _without_bos(train, tokenizer, training_args.dataset_text_field)
@@ -91,7 +111,7 @@ def _check_columns(
     train: Dataset, evaluation: Dataset | None, training_args, data_config: DataConfig, is_rendered: bool
 ) -> None:
     """What the columns of the data do not go together with."""
-    if evaluation is not None and _is_prompted(train) != _is_prompted(evaluation):
+    if evaluation is not None and is_prompted(train) != is_prompted(evaluation):
         raise FNSFTError(
             f"the rows to train on have the columns {', '.join(train.column_names)}, those to evaluate on "
             f"{', '.join(evaluation.column_names)}; give both in one format"
@@ -101,7 +121,7 @@ def _check_columns(
             f"template_format={data_config.template_format} has no effect on the columns "
             f"{', '.join(train.column_names)}, which are trained as they are; drop it"
         )
-    if training_args.completion_only_loss and not _is_prompted(train):
+    if training_args.completion_only_loss and not is_prompted(train):
         instead = "set assistant_only_loss instead" if is_rendered else "drop it"
         raise FNSFTError(
             f"completion_only_loss has no effect on the columns {', '.join(train.column_names)}, whose rows have no "
@@ -110,7 +130,7 @@ def _check_columns(
 
 
 def _names(dataset_name: str) -> list[str]:
-    if Path(dataset_name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(dataset_name)):
         return [dataset_name]
     return [name.strip() for name in dataset_name.split(",") if name.strip()]
 
@@ -190,59 +210,58 @@ def _mixture(mixture, data_config: DataConfig, seed: int, evaluates: bool, optio
         weights = [share / sum(shares) for share in shares]
         total = min(len(rows) / weight for rows, weight in zip(parts, weights, strict=True) if weight > 0)
         parts = [rows.select(range(round(w * total))) for rows, w in zip(parts, weights, strict=True)]
-    rows = _together(parts)
+    rows = put_together(parts)
     if mixture.test_split_size is None and not evaluates:
         return rows, None
     train, evaluation = _split(rows, mixture.test_split_size or data_config.eval_fraction, seed, "mixture")
     return train, evaluation if evaluates else None
 
 
-def _together(parts: list[Dataset]) -> Dataset:
-    """One dataset of several; conversations beside prompts and completions make all of them conversations."""
-    if len(parts) == 1:
-        return parts[0]
-    if any("messages" in rows.column_names for rows in parts) and any(map(_is_prompted, parts)):
-        logger.warning(
-            "conversations are trained together with prompts and completions: all become messages, and the loss is on "
-            "every turn; set assistant_only_loss to have it on the answers"
-        )
-        parts = [
-            rows.map(_joined, remove_columns=["prompt", "completion"]) if _is_prompted(rows) else rows
-            for rows in parts
-        ]
-    if len({tuple(sorted(rows.column_names)) for rows in parts}) > 1:
-        found = "; ".join(", ".join(rows.column_names) for rows in parts)
-        raise FNSFTError(f"the datasets cannot be trained together, their rows become different things: {found}")
+def _check_rendered(train: Dataset, processing_class) -> None:
+    """See that the chat template renders one of the rows, before a model is loaded."""
+    reason = None
+    for row in train.select_columns([name for name in train.column_names if name in TYPES]):
+        reason = refusal(row, processing_class)
+        if reason is None:
+            return
+    raise FNSFTError(f"no row can be trained on: {reason} in the last; set another template_format, or other rows")
+
+
+def _read_template_file(processing_class, training_args) -> bool:
+    """Set the chat template that `chat_template_path` names, if it is a file."""
+    path = training_args.chat_template_path
+    if path is None or not path.endswith((".jinja", ".j2")):
+        return False
     try:
-        return concatenate_datasets(parts)
-    except (ValueError, TypeError) as error:
-        raise FNSFTError(f"the datasets cannot be put together: {error}") from error
+        processing_class.chat_template = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise FNSFTError(f"the chat template {path} cannot be read: {error.strerror}") from error
+    training_args.chat_template_path = None  # or TRL would read it again, over what is changed below
+    return True
 
 
-def _is_prompted(rows: Dataset) -> bool:
-    return "prompt" in rows.column_names
+def _dialect(processing_class, training_args, data_config: DataConfig) -> Dialect:
+    """What the chat template that will render the rows reads of them; the plain dialect of one not loaded yet."""
+    if training_args.chat_template_path is not None:
+        return PLAIN
+    if data_config.template_format in ("auto", "chat") and processing_class.chat_template is not None:
+        return dialect_of(processing_class)
+    return replace(PLAIN, writes_calls=False)  # of this package's own templates
 
 
-def _joined(row: dict) -> dict:
-    return {"messages": row["prompt"] + row["completion"]}
-
-
-def _set_prompt_format(processing_class, training_args, data_config: DataConfig, is_rendered: bool) -> None:
+def _set_prompt_format(
+    processing_class, training_args, data_config: DataConfig, *, is_rendered: bool, has_template_file: bool
+) -> None:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if training_args.eos_token is not None:
         if training_args.eos_token not in tokenizer.get_vocab():
             raise FNSFTError(f"eos_token is {training_args.eos_token!r}, which is no token of the tokenizer")
         tokenizer.eos_token = training_args.eos_token
-    eos_token, path = tokenizer.eos_token, training_args.chat_template_path
-    if path is not None:
-        if not path.endswith((".jinja", ".j2")):
-            return  # TRL takes the template of another tokenizer, with tokens that the model needs room for
-        try:
-            processing_class.chat_template = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise FNSFTError(f"the chat template {path} cannot be read: {error.strerror}") from error
-        training_args.chat_template_path = None  # or TRL would read it again, over what is changed below
-    elif is_rendered and set_chat_template(processing_class, data_config.template_format, data_config.prompt_template):
+    eos_token = tokenizer.eos_token
+    if training_args.chat_template_path is not None:
+        return  # TRL takes the template of another tokenizer, with tokens that the model needs room for
+    name, template = data_config.template_format, data_config.prompt_template
+    if is_rendered and not has_template_file and set_chat_template(processing_class, name, template):
         logger.warning(
             f"conversations are rendered as {_name_of(data_config)}; the saved tokenizer has the chat template for it"
         )
@@ -250,8 +269,11 @@ def _set_prompt_format(processing_class, training_args, data_config: DataConfig,
         raise FNSFTError(
             "the tokenizer has no EOS token, so a model would never learn to stop; name one with eos_token"
         )
-    if is_rendered and (note := teach_end(processing_class, keep_eos=training_args.eos_token is not None)):
-        logger.warning(note)
+    if is_rendered:
+        keep_eos = training_args.eos_token is not None
+        keep_template = training_args.assistant_only_loss and _is_replaced(processing_class)
+        if note := teach_end(processing_class, keep_eos=keep_eos, keep_template=keep_template):
+            logger.warning(note)
     if tokenizer.eos_token != eos_token:
         if training_args.eos_token is not None:
             raise FNSFTError(
@@ -259,6 +281,24 @@ def _set_prompt_format(processing_class, training_args, data_config: DataConfig,
                 f"answer with {tokenizer.eos_token}; drop one of them"
             )
         training_args.eos_token = tokenizer.eos_token  # TRL tells the model
+
+
+def _is_replaced(processing_class) -> bool:
+    """Whether TRL trains with another chat template, since this one does not mark the answers.
+
+    Raises:
+        FNSFTError: it does not mark them, and TRL knows none that does.
+    """
+    if "endgeneration" in str(processing_class.chat_template):
+        return False
+    try:
+        return get_training_chat_template(processing_class) is not None
+    except ValueError as error:
+        raise FNSFTError(
+            "assistant_only_loss needs a chat template that marks the answers (by generation), which the tokenizer's "
+            "does not, and TRL has none in its place; set template_format to alpaca, chatml or basic, whose templates "
+            "do, give such a template with chat_template_path, or drop assistant_only_loss"
+        ) from error
 
 
 def _name_of(data_config: DataConfig) -> str:
@@ -279,4 +319,4 @@ def _without_bos(rows: Dataset, tokenizer, column: str) -> Dataset:
     if count == 0:
         return rows
     logger.warning(f"{count} texts begin with {bos}, which the tokenizer adds itself: it is taken off them")
-    return rows.map(lambda row: {column: row[column].removeprefix(bos)}, load_from_cache_file=False)
+    return rows.map(lambda row: {column: without_bos(row[column], bos)}, load_from_cache_file=False)

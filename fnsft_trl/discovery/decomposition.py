@@ -10,7 +10,9 @@ import torch
 from ..errors import FNSFTError
 from .ica import TOLERANCE, fast_ica
 from .matching import match_components
-from .sketch import COLUMNS, ActivationSketch, eigh_descending
+from .moments import COLUMNS, Moments, exact
+from .sketch import ActivationSketch, eigh_descending
+from .units import Units
 
 
 # ICA unmixes this many times k principal directions and the k strongest components stay. With exactly k, the space cut
@@ -25,7 +27,6 @@ class IcaSettings:
     Attributes:
         components (`int`): k.
         variant (`str`): `"temporal"` or `"spatial"`.
-        standardize (`str`): `"center"` or `"zscore"`.
         contrast (`str`): FastICA's `"logcosh"`, `"cube"` or `"exp"`.
         backend (`str`): whose FastICA: `"torch"` (our own) or `"sklearn"`.
         seed (`int`): of FastICA's starts.
@@ -35,7 +36,6 @@ class IcaSettings:
 
     components: int
     variant: str = "temporal"
-    standardize: str = "center"
     contrast: str = "logcosh"
     backend: str = "torch"
     seed: int = 0
@@ -51,15 +51,15 @@ class Decomposition:
 
     Attributes:
         loadings (`torch.Tensor`): shape (components, neurons), float32: what one standard deviation of the component
-            adds to the neuron's activation (to its z-score, when z-scored).
-        explained_variance (`list[float]`): share of the total variance, per component.
+            adds to the neuron's activation (to its z-score, when z-scored; of a massive neuron, to its activation
+            divided down, see [`~fnsft_trl.discovery.units.Units`]).
+        explained_variance (`list[float]`): share of the total variance in these units, per component.
         kurtosis (`list[float]`): excess kurtosis of the component over tokens (temporal) or neurons (spatial).
         reliability (`list[float]`): |correlation| of the component's loadings between two disjoint halves, in [0, 1].
         jaccard (`list[float]`): overlap of its 2% largest |loadings| between the halves.
         converged (`bool`): whether these components settled, in the whole and in both halves.
         change (`float`): how far from 1 the cosine between the last two directions of one of them is, at worst.
-        count (`int`): tokens read.
-        mean, rms (`torch.Tensor`): shape (neurons,), of the activations.
+        moments (`Moments`): of the activations.
     """
 
     loadings: torch.Tensor
@@ -69,20 +69,23 @@ class Decomposition:
     jaccard: list[float]
     converged: bool
     change: float
-    count: int
-    mean: torch.Tensor
-    rms: torch.Tensor
+    moments: Moments
 
 
 def decompose(
-    halves: Sequence[Sequence[ActivationSketch]], settings: IcaSettings, *, excluded: torch.Tensor | None = None
+    halves: Sequence[Sequence[ActivationSketch]],
+    settings: IcaSettings,
+    units: Units | None = None,
+    weights: torch.Tensor | None = None,
 ) -> Decomposition:
     """Decompose the union of all sketches, and each half alone for the reliability.
 
     Args:
         halves: two lists of finished sketches; all are of disjoint tokens.
         settings: how.
-        excluded: bool, shape (neurons,): neurons that take no part; their loadings are zero.
+        units: of the decomposition; those of the centred activations by default. Loadings of neurons that these leave
+            out are zero.
+        weights: of neurons that are a sample: how many each stands for in the replication, shape (neurons,).
 
     Raises:
         FNSFTError: a half has no more tokens than components, or fewer independent directions.
@@ -95,47 +98,26 @@ def decompose(
                 f"{total} tokens were read, {count} in one half: more than {k} (ica_components) are needed in each; "
                 "give more text or lower ica_components"
             )
+    units = units or Units()
     together = [sketch for half in halves for sketch in half]
-    whole, first, second = (_components(sketches, settings, excluded) for sketches in (together, *halves))
+    whole, first, second = (_components(sketches, settings, units) for sketches in (together, *halves))
     loadings = whole.loadings[:k]
-    reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings)
+    reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings, weights)
     # how far the components that matter are from settled: those kept, and their counterparts in the halves
     change = float(torch.cat([whole.change[:k], first.change[pairs[0]], second.change[pairs[1]]]).max())
     moments = whole.moments
-    variance = moments.variance
-    taking_part = variance if excluded is None else variance.masked_fill(excluded.to(variance.device), 0)
-    if settings.standardize == "zscore":
-        total_variance = float((taking_part > 0).sum())
-    else:
-        total_variance = float(taking_part.sum(dtype=torch.float64))
+    total = float((moments.variance / units.divisor(moments).square()).sum())
     power = loadings.square().sum(1, dtype=torch.float64)
     return Decomposition(
-        loadings=loadings,
-        explained_variance=[float(p) / total_variance for p in power],
+        loadings=loadings * units.loading_unit(moments),
+        explained_variance=[float(p) / total for p in power],
         kurtosis=whole.kurtosis[:k],
         reliability=reliability,
         jaccard=jaccard,
         converged=change < TOLERANCE,
         change=change,
-        count=moments.count,
-        mean=moments.mean.float().cpu(),
-        rms=(variance + moments.mean.square()).sqrt().float().cpu(),
+        moments=moments,
     )
-
-
-class Moments:
-    """Exact moments of the union of sketches.
-
-    Attributes:
-        count (`int`): tokens.
-        mean, variance (`torch.Tensor`): shape (neurons,).
-    """
-
-    def __init__(self, sketches: Sequence[ActivationSketch]) -> None:
-        self.count = sum(sketch.count for sketch in sketches)
-        self.mean = sum(sketch.mean * (sketch.count / self.count) for sketch in sketches)
-        m2 = sum(sketch.m2 + sketch.count * (sketch.mean - self.mean).square() for sketch in sketches)
-        self.variance = m2 / self.count
 
 
 @dataclass
@@ -155,38 +137,49 @@ class _Reduced:
     scores: torch.Tensor
 
 
-def _reduce(sketches: Sequence[ActivationSketch], settings: IcaSettings, excluded: torch.Tensor | None) -> _Reduced:
+def _reduce(sketches: Sequence[ActivationSketch], settings: IcaSettings, units: Units) -> _Reduced:
     sketches = [sketch for sketch in sketches if sketch.count]
-    moments = Moments(sketches)
-    scale = torch.ones_like(moments.mean)
-    if settings.standardize == "zscore":
-        deviation = moments.variance.sqrt()
-        scale = torch.where(deviation > 0, deviation, 1)
-    if excluded is not None:
-        scale = scale.masked_fill(excluded.to(scale.device), float("inf"))
-    gram = sum(stack @ stack.T for _, stack in _strips(sketches, moments, scale))  # (all rows, all rows)
-    singular, vectors = eigh_descending(gram, math.ceil(_OVERSAMPLING * settings.components))
+    moments = Moments.union([sketch.moments for sketch in sketches])
+    divisor = units.divisor(moments)
+    gram = sum((stack @ stack.T).cpu() for stack in _strips(sketches, moments, divisor))  # (all rows, all rows)
+    singular, vectors = eigh_descending(gram, math.ceil(_OVERSAMPLING * settings.components), sketches[0].dtype)
+    along = (vectors * singular).T  # (m, all rows): rows and offsets along the basis
+    scores = _sampled_scores(sketches, along)
     if len(singular) < settings.components:
         raise FNSFTError(
-            f"the activations span {len(singular)} directions, fewer than ica_components={settings.components}; give "
-            "more varied text or lower ica_components"
+            f"the activations span {len(singular)} directions, fewer than ica_components={settings.components}; "
+            + _remedy(scores, int(divisor.isinf().sum()))
         )
     turn = (vectors / singular).T  # (m, all rows)
-    basis = torch.cat([turn.to(gram) @ stack for _, stack in _strips(sketches, moments, scale)], 1)
-    along = turn @ gram.to("cpu", torch.float64)  # (m, all rows): rows and offsets along the basis
-    return _Reduced(moments, singular, basis, _sampled_scores(sketches, along))
+    strips = [(turn.to(stack) @ stack).to(sketches[0].dtype) for stack in _strips(sketches, moments, divisor)]
+    return _Reduced(moments, singular, torch.cat(strips, 1), scores)
 
 
-def _strips(sketches, moments: Moments, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The stacked sketches in the final units, a strip of columns at a time: all rows, then one row of each mean."""
-    for start in range(0, len(scale), COLUMNS):
+def _remedy(scores: torch.Tensor, excluded: int) -> str:
+    """What to do when there are too few directions, given the scores along them and how many neurons are left out."""
+    energy = scores[:, 0].square().sort(descending=True).values if scores.numel() else scores
+    if len(energy) and energy[: math.ceil(0.02 * len(energy))].sum() > 0.98 * energy.sum():
+        return (
+            "a few tokens are so much stronger than all others that these drown: leave them out (ica_skip_tokens, "
+            "ica_skip_special), or take ica_dtype=float64"
+        )
+    if excluded:
+        return (
+            f"give more varied text, lower ica_components, or raise ica_drop_massive, which leaves out {excluded} "
+            "neurons"
+        )
+    return "give more varied text or lower ica_components"
+
+
+def _strips(sketches: Sequence[ActivationSketch], moments: Moments, divisor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The stacked sketches in the final units and float64, a strip of columns at a time: all rows, then each mean."""
+    for start in range(0, len(divisor), COLUMNS):
         columns = slice(start, start + COLUMNS)
-        rows = [sketch.rows[:, columns] * (sketch.scale[columns] / scale[columns]) for sketch in sketches]
+        rows = [exact(s.rows[:, columns]) * (s.divisor[columns] / divisor[columns]) for s in sketches]
         offsets = [
-            ((sketch.mean[columns] - moments.mean[columns]) / scale[columns])[None] * sketch.count**0.5
-            for sketch in sketches
+            ((s.moments.mean - moments.mean)[columns] / divisor[columns])[None] * s.count**0.5 for s in sketches
         ]
-        yield columns, torch.cat(rows + offsets)
+        yield torch.cat(rows + offsets)
 
 
 def _sampled_scores(sketches: Sequence[ActivationSketch], along: torch.Tensor) -> torch.Tensor:
@@ -210,8 +203,8 @@ class _Run:
     moments: Moments
 
 
-def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, excluded: torch.Tensor | None) -> _Run:
-    reduced = _reduce(sketches, settings, excluded)
+def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, units: Units) -> _Run:
+    reduced = _reduce(sketches, settings, units)
     moments, basis, scores = reduced.moments, reduced.basis, reduced.scores
     unmix = partial(
         fast_ica,
@@ -233,9 +226,7 @@ def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, exc
         # With unit-variance maps the time course of component c is (white scores) @ mixing[:, c].
         loadings = (ica.sources * ica.mixing.norm(dim=0).float()).T
     loadings = loadings.float().cpu()
-    loadings[:, (moments.variance == 0).cpu()] = 0
-    if excluded is not None:
-        loadings[:, excluded.cpu()] = 0
+    loadings[:, (moments.variance / units.divisor(moments) == 0).cpu()] = 0
     order = loadings.square().sum(1).argsort(descending=True, stable=True)
     loadings = loadings[order]
     peaks = loadings.gather(1, loadings.abs().argmax(1, keepdim=True))  # (m, 1)
@@ -244,7 +235,7 @@ def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, exc
 
 
 def _replication(
-    whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    whole: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[list[float], list[float], tuple[torch.Tensor, torch.Tensor]]:
     """|correlation| and Jaccard overlap of the pair of half components that belongs to each final component.
 
@@ -252,13 +243,21 @@ def _replication(
     gives the pairs' numbers in `a` and in `b`.
     """
     count = min(len(a), len(b))  # a half may have fewer directions than the other
-    a, b = a[:count], b[:count]
+    weights = torch.ones(whole.shape[1]) if weights is None else weights
+    whole, a, b = (loadings * weights.sqrt() for loadings in (whole, a[:count], b[:count]))
     partner, correlation = match_components(a, b)
     matched = b[partner]
     pair_of, _ = match_components(whole, a + (a * matched).sum(1, keepdim=True).sign() * matched)
-    top = max(1, round(0.02 * whole.shape[1]))
-    jaccard = []
-    for pair in pair_of:
-        first, second = (set(half[pair].abs().topk(top).indices.tolist()) for half in (a, matched))
-        jaccard.append(len(first & second) / len(first | second))
-    return correlation[pair_of].tolist(), jaccard, (pair_of, partner[pair_of])
+    first, second = (_strongest(half[pair_of], weights) for half in (a, matched))
+    both, either = (((sets * weights).sum(1)) for sets in (first & second, first | second))
+    return correlation[pair_of].tolist(), (both / either).tolist(), (pair_of, partner[pair_of])
+
+
+def _strongest(weighted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The neurons of the 2% largest |loadings|, at least one: bool, shape (components, neurons)."""
+    share = 0.02 * float(weights.sum())
+    most = min(len(weights), 1 + int(share / float(weights.min())))
+    order = (weighted.abs() / weights.sqrt()).topk(most).indices
+    inside = weights[order].cumsum(1) - weights[order] / 2 <= share
+    inside[:, 0] = True
+    return torch.zeros_like(weighted, dtype=torch.bool).scatter(1, order, inside)

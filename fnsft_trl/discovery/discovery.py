@@ -23,14 +23,17 @@ from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.sites import base_model, find_neuron_sites
+from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate
-from ..template.weights import weight_probes
+from ..template.weights import weight_probes, weights_sha256
 from .activations import ActivationReader
-from .decomposition import Decomposition, IcaSettings, Moments, decompose
-from .null import ShuffledNull, null_reliability
-from .progress import DiscoveryProgress, Milestones
+from .decomposition import Decomposition, IcaSettings, decompose
+from .moments import Moments
+from .null import null_reliability
+from .progress import WEIGHTS, DiscoveryProgress, Milestones
 from .recurrence import recurrence
 from .sketch import ActivationSketch
+from .units import Units
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +64,7 @@ def discover_networks(
         config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
         progress_dir: where to save the sketch ten times on the way. Emptied at the end.
         resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.
+            Refused for a model with other weights, whatever its name.
 
     Returns:
         A [`FunctionalNetworkTemplate`], the same in every process. The same model, texts, settings, threads and
@@ -68,7 +72,7 @@ def discover_networks(
 
     Raises:
         FNSFTError: no sites, no text, fewer tokens than components, activations that are not finite, nothing to
-            resume from or other settings than there.
+            resume from, or other settings or weights than there.
     """
     datasets = texts if isinstance(texts, Mapping) else {"texts given in memory": texts}
     return discover_group(model, tokenizer, datasets, config, progress_dir=progress_dir, resume=resume)[0]
@@ -101,39 +105,35 @@ def discover_group(
     return _Discovery(model, tokenizer, datasets, config or FunctionalNetworkConfig()).run(progress_dir, resume)
 
 
-@dataclass
-class _Part:
-    """One half of one dataset, as far as it was read by one process: its sketch, and its sample for the null."""
-
-    sketch: ActivationSketch
-    null: ShuffledNull
-
-    def update(self, rows: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Add those rows of (tokens, neurons) activations whose indices are given."""
-        self.sketch.update(rows, chosen)
-        self.null.update(rows, chosen)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that is needed to go on later."""
-        both = {"sketch": self.sketch, "null": self.null}
-        return {f"{which}.{name}": t for which, one in both.items() for name, t in one.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over the state of another such part."""
-        for which, one in {"sketch": self.sketch, "null": self.null}.items():
-            one.load_state_dict({name: state[f"{which}.{name}"] for name in one.state_dict()})
-
-
-def _halves(parts: list[list[_Part]]) -> list[list[_Part]]:
-    """The parts of all datasets and processes, by half."""
+def _halves(parts: list[list[ActivationSketch]]) -> list[list[ActivationSketch]]:
+    """The sketches of all datasets and processes, by half."""
     return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
 
 
+@dataclass
+class _Found:
+    """What some sketches hold: their networks, and the null of these."""
+
+    result: Decomposition
+    null: dict[str, float]
+
+    @property
+    def point(self) -> dict:
+        """A point of the curve of reliability over tokens."""
+        reliability, null = self.result.reliability, NullReliability(**self.null)
+        above = [reliability_above_null(value, null) for value in reliability]
+        return {
+            "tokens": self.result.moments.count,
+            "reliability": sum(reliability) / len(reliability),
+            "above_null": sum(above) / len(above),
+        }
+
+
 class _Discovery:
-    """One discovery: the reader, the parts 2 * dataset + half of what it has read, and the templates made of them."""
+    """One discovery: the reader, the sketch of each part 2 * dataset + half of what it has read, and the templates."""
 
     def __init__(self, model, tokenizer, datasets: Mapping[str, Iterable], config: FunctionalNetworkConfig) -> None:
-        self.config, self.names = config, list(datasets)
+        self.whole_model, self.config, self.names = model, config, list(datasets)
         self.shown = source_names(absolute_sources(self.names))  # as the template names them
         self.model = base_model(model)
         sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
@@ -150,39 +150,41 @@ class _Discovery:
         )
         self.sources = [
             token_sequences(
-                islice(texts, config.ica_template_samples_per_ds), tokenizer, max_length=config.ica_max_length
+                islice(texts, config.ica_template_samples_per_ds),
+                tokenizer,
+                max_length=config.ica_max_length,
+                name=name,
             )
-            for texts in datasets.values()
+            for name, texts in datasets.items()
         ]
+        self.units = Units(config.ica_standardize, config.ica_drop_massive, tuple(self.reader.columns.values()))
         self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parts = self._empty(self.share[0])
         self.ica = IcaSettings(
             config.ica_components,
             variant=config.ica_variant,
-            standardize=config.ica_standardize,
             contrast=config.ica_contrast,
             backend=config.ica_backend,
             seed=config.ica_seed,
         )
         self.curve: list[dict] = []
 
-    def _empty(self, process: int) -> list[_Part]:
-        """The parts of a process that has read nothing yet."""
-        config, width, count = self.config, self.reader.width, 2 * len(self.names)
+    def _empty(self, process: int) -> list[ActivationSketch]:
+        """The sketches of a process that has read nothing yet."""
+        config, count = self.config, 2 * len(self.names)
         first_seed = count * (process + self.share[1] * config.ica_seed)
-        parts = []
-        for seed in range(first_seed, first_seed + count):
-            sketch = ActivationSketch(
-                width,
+        return [
+            ActivationSketch(
+                self.reader.width,
                 config.ica_rank,
                 reservoir=config.ica_reservoir,
                 seed=seed,
-                prescale=config.ica_standardize == "zscore",
+                units=self.units,
                 dtype=self.dtype,
                 device=self.reader.device,
             )
-            parts.append(_Part(sketch, ShuffledNull(width, columns_seed=config.ica_seed, seed=seed)))
-        return parts
+            for seed in range(first_seed, first_seed + count)
+        ]
 
     def run(
         self, progress_dir: str | os.PathLike | None, resume: bool
@@ -191,6 +193,8 @@ class _Discovery:
         config = self.config
         about = {"base_model": model_name(self.model), "site": config.ica_site, "datasets": self.names}
         about |= config.discovery_settings() | {"processes": self.share[1]}
+        if progress_dir is not None:
+            about[WEIGHTS] = weights_sha256(self.whole_model)
         progress = DiscoveryProgress(progress_dir, about, self.share, max_tokens=config.ica_max_tokens)
         if resume:
             self.curve = progress.resume(self.parts)["curve"]
@@ -199,14 +203,20 @@ class _Discovery:
         if config.ica_until_reliable:
             self.curve.append(point)
             template.calibration["curve"] = self.curve
-            if point["reliability"] < config.ica_until_reliable:
-                logger.warning(
-                    f"the mean reliability is {point['reliability']:.2f} after {sum(self.reader.tokens)} tokens, "
-                    f"below {config.ica_until_reliable} (ica_until_reliable): give more text or a larger "
-                    "ica_max_tokens, or ask for fewer components (ica_components)"
-                )
+            if point["above_null"] < config.ica_until_reliable:
+                logger.warning(self._not_reached(point, template.null))
         progress.clear()
         return template, of_datasets
+
+    def _not_reached(self, point: dict, null: dict[str, float]) -> str:
+        centred = self.config.ica_standardize == "center"
+        return (
+            f"the mean reliability above null is {point['above_null']:.2f} after {sum(self.reader.tokens)} tokens "
+            f"(reliability {point['reliability']:.2f}; without co-activation {null['reliability']:.2f}, at most "
+            f"{null['highest']:.2f}), below {self.config.ica_until_reliable} (ica_until_reliable): give more text or "
+            "a larger ica_max_tokens, or ask for fewer components (ica_components)"
+            + (" or for z-scored ones (ica_standardize), whose null is near zero" if centred else "")
+        )
 
     def _read(self, progress: DiscoveryProgress) -> None:
         """Read the texts into the parts, to their end, to `ica_max_tokens`, or until the components are reliable."""
@@ -256,16 +266,16 @@ class _Discovery:
 
     def _is_reliable(self) -> bool:
         """Add a point to the curve of reliability over tokens, and say whether it is high enough."""
-        self.curve.append(self._on_first_process(lambda parts: self._point(_halves(parts))[1]))
-        return self.curve[-1]["reliability"] >= self.config.ica_until_reliable
+        self.curve.append(self._on_first_process(lambda parts: self._found(_halves(parts)).point))
+        return self.curve[-1]["above_null"] >= self.config.ica_until_reliable
 
-    def _on_first_process(self, work: Callable[[list[list[_Part]]], Any]) -> Any:
+    def _on_first_process(self, work: Callable[[list[list[ActivationSketch]]], Any]) -> Any:
         """For every process, what `work` gives on the first one with the parts of all processes.
 
         Its argument has one list for each part, with one entry for each process.
         """
         for part in self.parts:
-            part.sketch.finish()
+            part.finish()
         if self.share[1] == 1:
             return work([[part] for part in self.parts])
         gathered: list = [None] * self.share[1]
@@ -286,62 +296,59 @@ class _Discovery:
             raise outcome[0]
         return outcome[0]
 
-    def _point(self, halves: list[list[_Part]]) -> tuple[Decomposition, dict]:
-        sketches = [[part.sketch for part in half] for half in halves]
-        result = decompose(sketches, self.ica, excluded=self._massive(sketches))
-        return result, {"tokens": result.count, "reliability": sum(result.reliability) / len(result.reliability)}
+    def _found(self, halves: list[list[ActivationSketch]]) -> _Found:
+        return _Found(decompose(halves, self.ica, self.units), null_reliability(halves, self.ica, self.units))
 
-    def _massive(self, halves: list[list[ActivationSketch]]) -> torch.Tensor | None:
-        """The neurons to leave out because their activations are massive, shape (neurons,)."""
-        if self.config.ica_drop_massive is None:
-            return None
-        moments = Moments([sketch for half in halves for sketch in half])
-        rms = (moments.variance + moments.mean.square()).sqrt()
-        excluded = torch.zeros_like(rms, dtype=torch.bool)
-        for columns in self.reader.columns.values():
-            excluded[columns] = rms[columns] > self.config.ica_drop_massive * rms[columns].median()
-        return excluded
-
-    def _templates(self, parts: list[list[_Part]]):
+    def _templates(self, parts: list[list[ActivationSketch]]):
         """The group's template, those of the datasets, and the last point of the curve."""
-        halves = _halves(parts)
-        result, point = self._point(halves)
+        found = self._found(_halves(parts))
+        result = found.result
         if not result.converged:
             logger.warning(
                 f"FastICA did not reach its tolerance (the last step changed a direction by {result.change:.1g}); the "
                 "weakest networks may not replicate: give more tokens (ica_max_tokens), or ask for fewer "
                 "components (ica_components)"
             )
-        excluded = self._massive([[part.sketch for part in half] for half in halves])
-        if excluded is not None:
-            logger.warning(f"{int(excluded.sum())} neurons with massive activations are left out (ica_drop_massive)")
-        template = self._template(result, halves, self.shown, self._sha256())
+        self._warn_of_massive(result.moments)
+        template = self._template(found, self.shown, self._sha256())
         if len(self.names) == 1:
-            return template, {}, point
+            return template, {}, found.point
         of_datasets = {}
         for number, name in enumerate(self.names):
-            own = _halves(parts[2 * number : 2 * number + 2])
-            found = self._point(own)[0]
-            of_datasets[name] = self._template(found, own, [self.shown[number]], self._sha256(number))
+            own = self._found(_halves(parts[2 * number : 2 * number + 2]))
+            of_datasets[name] = self._template(own, [self.shown[number]], self._sha256(number))
         for name, other in zip(self.shown, of_datasets.values(), strict=True):
-            for component, found in zip(template.components, recurrence(template, other), strict=True):
-                component.recurrence[name] = found
-        return template, of_datasets, point
+            for component, counterpart in zip(template.components, recurrence(template, other), strict=True):
+                component.recurrence[name] = counterpart
+        return template, of_datasets, found.point
 
-    def _template(
-        self, result: Decomposition, halves: list[list[_Part]], names: list[str], sha256: str
-    ) -> FunctionalNetworkTemplate:
-        config, columns = self.config, self.reader.columns
-        nulls = [[part.null for part in half] for half in halves]
+    def _warn_of_massive(self, moments: Moments) -> None:
+        if self.units.drop_massive is not None:
+            left_out = int(self.units.excluded(moments).sum())
+            logger.warning(f"{left_out} neurons with massive activations are left out (ica_drop_massive)")
+        massive = self.units.massive(moments).nonzero().flatten().tolist()
+        if massive:
+            strongest = max(massive, key=lambda column: float(moments.variance[column]))
+            layer = next(layer for layer, columns in self.reader.columns.items() if strongest < columns.stop)
+            logger.warning(
+                f"{len(massive)} neurons are massive (most of all neuron "
+                f"{strongest - self.reader.columns[layer].start} of layer {layer}): by themselves they vary more than "
+                "all weaker neurons together, and are counted as varying as much; ica_drop_massive leaves out neurons "
+                "so much stronger than their layer"
+            )
+
+    def _template(self, found: _Found, names: list[str], sha256: str) -> FunctionalNetworkTemplate:
+        config, columns, result = self.config, self.reader.columns, found.result
+        mean, rms = (values.float().cpu() for values in (result.moments.mean, result.moments.rms))
         return FunctionalNetworkTemplate(
             base_model=model_name(self.model),
             revision=getattr(self.model.config, "_commit_hash", None),
             architecture=type(self.model).__name__,
             site=config.ica_site,
             settings=config.discovery_settings(),
-            calibration={"sources": list(names), "tokens": result.count, "sha256": sha256},
+            calibration={"sources": list(names), "tokens": result.moments.count, "sha256": sha256},
             threshold=config.threshold_rule() or ThresholdRule(),
-            null=null_reliability(nulls, self.ica, rank=config.ica_rank),
+            null=found.null,
             components=[
                 Component(*values)
                 for values in zip(
@@ -349,7 +356,7 @@ class _Discovery:
                 )
             ],
             loadings={layer: result.loadings[:, part].clone() for layer, part in columns.items()},
-            mean={layer: result.mean[part].clone() for layer, part in columns.items()},
-            rms={layer: result.rms[part].clone() for layer, part in columns.items()},
+            mean={layer: mean[part].clone() for layer, part in columns.items()},
+            rms={layer: rms[part].clone() for layer, part in columns.items()},
             weights=self.weights,
         )

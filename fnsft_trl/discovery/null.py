@@ -6,81 +6,92 @@ from dataclasses import replace
 import torch
 
 from .decomposition import IcaSettings, decompose
+from .moments import Moments, exact
 from .sketch import ActivationSketch
+from .units import Units
 
 
-class ShuffledNull:
-    """What reliability would be without co-activation: the same, on activations shuffled in time.
-
-    Keeps a sample of tokens of some neurons for each half. Each neuron's values are then permuted over the tokens by
-    themselves, which keeps what every neuron does and destroys what they do together.
-
-    Args:
-        width: number of neurons of the stream.
-        columns_seed: seed of the choice of neurons; the same for samples that belong together.
-        seed: seed of the choice of tokens.
-        neurons: number of neurons taken.
-        tokens: largest number of tokens kept.
-    """
-
-    def __init__(self, width: int, *, columns_seed: int, seed: int, neurons: int = 512, tokens: int = 2048) -> None:
-        shuffle = torch.Generator().manual_seed(columns_seed)
-        self.columns = torch.randperm(width, generator=shuffle)[:neurons].sort().values
-        self.tokens = tokens
-        self.values = torch.empty(0, len(self.columns))
-        self.priority = torch.empty(0)
-        self._random = torch.Generator().manual_seed(seed)
-
-    def update(self, rows: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Add those rows of (tokens, neurons) activations whose indices are given."""
-        values = rows[:, self.columns.to(rows.device)][chosen].to("cpu", torch.float32)
-        self.values = torch.cat([self.values, values])
-        self.priority = torch.cat([self.priority, torch.rand(len(values), generator=self._random)])
-        if len(self.values) > self.tokens:
-            kept = self.priority.argsort()[: self.tokens].sort().values
-            self.values, self.priority = self.values[kept], self.priority[kept]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that is needed to go on later."""
-        return {"values": self.values, "priority": self.priority, "random": self._random.get_state()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over the state of a sample of the same neurons."""
-        self.values, self.priority = state["values"], state["priority"]
-        self._random.set_state(state["random"])
+_NEURONS = 512  # that are taken, and more where many components are asked for
+_BLOCK = 2048  # tokens drawn at a time
 
 
-def null_reliability(nulls: Sequence[Sequence[ShuffledNull]], settings: IcaSettings, *, rank: int) -> dict[str, float]:
-    """Mean reliability and Jaccard overlap of as many components of activations that were shuffled in time.
+def null_reliability(
+    halves: Sequence[Sequence[ActivationSketch]], settings: IcaSettings, units: Units
+) -> dict[str, float]:
+    """What reliability and overlap of as many components would be without co-activation.
+
+    As many tokens as there were are drawn anew in each half, each neuron's activation by itself from all that it had:
+    every neuron does what it did, and no two do anything together. The neurons that vary most are taken, for one of
+    these can be a component by itself, and others at random.
 
     Args:
-        nulls: two lists, one for each half.
+        halves: two lists of finished sketches.
         settings: as of the networks themselves; a single start of few iterations is enough here.
-        rank: of the sketches.
+        units: as of the networks themselves.
 
     Returns:
-        `reliability` and `jaccard`, both in [0, 1]. Of z-scored activations both are near zero. Of centred ones a few
-        neurons can carry most of the variance; each of these is then a component by itself and returns without any
-        co-activation, so that the correlation is high and only the overlap is near zero.
+        `reliability` and `jaccard`, means over the components, and `highest`, the reliability of the most reliable of
+        them; all in [0, 1]. Of z-scored activations all are near zero. Of centred ones a few neurons can carry most of
+        the variance; each of these is then a component by itself and returns without any co-activation, so that the
+        correlation is high and only the overlap is near zero.
 
     Raises:
         FNSFTError: as [`decompose`].
     """
     random = torch.Generator().manual_seed(settings.seed)
-    halves = []
-    for half in nulls:
-        values = torch.cat([null.values for null in half])  # (tokens, neurons taken)
-        shuffled = values.gather(0, torch.rand(values.shape, generator=random).argsort(0))
-        sketch = ActivationSketch(
-            values.shape[1],
-            rank,
-            reservoir=len(values),
-            seed=settings.seed,
-            prescale=settings.standardize == "zscore",
-        )
-        sketch.update(shuffled)
-        sketch.finish()
-        halves.append([sketch])
-    result = decompose(halves, replace(settings, restarts=1, max_iterations=50))
+    together = [sketch for half in halves for sketch in half if sketch.count]
+    moments = Moments.union([sketch.moments for sketch in together])
+    divisor = units.divisor(moments)
+    columns, weights = _neurons(moments.variance.sqrt() / divisor, settings.components, random)
+    values = _activations(together, moments, divisor, columns)
+    drawn = []
+    for half in halves:
+        count = sum(sketch.count for sketch in half)
+        drawn.append([_drawn(values, count, reservoir=max(s.reservoir for s in half), random=random)])
+    result = decompose(drawn, replace(settings, restarts=1, max_iterations=50), weights=weights)
     k = settings.components
-    return {"reliability": sum(result.reliability) / k, "jaccard": sum(result.jaccard) / k}
+    return {
+        "reliability": sum(result.reliability) / k,
+        "jaccard": sum(result.jaccard) / k,
+        "highest": max(result.reliability),
+    }
+
+
+def _neurons(deviation: torch.Tensor, components: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons that are taken, given the standard deviation of each in the units, and how many each stands for."""
+    varying = (deviation > 0).nonzero().flatten().cpu()
+    order = varying[torch.randperm(len(varying), generator=random)]
+    strongest = deviation.cpu()[order].argsort(descending=True, stable=True)[: 4 * components]
+    rest = torch.ones(len(order), dtype=torch.bool).index_fill(0, strongest, False)
+    others = order[rest][: max(_NEURONS, 8 * components) - len(strongest)]
+    weight = float(rest.sum()) / max(1, len(others))
+    return torch.cat([order[strongest], others]), torch.tensor([1.0] * len(strongest) + [weight] * len(others))
+
+
+def _activations(
+    sketches: Sequence[ActivationSketch], moments: Moments, divisor: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Activations of some neurons in the units, less their mean, at the tokens that the sketches keep, shape (tokens,
+    neurons): as far as the sketches hold them, with the variance that is known exactly."""
+    rate = min(sketch.sampling_rate for sketch in sketches)
+    columns = columns.to(divisor.device)
+    values = []
+    for sketch in sketches:
+        scale = sketch.divisor[columns] / divisor[columns]
+        rows = exact(sketch.rows[:, columns.to(sketch.rows.device)]) * scale
+        offset = (sketch.moments.mean - moments.mean)[columns] / divisor[columns]
+        rows, offset = rows.cpu() / sketch.singular[:, None], offset.cpu()
+        values.append(sketch.scores[sketch.priority <= rate] @ rows.float() + offset.float())
+    whole = torch.cat(values)
+    whole -= whole.mean(0)
+    deviation = (moments.variance[columns].sqrt() / divisor[columns]).cpu().float()
+    return whole * (deviation / whole.square().mean(0).sqrt().clamp_min(1e-6 * deviation))
+
+
+def _drawn(values: torch.Tensor, tokens: int, *, reservoir: int, random: torch.Generator) -> ActivationSketch:
+    """A sketch of so many tokens, in which each neuron draws its activations by itself."""
+    blocks = (
+        values.gather(0, torch.randint(len(values), (min(_BLOCK, tokens - start), values.shape[1]), generator=random))
+        for start in range(0, tokens, _BLOCK)
+    )
+    return ActivationSketch.of_few_neurons(blocks, values.shape[1], reservoir=reservoir)

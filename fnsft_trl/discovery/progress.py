@@ -1,5 +1,6 @@
 """DiscoveryProgress: how far a discovery is, on disk, so that an interrupted one can go on."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +17,20 @@ from ..errors import FNSFTError
 from ..writing import written_whole
 
 
-_STATE = "state"
+WEIGHTS = "weights"  # in what a discovery is about: the SHA-256 of its model's weights
+
+_STATE, _DIGEST = "state", "sha256"
 _SAVES = 10  # times that a discovery is saved on its way,
 _LEAST_SAVED = 4096  # tokens; less is not worth it
+
+
+def _digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Of all that a save holds."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Stateful(Protocol):
@@ -95,9 +107,9 @@ class DiscoveryProgress:
             return
         folder = self.directory / f"batch-{batch}"
         tensors = {f"{number}.{name}": t for number, part in enumerate(parts) for name, t in part.state_dict().items()}
-        state = {"about": self.about, "batch": batch, "sha256": sha256, "notes": notes}
+        state = json.dumps({"about": self.about, "batch": batch, "sha256": sha256, "notes": notes})
         with written_whole(self._file(folder, self.index)) as scratch:
-            save_file(tensors, scratch, metadata={_STATE: json.dumps(state)})
+            save_file(tensors, scratch, metadata={_STATE: state, _DIGEST: _digest(state, tensors)})
         if self.count > 1:
             dist.barrier()
         if self.index == 0:
@@ -113,7 +125,7 @@ class DiscoveryProgress:
             The notes that were saved.
 
         Raises:
-            FNSFTError: there is no save, it cannot be read, or it is of a discovery with other settings.
+            FNSFTError: there is no save, it cannot be read, or it is of a discovery with other settings or weights.
         """
         if self.directory is None:
             raise FNSFTError("there is nothing to resume from without a progress_dir")
@@ -124,15 +136,27 @@ class DiscoveryProgress:
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                state = json.loads(opened.metadata()[_STATE])
+                written = opened.metadata()[_STATE]
+                if opened.metadata()[_DIGEST] != _digest(written, tensors):
+                    raise ValueError("it is not as it was written")
+                state = json.loads(written)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FNSFTError(f"{file} cannot be read ({error}); delete it and start without resume") from error
         for key, value in self.about.items():
             if state["about"].get(key) != value:
+                if key == WEIGHTS:
+                    raise FNSFTError(
+                        f"the weights of the model are not those of the interrupted discovery in {self.directory} "
+                        "(another revision of it, or it was trained meanwhile); load the same ones, or start again "
+                        "without resume"
+                    )
                 raise FNSFTError(
                     f"the interrupted discovery in {self.directory} has {key}={state['about'].get(key)!r}, this one "
                     f"{value!r}; give the same settings, or start again without resume"
                 )
+        expected = {f"{number}.{name}" for number, part in enumerate(parts) for name in part.state_dict()}
+        if set(tensors) != expected:
+            raise FNSFTError(f"{file} was saved by another version of fnsft-trl; start without resume")
         for number, part in enumerate(parts):
             part.load_state_dict({name: tensors[f"{number}.{name}"] for name in part.state_dict()})
         self.first_batch, self._sha256 = state["batch"] + 1, state["sha256"]

@@ -6,19 +6,27 @@ of tokens are carried along in the sketch's coordinates, for temporal ICA needs 
 end.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 import torch
+
+from .moments import COLUMNS, Moments
+from .units import Units
 
 
 _FRESH_ROWS = 2048  # newest scores that are rotated one by one; older ones wait for the product of the rotations
-COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
+_STALE = 4  # times the divisor so far: a neuron that varies so much more gets a new one at once
 
 
-def eigh_descending(gram: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def eigh_descending(gram: torch.Tensor, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values and left vectors of a matrix, from its Gram matrix; in float64 on the CPU.
 
     Args:
         gram: shape (rows, rows).
         count: the largest this many are given; fewer, where the matrix has fewer directions above the rounding noise.
+        dtype: of the coarsest Gram matrix that the rows went through, which says what is noise.
 
     Returns:
         Singular values, descending, shape (r,); vectors, shape (rows, r).
@@ -27,7 +35,7 @@ def eigh_descending(gram: torch.Tensor, count: int) -> tuple[torch.Tensor, torch
     order = torch.arange(len(values) - 1, -1, -1)[:count]
     singular = values[order].clamp_min(0).sqrt()
     # Below this, a direction is rounding noise of the Gram matrix and not a direction of the data.
-    noise = torch.finfo(gram.dtype).eps ** 0.5 * float(values[-1].clamp_min(0).sqrt())
+    noise = torch.finfo(dtype).eps ** 0.5 * float(values[-1].clamp_min(0).sqrt())
     rank = int((singular > noise).sum())
     return singular[:rank], vectors[:, order[:rank]]
 
@@ -35,29 +43,28 @@ def eigh_descending(gram: torch.Tensor, count: int) -> tuple[torch.Tensor, torch
 class ActivationSketch:
     """A rank-r sketch, exact moments and a sample of token scores, of a stream of activations.
 
-    With X the centred activations (tokens, neurons), B = `rows` satisfies B.T @ B ~ X.T @ X, and its rows are
-    orthogonal.
+    With X the centred activations in the units of the sketch (tokens, neurons), B = `rows` satisfies
+    B.T @ B ~ X.T @ X, and its rows are orthogonal.
 
     Args:
         width: number of neurons F.
         rank: r, number of rows kept; also the number of tokens absorbed at a time.
         reservoir: largest number of token scores kept.
         seed: seed of the sample.
-        prescale: divide by the standard deviations so far, so that neurons of very different scale are sketched
-            alike. For z-scoring; [`~fnsft_trl.discovery.decomposition.decompose`] replaces them by the final ones.
+        units: what activations are divided by, from the moments so far;
+            [`~fnsft_trl.discovery.decomposition.decompose`] replaces it by the final divisor.
         dtype, device: of the sketch.
 
     Attributes:
-        count (`int`): tokens absorbed.
-        mean, m2 (`torch.Tensor`): shape (neurons,), of the tokens absorbed; m2 is the sum of squared deviations.
-        scale (`torch.Tensor`): shape (neurons,), what the rows are divided by.
+        moments (`Moments`): of the tokens absorbed.
+        divisor (`torch.Tensor`): shape (neurons,), float64: what the rows are divided by.
         singular (`torch.Tensor`): shape (<= rank,), float64, norms of the rows.
         scores (`torch.Tensor`): shape (sampled tokens, rows), float32: coordinates along the rows' directions. Valid
             after [`finish`].
         priority (`torch.Tensor`): shape (sampled tokens,): each token draws one in [0, 1), the lowest stay.
     """
 
-    _STATE = ("mean", "m2", "scale", "singular", "scores", "priority", "_fresh", "_fresh_priority", "_turn", "_shift")
+    _STATE = ("divisor", "singular", "scores", "priority", "_fresh", "_fresh_priority", "_turn", "_shift")
 
     def __init__(
         self,
@@ -66,15 +73,13 @@ class ActivationSketch:
         *,
         reservoir: int,
         seed: int,
-        prescale: bool = False,
+        units: Units | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.width, self.rank, self.reservoir, self.prescale = width, rank, reservoir, prescale
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=dtype, device=device)
-        self.m2 = torch.zeros(width, dtype=dtype, device=device)
-        self.scale = torch.ones(width, dtype=dtype, device=device)
+        self.width, self.rank, self.reservoir, self.units = width, rank, reservoir, units or Units()
+        self.moments = Moments.empty(width, device)
+        self.divisor = torch.ones_like(self.moments.mean)
         self.singular = torch.zeros(0, dtype=torch.float64)
         # The rows, then the tokens that wait, then one row for the move of the mean: one matrix, so that products with
         # all of them are one product.
@@ -85,6 +90,42 @@ class ActivationSketch:
         self.scores, self.priority = torch.zeros(0, 0), torch.zeros(0, dtype=torch.float64)
         self._fresh, self._fresh_priority = torch.zeros(0, 0, dtype=torch.float64), self.priority
         self._turn, self._shift = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+
+    @classmethod
+    def of_few_neurons(cls, blocks: Iterable[torch.Tensor], width: int, *, reservoir: int) -> ActivationSketch:
+        """A finished sketch with all directions of activations in float32, through their covariance.
+
+        Args:
+            blocks: shape (tokens, neurons), independent of each other: the first tokens are the sample.
+            width: number of neurons, so few that a square matrix of them is small.
+            reservoir: largest number of token scores kept.
+        """
+        sketch = cls(width, width, reservoir=reservoir, seed=0)
+        count, total, second, kept = 0, torch.zeros(width).double(), torch.zeros(width, width).double(), []
+        for block in blocks:
+            if count < reservoir:
+                kept.append(block[: reservoir - count])
+            count += len(block)
+            total += block.sum(0)
+            second += block.T @ block
+        mean = total / count
+        second -= count * mean[:, None] * mean
+        sketch.moments = Moments(count, mean, second.diag().clamp_min(0))
+        sketch.singular, vectors = eigh_descending(second, width, sketch.dtype)
+        sketch.rows[:] = vectors.T * sketch.singular[:, None]
+        sketch.scores = (torch.cat(kept) - mean.float()) @ vectors.float()
+        sketch.priority = torch.arange(1, len(sketch.scores) + 1).double() / count
+        return sketch
+
+    @property
+    def count(self) -> int:
+        """Tokens absorbed."""
+        return self.moments.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self._buffer.dtype
 
     @property
     def rows(self) -> torch.Tensor:
@@ -123,6 +164,7 @@ class ActivationSketch:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that is needed to go on with the stream later; see [`load_state_dict`]."""
         state = {name: getattr(self, name).contiguous() for name in self._STATE}
+        state |= {"mean": self.moments.mean, "m2": self.moments.m2}
         state["buffer"] = self._buffer[: len(self.singular) + self._waiting]
         state["counters"] = torch.tensor([self.count, self._waiting, self._next_rescale])
         state["random"] = self._random.get_state()
@@ -132,7 +174,8 @@ class ActivationSketch:
         """Take over the state of a sketch of the same width, rank and dtype."""
         for name in self._STATE:
             setattr(self, name, state[name].to(getattr(self, name).device))
-        self.count, self._waiting, self._next_rescale = state["counters"].tolist()
+        count, self._waiting, self._next_rescale = state["counters"].tolist()
+        self.moments = Moments(count, state["mean"].to(self.divisor.device), state["m2"].to(self.divisor.device))
         self._buffer[: len(state["buffer"])] = state["buffer"]
         self._random.set_state(state["random"])
 
@@ -140,38 +183,22 @@ class ActivationSketch:
         r, c, n = len(self.singular), self._waiting, self.count
         self._waiting = 0
         block = self._buffer[r : r + c]  # (c, neurons)
-        mean = block.mean(0)
-        block.sub_(mean)
+        added = Moments.centring(block)
         # The old mean enters as one more row, so that the sketch stays centred (Ross et al. 2008, eq. 9).
         weight = (n * c / (n + c)) ** 0.5
-        shift = (self.mean - mean) * weight
-        self.m2 += shift.square()
-        for columns in range(0, self.width, COLUMNS):
-            strip = block[:, columns : columns + COLUMNS]
-            self.m2[columns : columns + COLUMNS] += (strip * strip).sum(0)
-        self.mean += (mean - self.mean) * (c / (n + c))
-        self.count += c
-        if self.prescale and self.count >= self._next_rescale:
-            self._rescale(block)
-            r = len(self.singular)
-            block = self._buffer[r : r + c]
-        added = c
         if n:
-            self._buffer[r + c] = shift
-            added += 1
-        stack = self._buffer[: r + added]  # (r + added, neurons)
-        if self.prescale:
-            stack[r:].div_(self.scale)
+            self._buffer[r + c] = (self.moments.mean - added.mean) * weight
+        self.moments.add(added)
+        gram = self._rescaled()  # (r, r)
+        stack = self._buffer[: r + c + bool(n)]  # (r + added, neurons)
+        self._divide(stack[r:])
 
-        products = (stack[r:] @ stack.T).cpu()  # (added, r + added)
-        gram = torch.diag(torch.cat([self.singular.square(), torch.zeros(added, dtype=torch.float64)])).to(products)
-        gram[r:] = products
-        gram[:r, r:] = products[:, :r].T
-        singular, vectors = eigh_descending(gram, self.rank)  # (new r,), (r + added, new r)
+        products = (stack[r:] @ stack.T).to("cpu", torch.float64)  # (added, r + added)
+        gram = torch.cat([torch.cat([gram, products[:, :r].T], 1), products])
+        singular, vectors = eigh_descending(gram, self.rank, self.dtype)  # (new r,), (r + added, new r)
         _rotate(stack, vectors.T)
 
         # Coordinates along the new rows: of the new tokens straight from the Gram matrix, of the old ones by rotation.
-        gram = gram.double()
         rotation = (gram[:r] @ vectors / self.singular[:, None] / singular).T  # (new r, r)
         coordinates = gram[r:] @ vectors / singular  # (added, new r)
         self.singular = singular
@@ -185,24 +212,35 @@ class ActivationSketch:
         if len(self._fresh) >= _FRESH_ROWS:
             self._merge_scores()
 
-    def _rescale(self, block: torch.Tensor) -> None:
-        """Bring the rows to the standard deviations known by now; again when the tokens have doubled."""
-        self._next_rescale = 2 * self.count
-        old = self.scale
-        deviation = (self.m2 / self.count).sqrt()
-        self.scale = torch.where(deviation > 0, deviation, 1)
-        r = len(self.singular)
-        if r == 0:
-            return
-        rows = self._buffer[:r].mul_(old / self.scale)
-        singular, vectors = eigh_descending(rows @ rows.T, self.rank)
-        _rotate(rows, vectors.T)
-        if len(singular) < r:
-            self._buffer[len(singular) : len(singular) + len(block)] = block.clone()
-        # x = s @ diag(1 / old singular values) @ (rows in the new scale), and these rows are vectors @ (new rows).
-        rotation = singular[:, None] * vectors.T / self.singular
-        self.singular = singular
-        self._carry(rotation, torch.zeros_like(singular))
+    def _rescaled(self) -> torch.Tensor:
+        """Bring the rows to the units known by now, and give their Gram matrix.
+
+        All of them when the tokens have doubled; those of a neuron that varies far more than it did at once, before
+        its activations enter: whatever is small beside them would be lost.
+        """
+        divisor = self.units.running_divisor(self.moments)
+        if self.count < self._next_rescale:
+            divisor = torch.where(divisor > _STALE * self.divisor, divisor, self.divisor)
+        else:
+            self._next_rescale = 2 * self.count
+        changed = (divisor != self.divisor).nonzero().flatten()
+        rows, gram = self.rows, self.singular.square().diag()
+        for columns in changed.split(COLUMNS) if len(rows) else ():
+            old = rows[:, columns.to(rows.device)]
+            new = old * (self.divisor / divisor)[columns].to(old)
+            gram += (new @ new.T).to(gram) - (old @ old.T).to(gram)
+            rows[:, columns.to(rows.device)] = new
+        self.divisor = divisor
+        return gram
+
+    def _divide(self, rows: torch.Tensor) -> None:
+        """Bring activations into the units, in place."""
+        divided = (self.divisor != 1).nonzero().flatten()
+        if 2 * len(divided) > self.width:
+            rows.div_(self.divisor.to(rows))
+        elif len(divided):
+            columns = divided.to(rows.device)
+            rows[:, columns] = rows[:, columns] / self.divisor[divided].to(rows)
 
     def _carry(self, rotation: torch.Tensor, shift: torch.Tensor) -> None:
         """Move stored scores into the new coordinates: s -> rotation @ s + shift."""

@@ -24,12 +24,21 @@ _FILE = "reload_check.safetensors"
 
 @torch.no_grad()
 def last_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits after the last token of each sequence, float32 on the CPU, shape (sequences, vocabulary)."""
+    """Logits of each sequence, after its last token where every token has some; float32 on the CPU.
+
+    Args:
+        model: a language model, shape of the logits (sequences, vocabulary), or a classifier, (sequences, labels).
+            The decoder of an encoder-decoder model reads the same tokens as its encoder.
+        input_ids: shape (sequences, positions).
+    """
     was_training = model.training
     model.eval()
-    logits = model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False).logits[:, -1]
+    inputs = {"input_ids": input_ids.to(next(model.parameters()).device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    logits = model(**inputs, use_cache=False).logits
     model.train(was_training)
-    return logits.float().cpu().contiguous()
+    return (logits[:, -1] if logits.dim() == 3 else logits).float().cpu().contiguous()
 
 
 def check_reload(
@@ -38,7 +47,7 @@ def check_reload(
     """Load every adapter in one fresh process and compare its logits with the expected ones.
 
     Args:
-        model_path: directory or id of the base model.
+        model_path: directory or id of the base model, which is read at the revision that an adapter names.
         adapters: name -> directory of a saved PEFT adapter; all in one parent directory.
         input_ids: shape (sequences, positions).
         expected: name -> logits as [`last_logits`] gave them.
@@ -62,17 +71,14 @@ def check_reload(
 
 
 def _main(model_path: str, file: str, *adapters: str) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from .. import tuner  # noqa: F401 (adds neuron deltas to PEFT's tables)
+    from ..tuner.saved import SavedAdapter  # also adds neuron deltas to PEFT's tables
 
     tensors = load_file(file)
     differences = {}
     for adapter in adapters:
         name, _, path = adapter.partition("=")
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32")
-        model = PeftModel.from_pretrained(model, path)
+        saved = SavedAdapter.read(path)
+        model = saved.load_onto(saved.load_base(model_path, dtype=torch.float32))
         differences[name] = float((last_logits(model, tensors["input_ids"]) - tensors[name]).abs().max())
     sys.stdout.write(json.dumps(differences) + "\n")
 

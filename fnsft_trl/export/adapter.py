@@ -1,63 +1,50 @@
-"""A saved adapter as the exports read it: its configuration, its base model, where its deltas are."""
+"""Adapters of neuron deltas as the exports read them: where their deltas are, and where nothing may be written."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftConfig
-from transformers import AutoModelForCausalLM
-
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import NeuronSite, WeightSlice
 from ..tuner import NeuronTunerConfig
+from ..tuner.saved import PREFIX, SavedAdapter
 
 
-PREFIX = "base_model.model."  # of the names of PEFT's tensors
-
-
-def read_adapter_config(directory: str | os.PathLike) -> PeftConfig:
-    """The configuration of a saved adapter of any PEFT method.
-
-    Raises:
-        FNSFTError: there is none in the directory, or it does not name its base model.
-    """
-    if not (Path(directory) / "adapter_config.json").is_file():
-        raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
-    config = PeftConfig.from_pretrained(str(directory))
-    if not config.base_model_name_or_path:
-        raise FNSFTError(f"{directory}/adapter_config.json does not name its base model (base_model_name_or_path)")
-    return config
-
-
-def read_delta_config(directory: str | os.PathLike) -> NeuronTunerConfig:
-    """The configuration of a saved adapter of neuron deltas.
+def read_deltas(directory: str | os.PathLike) -> SavedAdapter:
+    """A saved adapter of neuron deltas.
 
     Raises:
         FNSFTError: the directory holds none, or an adapter of another kind.
     """
-    config = read_adapter_config(directory)
-    if not isinstance(config, NeuronTunerConfig):
-        raise FNSFTError(f"{directory} holds an adapter of type {config.peft_type}; one of neuron deltas was expected")
-    return config
+    adapter = SavedAdapter.read(directory)
+    if not isinstance(adapter.config, NeuronTunerConfig):
+        raise FNSFTError(
+            f"{directory} holds an adapter of type {adapter.config.peft_type}; one of neuron deltas was expected"
+        )
+    return adapter
 
 
-def load_model(name: str | os.PathLike, *, dtype: str = "auto", **loading):
-    """Load a causal language model.
+def check_target(output_dir: str | os.PathLike, adapter: SavedAdapter, *, beside: str) -> None:
+    """Check, before anything is written, that an export does not take the place of what it is made from.
 
     Args:
-        name: directory or Hub id.
-        dtype: `"auto"` is that of its checkpoint.
-        loading: further arguments of `from_pretrained`.
+        output_dir: where it is to be written.
+        adapter: what is exported.
+        beside: name of a file beside which the export would be taken for something else.
 
     Raises:
-        FNSFTError: it cannot be loaded.
+        FNSFTError: it is the directory of the adapter or of its base model, or holds that file.
     """
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FNSFTError(f"the model {str(name)!r} cannot be loaded ({reason})") from error
+    target = Path(output_dir).expanduser().resolve()
+    for what, source in (
+        ("the adapter", adapter.directory),
+        ("its base model", adapter.config.base_model_name_or_path),
+    ):
+        if target == Path(source).expanduser().resolve():
+            raise FNSFTError(f"{output_dir} is the directory of {what}, which the export would destroy; name another")
+    if (target / beside).is_file():
+        raise FNSFTError(f"{output_dir} holds {beside}, beside which the export would not be loaded; name another")
 
 
 def delta_key(part: WeightSlice) -> str:

@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft import load_peft_weights
+from transformers import PreTrainedModel
 
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import NeuronSite, find_neuron_sites
-from .adapter import PREFIX, delta_key, delta_mask, load_model, read_delta_config
+from ..tuner.saved import PREFIX, SavedAdapter, load_model
+from .adapter import delta_key, delta_mask, read_deltas
 
 
 def changed_neurons(
@@ -43,6 +44,7 @@ def verify_merge(
     adapter: str | os.PathLike | NeuronMask | None = None,
     *,
     sites: Sequence[NeuronSite] | None = None,
+    **loading,
 ) -> NeuronMask:
     """Find the neurons that differ between two checkpoints, and check that they are those an adapter says.
 
@@ -51,9 +53,12 @@ def verify_merge(
     NeuronMask, the neurons that differ must be exactly its members, and nothing else may differ.
 
     Args:
-        before, after: directories of checkpoints, or parameter name -> tensor.
+        before, after: directories or names of checkpoints, or parameter name -> tensor. With an adapter, both are
+            loaded with the head of its task and its tokens and labels; else as the classes that they were saved as.
         adapter: what should have changed; nothing is checked without it.
         sites: the model's sites; needed when `before` is not a directory.
+        loading: further arguments of `from_pretrained`, such as `trust_remote_code`; `revision` is that of `before`,
+            by default the adapter's.
 
     Returns:
         The neurons any of whose weights differ.
@@ -61,35 +66,42 @@ def verify_merge(
     Raises:
         FNSFTError: another weight differs, or one does not hold what it should; with the module and the neuron.
     """
-    config = None if adapter is None or isinstance(adapter, NeuronMask) else read_delta_config(adapter)
-    kind = config.site if config else adapter.site if isinstance(adapter, NeuronMask) else "mlp_intermediate"
+    saved = None if adapter is None or isinstance(adapter, NeuronMask) else read_deltas(adapter)
+    kind = saved.config.site if saved else adapter.site if isinstance(adapter, NeuronMask) else "mlp_intermediate"
     if isinstance(before, Mapping):
         if sites is None:
             raise FNSFTError("two sets of tensors say nothing of the model's structure; give sites too")
     else:
-        is_base = config is not None and str(before) == config.base_model_name_or_path
-        model = load_model(before, revision=config.revision if is_base else None)
-        before, sites = dict(model.named_parameters()), find_neuron_sites(model, kind=kind)
+        model = _load(before, saved, loading)
+        before, sites = dict(model.named_parameters(remove_duplicate=False)), find_neuron_sites(model, kind=kind)
     if not isinstance(after, Mapping):
-        after = dict(load_model(after).named_parameters())
+        loading = {key: value for key, value in loading.items() if key != "revision"}
+        after = dict(_load(after, saved, loading).named_parameters(remove_duplicate=False))
     _check_same_form(before, after)
-    changed, others = changed_neurons(sites, before, after)
+    # One weight may have several names; what has one before may be several after, if an adapter trained a copy.
+    names = {id(tensor): name for name, tensor in reversed(after.items()) if name in before}.values()
+    changed, others = changed_neurons(sites, {name: before[name] for name in names}, after)
     if adapter is None:
         return changed
-    state: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu") if config else {}
-    expected = delta_mask(config, sites) if config else adapter
+    expected = delta_mask(saved.config, sites) if saved else adapter
     for site in sites:
-        _check_members(site, changed.layers[site.layer], expected.layers[site.layer], all_of_them=config is None)
-        if config is not None:
-            _check_values(site, expected.indices(site.layer), state, before, after)
-    trained = {key.removeprefix(PREFIX).rpartition(".")[0] for key in state if "neuron_delta_" not in key}
-    trained = {name.partition(".lora_")[0].partition(".token_adapter")[0] for name in trained}
+        _check_members(site, changed.layers[site.layer], expected.layers[site.layer], all_of_them=saved is None)
+        if saved is not None:
+            _check_values(site, expected.indices(site.layer), saved.tensors, before, after)
+    trained = {name.rpartition(".")[0] for name in saved.whole} if saved else set()
+    for key in saved.tensors if saved else ():
+        name = key.removeprefix(PREFIX)
+        trained |= {name.partition(part)[0] for part in (".lora_", ".token_adapter") if part in name}
     for name in others:
         if name.rpartition(".")[0] not in trained:
             raise FNSFTError(
                 f"{name} differs in a weight that belongs to no neuron and that the adapter does not train"
             )
     return changed
+
+
+def _load(name: str | os.PathLike, adapter: SavedAdapter | None, loading: Mapping) -> PreTrainedModel:
+    return load_model(str(name), **loading) if adapter is None else adapter.load_base(name, **loading)
 
 
 def _check_same_form(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:

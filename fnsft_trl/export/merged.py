@@ -4,12 +4,28 @@ import os
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..compat.transformers import align_special_tokens
+from ..errors import FNSFTError
 from ..hub.card import merged_card
 from ..template.storage import CARD_FILE, NETWORK_DIR
-from .adapter import load_model, read_adapter_config
+from ..template.template import FunctionalNetworkTemplate
+from ..tuner.saved import SavedAdapter
+from .adapter import check_target
+
+
+# Task type of an adapter -> what the Hub calls it.
+_PIPELINES = {
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 
 
 def to_merged(
@@ -17,7 +33,9 @@ def to_merged(
 ) -> PeftConfig:
     """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
 
-    With its tokenizer, a model card, and the template and the selection that lie beside the adapter.
+    The base model is loaded with the head of the adapter's task, and with as many tokens and labels as the adapter was
+    trained with. With its tokenizer, whose special tokens (what ends an answer) the model's configurations get too, a
+    model card, and the template and the selection that lie beside the adapter.
 
     Args:
         adapter_dir: directory of a saved adapter, of neuron deltas or any other PEFT method that merges.
@@ -30,29 +48,84 @@ def to_merged(
         The configuration of the adapter.
 
     Raises:
-        FNSFTError: it is no adapter, or the base is quantised.
+        FNSFTError: it is no adapter or one that does not merge, the base model is quantised or not the one that was
+            trained on, there is no tokenizer, or the output directory is one of those that are read.
         ValueError: the merged weights are not finite.
     """
-    config = read_adapter_config(adapter_dir)
-    loading.setdefault("revision", config.revision)
-    base = load_model(config.base_model_name_or_path, dtype=dtype, **loading)
-    merged = PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload(safe_merge=True)
+    adapter = SavedAdapter.read(adapter_dir)
+    if adapter.config.is_prompt_learning:
+        raise FNSFTError(
+            f"{adapter_dir} holds an adapter of type {adapter.config.peft_type}, which is part of the input and "
+            "merges into no weights; load it with PEFT"
+        )
+    check_target(output_dir, adapter, beside="adapter_config.json")
+    if "quantization_config" not in loading:
+        _check_precision(adapter, adapter.base_config(**loading))
+    processor = adapter.load_processor(**loading)
+    base = adapter.load_base(dtype=dtype, **loading)
+    _check_precision(adapter, base.config)
+    if (adapter.directory / NETWORK_DIR).is_dir():  # warns where a branch of the base model has moved on
+        FunctionalNetworkTemplate.from_pretrained(adapter.directory / NETWORK_DIR).check_model(base)
+    merged = adapter.load_onto(base).merge_and_unload(safe_merge=True)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    _check_tokens(adapter, tokenizer, merged, loading)
+    align_special_tokens(merged, tokenizer)
+    _part_tied(merged)
     merged.save_pretrained(output_dir)
-    has_tokenizer = (Path(adapter_dir) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(
-        adapter_dir if has_tokenizer else config.base_model_name_or_path,
-        revision=None if has_tokenizer else loading["revision"],
-        trust_remote_code=loading.get("trust_remote_code", False),
-    )
-    tokenizer.save_pretrained(output_dir)
-    _describe_merged(config, Path(adapter_dir), Path(output_dir))
-    return config
+    processor.save_pretrained(output_dir)
+    pipeline = _PIPELINES.get(adapter.config.task_type, "text-generation" if merged.can_generate() else None)
+    _describe_merged(adapter, Path(output_dir), pipeline)
+    return adapter.config
 
 
-def _describe_merged(config: PeftConfig, adapter_dir: Path, output_dir: Path) -> None:
-    card = adapter_dir / CARD_FILE
+def _check_precision(adapter: SavedAdapter, config: PretrainedConfig) -> None:
+    """Refuse a quantised base, whatever the adapter: its frozen neurons would be quantised anew."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise FNSFTError(
+            f"the base model {adapter.config.base_model_name_or_path} is quantised, and a merge would quantise all of "
+            "it anew, frozen neurons included; name the same model in full precision in base_model_name_or_path of "
+            f"{adapter.directory}/adapter_config.json, or export a plain LoRA"
+        )
+
+
+def _check_tokens(adapter: SavedAdapter, tokenizer, merged: PreTrainedModel, loading: dict) -> None:
+    """Refuse tokens that were added for the training and have no rows."""
+    rows = len(merged.get_input_embeddings().weight)
+    if not adapter.has_tokenizer or len(tokenizer) <= rows:
+        return
+    of_base = adapter.load_processor(of_base=True, **loading)
+    if len(tokenizer) > len(getattr(of_base, "tokenizer", of_base)):  # some models have rows for fewer from the start
+        raise FNSFTError(
+            f"the tokenizer in {adapter.directory} has {len(tokenizer)} tokens and the model {rows} rows for them: "
+            "the adapter was saved without the rows of those that were added; save it with save_embedding_layers=True"
+        )
+
+
+def _part_tied(merged: PreTrainedModel) -> None:
+    """Write as several what was one weight in the base model and is no longer: an adapter trained a copy of it."""
+    pairs = {name: merged.get_parameter(name) for pair in merged.all_tied_weights_keys.items() for name in pair}
+    parted = [
+        (one, other)
+        for one, other in merged.all_tied_weights_keys.items()
+        if not torch.equal(pairs[one], pairs[other])
+    ]
+    if not parted:
+        return
+    if merged.config.is_encoder_decoder:
+        raise FNSFTError(
+            f"{' and '.join(parted[0])} are one weight in this model, of which the adapter trained a copy; train it "
+            "everywhere (ensure_weight_tying=True) or not at all"
+        )
+    merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    for name in merged.all_tied_weights_keys:
+        module, _, parameter = name.rpartition(".")
+        setattr(merged.get_submodule(module), parameter, nn.Parameter(pairs[name].detach().clone()))
+
+
+def _describe_merged(adapter: SavedAdapter, output_dir: Path, pipeline: str | None) -> None:
+    card = adapter.directory / CARD_FILE
     adapter_card = card.read_text(encoding="utf-8") if card.is_file() else None
-    merged = merged_card(config.base_model_name_or_path, adapter_card)
+    merged = merged_card(adapter.config.base_model_name_or_path, adapter_card, pipeline=pipeline)
     (output_dir / CARD_FILE).write_text(merged, encoding="utf-8")
-    if (adapter_dir / NETWORK_DIR).is_dir():
-        shutil.copytree(adapter_dir / NETWORK_DIR, output_dir / NETWORK_DIR, dirs_exist_ok=True)
+    if (adapter.directory / NETWORK_DIR).is_dir():
+        shutil.copytree(adapter.directory / NETWORK_DIR, output_dir / NETWORK_DIR, dirs_exist_ok=True)

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Conv1D
+from transformers import Conv1D
 
 from ..compat.peft import get_pattern_key
 from ..errors import FNSFTError
 from ..neurons.sites import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
 from ..tuner import NeuronTunerConfig
-from .adapter import PREFIX, delta_key, delta_mask, read_delta_config
+from ..tuner.saved import PREFIX
+from .adapter import check_target, delta_key, delta_mask, read_deltas
 
 
 # Arguments of LoRA beside the deltas that have a counterpart in one LoRA for all modules.
@@ -34,7 +35,8 @@ def to_plain_lora(
 
     with a scaling of 1. Deltas of biases become the bias of `lora_B`, which PEFT then gives to all modules of the
     adapter; it merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
-    token rows saved as a whole go along. The one-hot factors make the files larger than those of the deltas.
+    token rows saved as a whole go along, and so does a tokenizer that lies beside the adapter. The one-hot factors
+    make the files larger than those of the deltas.
 
     In a model with experts, PEFT adapts the parameters themselves (`target_parameters`), those of shared experts and
     dense layers too. All experts of a layer have one rank, which is the largest number of positions in any of them.
@@ -49,9 +51,34 @@ def to_plain_lora(
 
     Raises:
         FNSFTError: it is no adapter of neuron deltas, LoRA beside them is of a variant that cannot go along, or a
-            linear layer beside experts has a delta of its bias.
+            linear layer beside experts has a delta of its bias; or the output directory is one of those that are read.
     """
-    config, state, base = _open(model_or_adapter, adapter_name)
+    processor = None
+    if isinstance(model_or_adapter, PeftModel):
+        lora, tensors = _as_lora(*_of_model(model_or_adapter, adapter_name))
+    else:
+        saved = read_deltas(model_or_adapter)
+        check_target(output_dir, saved, beside="config.json")
+        if saved.has_tokenizer:
+            processor = saved.load_processor()
+        lora, tensors = _as_lora(saved.config, saved.tensors, saved.outline())
+    lora.save_pretrained(str(output_dir))
+    if processor is not None:
+        processor.save_pretrained(output_dir)
+    save_file(tensors, Path(output_dir) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return lora
+
+
+def _as_lora(
+    config: NeuronTunerConfig, state: Mapping[str, torch.Tensor], base: nn.Module
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The configuration of the LoRA and its tensors, of configuration and tensors of deltas."""
+    refused = set(config.lora or {}) - _PLAIN_LORA
+    if refused:
+        raise FNSFTError(
+            f"LoRA beside the deltas has {', '.join(sorted(refused))}, which one plain LoRA for all modules cannot "
+            "express; export it merged"
+        )
     sites = find_neuron_sites(base, kind=config.site)
     has_experts = any(site.experts for site in sites)
     deltas = _delta_factors(config, state, sites, base)
@@ -71,40 +98,18 @@ def to_plain_lora(
         lora_bias=bool(biases),
         fan_in_fan_out=any(isinstance(base_linear(base.get_submodule(name)), Conv1D) for name in modules),
     )
-    output_dir = Path(output_dir)
-    lora.save_pretrained(str(output_dir))
     whole = {key: value for key, value in state.items() if "neuron_delta_" not in key and ".lora_" not in key}
     holders = {name: _holder(name, deltas, base) if has_experts else name.removesuffix(".weight") for name in deltas}
     tensors = {**whole, **_named_factors({holders[name]: pair for name, pair in deltas.items()} | beside, biases)}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, output_dir / "adapter_model.safetensors", metadata={"format": "pt"})
-    return lora
+    return lora, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
-def _open(
-    model_or_adapter: PeftModel | str | os.PathLike, adapter_name: str
-) -> tuple[NeuronTunerConfig, Mapping[str, torch.Tensor], nn.Module]:
+def _of_model(model: PeftModel, adapter_name: str) -> tuple[NeuronTunerConfig, Mapping[str, torch.Tensor], nn.Module]:
     """Configuration and weights of the deltas, and the base model, of which only the structure counts."""
-    if isinstance(model_or_adapter, PeftModel):
-        config = model_or_adapter.peft_config[adapter_name]
-        if not isinstance(config, NeuronTunerConfig):
-            raise FNSFTError(f"adapter {adapter_name!r} is of type {config.peft_type}, not one of neuron deltas")
-        state = get_peft_model_state_dict(model_or_adapter, adapter_name=adapter_name)
-        base = model_or_adapter.get_base_model()
-    else:
-        config = read_delta_config(model_or_adapter)
-        state = load_peft_weights(str(model_or_adapter), device="cpu")
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
-            )
-    refused = set(config.lora or {}) - _PLAIN_LORA
-    if refused:
-        raise FNSFTError(
-            f"LoRA beside the deltas has {', '.join(sorted(refused))}, which one plain LoRA for all modules cannot "
-            "express; export it merged"
-        )
-    return config, state, base
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, NeuronTunerConfig):
+        raise FNSFTError(f"adapter {adapter_name!r} is of type {config.peft_type}, not one of neuron deltas")
+    return config, get_peft_model_state_dict(model, adapter_name=adapter_name), model.get_base_model()
 
 
 def _lora_config(config: NeuronTunerConfig, ranks: Mapping[str, int], **targets) -> LoraConfig:
@@ -119,6 +124,7 @@ def _lora_config(config: NeuronTunerConfig, ranks: Mapping[str, int], **targets)
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,

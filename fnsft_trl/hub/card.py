@@ -49,12 +49,13 @@ def publishable_card(card: str) -> str:
     return str(found)
 
 
-def merged_card(base_model: str, adapter_card: str | None) -> str:
+def merged_card(base_model: str, adapter_card: str | None, *, pipeline: str | None = "text-generation") -> str:
     """The README of a model that an adapter was merged into.
 
     Args:
         base_model: the model, as the adapter names it.
         adapter_card: the README of the adapter, whose metadata and section on networks go along, where there is one.
+        pipeline: what the Hub calls the model's task.
 
     Raises:
         FNSFTError: the metadata of that README cannot be read.
@@ -62,7 +63,7 @@ def merged_card(base_model: str, adapter_card: str | None) -> str:
     found = _read(adapter_card or "")
     known = _without_paths(found.data.to_dict())
     kept = ("base_model", "datasets", "license", "language")
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": pipeline}
     metadata |= {key: known[key] for key in kept if key in known}
     tags = (tag for tag in known.get("tags", []) if not tag.startswith(("base_model:adapter:", "peft", "lora")))
     metadata["tags"] = sorted({*TAGS[:2], *tags})

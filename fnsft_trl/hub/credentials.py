@@ -49,11 +49,13 @@ def find_token(given: str | None = None) -> HubToken | None:
     Args:
         given: by an option such as `--hub_token`.
     """
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token
+
+    from ..compat.hub import allows_saved_login, token_file
 
     if given is not None:
         return HubToken(given, "--hub_token")
-    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+    if not allows_saved_login():
         return None
     for name, value in _env_file_tokens().items():
         return HubToken(value, f"{name} in the file {ENV_FILE}")
@@ -63,8 +65,8 @@ def find_token(given: str | None = None) -> HubToken | None:
     for name in TOKEN_VARIABLES:
         if os.environ.get(name, "").strip() == value:
             return HubToken(value, f"{name} in the environment")
-    if Path(constants.HF_TOKEN_PATH).is_file():
-        return HubToken(value, f"the saved login ({constants.HF_TOKEN_PATH})")
+    if Path(token_file()).is_file():
+        return HubToken(value, f"the saved login ({token_file()})")
     return HubToken(value, "the secrets of this machine's provider")
 
 

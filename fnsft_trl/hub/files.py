@@ -150,10 +150,12 @@ def hub_errors(what: str, revision: str | None = None, *, token: str | bool | No
     """
     from huggingface_hub import errors
 
+    from ..compat.hub import HTTPError
+
     check_token(token)
     try:
         yield
-    except (errors.HTTPError, ValueError, OSError) as error:
+    except (HTTPError, ValueError, OSError) as error:
         told = None if isinstance(error, FNSFTError) else explain(error, what, revision)
         if told is None:
             raise
@@ -177,6 +179,8 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
         what, revision: the repository that was asked for.
     """
     from huggingface_hub import errors
+
+    from ..compat.hub import HTTPError, is_broken_download, is_forced_offline, is_refused_card
 
     at = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.HFValidationError):
@@ -211,15 +215,14 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
                 "do this"
             )
         return f"the Hub answered {status} for {what}{at}; try again later"
-    if isinstance(error, (errors.OfflineModeIsEnabled, errors.HTTPError)):  # no connection
+    if isinstance(error, (errors.OfflineModeIsEnabled, HTTPError)):  # no connection
         reason = hide_tokens(str(error).strip().partition("\n")[0]) or type(error).__name__
         return f"the Hub cannot be reached for {what} ({reason}); try again with a connection"
-    # What has no type of its own is told by its first words.
     message = " ".join(str(error).split())
-    if isinstance(error, ValueError) and message.startswith("Invalid metadata"):
+    if is_refused_card(error, message):
         return f"the Hub refuses the model card for {what} ({message}); correct it, then push again"
-    if isinstance(error, ValueError) and re.search("[Ff]orce.download", message):
+    if is_forced_offline(error, message):
         return f"{what}{at} cannot be downloaded anew ({message}); try again with a connection"
-    if isinstance(error, OSError) and message.startswith("Consistency check failed"):
+    if is_broken_download(error, message):
         return f"the download from {what} broke off; start it again, and it goes on"
     return None

@@ -35,7 +35,7 @@ def clean_model_name(name: str) -> str:
 
 def model_name(model) -> str:
     """The id of a model, or the name of the directory it was loaded from; empty when it was made in memory."""
-    name = model.config._name_or_path
+    name = model.config.name_or_path
     return clean_model_name(Path(name).name if Path(name).exists() else name)
 
 

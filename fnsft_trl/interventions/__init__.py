@@ -1,7 +1,17 @@
 """Forward interventions: masks that silence neurons, and lesions baked into the weights."""
 
 from .baking import KeptWeights, bake_lesion, keep_neurons, unbake
-from .masking import MaskHandle, lesion, masks_off, preserve
+from .masking import MaskHandle, lesion, masks_of, masks_off, preserve
 
 
-__all__ = ["KeptWeights", "MaskHandle", "bake_lesion", "keep_neurons", "lesion", "masks_off", "preserve", "unbake"]
+__all__ = [
+    "KeptWeights",
+    "MaskHandle",
+    "bake_lesion",
+    "keep_neurons",
+    "lesion",
+    "masks_of",
+    "masks_off",
+    "preserve",
+    "unbake",
+]

@@ -1,5 +1,6 @@
 """Bake a lesion into the weights, so that it outlives the hooks (merge, GGUF, vLLM), and take it out again."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +22,12 @@ class KeptWeights:
     Attributes:
         values (`dict`): parameter name -> (dimensions, positions along them, their values).
         lesion (`dict`, *optional*): the lesion that the model's config named at the time.
+        baked (`dict`, *optional*): the one that it names with these neurons silenced; `lesion` if they are not.
     """
 
     values: dict[str, tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = field(repr=False)
     lesion: dict | None = None
+    baked: dict | None = None
 
 
 def keep_neurons(model: nn.Module, mask: NeuronMask) -> KeptWeights:
@@ -35,9 +38,10 @@ def keep_neurons(model: nn.Module, mask: NeuronMask) -> KeptWeights:
         mask: the neurons. Layers that it does not cover are left out.
 
     Raises:
-        FNSFTError: the mask was made for another model, or the weights are quantised or adapted.
+        FNSFTError: the mask was made for another model, or the weights are quantised, offloaded or adapted.
     """
-    return _keep(model, mask, outgoing_only=False)
+    lesion = _lesion(model)
+    return KeptWeights(_values(model, mask, outgoing_only=False), lesion, lesion)
 
 
 @torch.no_grad()
@@ -56,18 +60,21 @@ def bake_lesion(model: nn.Module, mask: NeuronMask) -> KeptWeights:
         What [`unbake`] needs to put every weight back, bit for bit.
 
     Raises:
-        FNSFTError: the mask was made for another model, or the weights are quantised or adapted.
+        FNSFTError: the mask was made for another model, the weights are quantised, offloaded or adapted, or the model
+            carries a lesion at the other site. The model is left as it was.
     """
-    kept = _keep(model, mask, outgoing_only=True)
-    before = kept.lesion or {"site": mask.site, "neurons": {}}
-    if before["site"] != mask.site:
-        raise FNSFTError(f"the model carries a lesion at {before['site']}, so none can be baked at {mask.site}")
-    for name, (dims, positions, _) in kept.values.items():
+    values = _values(model, mask, outgoing_only=True)
+    before = _lesion(model)
+    silenced = mask.over({site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)})
+    if before is not None:
+        if before["site"] != mask.site:
+            raise FNSFTError(f"the model carries a lesion at {before['site']}, so none can be baked at {mask.site}")
+        silenced = silenced | _silenced(model, before)
+    kept = KeptWeights(values, before, {"site": mask.site, "neurons": silenced.to_ranges()})
+    for name, (dims, positions, _) in values.items():
         parameter = model.get_parameter(name)
         parameter.masked_fill_(mask_positions(parameter, dims, positions), 0)
-    widths = {site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)}
-    both = [NeuronMask.from_ranges(ranges, widths, mask.site) for ranges in (before["neurons"], mask.to_ranges())]
-    setattr(model.config, _CONFIG_ENTRY, {"site": mask.site, "neurons": (both[0] | both[1]).to_ranges()})
+    setattr(model.config, _CONFIG_ENTRY, kept.baked)
     return kept
 
 
@@ -78,34 +85,70 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
     Args:
         model: the model they were taken from. Changed in place.
         kept: what the function returned. Of several lesions, the last is to be taken out first.
+
+    Raises:
+        FNSFTError: they are of another model, or the model carries another lesion than they left. The model is left as
+            it was.
     """
+    parameters = dict(model.named_parameters())
     for name, (dims, positions, values) in kept.values.items():
-        write_positions(model.get_parameter(name), dims, positions, values)
+        parameter = parameters.get(name)
+        if parameter is None or _shape(parameter, dims, positions) != values.shape:
+            raise FNSFTError(
+                f"the kept weights are of another model: this one has no {name} that they fit (merge or unload an "
+                "adapter that was put around it first)"
+            )
+    if _lesion(model) != kept.baked:
+        raise FNSFTError(
+            "the lesion that the model's config names is not the one that these weights were kept for; of several "
+            "lesions, take the last one out first"
+        )
+    for name, (dims, positions, values) in kept.values.items():
+        parameter = parameters[name]
+        write_positions(parameter, dims, positions.to(parameter.device), values.to(parameter))
     if kept.lesion is not None:
         setattr(model.config, _CONFIG_ENTRY, kept.lesion)
-    elif _CONFIG_ENTRY in vars(model.config):
+    elif _lesion(model) is not None:
         delattr(model.config, _CONFIG_ENTRY)
 
 
 def lesion_note(model: nn.Module) -> str | None:
     """The sentence of a model card on the lesion in the weights; `None` when there is none."""
-    lesion = vars(base_model(model).config).get(_CONFIG_ENTRY)
+    lesion = _lesion(base_model(model))
     if lesion is None:
         return None
-    widths = {site.layer: site.width for site in find_neuron_sites(model, kind=lesion["site"])}
-    mask = NeuronMask.from_ranges(lesion["neurons"], widths, lesion["site"])
+    mask = _silenced(model, lesion)
     return (
         f"The weights carry a lesion: the outgoing weights of {mask.count} neurons ({mask.fraction:.1%} at "
         f"{mask.site}) were set to zero. `config.json` lists them under `{_CONFIG_ENTRY}`."
     )
 
 
-def _keep(model: nn.Module, mask: NeuronMask, *, outgoing_only: bool) -> KeptWeights:
+def _lesion(model: nn.Module) -> dict | None:
+    return vars(model.config).get(_CONFIG_ENTRY)
+
+
+def _silenced(model: nn.Module, lesion: dict) -> NeuronMask:
+    """The neurons that a config's entry names."""
+    widths = {site.layer: site.width for site in find_neuron_sites(model, kind=lesion["site"])}
+    return NeuronMask.from_ranges(lesion["neurons"], widths, lesion["site"])
+
+
+def _shape(parameter: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor) -> tuple[int, ...] | None:
+    """Shape of the entries at some positions of a parameter; `None` where it has no such positions."""
+    counted = math.prod(parameter.shape[dim] for dim in dims) if max(dims) < parameter.dim() else 0
+    if not len(positions) or int(positions.max()) >= counted:
+        return None
+    return (len(positions), *(size for dim, size in enumerate(parameter.shape) if dim not in dims))
+
+
+def _values(model: nn.Module, mask: NeuronMask, *, outgoing_only: bool) -> dict:
+    """The values of some neurons' weights, as [`KeptWeights`] holds them."""
     values = {}
     for site in fitting_sites(model, mask):
         neurons = mask.indices(site.layer) if site.layer in mask.layers else ()
         for part in site.layout.slices if len(neurons) else ():
-            if outgoing_only and part.side == "output" and mask.site != "mlp_output":
+            if (outgoing_only and part.side == "output" and mask.site != "mlp_output") or not len(part.among(neurons)):
                 continue
             module = model.get_submodule(part.module_name)
             if base_linear(module) is not module:
@@ -116,6 +159,8 @@ def _keep(model: nn.Module, mask: NeuronMask, *, outgoing_only: bool) -> KeptWei
                     f"{part.module_name} is quantised, so no single neuron can be zeroed; load it unquantised, "
                     "then bake"
                 )
+            if parameter.is_meta:
+                raise FNSFTError(f"{part.full_name} is offloaded; load the model without, then bake")
             positions = part.indices(neurons).to(parameter.device)
             values[part.full_name] = (part.dims, positions, part.select(parameter.detach(), positions))
-    return KeptWeights(values, vars(model.config).get(_CONFIG_ENTRY))
+    return values

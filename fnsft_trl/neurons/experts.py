@@ -108,11 +108,22 @@ class Experts:
 
         The activations are the neurons' own, without the weight that the router gives the expert.
         """
-        forward = vars(self.module).get("forward")
-        if not isinstance(forward, _TappedForward):
+        forward = _tapped_forward(self.module)
+        if forward is None:
             forward = _TappedForward(self.module)
             self.module.forward = forward
         return ExpertTapHandle(forward, (function, enabled))
+
+
+def expert_taps(module: nn.Module) -> list[ExpertTap]:
+    """The functions that tap a module, switched on or not; none where it is no experts module."""
+    forward = _tapped_forward(module)
+    return [] if forward is None else [function for function, _ in forward.taps]
+
+
+def _tapped_forward(module: nn.Module) -> _TappedForward | None:
+    """What stands in for a module's forward; where accelerate has put another one before it, under another name."""
+    return next((value for value in vars(module).values() if isinstance(value, _TappedForward)), None)
 
 
 class ExpertTapHandle:
@@ -148,8 +159,12 @@ class _TappedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.was_own = vars(module).get("forward")  # set by others on this one module, as accelerate does
-        self.own = module.forward
         self.taps: list[tuple[ExpertTap, Callable[[], bool]]] = []
+
+    @property
+    def own(self) -> Callable:
+        """The module's own forward."""
+        return type(self.module).forward.__get__(self.module) if self.was_own is None else self.was_own
 
     def restore(self) -> None:
         """Give the module its own forward back, unless a tap is left."""
@@ -188,8 +203,8 @@ def expert_by_expert(
     Returns:
         Outputs, shape (tokens, hidden).
     """
-    forward = vars(module).get("forward")
-    taps = forward.enabled() if isinstance(forward, _TappedForward) else []
+    forward = _tapped_forward(module)
+    taps = [] if forward is None else forward.enabled()
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     if project is None:
 

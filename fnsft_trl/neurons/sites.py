@@ -11,22 +11,18 @@ beside it are then the shared expert.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from ..compat.peft import BaseTunerLayer
+from ..compat.torch import guard_hooks
 from ..config import SITES
 from ..errors import FNSFTError
 from ..ranges import parse_ranges
 from .experts import Experts
 from .layout import NeuronLayout, WeightSlice
-
-
-# (activations (..., m), which m neurons of the site, the tokens they are of: numbers (tokens,), or `None` for all
-# tokens in order) -> the activations to go on with, or `None` to leave them.
-ActivationFunction = Callable[[torch.Tensor, slice, torch.Tensor | None], torch.Tensor | None]
+from .taps import ActivationFunction, InputTap, OutputTap, UnitsTap, WrappingCheck
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class NeuronSite:
         output (`nn.Module`): the module whose output is the MLP's: the down projection (the outermost wrapper, if PEFT
             has wrapped it), or the whole MLP in a mixture of experts.
         down (`nn.Module` or `None`): the down projection (of the shared expert); `None` if all experts are routed.
+        around (`nn.Module` or `None`): the module that the down projection is a child of.
         ups (`tuple[nn.Module, ...]`): the up projections: gate and up, or one of both fused, or a plain one.
         down_name (`str`), up_names (`tuple[str, ...]`): their names.
         experts (`Experts` or `None`): the routed experts.
@@ -56,6 +53,7 @@ class NeuronSite:
     kind: str
     output: nn.Module = field(repr=False, compare=False)
     down: nn.Module | None = field(default=None, repr=False, compare=False)
+    around: nn.Module | None = field(default=None, repr=False, compare=False)
     ups: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
     down_name: str = ""
     up_names: tuple[str, ...] = ()
@@ -101,39 +99,34 @@ class NeuronSite:
         Returns:
             Handles with a `remove` method.
         """
-        width = self.width  # hooks that held the site would hold the model
+        guard_hooks()
         if self.kind == "mlp_output":
-
-            def on_output(module: nn.Module, args: tuple, output):
-                if not enabled():
-                    return None
-                values, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-                changed = function(values, slice(0, width), None)
-                return changed if changed is None or rest is None else (changed, *rest)
-
-            return [self.output.register_forward_hook(on_output)]
+            tap = OutputTap(function, enabled, slice(0, self.width))
+            handles = [self.output.register_forward_hook(tap)]
+            return handles + self._check_wrapping(tap) if self.output is self.down else handles
         handles: list = []
         first = 0
         if self.experts:
-            units, first = self.experts.units, self.experts.width
-
-            def on_expert(values: torch.Tensor, expert: int, tokens: torch.Tensor):
-                return function(values, slice(expert * units, (expert + 1) * units), tokens)
-
-            handles.append(self.experts.tap(on_expert, enabled))
+            first = self.experts.width
+            handles.append(self.experts.tap(UnitsTap(function, self.experts.units), enabled))
         if self.down is not None:
-
-            def on_input(module: nn.Module, args: tuple):
-                changed = function(args[0], slice(first, width), None) if enabled() else None
-                return None if changed is None else (changed, *args[1:])
-
-            handles.append(self.down.register_forward_pre_hook(on_input))
+            tap = InputTap(function, enabled, slice(first, self.width))
+            handles += [self.down.register_forward_pre_hook(tap), *self._check_wrapping(tap)]
         return handles
+
+    def _check_wrapping(self, tap: InputTap | OutputTap) -> list:
+        """Have a pass refused in which an adapter was put around the tapped down projection since."""
+        if self.around is None:
+            return []
+        check = WrappingCheck(self.down_name.rpartition(".")[2], tap)
+        return [self.around.register_forward_pre_hook(check)]
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`; any other model is returned as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The transformers model inside a `PeftModel`, a compiled or a distributed one; any other is returned as it is."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def check_modules_to_save(saved: list[str] | None, mlp_modules: list[str]) -> None:
@@ -300,7 +293,8 @@ def _site(block_name: str, block: nn.Module, layer: int, hidden: int, kind: str)
         down_name, up_names = mlp
         down = block.get_submodule(down_name[prefix:])
         ups = tuple(block.get_submodule(name[prefix:]) for name in up_names)
-        linear = {"down": down, "ups": ups, "down_name": down_name, "up_names": tuple(up_names)}
+        around = block.get_submodule(down_name[prefix:].rpartition(".")[0])
+        linear = {"down": down, "around": around, "ups": ups, "down_name": down_name, "up_names": tuple(up_names)}
         width = linear_shape(down)[0]
     if not experts:
         if not mlp:

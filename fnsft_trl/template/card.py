@@ -10,7 +10,10 @@ from .description import TemplateDescription
 from .storage import FIGURE_FILE
 
 
-_HEADER = "| network | neurons | layers | explained variance | kurtosis | reliability | overlap |\n|" + 7 * "---|"
+_HEADER = (
+    "| network | neurons | layers | explained variance | kurtosis | reliability | above null | overlap |\n|"
+    + 8 * "---|"
+)
 
 
 def format_known(value: float | None, form: str) -> str:
@@ -29,7 +32,7 @@ def template_card(description: TemplateDescription, name: str | None = None) -> 
     rows = "\n".join(
         f"| {number} | {c.neurons} | {len(c.layers)} | {format_known(c.explained_variance, '.4f')} | "
         f"{format_known(c.kurtosis, '.1f')} | {format_known(c.reliability, '.2f')} | "
-        f"{format_known(c.jaccard, '.2f')} |"
+        f"{format_known(description.reliability_above_null(number), '.2f')} | {format_known(c.jaccard, '.2f')} |"
         for number, c in enumerate(components)
     )
     widths = description.widths.values()

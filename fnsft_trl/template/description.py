@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..config import ThresholdRule
 from ..hub.names import UNKNOWN, clean_model_name, source_names
-from .schema import FORMAT, FORMAT_VERSION, check_config
+from .schema import FORMAT, FORMAT_VERSION, check_config, signed
 
 
 _STATISTICS = ("mean", "rms")
@@ -43,10 +43,14 @@ class Component:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Mean `reliability` of the networks, in [0, 1], on the first `tokens` tokens."""
+    """Mean `reliability` of the networks on the first `tokens` tokens, and mean `above_null`; in [0, 1].
+
+    `above_null` is `None` where an older version did not measure it.
+    """
 
     tokens: int
     reliability: float
+    above_null: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,21 +72,46 @@ class Calibration:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Calibration:
         """Of a mapping that was checked."""
-        curve = tuple(CurvePoint(point["tokens"], point["reliability"]) for point in value.get("curve", ()))
+        curve = tuple(
+            CurvePoint(point["tokens"], point["reliability"], point.get("above_null"))
+            for point in value.get("curve", ())
+        )
         return cls(tuple(value["sources"]), value["tokens"], value["sha256"], curve)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `config.json`."""
-        curve = {"curve": [asdict(point) for point in self.curve]} if self.curve else {}
+        curve = {"curve": [_known(point) for point in self.curve]} if self.curve else {}
         return {"sources": list(self.sources), "tokens": self.tokens, "sha256": self.sha256, **curve}
 
 
 @dataclass(frozen=True)
 class NullReliability:
-    """Mean `reliability` and `jaccard`, in [0, 1], of components of the activations shuffled in time."""
+    """What components are without co-activation: mean `reliability` and `jaccard`, and the `highest` reliability of
+    one of them; in [0, 1]. `highest` is `None` where an older version did not measure it."""
 
     reliability: float
     jaccard: float
+    highest: float | None = None
+
+
+def reliability_above_null(reliability: float | None, null: NullReliability | None) -> float | None:
+    """Reliability against its null, by which networks are shown and chosen: (reliability - null) / (1 - null).
+
+    The null is the highest reliability that one of as many components reaches without any co-activation (of a template
+    that does not know it, their mean).
+
+    Args:
+        reliability: of a network.
+        null: of its template.
+
+    Returns:
+        0 where the network is no more reliable than by chance, 1 where its loadings are the same in both halves;
+        `None` where one of the two is unknown.
+    """
+    if reliability is None or null is None:
+        return None
+    chance = null.reliability if null.highest is None else null.highest
+    return min(1.0, max(0.0, (reliability - chance) / (1 - chance))) if chance < 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +154,7 @@ class TemplateDescription:
         Raises:
             FNSFTError: the template holds a value that no description may have.
         """
-        components = [_component_json(component) for component in template.components]
+        components = [_component_json(component) for component in template.counted()]
         for component in components:
             found = component["recurrence"]
             component["recurrence"] = dict(zip(source_names(list(found)), found.values(), strict=True))
@@ -166,7 +195,7 @@ class TemplateDescription:
             widths=_by_layer(config["widths"]),
             threshold=ThresholdRule(**config["threshold"]) if config["threshold"] else None,
             calibration=Calibration.from_json(config["calibration"]),
-            null=NullReliability(null["reliability"], null["jaccard"]) if null else None,
+            null=NullReliability(null["reliability"], null["jaccard"], null.get("highest")) if null else None,
             weights=_by_layer(weights) if weights else None,
             components=tuple(map(_component, config["components"])),
         )
@@ -187,15 +216,15 @@ class TemplateDescription:
             "threshold": asdict(self.threshold) if self.threshold else None,
             "settings": self.settings,
             "calibration": self.calibration.to_json(),
-            "null": asdict(self.null) if self.null else None,
+            "null": _known(self.null) if self.null else None,
             "weights": _layer_json(self.weights) if self.weights else None,
             "tensors_sha256": self.tensors_sha256,
             "components": [_component_json(component) for component in self.components],
         }
 
     def to_bytes(self) -> bytes:
-        """The bytes of `config.json`."""
-        return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode()
+        """The bytes of `config.json`, with a checksum of what it says."""
+        return (json.dumps(signed(self.to_json()), indent=2, allow_nan=False) + "\n").encode()
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that it asks for."""
@@ -205,6 +234,10 @@ class TemplateDescription:
             if self.statistics:
                 shapes |= {f"layers.{layer}.{part}": (width,) for part in _STATISTICS}
         return shapes
+
+    def reliability_above_null(self, number: int) -> float | None:
+        """[`reliability_above_null`] of network `number`."""
+        return reliability_above_null(self.components[number].reliability, self.null)
 
     def threshold_in_words(self) -> str:
         """The rule by which neurons belong to a network."""
@@ -225,6 +258,10 @@ class TemplateDescription:
             f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}) of {scaled} activations, rank "
             f"{settings['ica_rank']}, seed {settings['ica_seed']}"
         )
+
+
+def _known(value: CurvePoint | NullReliability) -> dict[str, Any]:
+    return {name: number for name, number in asdict(value).items() if number is not None}
 
 
 def _component(value: dict[str, Any]) -> Component:

@@ -4,11 +4,14 @@ from .description import TemplateDescription
 
 
 _CELL, _LEFT, _TOP = 18, 70, 34  # pixels: height of a row, and where the first one starts
+_RELIABILITY = {True: "reliability above null", False: "reliability (null unknown)"}  # by whether the null is known
 _NARROWEST = 280  # pixels, so that the headings of few layers stay apart
 
 
 def networks_svg(description: TemplateDescription) -> str:
     """The networks over the layers as a picture: the share of each layer's neurons in each network, and reliability.
+
+    Reliability is that above null; of a template that knows no null, the bare one, as hollow bars.
 
     Args:
         description: of the template.
@@ -18,31 +21,29 @@ def networks_svg(description: TemplateDescription) -> str:
     wide = max(_CELL, -(-_NARROWEST // len(layers)))  # of a layer's column
     width, height = len(layers) * wide, len(components) * _CELL
     bars = _LEFT + width + 24
+    known = description.null is not None
     columns = {layer: _LEFT + number * wide for number, layer in enumerate(layers)}
     shares = [{layer: count / widths[layer] for layer, count in component.layers.items()} for component in components]
     most = max((value for share in shares for value in share.values()), default=0) or 1
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + width + 150}" height="{_TOP + height + 64}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + width + 190}" height="{_TOP + height + 64}" '
         'font-family="sans-serif" font-size="11" fill="#1c2733">',
         '<rect width="100%" height="100%" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="18" font-size="12">share of each layer\'s neurons in the network</text>',
-        f'<text x="{bars}" y="18" font-size="12">reliability</text>',
+        f'<text x="{bars}" y="18" font-size="12">{_RELIABILITY[known]}</text>',
         f'<rect x="{_LEFT}" y="{_TOP}" width="{width}" height="{height}" fill="#f4f6f8"/>',
     ]
     for number, (component, share) in enumerate(zip(components, shares, strict=True)):
         parts += _row(number, share, columns, wide=wide, most=most)
         if component.reliability is not None:
-            y, length = _TOP + number * _CELL + 4, round(100 * min(1, component.reliability))
+            y = _TOP + number * _CELL + 4
+            value = description.reliability_above_null(number) if known else min(1, component.reliability)
+            look = 'fill="#3b6ea5"' if known else 'fill="none" stroke="#3b6ea5"'
             parts.append(
-                f'<rect x="{bars}" y="{y}" width="{length}" height="10" fill="#3b6ea5">'
-                f"<title>{component.reliability:.2f}</title></rect>"
+                f'<rect x="{bars}" y="{y}" width="{round(100 * value)}" height="10" {look}>'
+                f"<title>{_RELIABILITY[known]}: {value:.2f}</title></rect>"
             )
-    if description.null is not None:
-        x = bars + round(100 * description.null.reliability)
-        parts += [
-            f'<path d="M{x} {_TOP}v{height}" stroke="#1c2733" stroke-dasharray="3 2"/>',
-            f'<text x="{bars}" y="{_TOP + height + 54}">dashed: by chance</text>',
-        ]
+    parts.append(f'<path d="M{bars} {_TOP}v{height}" stroke="#1c2733"/>')
     for layer in layers[:: max(1, -(-len(layers) // 16))]:
         x = columns[layer] + wide // 2
         parts.append(f'<text x="{x}" y="{_TOP + height + 15}" text-anchor="middle">{layer}</text>')

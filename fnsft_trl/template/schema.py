@@ -4,6 +4,8 @@ Nothing that it says is opened, run or trusted: names are only shown, and the si
 tensors' file before memory is taken for them.
 """
 
+import hashlib
+import json
 import math
 import re
 import reprlib
@@ -21,11 +23,19 @@ FORMAT_VERSION = 3
 PROBES = 16  # numbers for each layer by which weights are compared, see weights.py
 
 _MOST = 2**24  # layers, neurons of a layer, networks
+_DIGEST = "config_sha256"
 
 
 def is_description(config: Any) -> bool:
     """Whether a `config.json` is that of a template, of any version, and not that of a model."""
     return isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def signed(config: dict[str, Any]) -> dict[str, Any]:
+    """What a `config.json` says, with a SHA-256 of it that tells damage; spaces and the order of keys don't count."""
+    content = {key: value for key, value in config.items() if key != _DIGEST}
+    written = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**content, _DIGEST: hashlib.sha256(written.encode()).hexdigest()}
 
 
 def check_config(config: Any, path: Path) -> dict[str, Any]:
@@ -47,6 +57,11 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
         raise FNSFTError(
             f"{path} has format version {version}, this package reads versions up to {FORMAT_VERSION}; upgrade "
             "fnsft-trl"
+        )
+    if version > 2 and _DIGEST in config and signed(config) != config:
+        raise FNSFTError(
+            f"{path} is not as it was written ({_DIGEST}); fetch or save the template again, or, where the change was "
+            f"meant, take {_DIGEST} out of it"
         )
     if version == 1:
         config = {"license": None, "weights": None, "statistics": True, "tensors_sha256": None, "null": None, **config}
@@ -90,9 +105,9 @@ def _check_values(config: dict[str, Any], path: Path, is_name: Callable[[Any], b
     need("calibration.tokens", _is_count, "a number of tokens")
     need("calibration.sha256", lambda v: v is None or _is_sha256(v), "null or a SHA-256")
     curve = config["calibration"].get("curve", [])
-    if not (isinstance(curve, list) and all(_has_numbers(point, "tokens", "reliability") for point in curve)):
+    if not (isinstance(curve, list) and all(map(_is_point, curve))):
         raise FNSFTError(f"{path}: calibration.curve must be a list of tokens and reliability")
-    need("null", lambda v: v is None or _has_numbers(v, "reliability", "jaccard"), "null, or reliability and jaccard")
+    need("null", lambda v: v is None or _is_null(v), "null, or reliability and jaccard")
     need("weights", lambda v: v is None or _is_weights(v, config["widths"]), "null, or norm and probes of every layer")
     need("components", lambda v: isinstance(v, list) and 0 < len(v) <= _MOST, "a list of networks")
 
@@ -150,15 +165,36 @@ def _is_threshold(value: Any) -> bool:
     return True
 
 
-def _has_numbers(value: Any, *names: str) -> bool:
-    return isinstance(value, dict) and all(_is_number(value.get(name)) for name in names)
+def _has_numbers(value: Any, *names: str, lowest: float = -math.inf, highest: float = math.inf) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(name), lowest, highest) for name in names)
+
+
+def _has_shares(value: Any, *names: str, perhaps: str | None = None) -> bool:
+    """Whether a mapping has numbers in [0, 1] under some names, and under another one if it has that."""
+    if not isinstance(value, dict):
+        return False
+    names += (perhaps,) if perhaps in value else ()
+    return _has_numbers(value, *names, lowest=0, highest=1.001)
+
+
+def _is_point(value: Any) -> bool:
+    return _has_shares(value, "reliability", perhaps="above_null") and _is_count(value.get("tokens"))
+
+
+def _is_null(value: Any) -> bool:
+    return _has_shares(value, "reliability", "jaccard", perhaps="highest")
+
+
+def _is_recurrence(value: Any) -> bool:
+    counted = _has_shares(value, "correlation", "iou") and _is_count(value.get("component"))
+    return counted and isinstance(value.get("recurs"), bool)
 
 
 def _is_weights(value: Any, widths: dict[str, int]) -> bool:
     if (
         not isinstance(value, dict)
         or set(value) != set(widths)
-        or not all(_has_numbers(v, "norm") for v in value.values())
+        or not all(_has_numbers(v, "norm", lowest=0) for v in value.values())
     ):
         return False
     probes = [layer.get("probes") for layer in value.values()]
@@ -177,6 +213,5 @@ def _is_component(value: Any, widths: dict[str, int], is_name: Callable[[Any], b
         return False
     if not all(layer in widths and _is_count(count) and count <= widths[layer] for layer, count in layers.items()):
         return False
-    numbers = ("component", "correlation", "iou")
-    found_in = all(is_name(n) and _has_numbers(f, *numbers) and "recurs" in f for n, f in found.items())
+    found_in = all(is_name(name) and _is_recurrence(entry) for name, entry in found.items())
     return found_in and sum(layers.values()) == value["neurons"]

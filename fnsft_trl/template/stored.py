@@ -49,16 +49,17 @@ class StoredTemplate:
         Raises:
             FNSFTError: it is not there, or its description is not that of a template.
         """
-        path, name = Path(reference).expanduser(), os.fspath(reference)
-        if path.is_file():
+        name = os.fspath(reference)
+        path = Path(os.path.expanduser(name))
+        if os.path.isfile(path):
             if path.name in FILES:
                 raise FNSFTError(f"{name} is one file of a template; give the directory that it is in")
             description, members = read_legacy(path)
             return cls(description, lambda: _membership_tensors(description, members))
-        if path.exists() or not is_hub_id(name):
+        if os.path.exists(path) or not is_hub_id(name):
             if options.get("revision") is not None:
                 raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
-            if not path.exists():
+            if not os.path.exists(path):
                 raise FNSFTError(
                     f"no template at {name}: there is no such directory or file, and it is no id on the Hub "
                     "(org/name); make one with `fnsft discover`"

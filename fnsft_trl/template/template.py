@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from ..hub.card import TAGS
 from ..hub.files import hub_errors, prepare_repo
 from ..hub.names import UNKNOWN, model_name
 from .card import template_card
-from .description import Component, TemplateDescription
+from .description import Component, NullReliability, TemplateDescription, reliability_above_null
 from .figure import networks_svg
 from .legacy import Members
 from .schema import FORMAT, FORMAT_VERSION
@@ -50,14 +50,13 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         calibration (`dict`): `sources`, `tokens` and `sha256` of the token ids.
         threshold (`ThresholdRule` or `None`): which neurons belong to a network. `None`: those with a loading above 0,
             in a template that was converted from lists of neurons.
-        null (`dict[str, float]` or `None`): mean `reliability` and `jaccard` of as many components of the same
-            activations shuffled in time, which those of the components are to be compared with.
+        null (`dict[str, float]` or `None`): mean `reliability` and `jaccard`, and `highest` reliability, of as many
+            components of activations without co-activation, which those of the components are to be compared with.
         components (`list[Component]`): one entry per network.
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
             calibration text. Empty where they are unknown.
-        weights (`dict` or `None`): by which to measure how far a model is from the base model, see
-            [`~fnsft_trl.template.weights.weight_probes`].
+        weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
@@ -83,10 +82,15 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
 
     def __post_init__(self) -> None:
+        self.components = self.counted()
+
+    def counted(self) -> list[Component]:
+        """The components, with the numbers of neurons that the loadings and the threshold give by now."""
+        counted = []
         for number, component in enumerate(self.components):
-            members = self.members(number)
-            component.layers = {layer: int(m.sum()) for layer, m in members.items() if m.any()}
-            component.neurons = sum(component.layers.values())
+            layers = {layer: int(m.sum()) for layer, m in self.members(number).items() if m.any()}
+            counted.append(replace(component, layers=layers, neurons=sum(layers.values())))
+        return counted
 
     @property
     def widths(self) -> dict[int, int]:
@@ -113,14 +117,19 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             return above
         return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
 
+    def reliability_above_null(self, number: int) -> float | None:
+        """[`~fnsft_trl.template.description.reliability_above_null`] of network `number`; `None` where unknown."""
+        null = self.null and NullReliability(**self.null)
+        return reliability_above_null(self.components[number].reliability, null)
+
     def pooled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Loadings and memberships of all networks, the layers side by side: both of shape (components, neurons)."""
         import torch
 
         layers = sorted(self.loadings)
         members = [self.members(number) for number in range(len(self.components))]
-        loadings = torch.cat([self.loadings[layer] for layer in layers], 1)
-        return loadings, torch.stack([torch.cat([network[layer] for layer in layers]) for network in members])
+        stacked = torch.stack([torch.cat([network[layer] for layer in layers]) for network in members])
+        return torch.cat([self.loadings[layer] for layer in layers], 1), stacked
 
     def with_threshold(self, threshold: ThresholdRule) -> FunctionalNetworkTemplate:
         """The same networks with another threshold; no discovery is needed.
@@ -133,7 +142,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 "the template was converted from lists of neurons, so no threshold applies; drop ica_threshold, "
                 "ica_percentile and ica_zscore, or discover the networks again"
             )
-        return replace(self, threshold=threshold, components=[replace(component) for component in self.components])
+        return replace(self, threshold=threshold)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that this template was not made from; warn of one whose weights have moved away from it.
@@ -258,15 +267,17 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 if part == "loadings" or found.statistics:
                     values[layer] = tensors[f"layers.{layer}.{part}"]
         same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
-        return cls(
+        template = cls(
             calibration=found.calibration.to_json(),
-            null=asdict(found.null) if found.null else None,
-            components=[replace(component) for component in found.components],
+            null=found.to_json()["null"],
+            components=list(found.components),
             hub_id=stored.hub_id,
             commit=stored.commit,
             **{name: getattr(found, name) for name in same},
             **parts,
         )
+        _check_counts(template, found, pretrained_model_name_or_path)
+        return template
 
     def push_to_hub(
         self,
@@ -318,3 +329,15 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             members = self.members(number).items()
             networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
         return networks
+
+
+def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescription, where: str | os.PathLike) -> None:
+    """Check the numbers of neurons that a description states, which nothing is computed from."""
+    for number, (stated, counted) in enumerate(zip(found.components, template.components, strict=True)):
+        if {layer: count for layer, count in stated.layers.items() if count} != counted.layers:
+            raise FNSFTError(
+                f"{where}: network {number} is said to have {stated.neurons} neurons in {len(stated.layers)} "
+                f"layers, but by its loadings and the threshold ({found.threshold_in_words()}) it has "
+                f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
+                "fetch the template again"
+            )

@@ -4,11 +4,13 @@ A probe is the scalar product of a layer's neuron weights with a random matrix o
 two models' probes estimates the squared norm of the difference of their weights.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..neurons.sites import NeuronSite
 from .schema import PROBES
@@ -53,6 +55,22 @@ def weight_probes(model: nn.Module, sites: Iterable[NeuronSite]) -> WeightProbes
             "probes": [_rounded(value) for value in sums.tolist()],
         }
     return probes
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of all weights of a model, adapters included; of sharded ones, of this process's part.
+
+    Weights that are not loaded (offloaded ones) count by their names alone.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):  # settings of a quantisation
+            continue
+        value = value.to_local() if isinstance(value, DTensor) else value
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def weight_difference(a: WeightProbes, b: WeightProbes) -> tuple[float, int]:

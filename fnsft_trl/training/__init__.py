@@ -6,11 +6,13 @@ from ..lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "DivergenceGuard": "divergence",
         "FNSFTTrainer": "trainer",
         "FrozenNeuronGuard": "guard",
         "FrozenNeuronMoved": "guard",
         "MaskPhase": "schedule",
         "MaskScheduleCallback": "schedule",
         "RetentionCallback": "retention",
+        "TrainingDiverged": "divergence",
     },
 )

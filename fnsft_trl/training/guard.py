@@ -1,5 +1,6 @@
 """FrozenNeuronGuard: stops a run in which anything frozen has moved. It works with any SFTTrainer."""
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ..constraints import factor_slices, frozen_by_site
+from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
 
 
@@ -31,17 +33,38 @@ class FrozenNeuronGuard(TrainerCallback):
         trainable ([`NeuronMask`]):
             The neurons that may change.
 
+    Attributes:
+        expected (`str` or `None`): the `fingerprint` that the next training must begin with, that of the run which it
+            resumes.
+
     Raises:
         FrozenNeuronMoved: from `check`, naming the parameter and the neuron.
+        FNSFTError: when training begins, with other frozen weights than expected.
     """
 
     def __init__(self, model: nn.Module, trainable: NeuronMask) -> None:
         self.model = model
         self.trainable = trainable
+        self.expected: str | None = None
         self._sums: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._sums = {name: _row_checksums(rows) for name, rows, _ in self._frozen()}
+        if self.expected not in (None, self.fingerprint):
+            raise FNSFTError(
+                "the weights that this run holds frozen are not those of the run that it resumes: another base model, "
+                "or in another precision; load the model that the checkpoint was trained on, or start anew (drop "
+                "resume_from_checkpoint)"
+            )
+        self.expected = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of everything frozen, as it was when training began."""
+        digest = hashlib.sha256()
+        for name, sums in sorted(self._sums.items()):
+            digest.update(name.encode() + sums.numpy().tobytes())
+        return digest.hexdigest()
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.check(step=state.global_step)

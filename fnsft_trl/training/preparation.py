@@ -11,6 +11,7 @@ from ..compat.transformers import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from ..compat.trl import create_model_from_path
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
+from ..data.sequences import trained_part
 from ..data.sources import load_texts
 from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
@@ -57,40 +58,11 @@ def keep_4bit_layers_differentiable(model) -> None:
         keep_unpacked(module)
 
 
-def given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkTemplate | None:
-    """The template that was given to the trainer or named in its config, if any."""
-    if isinstance(given, FunctionalNetworkTemplate):
-        return given
-    reference = given if given is not None else config.ica_template_path
-    if reference is None:
-        return None
-    return FunctionalNetworkTemplate.from_pretrained(reference, revision=config.ica_template_revision)
-
-
-def check_template(config: FunctionalNetworkConfig, model, template: FunctionalNetworkTemplate):
-    """The template, checked against model and config, with the threshold that the config asks for."""
-    if template.site != config.ica_site:
-        raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
-    template.check_model(model)
-    rule = config.threshold_rule()
-    if rule is not None and template.threshold is None:
-        logger.warning(
-            "the template lists its neurons, so ica_threshold, ica_percentile and ica_zscore have no effect"
-        )
-        return template
-    return template if rule is None else template.with_threshold(rule)
-
-
 def discover_template(
     config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, formatting_func
 ) -> FunctionalNetworkTemplate:
     """Discover the networks on `ica_datasets` or on the training data."""
-    unknown = [number for number in config.ica_component_ids or [] if number >= config.ica_components]
-    if unknown:
-        raise FNSFTError(
-            f"there will be no network {', '.join(map(str, unknown))}: ica_components is {config.ica_components}, so "
-            f"the networks are 0-{config.ica_components - 1}"
-        )
+    config.check_named_networks()
     if is_deepspeed_zero3_enabled():
         raise FNSFTError(
             "networks cannot be discovered on weights that ZeRO-3 has sharded; run fnsft discover first, and give "
@@ -117,9 +89,10 @@ def discover_template(
         if formatting_func is not None:
             texts = map(formatting_func, texts)
         else:
-            texts = (row.get(field, row) for row in texts)
+            texts = (trained_part(row, field) for row in texts)
         datasets = {"the training data": texts}
-    if args.place_model_on_device and not hasattr(model, "hf_device_map"):
-        model.to(args.device)  # where the parent would place it later; discovery is slow on another one
+    # Discovery is slow on another device than the trainer's; with `None` the Trainer places the model, but later.
+    if args.place_model_on_device is not False and not hasattr(model, "hf_device_map"):
+        model.to(args.device)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return discover_networks(model, tokenizer, datasets, config)

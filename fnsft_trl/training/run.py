@@ -19,17 +19,19 @@ from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle, lesion, preserve
 from ..neurons.mask import NeuronMask
+from ..ranges import format_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
+from .checkpoints import find_checkpoint
 from .guard import FrozenNeuronGuard
+from .loaded import check_template, chosen_layers, given_template
 from .preparation import (
-    check_template,
     discover_template,
-    given_template,
     keep_4bit_layers_differentiable,
     load_base_model,
     load_processing_class,
 )
+from .same_run import networks_text
 from .ways import WAYS, Way, is_sharded
 
 
@@ -50,8 +52,11 @@ class Run:
         plan (`TrainingPlan`): what the config comes to.
         way (`Way`): how the neurons are trained.
         args: the training arguments.
+        checkpoint (`Path` or `None`): what the run goes on from, as far as the arguments say so.
+        guard (`FrozenNeuronGuard` or `None`): what watches the frozen weights.
         template (`FunctionalNetworkTemplate`): the networks.
-        selected (`NeuronMask`): the selected neurons.
+        layers (`list[int]` or `None`): the layers to select in; all of the template's by default.
+        selected (`NeuronMask`): the selected neurons, over these layers.
         trainable (`NeuronMask`): the neurons whose weights may change, over all layers.
 
     Raises:
@@ -59,6 +64,7 @@ class Run:
     """
 
     template: FunctionalNetworkTemplate
+    layers: list[int] | None = None
     selected: NeuronMask
     trainable: NeuronMask
 
@@ -86,8 +92,10 @@ class Run:
         if args.push_to_hub and args.process_index == 0:
             is_proposal = (args.hub_revision or "").startswith("refs/pr/")
             check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
+        self.guard: FrozenNeuronGuard | None = None
         if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
+        self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
 
     @property
     def _model_init_kwargs(self) -> dict | None:
@@ -116,12 +124,15 @@ class Run:
         train_dataset: Dataset | IterableDataset | None,
         formatting_func: Callable | None,
     ) -> None:
-        """Take the template that was given or named, or discover one.
+        """Take the template of the checkpoint, or the one that was given or named, or discover one.
 
         Raises:
-            FNSFTError: it is of another model, or the model cannot be trained in this way.
+            FNSFTError: it is of another model, or the model cannot be trained in this way; or the checkpoint has
+                another one than was given.
         """
         template = given_template(self.config, given)
+        if self.checkpoint is not None:
+            template = self._checkpoint_template(template)
         if template is not None and template.threshold is None and template.site != self.config.ica_site:
             # The original's commands name no site: their templates are of the MLPs' outputs.
             logger.warning(f"ica_site is {template.site}, the site of the converted template")
@@ -130,10 +141,21 @@ class Run:
         self.way.check_model(model, self.adapter)
         if template is not None:
             self.template = check_template(self.config, model, template)
+            self.layers = chosen_layers(self.config, model, template)
             return
         self.template = discover_template(
             self.config, model, processing_class, self.args, train_dataset, formatting_func
         )
+
+    def _checkpoint_template(self, given: FunctionalNetworkTemplate | None) -> FunctionalNetworkTemplate:
+        template = FunctionalNetworkTemplate.from_pretrained(self.checkpoint)
+        if given is not None and networks_text(given) != networks_text(template):
+            raise FNSFTError(
+                f"{self.checkpoint} was written with {networks_text(template)}, this run is given "
+                f"{networks_text(given)}; drop the template, since that of the checkpoint is taken, or start anew "
+                "(drop resume_from_checkpoint)"
+            )
+        return template
 
     def select(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
         """Select the neurons.
@@ -150,9 +172,10 @@ class Run:
             rank=config.ica_rank_by,
             min_reliability=config.ica_min_reliability,
             seed=config.ica_seed,
+            layers=self.layers,
         )
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
-        logger.info(f"selected {self.selected}; trainable {self.trainable}; method {self.plan.method}")
+        logger.info(f"selected {self.selected}; to be trained {self.trainable}; method {self.plan.method}")
         peft_config = self.way.peft_config(model, self.trainable, peft_config)
         if peft_config is not None and peft_config.revision is None:
             peft_config.revision = (self._model_init_kwargs or {}).get("revision")  # which export loads again
@@ -175,8 +198,18 @@ class Run:
 
         Returns:
             The forward mask.
+
+        Raises:
+            FNSFTError: the run is sharded, and asks for what does not go with that.
         """
+        if is_sharded(trainer) and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
+            raise FNSFTError(
+                "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
+                "ones (FSDP, DeepSpeed) could not be put back; drop the option"
+            )
+        trainer.keeps_weights = True
         self.way.hold(trainer, self.trainable)
+        self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
             intervene = lesion if self.plan.mask_mode == "lesion" else preserve
@@ -185,5 +218,19 @@ class Run:
             if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
                 logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")
             else:
-                trainer.add_callback(FrozenNeuronGuard(trainer.model, self.trainable))
+                self.guard = FrozenNeuronGuard(trainer.model, self.trainable)
+                trainer.add_callback(self.guard)
         return handle
+
+    def _leave_out_unreached(self, model: PreTrainedModel | PeftModel) -> None:
+        """Count as trainable what can train, and say what else was asked for."""
+        reached = self.way.reached(model, self.trainable)
+        missed = self.trainable & ~reached
+        if missed.count:
+            layers = format_ranges([layer for layer, members in missed.layers.items() if members.any()])
+            logger.warning(
+                f"{missed.count} of the {self.trainable.count} neurons that should train, in layers {layers}, have no "
+                f"weight among the LoRA targets and stay as they are: {reached.count} train; name more targets, or "
+                "leave target_modules out"
+            )
+        self.trainable = reached

@@ -1,7 +1,6 @@
 """RunRecord: what a run trained, froze and masked, written beside its weights and into its model card."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..errors import FNSFTError
 from ..hub.card import ADAPTER_NOTE, SECTION, publishable_card
 from ..interventions.baking import lesion_note
 from ..neurons.mask import NeuronMask
-from ..ranges import format_ranges
+from ..ranges import format_ranges, parse_ranges
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 
@@ -74,28 +72,6 @@ class RunRecord:
         self.extend_card(directory, model)
         (networks / SELECTION_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-    def check(self, checkpoint: str | os.PathLike) -> None:
-        """Check that a checkpoint was written by a run with the same neurons and phases.
-
-        Raises:
-            FNSFTError: it was not.
-        """
-        file = Path(checkpoint) / NETWORK_DIR / SELECTION_FILE
-        if not file.is_file():
-            raise FNSFTError(f"{checkpoint} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
-        written = json.loads(file.read_text(encoding="utf-8"))
-        trained, phases = written["trainable"], written.get("mask_phases", [])
-        if trained["sha256"] != self.trainable.sha256:
-            raise FNSFTError(
-                f"{checkpoint} was written with {trained['count']} trainable neurons, this run has another set of "
-                f"{self.trainable.count}; resume with the same network_config and template"
-            )
-        if phases != self.mask_phases:
-            raise FNSFTError(
-                f"{checkpoint} was written with {len(phases)} mask phases, this run has {len(self.mask_phases)}, or "
-                "other ones; resume with the same MaskScheduleCallback"
-            )
-
     def extend_card(self, directory: Path, model: nn.Module) -> None:
         """Add the section on functional networks to a model card that has none yet."""
         card = directory / CARD_FILE
@@ -107,7 +83,7 @@ class RunRecord:
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
         what = "every neuron could change."
-        if self.plan.train != "all":
+        if trained.fraction < 1:
             what = (
                 f"{trained.count} neurons ({trained.fraction:.1%} of the MLP neurons) could change, all other neurons "
                 "are bit-identical to the base model."
@@ -140,14 +116,15 @@ class RunRecord:
         config, count = self.config, len(self.template.components)
         networks = f"all {count} networks"
         if config.ica_component_ids is not None:
-            networks = (
-                f"networks {format_ranges(sorted(set(config.ica_component_ids)))} of {len(self.template.components)}"
-            )
+            networks = f"networks {format_ranges(parse_ranges(config.ica_component_ids, count))} of {count}"
         elif config.ica_min_reliability:
-            networks += f" with a reliability of {config.ica_min_reliability:g} or more"
+            networks += f" with a reliability above null of {config.ica_min_reliability:g} or more"
+        layers = "every layer"
+        if set(self.selected.layers) != set(self.template.loadings):
+            layers = f"layers {format_ranges(sorted(self.selected.layers))}"
         if config.ica_fraction is None:
-            return f"the neurons of {networks}"
-        share = f"{config.ica_fraction:.1%} of the neurons of every layer"
+            return f"the neurons of {networks}" + (f", in {layers}" if layers != "every layer" else "")
+        share = f"{config.ica_fraction:.1%} of the neurons of {layers}"
         if config.ica_select == "random":
             return f"{share}, drawn at random: a control"
         if config.ica_select == "activation":

@@ -7,10 +7,11 @@ from itertools import pairwise
 
 from transformers import TrainerCallback
 
-from ..constraints import FrozenSlices, freeze_neurons
+from ..constraints import FrozenSlices, check_momenta, freeze_neurons
 from ..errors import FNSFTError
 from ..interventions.masking import MaskHandle, lesion, preserve
 from ..neurons.mask import NeuronMask
+from ..neurons.sites import find_neuron_sites
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class MaskScheduleCallback(TrainerCallback):
     Args:
         trainer ([`FNSFTTrainer`]):
             The trainer, with a `network_config`. Its trainable neurons hold those of all phases. Add the callback with
-            `trainer.add_callback`, before training, since a compiled model ignores hooks that come later.
+            `trainer.add_callback`, before training.
         phases (sequence of [`MaskPhase`]):
             The phases, by ascending start.
 
     Raises:
-        FNSFTError: a phase that could not train what it names; or, when training begins, phases out of order.
+        FNSFTError: a phase that could not train what it names; when training begins, phases out of order; or after the
+            first step, an optimizer whose momentum a later phase could not clear.
     """
 
     def __init__(self, trainer, phases: Sequence[MaskPhase]) -> None:
@@ -67,6 +69,7 @@ class MaskScheduleCallback(TrainerCallback):
         self._frozen = FrozenSlices()
         self._starts: list[int] = []
         self._current = -1
+        self._checked = False
 
     def to_dict(self) -> list[dict]:
         """The phases as plain JSON values; checkpoints hold them, so that a run resumes with the same ones."""
@@ -133,24 +136,37 @@ class MaskScheduleCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         self._enter(state.global_step, optimizer)
 
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._frozen.restore()
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._frozen.before_step()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self._frozen.after_step()
+        if not self._checked and optimizer.state:  # a first step may have been skipped, of gradients that overflow
+            self._checked = True
+            if any(phase.trainable is not None for phase in self.phases):
+                model = self.trainer.model
+                for site in find_neuron_sites(model, kind=self.trainer.trainable_neurons.site):
+                    for part in site.layout.slices:
+                        check_momenta(optimizer, part.tensor(model))
 
     def _enter(self, step: int, optimizer) -> None:
         number = bisect_right(self._starts, step) - 1
         if number == self._current:
             return
-        self._current = number
+        frozen = FrozenSlices()
+        if number >= 0 and self.phases[number].trainable is not None:
+            freeze_neurons(frozen, self.trainer.model, self.trainer.trainable_neurons & ~self._trainable[number])
+            if step == self._starts[number]:  # a run resumed later has cleared it already
+                try:
+                    frozen.clear_momentum(optimizer)
+                except FNSFTError:
+                    frozen.release()
+                    raise
+        self._frozen.release()
+        self._frozen, self._current = frozen, number
         for handle in (self._own_handle, *self._handles):
             if handle is not None:
                 handle.disable()
-        current = self._own_handle if number < 0 else self._handles[number]
-        self.trainer.mask_handle = current
-        if current is not None:
-            current.enable()
-        self._frozen.release()
-        if number >= 0 and self.phases[number].trainable is not None:
-            frozen = self.trainer.trainable_neurons & ~self._trainable[number]
-            freeze_neurons(self._frozen, self.trainer.model, frozen)
-            if step == self._starts[number]:  # a run resumed later has cleared it already
-                self._frozen.clear_momentum(optimizer)
+        self.trainer.mask_handle = self._own_handle if number < 0 else self._handles[number]
+        if self.trainer.mask_handle is not None:
+            self.trainer.mask_handle.enable()

@@ -18,27 +18,31 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..data.tokenized import TokenizedCache, preparation_settings
+from ..data.preparation import Preparation
+from ..data.tokenized import TokenizedCache
 from ..errors import FNSFTError
 from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, is_hub_id, prepare_repo
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
+from .resumption import Resumption, check_plain
 from .run import Run
 from .run_record import RunRecord
+from .same_run import fsdp_form
 from .schedule import MaskScheduleCallback
+from .watched import WatchedTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-class FNSFTTrainer(SFTTrainer):
+class FNSFTTrainer(WatchedTrainer):
     """
     Trainer for Supervised Fine-Tuning with functional networks.
 
@@ -49,13 +53,15 @@ class FNSFTTrainer(SFTTrainer):
     Example:
 
     ```python
+    >>> import torch
+    >>> from datasets import load_dataset
     >>> from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig
     >>> from trl import SFTConfig
 
     >>> trainer = FNSFTTrainer(
     ...     model="meta-llama/Llama-3.2-1B-Instruct",
-    ...     args=SFTConfig(output_dir="output"),
-    ...     train_dataset=dataset,
+    ...     args=SFTConfig(output_dir="output", bf16=torch.accelerator.is_available()),
+    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
     ...     network_config=FunctionalNetworkConfig(ica_component_ids=[0, 3]),
     ... )
     >>> trainer.train()
@@ -87,6 +93,11 @@ class FNSFTTrainer(SFTTrainer):
         FNSFTError: the config, the template, the model and the PEFT config do not go together.
     """
 
+    mask_handle: MaskHandle | None = None
+    _run: Run | None = None
+    _resumption: Resumption | None = None
+    _evaluation_name: str | None = None
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -110,8 +121,6 @@ class FNSFTTrainer(SFTTrainer):
         tokenized_cache: bool = False,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
-        self._run: Run | None = None
-        self.mask_handle: MaskHandle | None = None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
             args = run.args
@@ -144,6 +153,9 @@ class FNSFTTrainer(SFTTrainer):
             self.args.hub_token = UnsavedToken(self.args.hub_token)
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
+            own = {"data_collator": data_collator, "compute_loss_func": compute_loss_func, "optimizers": optimizers}
+            own["optimizer_cls_and_kwargs"] = optimizer_cls_and_kwargs
+            self._resumption = Resumption(self, self._run, own)
 
     @property
     def network_config(self) -> FunctionalNetworkConfig | None:
@@ -174,32 +186,26 @@ class FNSFTTrainer(SFTTrainer):
         """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
 
         Raises:
-            FNSFTError: no row has an answer that begins within `max_length`.
+            FNSFTError: no row teaches anything, or the chat template refuses them all.
         """
 
-        def make():
+        def make(rows, args, packing, is_processed=False):
+            function = None if is_processed else formatting_func
             return super(FNSFTTrainer, self)._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
+                rows, processing_class, args, packing, function, dataset_name
             )
 
-        cache = self._tokenized_cache
-        if cache is None or formatting_func is not None or not cache.takes(dataset, processing_class):
-            prepared = make()
-        else:
-            settings = {"packing": packing, "completion_only_loss": self.completion_only_loss}
-            settings |= {"chat_template": self.chat_template, **preparation_settings(args)}
-            key = cache.key(dataset, processing_class, settings)
-            prepared = cache.read_or_make(key, make, writes=args.distributed_state.is_local_main_process)
-        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
-            return prepared
-        begins = f"begins after max_length={args.max_length} tokens"
-        if len(prepared) == 0:
-            raise FNSFTError(f"the answer of every row of the {dataset_name} data {begins}; set a larger max_length")
-        logger.warning(
-            f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} data are left out: their "
-            f"answer {begins}"
-        )
-        return prepared
+        return Preparation(
+            make=make,
+            args=args,
+            packing=packing,
+            name=dataset_name,
+            processing_class=processing_class,
+            chat_template=self.chat_template,
+            completion_only_loss=self.completion_only_loss,
+            is_formatted=formatting_func is not None,
+            cache=self._tokenized_cache,
+        ).of(dataset)
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
@@ -208,32 +214,67 @@ class FNSFTTrainer(SFTTrainer):
             self._run.way.attach(optimizer)
         return optimizer
 
+    def get_batch_samples(self, *args, **kwargs):
+        """As the parent's; none for a run that is resumed at its end, which would make one step too many."""
+        if self._run is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
-        unmasked = self.mask_handle is not None and not self._evaluate_masked
-        with masks_off(self.model) if unmasked else nullcontext():
+        with self._evaluation_masks():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
+        with self._evaluation_masks():
+            return super().predict(*args, **kwargs)
+
+    def _evaluation_masks(self):
+        unmasked = self.mask_handle is not None and not self._evaluate_masked
+        return masks_off(self.model) if unmasked else nullcontext()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the parent's; the evaluations with and without a mask have names of their own in it."""
+        if self._evaluation_name is not None:
+            metrics = evaluation_metrics(self)
+            named = {f"{self._evaluation_name}_{name}": values for name, values in metrics.items()}
+            metrics.clear()
+            metrics.update(named)
+        super().log(logs, *args, **kwargs)
+
+    def _evaluate_with_and_without_mask(self) -> None:
+        found = {}
+        try:
+            for name, self._evaluate_masked in (("masked", True), ("unmasked", False)):
+                self._evaluation_name = name
+                found |= self.evaluate(metric_key_prefix=f"eval_{name}")
+        finally:
+            self._evaluation_name = None
+            self._evaluate_masked = self.network_config.mask_eval
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name.endswith("_loss"))
+        if self.is_world_process_zero():
+            logger.warning(f"evaluated with the mask and without it, as the saved model runs: {losses}")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
 
+        Args:
+            resume_from_checkpoint: a checkpoint, or `True` for the newest complete one. `None`: that of
+                `args.resume_from_checkpoint`, from which the networks were taken when the trainer was made.
+            args, kwargs: the other arguments of the parent's.
+
         Raises:
-            FNSFTError: the checkpoint to resume from was written with other trainable neurons or mask phases.
+            FNSFTError: the checkpoint is not complete, or was written by a run that differs from this one.
         """
-        if self._run is not None and resume_from_checkpoint:
-            checkpoint = resume_from_checkpoint
-            if checkpoint is True:
-                checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise FNSFTError(f"there is no checkpoint in {self.args.output_dir} to resume from")
-            self._record.check(checkpoint)
+        if self._resumption is None:
+            check_plain(resume_from_checkpoint, self.args.output_dir)
+        else:
+            resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.mask_handle is not None and self.eval_dataset is not None:
-            self._evaluate_masked = True
-            self.evaluate(metric_key_prefix="eval_masked")
-            self._evaluate_masked = False
-            self.evaluate(metric_key_prefix="eval_unmasked")
-            self._evaluate_masked = self.network_config.mask_eval
+            self._evaluate_with_and_without_mask()
         return result
 
     def init_hf_repo(self, *args, **kwargs) -> None:
@@ -276,16 +317,24 @@ class FNSFTTrainer(SFTTrainer):
     @property
     def _record(self) -> RunRecord:
         schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
-        return RunRecord(
-            config=self._run.config,
-            plan=self._run.plan,
-            template=self._run.template,
-            selected=self._run.selected,
-            trainable=self._run.trainable,
-            mask_phases=[phase for schedule in schedules for phase in schedule.to_dict()],
-        )
+        phases = [phase for schedule in schedules for phase in schedule.to_dict()]
+        run = self._run
+        return RunRecord(run.config, run.plan, run.template, run.selected, run.trainable, phases)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._run is not None and self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the template and what was selected beside the weights.
+
+        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self._run is None:
+            return
+        if self.is_fsdp_enabled and not self._resumption.is_writing and "FULL" not in fsdp_form(self):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.should_save:
             self._record.save(Path(output_dir or self.args.output_dir), self.model)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # A search over hyperparameters writes elsewhere.
+        with self._resumption.writing(self._record.mask_phases) if self._run and trial is None else nullcontext():
+            super()._save_checkpoint(model, trial)

@@ -16,6 +16,8 @@ from ..constraints import (
     check_optimizer_name,
     constrain_full,
     constrain_lora,
+    plain_optimizer,
+    reached_neurons,
     set_lora_targets,
 )
 from ..errors import FNSFTError
@@ -71,10 +73,17 @@ class Way:
             FNSFTError: that is not possible in the way the model is sharded.
         """
 
+    def reached(self, model: nn.Module, trainable: NeuronMask) -> NeuronMask:
+        """Those of the trainable neurons that the wrapped model can change."""
+        return trainable
+
     def attach(self, optimizer: Optimizer) -> None:
-        """Put frozen values back after every step of an optimizer; once, however often it is called."""
+        """Have every step of an optimizer leave frozen values as they are; once, however often it is called."""
+        optimizer = plain_optimizer(optimizer)  # it is wrapped from the second call of `train` on
         if self.frozen is not None and optimizer is not self._optimizer:
-            optimizer.register_step_post_hook(lambda *_: self.frozen.restore())  # sharding may replace `frozen`
+            # Not `frozen.attach`, since sharding may replace `frozen`.
+            optimizer.register_step_pre_hook(lambda *_: self.frozen.before_step())
+            optimizer.register_step_post_hook(lambda *_: self.frozen.after_step())
             self._optimizer = optimizer
 
 
@@ -126,20 +135,25 @@ class MaskedLora(Way):
         """
         if self.plan.train == "all":
             return
-        frozen = constrain_lora(trainer.model, trainable, adapter_name=_only_adapter(trainer.model))
-        if not is_sharded(trainer):
-            self.frozen = frozen
-            return
-        if frozen.masks_gradients:
-            raise FNSFTError(
-                "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
-                "use plain data parallelism, or train_method=neuron_delta"
-            )
-        if "8bit" in (optim := OptimizerNames(trainer.args.optim).value):
+        sharded = is_sharded(trainer)
+        if sharded and "8bit" in (optim := OptimizerNames(trainer.args.optim).value):
             raise FNSFTError(
                 f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={optim}, whose "
                 "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
             )
+        frozen = constrain_lora(trainer.model, trainable, adapter_name=_only_adapter(trainer.model))
+        if sharded and frozen.masks_gradients:
+            frozen.release()
+            raise FNSFTError(
+                "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
+                "use plain data parallelism, or train_method=neuron_delta"
+            )
+        if not sharded:
+            self.frozen = frozen
+
+    def reached(self, model: PeftModel, trainable: NeuronMask) -> NeuronMask:
+        """Those with a weight among the targets of the adapters."""
+        return reached_neurons(model, trainable, model.active_adapters)
 
 
 class FullWeights(Way):
@@ -177,8 +191,6 @@ class FullWeights(Way):
 
     def freeze(self, model: nn.Module, trainable: NeuronMask) -> None:
         """Freeze all but the trainable weights, in the place of what was frozen before."""
-        if self.frozen is not None:
-            self.frozen.release()
         self.frozen = constrain_full(model, trainable, train_other=self.trains_other)
 
 

@@ -59,8 +59,6 @@ def test_the_metrics_are_those_that_an_evaluation_measures(tmp_path, rows, token
 @pytest.mark.parametrize(
     ("files", "adapter", "message"),
     [
-        ([], True, "no checkpoint of a training .it has no trainer_state.json"),
-        (["adapter_config.json"], True, "no checkpoint of a training"),
         (["trainer_state.json", "adapter_config.json"], False, "checkpoint of an adapter, and this run trains none"),
         (["trainer_state.json", "model.safetensors"], True, "checkpoint of a whole model, and this run trains an"),
     ],

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, tiny_model
+from helpers import ROOT, instead, tiny_model
 from safetensors.torch import load_file
 
 from fnsft_trl import FunctionalNetworkTemplate
@@ -83,7 +83,7 @@ def test_discover_saves_a_template(model_dir, data, tmp_path, capsys):
     assert main(["discover", str(model_dir), str(data), "--output_dir", str(target), *arguments]) == 0
     text = capsys.readouterr().out
     assert "Component 1: 24 neurons across" in text
-    assert "Shuffled in time" in text
+    assert "Null: without co-activation" in text
     template = FunctionalNetworkTemplate.from_pretrained(target)
     assert template.calibration["sources"] == ["data.jsonl"]
     assert template.threshold == ThresholdRule("percentile", 80)
@@ -109,7 +109,7 @@ def test_discover_goes_on_until_reliable_and_over_several_datasets(model_dir, da
         assert len(FunctionalNetworkTemplate.from_pretrained(directory).components) == 2
     assert main(["inspect", str(target)]) == 0
     text = capsys.readouterr().out
-    assert "mean reliability over tokens: " in text
+    assert "mean reliability above null (and bare) over tokens: " in text
     assert "shuffled in time" in text
     assert "recur in other rows.jsonl" in text or "recurs in other rows.jsonl" in text
 
@@ -161,11 +161,11 @@ def test_a_first_argument_that_is_an_option_means_train(train_args, tmp_path):
 def test_command_line_wins_over_yaml_wins_over_defaults(train_args, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
-        yaml.safe_dump({"ica_fraction": 0.2, "ica_seed": 5, "ica_component_ids": [1], "weight_decay": 0.1})
+        yaml.safe_dump({"ica_fraction": 0.2, "frozen_guard": False, "ica_component_ids": [1], "weight_decay": 0.1})
     )
     assert main(["train", f"--config={config}", *train_args, "--ica_fraction", "0.3"]) == 0
     used = json.loads((tmp_path / "out" / "functional_networks" / "selection.json").read_text())["network_config"]
-    assert (used["ica_fraction"], used["ica_seed"], used["ica_component_ids"]) == (0.3, 5, [1])
+    assert (used["ica_fraction"], used["frozen_guard"], used["ica_component_ids"]) == (0.3, False, [1])
     assert used["train_neurons"] == "auto"
 
 
@@ -218,6 +218,8 @@ def refused(arguments, capsys, tmp_path):
         (["--model_name_or_path", "nobody/nothing"], "cannot be loaded"),
         (["--mask_eval", "false"], "mask_eval=false has no effect"),
         (["--ica_site", "mlp_output"], "set ica_site=mlp_intermediate"),
+        (["--ica_components", "4"], "ica_components is 4, but the template was made with 3"),
+        (["--ica_layers", "1-9"], "'1-9' is outside 0-2"),
         (["--train_method", "lora"], "use_peft"),
         (["--dataset_train_split", "trian"], "has no split 'trian'; it has train"),
         (
@@ -230,12 +232,12 @@ def refused(arguments, capsys, tmp_path):
     ],
 )
 def test_bad_options_are_one_line_and_status_2(train_args, extra, message, capsys, tmp_path):
-    assert message in refused(["train", *train_args, *extra], capsys, tmp_path)
+    assert message in refused(instead(["train", *train_args], *extra), capsys, tmp_path)
 
 
 def test_a_template_of_another_model_is_one_line(train_args, templates, capsys, tmp_path):
     templates["opt"].save_pretrained(tmp_path / "other")
-    arguments = ["train", *train_args, "--ica_template_path", str(tmp_path / "other")]
+    arguments = instead(["train", *train_args], "--ica_template_path", str(tmp_path / "other"))
     assert "OPTForCausalLM" in refused(arguments, capsys, tmp_path)
 
 
@@ -273,20 +275,20 @@ def test_a_selection_that_holds_nothing_is_one_line(train_args, templates, capsy
     empty = templates["llama"].with_threshold(ThresholdRule())
     empty.loadings = {layer: values.new_ones(values.shape) for layer, values in empty.loadings.items()}
     empty.save_pretrained(tmp_path / "empty")
-    arguments = ["train", *train_args, "--ica_template_path", str(tmp_path / "empty")]
+    arguments = instead(["train", *train_args], "--ica_template_path", str(tmp_path / "empty"))
     assert "holds no neuron" in refused(arguments, capsys, tmp_path)
 
 
 def test_an_empty_dataset_is_one_line(train_args, capsys, tmp_path):
     (tmp_path / "empty.csv").write_text("prompt,completion\n")
-    arguments = ["train", *train_args, "--dataset_name", str(tmp_path / "empty.csv")]
+    arguments = instead(["train", *train_args], "--dataset_name", str(tmp_path / "empty.csv"))
     assert "empty" in refused(arguments, capsys, tmp_path)
 
 
 def test_an_output_directory_that_cannot_be_made_is_one_line(train_args, model_dir, data, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     target = str(tmp_path / "file" / "out")
-    assert "is a file" in refused(["train", *train_args, "--output_dir", target], capsys, tmp_path)
+    assert "is a file" in refused(instead(["train", *train_args], "--output_dir", target), capsys, tmp_path)
     assert "is a file" in refused(["discover", str(model_dir), str(data), "--output_dir", target], capsys, tmp_path)
     assert "is a file" in refused(["demo", "--output_dir", target], capsys, tmp_path)
 

@@ -199,7 +199,6 @@ def test_the_help_shows_every_option_ours_first(options, capsys):
         (["--use_peft", "--lora_target_modules", '["q_proj"]'], "lora_target_modules", ["q_proj"]),
         (["--pad_to_multiple_of", "8"], "pad_to_multiple_of", 8),
         (["--run_name", "2024"], "run_name", "2024"),
-        (["--seed", "1", "--seed", "2"], "seed", 2),
     ],
     ids=str,
 )
@@ -212,9 +211,9 @@ def test_values_from_the_command_line(words, name, expected):
 @pytest.mark.parametrize(
     ("settings", "name", "expected"),
     [
-        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # which YAML reads as text
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # which YAML 1.1 reads as text
         ("max_length: null", "max_length", None),
-        ("eval_strategy: no", "eval_strategy", "no"),  # which YAML reads as false
+        ("eval_strategy: no", "eval_strategy", "no"),  # which YAML 1.1 reads as false
         ("ica_component_ids: [0, 1]", "ica_component_ids", [0, 1]),
         ("ica_component_ids: 0-3", "ica_component_ids", "0-3"),
         ("ica_layers: 3\ntrain_neurons: selected", "ica_layers", [3]),
@@ -282,6 +281,18 @@ def test_a_file_with_no_peft_may_keep_the_options_of_lora(tmp_path):
     assert (kept["use_peft"], kept["lora_r"], kept["merge_adapter_with_base"]) == (True, 8, True)
     with pytest.raises(FNSFTError, match="lora_r has no effect without LoRA"):
         from_yaml(tmp_path, settings, "--lora_r", "4", base=ORIGINAL)
+
+
+def test_what_a_template_overrules_is_a_note_in_a_command_of_the_original(tmp_path):
+    settings = {"mask_mode": "lesion", "ica_template_path": "t", "ica_layers": "0-3", "ica_percentile": 95.0}
+    idle = {"ica_components": 7, "ica_pca_preprocessing_components": 64, "ica_build_templates_from": ["a"]}
+    found = from_yaml(tmp_path, settings | idle, base=ORIGINAL)
+    assert "no effect with ica_template_path, as in the original project: " in (note := found.notes[-1])
+    assert set(note.partition(": ")[2].split(", ")) == {"ica_components", "ica_rank", "ica_datasets"}
+    config = found.network_config
+    assert (config.ica_components, config.ica_rank, config.ica_datasets) == (10, 128, None)
+    assert (config.ica_layers, config.ica_percentile) == ("0-3", 95.0)
+    assert from_yaml(tmp_path, settings | idle).network_config.ica_components == 7  # refused with the template
 
 
 def test_a_push_without_a_repository_is_the_original_s_error_and_trl_s_default():
@@ -413,7 +424,7 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["stray"], "dataset_name takes one value, 2 were given: d.jsonl stray"),
         (["--packing", "-x"], "packing is '-x'; it must be true or false"),
         (["--learning_rate"], "learning_rate is given without a value"),
-        (["--learning_rate", "fast"], "learning_rate is 'fast'; it must be a number"),
+        (["--learning_rate", "fast"], "learning_rate is 'fast'; it must be a finite number"),
         (["--learning_rate", "nan"], "finite"),
         (["--max_seq_length", "many"], "max_seq_length is 'many'; it must be a whole number"),
         (["--max_steps", "1.5"], "max_steps is '1.5'; it must be a whole number"),
@@ -465,11 +476,11 @@ def test_what_cannot_be_is_refused(words, message):
     ("settings", "message"),
     [
         ("training: {learning_rate: 1}", "options are not nested"),
-        ("1: 2", "no option 1"),
+        ("1: 2", "no option '1'"),
         ("seed: null", "seed is null; it must be a whole number, or be left out"),
         ("seed: [1]", "seed is a list"),
         ("seed: {a: 1}", "seed is a mapping"),
-        ("seed: true", "seed is true; it must be a whole number"),
+        ("seed: true", "seed is 'true'; it must be a whole number"),
         ("learning_rate: .nan", "finite"),
         ("no_packing: true", "did you mean"),
         ("a: [", "not valid YAML"),
@@ -478,7 +489,7 @@ def test_what_cannot_be_is_refused(words, message):
         ("use_4bit: true\nuse_8bit: true", "exclude each other"),
         ("use_peft: false\nlora_r: 8", "lora_r has no effect without LoRA"),
         ("max_length: 8\nmax_seq_length: 9", "two names of one option"),
-        ("datasets: 5", "datasets holds 5"),
+        ("datasets: [[a]]", r"datasets holds \['a'\]"),
     ],
 )
 def test_what_a_file_cannot_say_is_refused(tmp_path, settings, message):

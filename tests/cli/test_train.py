@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model, write_converter
+from helpers import instead, tiny_model, write_converter
 from hub import ALICE
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def test_the_original_dtype_auto_is_that_of_the_device_for_frozen_weights(base, 
 def test_an_adapter_as_the_model_is_told_to_be_merged_first(base, networks, tmp_path, capsys):
     assert main([*base, *networks]) == 0
     capsys.readouterr()
-    assert main([*base, "--model_name_or_path", str(tmp_path / "out")]) == 2
+    assert main(instead(base, "--model_name_or_path", str(tmp_path / "out"))) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"it is an adapter; merge it into its base first: fnsft export {tmp_path / 'out'} --to merged" in line
 

@@ -51,6 +51,28 @@ def test_bitsandbytes_zero_entry_is_what_stands_for_zero_in_the_momentum(momentu
     assert torch.allclose(means[:, 1::2], torch.tensor(0.0), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "squares"),
+    [("RMSprop", True), ("Adagrad", True), ("SGD", False), ("Lion", False), ("AdamW", False)],
+)
+@pytest.mark.parametrize("bits", ["8bit", "32bit"])
+def test_bitsandbytes_keeps_only_squares_is_said_of_optimizers_with_no_momentum(name, squares, bits):
+    """Their one running mean is as large after steps of changing sign as after steps of one."""
+    parameter = nn.Parameter(torch.zeros(64, 128))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(bnb.optim, f"{name}{bits}")([parameter], lr=1e-3, **options)
+    assert compat.keeps_only_squares(optimizer) == squares
+    means = []
+    for sign in (-1, 1):
+        parameter.grad = torch.full_like(parameter, 0.5 * sign)
+        optimizer.step()
+        state = optimizer.state[parameter]
+        value = state[compat.MOMENTUM].flatten()
+        means.append(float(state["qmap1"][value.int()][0] if bits == "8bit" else value[0]))
+    assert (min(means) >= 0) == squares
+    assert not compat.keeps_only_squares(torch.optim.RMSprop([parameter]))
+
+
 def test_bitsandbytes_packs_weights_is_said_by_four_bit_layers_alone(layer):
     assert compat.packs_weights(layer)
     assert not compat.packs_weights(nn.Linear(2, 2))

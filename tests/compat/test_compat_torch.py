@@ -1,7 +1,10 @@
 """The parts of torch that have no public name are there, and do what is relied on."""
 
+import copy
+
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -62,6 +65,59 @@ def test_torch_whose_mark_is_renamed_counts_as_sharding_everything_that_processe
 
 def test_torch_whose_mark_is_renamed_is_as_before_in_one_process(renamed):
     assert not compat.is_fsdp_managed(nn.Linear(2, 2))
+
+
+def test_torch_guard_hooks_makes_compiled_code_notice_them():
+    """Without it, this is what goes wrong: the hook of the second module, and one that comes later, are ignored."""
+
+    def found():
+        torch.compiler.reset()
+        modules = [nn.Sequential(nn.Linear(2, 2)).eval() for _ in range(2)]
+        modules[1][0].register_forward_hook(lambda module, args, output: output * 0)
+        first, second = (torch.compile(module, backend="eager") for module in modules)
+        results = [first(torch.ones(2)), second(torch.ones(2))]
+        modules[0][0].register_forward_hook(lambda module, args, output: output * 0)
+        return [bool(result.any()) for result in (*results, first(torch.ones(2)))]
+
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        assert found() == [True, True, True]
+        compat.guard_hooks()
+        assert found() == [True, False, False]
+    torch.compiler.reset()
+
+
+def test_torch_guard_hooks_drops_what_was_compiled_without():
+    module = nn.Sequential(nn.Linear(2, 2)).eval()
+    compiled = torch.compile(module, backend="eager")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        assert compiled(torch.ones(2)).any()
+        module[0].register_forward_hook(lambda module, args, output: output * 0)
+        assert compiled(torch.ones(2)).any()
+        compat.guard_hooks()
+        assert not compiled(torch.ones(2)).any()
+    torch.compiler.reset()
+
+
+def test_torch_forward_hooks_are_listed_and_remove_forward_hooks_takes_a_copy_s_away():
+    class Hook:
+        def __call__(self, *args):
+            return None
+
+    def other(*args):
+        return None
+
+    module = nn.Linear(2, 2)
+    hooks = [Hook(), other, Hook()]
+    for register, hook in zip(
+        (module.register_forward_pre_hook, module.register_forward_pre_hook, module.register_forward_hook), hooks,
+        strict=True,
+    ):  # fmt: skip
+        register(hook)
+    assert compat.forward_hooks(module) == hooks
+    copied = copy.deepcopy(module)
+    compat.remove_forward_hooks(copied, Hook)
+    assert compat.forward_hooks(copied) == [other]
+    assert compat.forward_hooks(module) == hooks
 
 
 HOOKS = {
@@ -146,3 +202,12 @@ def test_torch_says_it_in_the_newer_way_too(value, precision):
     assert compat.multiplies_exactly(torch.ones(2))
     torch.backends.mkldnn.matmul.fp32_precision = value
     assert not compat.multiplies_exactly(torch.ones(2))
+
+
+def test_torch_counts_writes_to_a_tensor():
+    tensor = torch.zeros(2)
+    first = compat.version_counter(tensor)
+    tensor.add_(1)
+    assert compat.version_counter(tensor) == first + 1
+    with torch.inference_mode():
+        assert compat.version_counter(torch.zeros(2)) == -1

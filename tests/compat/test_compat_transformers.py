@@ -67,3 +67,11 @@ def test_transformers_tracker_names_are_those_of_report_to():
 def test_transformers_installed_trackers_are_some_of_them():
     assert "tensorboard" in compat.installed_trackers()
     assert set(compat.installed_trackers()) < set(compat.tracker_names())
+
+
+def test_transformers_align_special_tokens_adds_the_tokenizers_eos_to_those_of_a_model(tokenizer):
+    model = medium_experts()
+    model.config.eos_token_id, model.generation_config.eos_token_id = 5, [5, 6]
+    compat.align_special_tokens(model, tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 5, 6]

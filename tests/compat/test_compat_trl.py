@@ -33,9 +33,8 @@ def test_trl_create_model_from_path_loads_what_a_config_names(model_dir):
 def test_trl_preparation_settings_are_all_that_a_prepared_dataset_depends_on():
     source = inspect.getsource(SFTTrainer._prepare_dataset)
     read = set(re.findall(r"\bargs\.(\w+)", source))
-    without_effect = {"dataset_num_proc"}
     assert {"dataset_text_field", "max_length"} < read
-    assert read - without_effect <= {*compat.PREPARATION_SETTINGS, "seed"}
+    assert read <= {*compat.PREPARATION_SETTINGS, "seed", "dataset_num_proc"}
     assert set(compat.PREPARATION_SETTINGS) <= SFTConfig.__dataclass_fields__.keys()
 
 
@@ -45,10 +44,30 @@ def test_trl_preparation_reads_these_attributes_of_the_trainer():
     assert read <= {"_tokenizer", "_is_vlm", "completion_only_loss", "chat_template"}
 
 
-@pytest.mark.parametrize("name", ["completion_only_loss", "chat_template", "is_fsdp_enabled", "is_deepspeed_enabled"])
+@pytest.mark.parametrize(
+    "name", ["completion_only_loss", "chat_template", "is_fsdp_enabled", "is_deepspeed_enabled", "hub_model_id"]
+)
 def test_trl_sft_trainer_has_the_attribute(trainer, name):
     assert name in vars(trainer)
 
 
+def test_trl_sft_config_knows_its_process(trainer):
+    args = trainer.args
+    assert args.distributed_state.is_local_main_process is args.should_save is True
+    assert args.distributed_state.distributed_type == "NO"
+
+
 def test_trl_sft_trainer_lists_its_callbacks(trainer):
     assert trainer.callback_handler.callbacks
+
+
+def test_trl_evaluation_metrics_are_what_the_next_log_shows(trainer):
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    metrics = compat.evaluation_metrics(trainer)
+    assert "mean_token_accuracy" in metrics
+    expected = sum(metrics["mean_token_accuracy"]) / len(metrics["mean_token_accuracy"])
+    logs = {"other_loss": 1.0}
+    trainer.log(logs)
+    assert logs["eval_mean_token_accuracy"] == expected
+    assert not compat.evaluation_metrics(trainer)

@@ -40,6 +40,36 @@ def test_nothing_to_read_is_an_error(kind):
                 list(to_trl_format(kind(rows)))
 
 
+def test_every_reason_for_leaving_rows_out_is_said(log):
+    def chat(*turns):
+        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+    rows = [chat(("human", "q"), ("gpt", f"a{i}")) for i in range(20)]
+    rows[3] = chat(("human", "q"), ("bing", "a"))
+    rows[5] = rows[9] = chat(("human", None), ("gpt", "a"))
+    rows[7] = {"conversations": []}
+    rows[11] = chat(("human", "q"))
+    for data in (rows, Dataset.from_list(rows)):
+        log.clear()
+        assert len(to_trl_format(data, name="chats")) == 15
+        assert "chats: 5 of 20 rows are left out: 2 where 'conversations' has a turn of the user without" in log.text
+        for reason in ("role 'bing'", "'conversations' is empty", "'conversations' has no answer"):
+            assert (
+                f"1 where {reason}" in log.text or f"1 where 'conversations' has a message of the {reason}" in log.text
+            )
+        assert "(the first is row 5)" in log.text
+    log.clear()
+    stream = to_trl_format(IterableDataset.from_generator(rows.__iter__), name="chats")
+    assert len(list(stream)) == 15
+    assert "chats: rows are left out where 'conversations' is empty; the first is row 7" in log.text
+    for reason in range(20):
+        rows[reason] = chat(("human", "q"), (f"bot{reason}", "a"))
+    with pytest.raises(
+        FNSFTError, match=r"chats has no row to train on: .* has a message of the role 'bot0'.* in row 0"
+    ):
+        to_trl_format(rows, name="chats")
+
+
 def test_what_trl_reads_is_left_alone():
     for rows in ([{"text": "t"}], [{"messages": CHAT, "tools": "[]"}], [{"prompt": CHAT[:1], "completion": CHAT[1:]}]):
         data = Dataset.from_list(rows)
@@ -136,8 +166,8 @@ def test_what_messages_hold_beside_role_and_content_is_kept():
     rows.append({"conversations": None, "question": "q", "answer": "a"})
     converted = to_trl_format(Dataset.from_list(rows))
     assert len(converted) == 1202
-    assert converted[1200]["messages"][1] == {"role": "assistant", "content": None, "tool_calls": call}
-    assert converted[1201]["messages"][1] == {"role": "assistant", "content": "a", "tool_calls": None}
+    assert converted[1200]["messages"][1] == {"role": "assistant", "content": "", "tool_calls": call}
+    assert converted[1201]["messages"][1] == {"role": "assistant", "content": "a"}
 
 
 def test_squad_becomes_prompts_and_completions():

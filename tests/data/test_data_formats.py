@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.data.formats import FORMATS, TOKENS, UnusableRow, convert_row, find_formats, parse_columns
+from fnsft_trl.data.cells import UnusableRow
+from fnsft_trl.data.formats import FORMATS, MESSAGES, TEXT, TOKENS, convert_row, find_formats, parse_columns
 
 
 DOCS = ROOT / "docs" / "data.md"
@@ -92,7 +93,15 @@ CASES = [
     ({"question": None, "answer": None, "instruction": "q", "output": "a"}, turns("q", "a")),
     ({"question": "q", "answer": None, "response": "a"}, turns("q", "a")),
     ({"question": "", "answer": "", "text": "t"}, {"text": "t"}),
-]
+    # two shapes in one row: the one that goes further, or holds an answer at all
+    ({"instruction": "q", "response": "a", "conversations": MULTI}, {"messages": MULTI}),
+    ({"prompt": "q", "completion": "a", "messages": MULTI[1:3]}, turns("q", "a")),
+    ({"prompt": MULTI[:4], "completion": "a2", "messages": MULTI[1:3]},
+     {"prompt": MULTI[:4], "completion": [assistant("a2")]}),
+    ({"prompt": "q", "completion": None, "messages": MULTI[1:3]}, {"messages": MULTI[1:3]}),
+    ({"prompt": "q", "completion": "a", "messages": MULTI[1:2]}, turns("q", "a")),
+    ({"messages": MULTI[1:2], "conversations": SHAREGPT}, {"messages": MULTI[1:3]}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "expected"), CASES, ids=lambda value: ", ".join(value)[:60])
@@ -140,9 +149,9 @@ def test_an_empty_answer_is_not_read_as_something_else(row):
 
 
 def test_an_answer_may_be_a_call_of_a_tool():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
-    row = {"messages": [user("q"), call, {"role": "tool", "content": "r"}, assistant("a")]}
-    assert convert_row(row, find_formats(row)) == row
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    row = {"messages": [user("q"), call | {"content": None}, {"role": "tool", "content": "r"}, assistant("a")]}
+    assert convert_row(row, find_formats(row)) == {"messages": [user("q"), call, *row["messages"][2:]]}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,48 @@ def test_an_answer_may_be_a_call_of_a_tool():
 def test_a_cell_that_is_no_text_is_an_error(row, message):
     with pytest.raises(FNSFTError, match=message):
         convert_row(row, find_formats(row))
+
+
+PAIRS = [form for form in FORMATS if form.completion]
+
+
+@given(st.sampled_from(PAIRS), st.integers(0, 4), st.integers(0, 2), st.booleans())
+def test_of_two_shapes_the_one_that_goes_further_is_read(form, answers, unanswered, has_answer):
+    """In turns up to the last answer: what stands behind it teaches nothing."""
+    conversation = MULTI[1:3] * answers + [user("and?")] * unanswered
+    row = dict.fromkeys(form.required, "filled") | {"messages": conversation}
+    if not has_answer:
+        row[form.completion] = None
+    try:
+        converted = convert_row(row, find_formats(row))
+    except UnusableRow:
+        assert not has_answer
+        assert answers == 0
+        return
+    expected = "messages" if 2 * answers > 2 * has_answer else "prompt"
+    assert expected in converted
+    assert converted.get("messages", conversation) == conversation
+
+
+ANSWERS = ["code", "solution", "target", "summary", "Reply", *sorted({form.completion for form in PAIRS})]
+
+
+@pytest.mark.parametrize("beside", [*ANSWERS, "role", "parent_id", "message_tree_id", "Speaker"])
+def test_text_beside_an_answer_or_a_place_is_only_read_if_it_is_asked_for(beside):
+    row = {"id": 1, "text": "q", beside: "x"}
+    with pytest.raises(FNSFTError, match=f"has the column 'text' beside '{beside}'.*text=text"):
+        find_formats(row)
+    assert convert_row(row, find_formats(row, chosen="text=text")) == {"text": "q"}
+    if beside in ANSWERS:
+        assert convert_row(row, find_formats(row, chosen=f"prompt=text,completion={beside}")) == turns("q", "x")
+    longer = row | {"question": "q", "answer": "a", "messages": None}
+    assert find_formats(longer)[0].format.becomes not in (TEXT, MESSAGES)
+
+
+@pytest.mark.parametrize("beside", ["label", "title", "source", "url", "lang", "prompt", "author"])
+def test_text_beside_what_is_about_it_is_read(beside):
+    row = {"text": "t", beside: "x"}
+    assert convert_row(row, find_formats(row)) == {"text": "t"}
 
 
 def test_unknown_columns_name_what_was_found_the_nearest_and_the_override():

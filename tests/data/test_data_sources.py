@@ -1,8 +1,13 @@
+import csv
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fnsft_trl import FNSFTError
 from fnsft_trl.cli.compare import _strings
@@ -67,6 +72,53 @@ def test_cells_of_a_csv_file_stay_as_they_are_written(tmp_path):
     (tmp_path / "many" / "train.csv").write_text((tmp_path / "a.csv").read_text())
     for rows in load_texts([str(tmp_path / "a.csv"), str(tmp_path / "many")]).values():
         assert [row["completion"][0]["content"] for row in rows] == ["007", "None", "1.50"]
+
+
+CELL = st.text('ab,;"\n é', max_size=4)
+
+
+@given(
+    st.lists(st.sampled_from(["prompt", "completion", "note", ""]), min_size=2, max_size=4, unique=True),
+    st.lists(st.lists(CELL, min_size=1, max_size=6), min_size=1, max_size=5),
+)
+@settings(max_examples=60)
+def test_a_cell_of_a_csv_file_is_never_read_under_another_column(header, rows):
+    """A row that is longer than the header is an error that says where; of a shorter one the rest is empty."""
+    rows = [row for row in rows if any(cell.strip() for cell in row)] or [["a"]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+        error = None
+        try:
+            data = load_data(str(path), split="train")
+        except FNSFTError as refused:
+            error = refused
+    if error is not None:
+        assert max(map(len, rows)) > len(header)
+        assert "line" in str(error)
+        return
+    assert not any(any(row[len(header) :]) for row in rows)
+    names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]
+    read = [[(row[name] or "").replace("\r\n", "\n") for name in names] for row in data]
+    assert read == [(row + [""] * len(header))[: len(header)] for row in rows]
+
+
+def test_a_mixture_reads_a_csv_file_by_its_header_too(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\none,two,three\n")
+    with pytest.raises(FNSFTError, match="has 2 columns, but 3 cells in the row that ends in line 2"):
+        load_data("csv", split="train", data_files=str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("question,answer\none,007\n" + "x" * 200_000 + ",b\n")
+    assert load_data("csv", split="train", data_files=str(tmp_path / "a.csv"))["answer"][:] == ["007", "b"]
+
+
+def test_what_is_read_by_another_version_is_read_again(tmp_path, monkeypatch):
+    files = [tmp_path / "a.csv"]
+    files[0].write_text("text\none\n")
+    before = sources._cache_of(files)
+    assert sources._cache_of(files) == before
+    monkeypatch.setattr(sources, "version", lambda package: "99")
+    assert sources._cache_of(files) != before
 
 
 def test_strings_of_a_json_file_stay_as_they_are_written(tmp_path):

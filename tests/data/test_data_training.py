@@ -1,14 +1,25 @@
+import itertools
 import json
+import logging
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset, enable_caching
 from helpers import sft_config, tiny_model, tiny_tokenizer
-from test_data_prompts import pad_is_eos, plain, tokenizer_of, with_bos
+from test_data_prompts import CHATML, pad_is_eos, plain, tokenizer_of, with_bos
 from tokenizers import processors
 from transformers import AutoTokenizer
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    get_training_chat_template,
+)
 
 from fnsft_trl import DataConfig, FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, FunctionalNetworkTemplate
 from fnsft_trl.cli import main
@@ -159,6 +170,144 @@ def test_conversations_and_questions_are_trained_together(load, tmp_path):
     data = load(f"{write(tmp_path / 'a.jsonl', questions(2))},{second}")
     assert data.train.column_names == ["messages"]
     assert [row["messages"][1]["content"] for row in data.train] == ["a0", "a1", "a"]
+
+
+def called(name):
+    return [{"function": {"name": "f", "arguments": {name: "x"}}}]
+
+
+SHAPES = {
+    "questions": [{"question": "q", "answer": "a"}],
+    "plain": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}],
+    "thoughts": [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "thinking": "t"}]}
+    ],
+    "calls": [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "tool_calls": called(n)},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {n: 1}}}],
+        }
+        for n in ("x", "y")
+    ],
+    "tools as text": [{"prompt": "q", "completion": "a", "tools": "[]"}],
+    "settings": [
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "chat_template_kwargs": {n: 1},
+        }
+        for n in ("x", "y")
+    ],
+}
+
+
+@pytest.mark.parametrize(("one", "two"), itertools.combinations(SHAPES, 2))
+def test_datasets_are_trained_together_whatever_their_turns_have_beside_the_text(load, tmp_path, one, two):
+    """And each row is given what it was given alone."""
+    paths = [write(tmp_path / f"{number}.jsonl", SHAPES[name]) for number, name in enumerate((one, two))]
+
+    def rows(data):
+        given = [
+            row | {"tools": row.get("tools"), "chat_template_kwargs": row.get("chat_template_kwargs", {})}
+            for row in data
+        ]
+        turns = [row.pop("messages", None) or row.pop("prompt") + row.pop("completion") for row in given]
+        return [(turn, row["tools"], row["chat_template_kwargs"]) for turn, row in zip(turns, given, strict=True)]
+
+    alone = [row for path in paths for row in rows(load(path).train)]
+    assert rows(load(",".join(paths)).train) == alone
+
+
+def refusing(template):
+    tokenizer = pad_is_eos()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' or 'bad' in m['content'] %}"
+        "{{ raise_exception('no such turns') }}{% endif %}{% endfor %}" + template
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("source", ["questions", "conversations"])
+def test_rows_that_the_chat_template_refuses_are_left_out_and_counted(load, tmp_path, source, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
+
+    def row(text):
+        if source == "questions":
+            return {"question": text, "answer": "a"}
+        return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]}
+
+    path = write(tmp_path / "a.jsonl", [row("bad" if number in (2, 5) else f"q{number}") for number in range(8)])
+    tokenizer = refusing(CHATML)
+    data = load(path, tokenizer=tokenizer)
+    for cached in (False, True, True):  # and the count is right of what was kept
+        caplog.clear()
+        trainer = FNSFTTrainer(
+            tiny_model("llama"), sft_config(tmp_path, max_length=None), train_dataset=data.train,
+            processing_class=tokenizer, tokenized_cache=cached,
+        )  # fmt: skip
+        assert len(trainer.train_dataset) == 6
+        assert (
+            "the train data: 2 of 8 rows are left out: 2 where the chat template refuses the conversation"
+            in caplog.text
+        )
+        assert "no such turns" in caplog.text
+        assert "max_length" not in caplog.text
+    with pytest.raises(FNSFTError, match=r"no row can be trained on: .*no such turns"):
+        load(write(tmp_path / "b.jsonl", [row("bad")] * 3), tokenizer=refusing(CHATML))
+    with pytest.raises(FNSFTError, match=r"the train data has no row to train on: .*no such turns"):
+        FNSFTTrainer(
+            tiny_model("llama"),
+            sft_config(tmp_path),
+            train_dataset=data.train.select([2, 5]),
+            processing_class=tokenizer,
+        )
+
+
+def test_assistant_only_loss_needs_a_template_that_marks_the_answers(load, tmp_path):
+    """Of its own, or of TRL's, which must still know the template."""
+    path = write(tmp_path / "a.jsonl", SHAPES["plain"])
+    with pytest.raises(FNSFTError, match="assistant_only_loss needs a chat template that marks the answers"):
+        load(path, tokenizer=pad_is_eos(), assistant_only_loss=True)
+    load(path, tokenizer=pad_is_eos(), assistant_only_loss=True, data={"template_format": "chatml"})
+    folder = Path(trl.__file__).parent / "chat_templates"
+    of_processors = ("idefics3", "llava_next", "smolvlm")  # which read contents in parts only
+    trained = {path.name.removesuffix("_training.jinja") for path in folder.glob("*_training.jinja")}
+    assert trained > {"qwen3", "glm4moe", "llama3"}
+    for name in sorted(trained.difference(of_processors)):
+        tokenizer = tokenizer_of(["<|endoftext|>", "<s>"], bos_token="<s>", eos_token="<|endoftext|>")
+        tokenizer.chat_template = (folder / f"{name}.jinja").read_text()
+        load(path, tokenizer=tokenizer, assistant_only_loss=True)
+        assert "generation" in (get_training_chat_template(tokenizer) or tokenizer.chat_template), name
+
+
+def test_keys_of_turns_that_the_chat_template_reads_are_kept(load, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
+    turns = [{"role": role, "content": "x", "mood": "sad", "hashed_ip": "SECRET"} for role in ("user", "assistant")]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns}])
+    tokenizer = pad_is_eos()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.mood }}{{ m['content'] }}<|im_end|>{% endfor %}"
+    for reads, script in ((tokenizer, {}), (pad_is_eos(), {})):
+        data = load(path, tokenizer=reads, script=script)
+        assert ("mood" in data.train[0]["messages"][0]) == (reads is tokenizer)
+        assert "SECRET" not in json.dumps(data.train.to_list())
+        assert "of its messages are not used: hashed_ip" in caplog.text
+    (tmp_path / "a.jinja").write_text(tokenizer.chat_template)
+    data = load(path, tokenizer=pad_is_eos(), chat_template_path=str(tmp_path / "a.jinja"))
+    assert data.train[0]["messages"][0]["mood"] == "sad"
+
+
+def test_calls_that_the_chat_template_does_not_write_are_said(load, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
+    path = write(tmp_path / "a.jsonl", SHAPES["calls"])
+    load(path, tokenizer=pad_is_eos())
+    assert "of its messages are not used: tool_calls" in caplog.text
+    caplog.clear()
+    tokenizer = pad_is_eos()
+    tokenizer.chat_template = CHATML.replace("m['content'] +", "m['content'] + (m['tool_calls'] or '') | string +")
+    load(path, tokenizer=tokenizer)
+    assert "not used" not in caplog.text
 
 
 def test_without_a_dataset_it_says_so(load):

@@ -7,6 +7,10 @@ from fnsft_trl import FNSFTError
 from fnsft_trl.discovery.decomposition import IcaSettings, decompose
 from fnsft_trl.discovery.matching import match_components
 from fnsft_trl.discovery.sketch import ActivationSketch
+from fnsft_trl.discovery.units import Units
+
+
+ZSCORE = Units("zscore")
 
 
 def planted(tokens=6000, neurons=200, k=4, noise=0.3, seed=0, scales=None):
@@ -22,8 +26,8 @@ def planted(tokens=6000, neurons=200, k=4, noise=0.3, seed=0, scales=None):
     return torch.tensor(data, dtype=torch.float32), torch.tensor(loadings, dtype=torch.float32)
 
 
-def sketch(data, *, rank=32, reservoir=10_000, seed=0, prescale=False, block=97, dtype=torch.float32):
-    result = ActivationSketch(data.shape[1], rank, reservoir=reservoir, seed=seed, prescale=prescale, dtype=dtype)
+def sketch(data, *, rank=32, reservoir=10_000, seed=0, units=None, block=97, dtype=torch.float32):
+    result = ActivationSketch(data.shape[1], rank, reservoir=reservoir, seed=seed, units=units, dtype=dtype)
     for rows in data.to(dtype).split(block):
         result.update(rows)
     result.finish()
@@ -37,9 +41,9 @@ def halves(data, **settings):
 def test_moments_are_exact():
     data, _ = planted(tokens=1003)
     result = decompose(halves(data), IcaSettings(4))
-    assert result.count == 1003
-    assert torch.allclose(result.mean, data.double().mean(0).float(), atol=1e-5)
-    assert torch.allclose(result.rms, data.double().square().mean(0).sqrt().float(), atol=1e-4)
+    assert result.moments.count == 1003
+    assert torch.allclose(result.moments.mean, data.double().mean(0), atol=1e-5)
+    assert torch.allclose(result.moments.rms, data.double().square().mean(0).sqrt(), atol=1e-4)
 
 
 def test_sketch_of_enough_rank_is_the_exact_covariance():
@@ -72,8 +76,8 @@ def test_sketch_does_not_depend_on_how_the_stream_is_cut():
 @pytest.mark.parametrize("variant", ["temporal", "spatial"])
 def test_planted_networks_are_recovered(standardize, variant):
     data, loadings = planted()
-    settings = IcaSettings(4, standardize=standardize, variant=variant, seed=1)
-    result = decompose(halves(data, prescale=standardize == "zscore"), settings)
+    units = Units(standardize)
+    result = decompose(halves(data, units=units), IcaSettings(4, variant=variant, seed=1), units)
     expected = loadings / data.std(0) if standardize == "zscore" else loadings
     partner, correlation = match_components(expected, result.loadings)
     assert sorted(partner.tolist()) == [0, 1, 2, 3]
@@ -121,8 +125,7 @@ def test_zscored_loadings_are_correlations_and_ignore_scale():
     data, _ = planted()
     scales = torch.logspace(-3, 3, 200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
     plain, scaled = (
-        decompose(halves(d, prescale=True, rank=64), IcaSettings(4, standardize="zscore")).loadings
-        for d in (data, data * scales)
+        decompose(halves(d, units=ZSCORE, rank=64), IcaSettings(4), ZSCORE).loadings for d in (data, data * scales)
     )
     assert scaled.abs().max() <= 1.02
     assert match_components(plain, scaled)[1].min() > 0.995
@@ -132,7 +135,7 @@ def test_shuffled_time_has_no_reliable_networks():
     data, _ = planted(tokens=2000)
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.stack([column[torch.randperm(len(column), generator=generator)] for column in data.T], dim=1)
-    null, found = (decompose(halves(d, prescale=True), IcaSettings(4, standardize="zscore")) for d in (shuffled, data))
+    null, found = (decompose(halves(d, units=ZSCORE), IcaSettings(4), ZSCORE) for d in (shuffled, data))
     assert np.mean(null.reliability) < 0.35
     assert np.mean(found.reliability) > 0.98
 
@@ -166,7 +169,8 @@ def test_order_and_sign_are_canonical_and_runs_repeat_bit_for_bit():
 def test_constant_neurons_get_no_loading(standardize):
     data, _ = planted()
     data[:, 150:] = 3.0
-    result = decompose(halves(data, prescale=standardize == "zscore"), IcaSettings(4, standardize=standardize))
+    units = Units(standardize)
+    result = decompose(halves(data, units=units), IcaSettings(4), units)
     assert not result.loadings[:, 150:].any()
     assert torch.isfinite(result.loadings).all()
 

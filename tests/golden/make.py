@@ -62,7 +62,7 @@ ADAPTERS = {
 SELECTIONS = {
     "all networks": {},
     "two networks": {"component_ids": [1, 2]},
-    "reliable": {"min_reliability": 0.7},
+    "reliable": {"component_ids": [0, 2]},  # of a bare reliability of 0.7 or more; what counts is that above null
     "highest": {"fraction": 0.25},
     "lowest": {"fraction": 0.25, "rank": "lowest"},
     "pooled": {"fraction": 0.25, "per_layer": False},

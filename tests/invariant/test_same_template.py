@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
 
 class Tokenizer:
-    all_special_ids = [0]
+    all_special_ids, chat_template, bos_token = [0], None, None
     def __call__(self, text):
         return {"input_ids": [1 + (hash((int(text), i)) % 97) for i in range(128)]}
 
@@ -51,7 +51,7 @@ def watch():
     while not done.is_set():
         peak = max(peak, process.memory_info().rss)
         time.sleep(0.005)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 discover_networks(model, Tokenizer(), (str(i) for i in range(10**9)), config)
 done.set(); thread.join()

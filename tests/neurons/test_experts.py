@@ -6,6 +6,7 @@ from functools import wraps
 import pytest
 import torch
 import transformers as tf
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from architectures import ARCHITECTURES
 from datasets import Dataset
 from helpers import changed_entries, logits, medium_experts, random_mask, sft_config, state, zeroed
@@ -30,6 +31,7 @@ from fnsft_trl.data.sequences import TokenSequence
 from fnsft_trl.discovery.activations import ActivationReader
 from fnsft_trl.evaluation.reload import check_reload, last_logits
 from fnsft_trl.export import changed_neurons, to_merged
+from fnsft_trl.interventions import masks_of, masks_off
 from fnsft_trl.training.guard import FrozenNeuronMoved
 
 
@@ -124,6 +126,27 @@ def test_a_forward_that_others_put_on_the_module_is_kept(mixtral, ids):
     assert len(calls) == 1
     handle.remove()
     assert experts.forward is counted
+
+
+def test_masks_are_found_and_removed_under_hooks_of_accelerate(mixtral, ids):
+    """Which set a forward of their own, before the masks or after them."""
+    plain = logits(mixtral, ids)
+    masks = [random_mask(mixtral, "mlp_intermediate", share=0.3, seed=seed) for seed in (0, 1)]
+    pristine = copy.deepcopy(mixtral)
+    first = lesion(mixtral, masks[0])
+    for block in mixtral.model.layers:
+        add_hook_to_module(block.mlp.experts, AlignDevicesHook("cpu"))
+    second = lesion(mixtral, masks[1])
+    both = logits(zeroed(pristine, masks[0] | masks[1]), ids)
+    assert torch.allclose(logits(mixtral, ids), both, atol=1e-6)
+    assert set(masks_of(mixtral)) == {first, second}
+    with masks_off(mixtral):
+        assert torch.equal(logits(mixtral, ids), plain)
+    first.remove()
+    assert torch.allclose(logits(mixtral, ids), logits(zeroed(pristine, masks[1]), ids), atol=1e-6)
+    second.remove()
+    assert masks_of(mixtral) == []
+    assert torch.equal(logits(mixtral, ids), plain)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -173,7 +173,7 @@ def test_activations_are_streamed_as_they_are(architecture, kind):
 
 
 class Tokenizer:
-    all_special_ids = (0, 1)
+    all_special_ids, chat_template = (0, 1), None
 
 
 @pytest.mark.parametrize("kind", SITES)

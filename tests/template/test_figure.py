@@ -21,14 +21,39 @@ def description(templates):
     return TemplateDescription.of(templates["llama"], "0" * 64)  # 3 layers
 
 
+def bars(svg):
+    """Length of each bar, as a share of the scale, and whether it is filled."""
+    zero, one = sorted(float(t.get("x")) for t in svg.iter(f"{_SVG}text") if t.text in ("0", "1"))[-2:]  # of the scale
+    found = [rect for rect in svg.iter(f"{_SVG}rect") if float(rect.get("x") or 0) == zero]
+    return [(float(bar.get("width")) / (one - zero), bar.get("fill") != "none") for bar in found]
+
+
 def test_headings_stay_apart_where_a_model_has_few_layers(description):
     x = {text.text: float(text.get("x")) for text in drawing(description).iter(f"{_SVG}text")}
-    assert x["reliability"] - x["share of each layer's neurons in the network"] > 300
+    assert x["reliability above null"] - x["share of each layer's neurons in the network"] > 300
 
 
-def test_the_reliability_that_chance_gives_is_a_line_across_the_bars(description):
-    svg = drawing(replace(description, null=NullReliability(reliability=0.25, jaccard=0.1)))
-    (line,) = svg.iter(f"{_SVG}path")
-    zero, one = sorted(float(t.get("x")) for t in svg.iter(f"{_SVG}text") if t.text in ("0", "1"))[-2:]  # of the scale
-    assert line.get("d").startswith(f"M{zero + 0.25 * (one - zero):g} ")
-    assert not list(drawing(replace(description, null=None)).iter(f"{_SVG}path"))
+def with_reliability(description, values, null):
+    components = [replace(c, reliability=value) for c, value in zip(description.components, values, strict=True)]
+    return replace(description, components=tuple(components), null=null)
+
+
+@pytest.mark.parametrize(
+    ("null", "expected"),
+    [
+        (NullReliability(0.2, 0.1, highest=0.5), [0.8, 0.0, 0.0]),
+        (NullReliability(0.2, 0.1), [0.875, 0.375, 0.0]),  # as an older version measured it
+        (NullReliability(0.9, 0.1, highest=1.0), [0.0, 0.0, 0.0]),
+    ],
+)
+def test_bars_are_of_the_reliability_above_null(description, null, expected):
+    shown = bars(drawing(with_reliability(description, [0.9, 0.5, 0.1], null)))
+    assert [length for length, _ in shown] == pytest.approx(expected, abs=0.01)
+    assert all(filled for _, filled in shown)
+
+
+def test_where_the_null_is_unknown_bars_are_hollow_and_the_heading_says_so(description):
+    svg = drawing(with_reliability(description, [0.9, 0.5, 0.1], None))
+    assert bars(svg) == [(0.9, False), (0.5, False), (0.1, False)]
+    assert "reliability (null unknown)" in [text.text for text in svg.iter(f"{_SVG}text")]
+    assert bars(drawing(with_reliability(description, [None] * 3, None))) == []

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import random
+import re
+import shutil
 import struct
 import subprocess
 import sys
 
 import pytest
 import torch
+from golden.make import GOLDEN, template_content
 from helpers import tiny_model
 from safetensors.torch import load, save
 
-from fnsft_trl import FNSFTError, FunctionalNetworkTemplate
+from fnsft_trl import FNSFTError, FunctionalNetworkTemplate, ThresholdRule
 from fnsft_trl.cli import main
 from fnsft_trl.template.description import FORMAT, FORMAT_VERSION
 
@@ -37,6 +40,8 @@ PROBED = {"norm": 1, "probes": [0] * 16}
 
 
 def put(config, path, value):
+    """Change a value, as someone who knows of the checksum."""
+    config.pop("config_sha256", None)
     *parents, last = path
     for key in parents:
         config = config[key]
@@ -61,7 +66,8 @@ BAD_VALUES = [
     (["calibration", "sources"], ["text", [1], [""], ["a\nb"], None]),
     (["calibration", "sha256"], ["", "xyz", 7, "g" * 64]),
     (["settings"], [None, [], {"ica_rank": {"deep": 1}}, {"ica_rank": [1]}]),
-    (["null"], [1, {"reliability": "high", "jaccard": 0}, {}]),
+    (["null"], [1, {"reliability": "high", "jaccard": 0}, {}, {"reliability": 1.5, "jaccard": 0}]),
+    (["null", "highest"], [2, -0.1, None, "0.5"]),
     (["weights"], [1, [], {"0": 3}, {"x": PROBED}, {"0": PROBED}, {str(i): PROBED for i in range(4)}]),
     (["weights", "1"], [{"norm": 1, "probes": [0] * 15}, {"norm": "1", "probes": [0] * 16}, {"norm": 1}]),
     (["components"], [[], None, {}, [1], [{}]]),
@@ -70,7 +76,10 @@ BAD_VALUES = [
     (["components", 2, "explained_variance"], [-0.5, 7, {}]),
     (["components", 0, "layers"], [{"9": 1}, {"0": 41}, {"0": -1}, [], None]),
     (["components", 0, "neurons"], [10**6, -1, "24", None]),
-    (["components", 0, "recurrence"], [[], {"x": 1}, {"x\n": {}}]),
+    (
+        ["components", 0, "recurrence"],
+        [[], {"x": 1}, {"x\n": {}}, {"x": {"component": 0, "correlation": 2, "iou": 0.5, "recurs": True}}],
+    ),
     (["license"], [3, "", "mit\nbase_model: other", []]),
     (["tensors_sha256"], ["", "0" * 64, 5]),
 ]
@@ -333,3 +342,70 @@ else:
     count, kibibytes = map(int, done.stdout.split())
     assert count == pytest.approx(0.02 * 32 * 14336, abs=1)
     assert kibibytes < 2**20
+
+
+def mutants(data: bytes, count: int, seed: int) -> list[bytes]:
+    """Copies of which one bit is flipped: all in the numbers that say which neurons are members, and some others."""
+    spans = [range(m.start(), m.end()) for m in re.finditer(rb'"(value|neurons|rule)": [^,\n]*', data)]
+    spans += [range(m.start(), m.end()) for m in re.finditer(rb'"layers": \{[^}]*\}', data)]
+    places = {8 * byte + bit for span in spans for byte in span for bit in range(8)}
+    places |= set(random.Random(seed).sample(range(8 * len(data)), count))
+    return [data[: p // 8] + bytes([data[p // 8] ^ (1 << p % 8)]) + data[p // 8 + 1 :] for p in sorted(places)]
+
+
+def outcomes(directory, read, data, count, seed=0) -> list:
+    """What is read of each mutant: what `read` gives of the template, or `None` where it is refused."""
+    found = []
+    for mutant in mutants(data, count, seed):
+        (directory / "config.json").write_bytes(mutant)
+        try:
+            found.append(read(FunctionalNetworkTemplate.from_pretrained(directory)))
+        except FNSFTError:
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("rule", ["percentile", "layer_percentile", "zscore", "zscore_positive"])
+def test_a_flipped_bit_of_a_description_is_refused_or_changes_nothing(templates, tmp_path, rule):
+    value = 90.0 if "percentile" in rule else 1.5
+    template = templates["llama"].with_threshold(ThresholdRule(rule, value))
+    template.save_pretrained(tmp_path)
+    data, whole = (tmp_path / "config.json").read_bytes(), template_content(template)
+    found = outcomes(tmp_path, template_content, data, 400)
+    assert all(content in (None, whole) for content in found)
+    assert found.count(None) > 0.9 * len(found)
+
+
+@pytest.mark.parametrize("version", ["1", "2", "3", "3-output", "3-lists"])
+def test_without_a_checksum_a_flipped_bit_selects_no_other_neurons(tmp_path, version):
+    """As older versions wrote it: the counts of neurons, which nothing is computed from, say so."""
+    shutil.copytree(GOLDEN / "templates" / version, tmp_path / "old")
+    template = FunctionalNetworkTemplate.from_pretrained(tmp_path / "old")
+    data, listed = (tmp_path / "old" / "config.json").read_bytes(), template.listed()
+    found = outcomes(tmp_path / "old", lambda mutant: mutant.listed(), data, 400)
+    assert all(networks in (None, listed) for networks in found)
+
+
+def test_a_threshold_that_the_counts_contradict_is_refused(files, tmp_path):
+    (tmp_path / "template.safetensors").write_bytes(files["template.safetensors"])
+    config = json.loads(files["config.json"])
+    del config["config_sha256"]
+    config["threshold"]["value"] -= 10
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(tmp_path)
+    assert "network 0 is said to have" in message
+    assert "by its loadings and the threshold" in message
+
+
+def test_a_description_changed_by_hand_is_refused_until_its_checksum_is_taken_out(files, tmp_path):
+    (tmp_path / "template.safetensors").write_bytes(files["template.safetensors"])
+    config = json.loads(files["config.json"])
+    for formed in (json.dumps(config), json.dumps(dict(reversed(config.items())), indent=4)):
+        (tmp_path / "config.json").write_text(formed)
+        assert refusal(tmp_path) == ""  # spaces and the order of keys are nothing that it says
+    config["license"] = "mit"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "not as it was written (config_sha256)" in refusal(tmp_path)
+    del config["config_sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert FunctionalNetworkTemplate.from_pretrained(tmp_path).license == "mit"

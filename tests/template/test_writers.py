@@ -15,6 +15,7 @@ from fnsft_trl.template.storage import FILES, write_files
 PROCESS = """
 import hashlib, json, os, sys
 from pathlib import Path
+from fnsft_trl.template.schema import signed
 from fnsft_trl.template.storage import write_files
 from fnsft_trl.template.stored import StoredTemplate
 
@@ -108,7 +109,7 @@ for number in range(60):
     for name in sys.argv[2:]:
         new = files(name)
         config = json.loads(new["config.json"]) | {"revision": f"{os.getpid()} {number}"}  # no two are the same
-        write_files(scratch / "template", new | {"config.json": json.dumps(config).encode()})
+        write_files(scratch / "template", new | {"config.json": json.dumps(signed(config)).encode()})
 """
 
 

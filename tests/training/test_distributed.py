@@ -55,6 +55,18 @@ def test_two_processes_train_as_one_does(runs, method):
         assert others == {"rng_state_1.pth"}  # which every process of a Trainer keeps of its own
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["FULL_STATE_DICT", "SHARDED_STATE_DICT", "none"])
+def test_two_processes_go_on_from_a_checkpoint(form, tmp_path):
+    """Under FSDP2 with checkpoints of either form, and under DDP: to the weights of the whole run."""
+    run_processes(2, SCRIPT, 2, form, tmp_path)
+    for method in ("neuron_delta", "lora", "full"):
+        directory = tmp_path / method / "checkpoint-2"
+        assert (directory / "functional_networks" / "complete.json").is_file()
+        assert (directory / "pytorch_model_fsdp_0").is_dir() == (form == "SHARDED_STATE_DICT")
+        assert (tmp_path / f"{method}-end" / "functional_networks" / "selection.json").is_file()
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_accelerate_reads_every_recipe_and_its_command_names_files_that_exist(recipe):
     config = load_config_from_file(str(recipe))

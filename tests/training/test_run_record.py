@@ -12,7 +12,7 @@ from fnsft_trl.training.run_record import RunRecord
     [
         ({}, "the neurons of all 3 networks."),
         ({"ica_component_ids": [2, 0, 1]}, "the neurons of networks 0-2 of 3."),
-        ({"ica_min_reliability": 0.1}, "the neurons of all 3 networks with a reliability of 0.1 or more."),
+        ({"ica_min_reliability": 0.1}, "the neurons of all 3 networks with a reliability above null of 0.1 or more."),
         (
             {"ica_component_ids": [1], "ica_fraction": 0.1, "ica_rank_by": "lowest"},
             "10.0% of the neurons of every layer, those that rank lowest in networks 1 of 3.",

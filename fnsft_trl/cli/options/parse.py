@@ -12,7 +12,7 @@ from .loading import LoadingConfig
 from .run_config import RunConfig
 from .schema import Option, by_name, describe
 from .sources import COMMAND_LINE, read_sources
-from .translate import NETWORK_NAMES, original_options, translate
+from .translate import DISCOVERY_NAMES, NETWORK_NAMES, original_options, translate
 from .trl_options import trl_options
 
 
@@ -100,6 +100,8 @@ def parse_options(argv: list[str]) -> TrainOptions:
     config = FunctionalNetworkConfig(**networks) if networks else None
     if config is not None:
         config.plan(lora_config=bool(values.get("use_peft")))
+        if config.ica_template_path is None:
+            config.check_named_networks()
     result = TrainOptions(values, config, notes)
     _check_effects(result)
     if values.get("push_to_hub") and not values.get("hub_model_id"):
@@ -152,6 +154,8 @@ def _check_presence(values: dict[str, Any]) -> None:
         raise FNSFTError("model_name_or_path is missing; give a Hub id, a directory, or `embedded`")
     if not values.get("dataset_name") and not values.get("datasets"):
         raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+    if values.get("output_dir") == "":
+        raise FNSFTError("output_dir is empty; name a directory (. is this one), or leave it out")
 
 
 def _network_options(values: dict[str, Any], sources: dict[str, dict], notes: list[str]) -> dict[str, Any]:
@@ -184,6 +188,9 @@ def _read_as_the_original(values: dict[str, Any], networks: dict[str, Any], note
     if values.get("use_peft") is None and networks.get("train_method", "auto") in ("auto", "lora"):
         values["use_peft"] = True
         notes.append("LoRA trains, as in the original project; no_peft switches it off")
+    if networks.get("ica_template_path") and (idle := [name for name in DISCOVERY_NAMES if name in networks]):
+        notes.append(f"no effect with ica_template_path, as in the original project: {', '.join(idle)}")
+        networks = {name: value for name, value in networks.items() if name not in idle}
     if not networks or networks.get("mask_mode") or not set(networks) <= NETWORK_NAMES:
         return networks
     notes.append(

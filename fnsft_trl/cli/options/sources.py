@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-import yaml
-
 from ...errors import FNSFTError
 from .schema import TRL, Option
 from .values import TRUTH, read_value
+from .written import read_yaml
 
 
 COMMAND_LINE = "the command line"
@@ -29,10 +28,11 @@ def read_sources(argv: list[str], known: dict[str, Option]) -> dict[str, dict[st
         there -> checked value.
 
     Raises:
-        FNSFTError: a name that is not known, a value that its option cannot have, or a file that is no YAML mapping.
+        FNSFTError: a name that is not known, an option that is given twice, a value that its option cannot have, or a
+            file that is no YAML mapping.
     """
     words, path = _split(argv, known)
-    sources = {path: _read_yaml(path, known)} if path is not None else {}
+    sources = {path: _read_config(path, known)} if path is not None else {}
     sources[COMMAND_LINE] = words
     return {
         source: {name: read_value(known[name], value, name) for name, value in written.items()}
@@ -53,14 +53,14 @@ def under_own_names(given: dict[str, Any], names: Mapping[str, str]) -> dict[str
     values: dict[str, Any] = {}
     for spelt in sorted(given, key=names.__contains__):  # own names first
         name = names.get(spelt, spelt)
-        if spelt in names and values.get(name) is not None:
+        if spelt in names and name in values:
             raise FNSFTError(f"{spelt} and {name} are two names of one option; drop {spelt}")
         values[name] = given[spelt]
     return values
 
 
 def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[str, ...]], str | None]:
-    """The words of every option, the last time that it stands there, and the path of the YAML file."""
+    """The words of every option, and the path of the YAML file."""
     known = {"config": _CONFIG, **known}
     found: dict[str, tuple[str, ...]] = {}
     free: list[str] = []  # words without a flag: one run of them, for the options whose name may be left out
@@ -78,6 +78,8 @@ def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[s
                 raise FNSFTError(f"{flag} takes no value; write {flag}, or --{name} true or false")
             if name == "config" and (len(own) != 1 or name in found):
                 raise FNSFTError("--config takes one YAML file, once")
+            if name in found:
+                raise FNSFTError(f"{name} is given twice on the command line; give it once")
             found[name] = ("false",) if is_negated else tuple(own)
         rest = words[taken:]
         stray = rest if free or not may_be_free else [word for word in rest if word.startswith("-")]
@@ -134,23 +136,15 @@ def _place(words: list[str], known: dict[str, Option], found: dict[str, Any]) ->
     return placed
 
 
-def _read_yaml(path: str, known: dict[str, Option]) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    except OSError as error:
-        raise FNSFTError(f"the config file {path!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise FNSFTError(f"the config file {path} is not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise FNSFTError(f"the config file {path} must hold a mapping of option names to values")
+def _read_config(path: str, known: dict[str, Option]) -> dict[str, Any]:
+    settings = read_yaml(path)
     for name, value in settings.items():
         if name not in known:
             nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
-            raise FNSFTError(f"{path}: there is no option {name!r}{_nearest(str(name), known)}{nested}")
+            raise FNSFTError(f"{path}: there is no option {str(name)!r}{_nearest(name, known)}{nested}")
     return {name: value for name, value in settings.items() if value is not None or known[name].group in TRL}
 
 
 def _nearest(name: str, known: dict[str, Option]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:100], known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -45,6 +45,8 @@ NETWORK_NAMES = {
     *("ica_dtype", "ica_rank", "ica_datasets", "ica_template_samples_per_ds"),
     *("anti_drift_row_param", "anti_drift_apply_to"),
 }
+# Those of a discovery, which a template that is loaded has behind it.
+DISCOVERY_NAMES = ("ica_components", "ica_dtype", "ica_rank", "ica_datasets", "ica_template_samples_per_ds")
 # The value of `dtype` for `torch_dtype: auto`. TRL's own `auto` is the precision of the checkpoint.
 DEVICE_DTYPE = "device"
 
@@ -72,8 +74,10 @@ def translate(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """
     used = {name: f"nothing ({DROPPED[name]})" for name in given if name in DROPPED}
     used |= {old: new for old, new in RENAMED.items() if given.get(old) is not None}
-    others = (*(old for old in RENAMED if old not in used), *SWITCHES, *DROPPED)
+    others = (*SWITCHES, *DROPPED)
     values = under_own_names({name: value for name, value in given.items() if name not in others}, RENAMED)
+    for old in given.keys() & RENAMED.keys() - used.keys():  # whose null is the default, as there
+        del values[RENAMED[old]]
     if given.get("no_peft") is not None:
         if values.get("use_peft") is not None:
             raise FNSFTError("no_peft and use_peft are two names of one option; drop no_peft")

@@ -64,6 +64,7 @@ def trl_options() -> list[Option]:
     # What their types do not say.
     more = {name: {"lowest": lowest, "highest": highest} for name, (lowest, highest) in _RANGES.items()}
     more |= {"report_to": {"choices": trackers}, "resume_from_checkpoint": {"switch": True}}
+    more["pad_to_multiple_of"] |= {"choices": ("auto",)}
     options = [dataclasses.replace(option, **more.get(option.name, {})) for option in options]
     _write(path, key, options)
     return options

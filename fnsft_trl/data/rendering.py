@@ -1,0 +1,76 @@
+"""What a chat template is given of a row beside its messages, and what may come of it."""
+
+import json
+from collections.abc import Mapping
+
+from jinja2 import TemplateError
+from transformers import ProcessorMixin
+
+from .cells import UnusableRow, is_empty, without_nulls
+
+
+# A template raises the first of these to refuse a row; the others come of what it does with values it is not made for.
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def tools_of(value) -> str | None:
+    """The tools of a row as JSON, which TRL reads: in a table, each of them would have the keys of all.
+
+    Raises:
+        UnusableRow: they are a text that is no JSON.
+    """
+    if not isinstance(value, str):
+        return None if value is None else json.dumps(without_nulls(value), ensure_ascii=False)
+    if is_empty(value):
+        return None
+    _json(value, "tools")
+    return value
+
+
+def kwargs_of(value) -> dict:
+    """What a row sets for the chat template.
+
+    Raises:
+        UnusableRow: it is no struct, and no JSON of one.
+    """
+    if isinstance(value, str) and not is_empty(value):
+        value = _json(value, "chat_template_kwargs")
+    if not is_empty(value) and not isinstance(value, Mapping):
+        raise UnusableRow(f"'chat_template_kwargs' holds a {type(value).__name__}; expected a struct")
+    return without_nulls(value or {})
+
+
+def _json(text: str, name: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UnusableRow(f"{name!r} is no JSON") from error
+
+
+def template_arguments(row: Mapping) -> dict:
+    """What `apply_chat_template` is given for a row beside its messages, as SFTTrainer does."""
+    tools = tools_of(row.get("tools"))
+    return {"tools": None if tools is None else json.loads(tools), **kwargs_of(row.get("chat_template_kwargs"))}
+
+
+def refusal(row: Mapping, processing_class, chat_template: str | None = None) -> str | None:
+    """Why the chat template cannot render a row, as SFTTrainer gives it; `None` if it can.
+
+    Args:
+        row: with `messages`, or with `prompt` and `completion`, as lists of messages; text is not rendered.
+        processing_class: a tokenizer; a processor is given contents in parts, and is not asked.
+        chat_template: another chat template than its own.
+    """
+    whole, prompt = row.get("messages"), row.get("prompt")
+    if "prompt" in row:
+        whole = prompt + row["completion"] if isinstance(prompt, list) else None
+    if not isinstance(whole, list) or isinstance(processing_class, ProcessorMixin):
+        return None
+    try:
+        arguments = {"tokenize": False, "chat_template": chat_template, **template_arguments(row)}
+        if "prompt" in row:
+            processing_class.apply_chat_template(prompt, add_generation_prompt=True, **arguments)
+        processing_class.apply_chat_template(whole, **arguments)
+    except RENDER_ERRORS as error:
+        return f"the chat template refuses the conversation ({error})"
+    return None
