@@ -12,15 +12,15 @@ Arms, all built in one process and stepped by turns, so that a slow moment of th
   shira             PEFT's SHiRA of as many weights as that LoRA, on the same modules
   osf               PEFT's OSF on the same modules
   parametrize       the original project's way: torch's parametrize, frozen + mask * delta, 10% of the neurons
-  additive          neuron deltas added to the output, 10% of the neurons
-  delta 2%, 10%, 30%  neuron deltas as they are
+  additive          neuron deltas in the additive form, 10% of the neurons
+  delta 2%, 10%, 30%  neuron deltas as they are: held in the weight in float32, additive in half precision
 
 A step is a forward pass, a backward pass from a fixed gradient of the output, a step of fused AdamW (the Trainer's
-default) and zero_grad, in float32 on one thread. `step`, and `forward_backward` without the optimizer, are medians of
-the rounds' ratios to the floor of the same round, in CPU seconds; `quartiles` show the spread of `step`.
-`parameters_mib` includes buffers and kept base values. `saved_mib` is what autograd keeps for the backward pass and is
-no parameter, each storage once. `peak_mib` is the highest resident memory during a step, above that of the process
-before the arm was built.
+default) and zero_grad, in float32 (or `--dtype`) on one thread. `step`, and `forward_backward` without the optimizer,
+are medians of the rounds' ratios to the floor of the same round, in CPU seconds; `quartiles` show the spread of
+`step`. `parameters_mib` includes buffers. `saved_mib` is what autograd keeps for the backward pass and is no
+parameter, each storage once. `peak_mib` is the highest resident memory during a step, above that of the process before
+the arm was built.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def neuron_deltas(model: nn.Module, fraction: float, *, additive: bool = False) 
     if additive:
         for layer in tuned.modules():
             if isinstance(layer, NeuronDeltaLayer):
-                layer._can_hold = lambda: False
+                layer._can_hold = lambda *args: False
     return tuned
 
 
@@ -183,10 +183,8 @@ class Arm:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self.forward_backward()
         states = [] if self.optimizer is None else self.optimizer.state.values()
-        layers = [module for module in self.model.modules() if isinstance(module, NeuronDeltaLayer)]
-        originals = [entries.originals for layer in layers for entries in layer.merging.entries.values()]
         held = {
-            "parameters": sum(t.nbytes for t in [*self.model.parameters(), *self.model.buffers(), *originals]),
+            "parameters": sum(t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]),
             "trained": sum(p.nbytes for p in self.trained),
             "gradients": sum(p.grad.nbytes for p in self.trained if p.grad is not None),
             "optimizer": sum(v.nbytes for state in states for v in state.values()),
@@ -221,7 +219,7 @@ def memory_of(name: str, model: nn.Module, inputs: torch.Tensor) -> dict[str, fl
     return result
 
 
-def measure(shape: str, names: list[str], rounds: int, tokens: int) -> dict[str, dict]:
+def measure(shape: str, names: list[str], rounds: int, tokens: int, dtype: str) -> dict[str, dict]:
     """Step all arms in a random order, `rounds` times, after one step each that is not counted."""
     torch.manual_seed(0)
     config = LlamaConfig(**{"vocab_size": 8, **SHAPES[shape]})
@@ -231,7 +229,8 @@ def measure(shape: str, names: list[str], rounds: int, tokens: int) -> dict[str,
         names = [name for name in names if name in OF_A_WHOLE_MODEL]
     else:
         model, inputs = LlamaModel(config), torch.randn(*size, config.hidden_size)
-    model.requires_grad_(False)
+    model.to(getattr(torch, dtype)).requires_grad_(False)
+    inputs = inputs.to(model.dtype) if inputs.is_floating_point() else inputs
     memory = {name: memory_of(name, model, inputs) for name in names}
     arms = {}
     for name in names:
@@ -263,6 +262,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--rounds", type=int, help="default: 12, 6 and 4")
     parser.add_argument("--tokens", type=int, help="default: 768, 512 and 768")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -279,9 +279,10 @@ def main() -> None:
         "shapes": {
             shape: {
                 "model": SHAPES[shape],
+                "dtype": args.dtype,
                 "tokens": args.tokens or TOKENS[shape],
                 "rounds": args.rounds or ROUNDS[shape],
-                "arms": measure(shape, names, args.rounds or ROUNDS[shape], args.tokens or TOKENS[shape]),
+                "arms": measure(shape, names, args.rounds or ROUNDS[shape], args.tokens or TOKENS[shape], args.dtype),
             }
             for shape in args.shapes
         },

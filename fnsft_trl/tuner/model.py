@@ -87,7 +87,8 @@ class NeuronTunerModel(BaseTuner):
         lora = LoraConfig(**peft_config.lora)
         # What else narrows the targets down was heeded in finding them.
         lora.target_modules, lora.exclude_modules, lora.layers_to_transform = set(self._lora_targets), None, None
-        (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        # Trainers make a reference from the very configuration of another adapter; the one to be made is the last.
+        adapter_name = [name for name, config in self.peft_config.items() if config is peft_config][-1]
         inject_beside(lora, model, adapter_name)
 
     @staticmethod
