@@ -67,25 +67,40 @@ def test_an_unknown_network_lists_those_there_are(templates):
         select_neurons(templates["llama"], [0, 3, 7])
 
 
-def test_unreliable_networks_are_left_out(templates):
-    """Reliable is what is further from the null than asked for: a fraction of the way from the null to 1."""
-    template = replace(templates["llama"], null={"reliability": 0.2, "jaccard": 0.0, "highest": 0.2})
-    above = [template.reliability_above_null(number) for number in range(3)]
-    order = sorted(range(3), key=lambda number: -above[number])
-    assert above[order[0]] == pytest.approx((template.components[order[0]].reliability - 0.2) / 0.8)
-    least = (above[order[0]] + above[order[1]]) / 2
-    assert select_neurons(template, min_reliability=least) == select_neurons(template, order[:1])
+def with_reliability(template, values, null):
+    components = [replace(c, reliability=value) for c, value in zip(template.components, values, strict=True)]
+    return replace(template, components=components, null=null)
+
+
+NULLS = [
+    {"reliability": 0.1, "jaccard": 0.1, "highest": 0.2},
+    {"reliability": 0.8, "jaccard": 0.1, "highest": 0.88},
+    {"reliability": 0.88, "jaccard": 0.1},  # as an older version measured it
+    {"reliability": 0.9, "jaccard": 0.1, "highest": 1.0},
+]
+
+
+@pytest.mark.parametrize("null", NULLS, ids=str)
+@pytest.mark.parametrize("least", [0.01, 0.3, 0.8, 1.0])
+def test_networks_are_left_out_by_their_reliability_above_null(templates, null, least):
+    values = [0.98, 0.9, 0.5]
+    template = with_reliability(templates["llama"], values, null)
+    chance = null.get("highest", null["reliability"])
+    expected = [n for n, value in enumerate(values) if chance < 1 and (value - chance) / (1 - chance) >= least]
+    if expected:
+        assert select_neurons(template, min_reliability=least) == select_neurons(template, expected)
+    else:
+        with pytest.raises(FNSFTError, match=rf"no network has a reliability above null of {least:g}"):
+            select_neurons(template, min_reliability=least)
     assert select_neurons(template, min_reliability=0.0) == select_neurons(template)
-    with pytest.raises(FNSFTError, match="no network has a reliability above null of 1"):
+
+
+def test_where_the_null_is_unknown_the_bare_reliability_counts_and_a_warning_says_so(templates, caplog):
+    template = with_reliability(templates["llama"], [0.98, 0.9, 0.5], None)
+    assert select_neurons(template, min_reliability=0.7) == select_neurons(template, [0, 1])
+    assert "does not know its null" in caplog.text
+    with pytest.raises(FNSFTError, match=r"no network has a reliability \(null unknown\) of 1"):
         select_neurons(template, min_reliability=1.0)
-
-
-def test_without_a_null_the_bare_reliability_counts(templates):
-    template = replace(templates["llama"], null=None)
-    reliability = [component.reliability for component in template.components]
-    order = sorted(range(3), key=lambda number: -reliability[number])
-    least = (reliability[order[0]] + reliability[order[1]]) / 2
-    assert select_neurons(template, min_reliability=least) == select_neurons(template, order[:1])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """An interrupted discovery goes on where it was saved, or says why it cannot."""
 
+import random
+
 import pytest
 import torch
 from helpers import tiny_model, tiny_rows
+from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
 from fnsft_trl.discovery.activations import ActivationReader
 from fnsft_trl.discovery.progress import DiscoveryProgress, Milestones
+from fnsft_trl.template.weights import weights_sha256
 
 
 SMALL = {"ica_components": 3, "ica_rank": 16, "ica_batch_size": 2, "ica_max_length": 32}
@@ -90,6 +94,88 @@ def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypat
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(FNSFTError, match="cannot be read"):
         discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=True)
+
+
+@pytest.fixture
+def interrupted(tokenizer, tmp_path, monkeypatch):
+    """A discovery of a model that was saved on its way and not cleared: (call it again on a model, where it lies)."""
+    monkeypatch.setattr("fnsft_trl.discovery.progress._LEAST_SAVED", 1)
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000)
+
+    def discover(model, resume=True):
+        return discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=resume)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DiscoveryProgress, "clear", lambda self: None)
+        discover(tiny_model("llama"), resume=False)
+    return discover, tmp_path / "p"
+
+
+def with_lora(model):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+
+
+def one_step_on(name):
+    """The same model with one weight of one parameter moved by the least that its precision knows."""
+
+    def changed(model):
+        with torch.no_grad():
+            weight = model.get_parameter(name).view(-1)[-1:]
+            weight.copy_(torch.nextafter(weight, weight + 1))
+        return model
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        one_step_on("model.layers.1.mlp.down_proj.weight"),
+        one_step_on("model.layers.0.self_attn.q_proj.weight"),
+        one_step_on("model.norm.weight"),
+        one_step_on("model.embed_tokens.weight"),
+        lambda model: tiny_model("llama", seed=5),
+        lambda model: model.to(torch.bfloat16),
+        with_lora,
+    ],
+    ids=["mlp", "attention", "norm", "embedding", "another", "precision", "adapter"],
+)
+def test_a_model_of_the_same_name_with_other_weights_is_refused(interrupted, change):
+    discover, directory = interrupted
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(FNSFTError, match=r"the weights of the model are not those of the interrupted discovery"):
+        discover(change(tiny_model("llama")))
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    discover(tiny_model("llama"))
+
+
+def test_a_trained_adapter_is_a_part_of_the_weights(tokenizer, tmp_path, monkeypatch):
+    model = with_lora(tiny_model("llama"))
+    before = weights_sha256(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1)
+    assert weights_sha256(model) != before
+    assert weights_sha256(with_lora(tiny_model("llama")).to("meta")) != before
+
+
+def test_a_damaged_save_is_refused(interrupted):
+    discover, directory = interrupted
+    (file,) = directory.glob("*/*.safetensors")
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    places = [draw.randrange(8, len(whole)) for _ in range(30)] + [len(whole) - 1]
+    for place in places:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+        with pytest.raises(FNSFTError, match=r"cannot be read|interrupted discovery|another version"):
+            discover(tiny_model("llama"))
+    file.write_bytes(whole)
+    discover(tiny_model("llama"))
+
+
+def test_what_another_version_saved_is_refused(tmp_path):
+    progress(tmp_path).save([Number(3)], batch=7, sha256="x")
+    with pytest.raises(FNSFTError, match="another version of fnsft-trl"):
+        progress(tmp_path).resume([Number(3), Number(4)])
 
 
 def progress(directory, process=0, processes=1, about=None):
