@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, find_neuron_sites
 from fnsft_trl.constraints import FrozenSlices
+from fnsft_trl.constraints.frozen import FrozenSlice
 from fnsft_trl.tuner import NeuronTunerConfig
 
 
@@ -256,6 +257,7 @@ def test_an_optimizer_in_8_bits_moves_zeros_of_lora_that_are_not_put_back(
     """Without a gradient, without weight decay."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(FrozenSlices, "restore", lambda self: None)
+    monkeypatch.setattr(FrozenSlice, "note", lambda self: None)  # nor found to be written
     feature = Feature({"optim": "adamw_8bit", "weight_decay": 0.0})
     trainer = make(tmp_path, feature, "lora", rows, a_tokenizer, medium_template, frozen_guard=False)
     frozen = (~trainer.trainable_neurons).indices(0)
