@@ -36,6 +36,7 @@ _HOMES = {
     "MaskScheduleCallback": "training",
     "RetentionCallback": "training",
     "FNSFTTrainer": "training",
+    "with_networks": "training",
     "to_merged": "export",
     "to_plain_lora": "export",
     "verify_merge": "export",

@@ -47,7 +47,8 @@ ORDER = {
     "evaluation": ["metrics", "reload", "retention"],
     "training": [
         *("preparation", "loaded", "divergence", "batches", "full_eval", "watched", "ways", "guard", "run_record"),
-        *("checkpoints", "same_run", "run", "resumption", "schedule", "retention", "trainer"),
+        *("checkpoints", "same_run", "reference", "kinds", "run", "resumption", "schedule", "retention", "networked"),
+        *("trainer", "any_trainer"),
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
