@@ -249,23 +249,29 @@ def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, 
 # What else a run with networks has
 
 
-def test_a_schedule_switches_the_mask_of_the_reference_too(make, templates):
-    trainer = make("DPO", "full", max_steps=2)
-    watched = [Firsts(model, trainer.neuron_mask) for model in (trainer.model, trainer.ref_model)]
-    seen = []
+class Note(TrainerCallback):
+    """What was silent in each step."""
 
-    class Note(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen.append([each.seen for each in watched])
-            for each in watched:
-                each.seen = set()
+    def __init__(self, watched):
+        self.watched, self.steps = watched, []
 
-    trainer.add_callback(Note())
-    outside = ~trainer.neuron_mask
-    assert outside.count
-    with pytest.raises(FNSFTError, match="nothing that could learn"):
-        MaskScheduleCallback(trainer, [MaskPhase(1, "lesion")])
-    trainer = None
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append([each.seen for each in self.watched])
+        for each in self.watched:
+            each.seen = set()
+
+
+def test_a_schedule_switches_the_mask_of_the_reference_too(make):
+    trainer = make("DPO", "full")
+    note = Note([Firsts(model, ~trainer.neuron_mask) for model in (trainer.model, trainer.ref_model)])
+    trainer.add_callback(MaskScheduleCallback(trainer, [MaskPhase(1, "preserve")]))
+    trainer.add_callback(note)
+    trainer.train()
+    assert note.steps == [[{False}, {False}], [{True}, {True}]]
+    with pytest.raises(FNSFTError, match="precompute_ref_log_probs"):
+        MaskScheduleCallback(make("DPO", precompute_ref_log_probs=True), [MaskPhase(1, "preserve")])
+    with pytest.raises(FNSFTError, match="with_networks"):
+        MaskScheduleCallback(Trainer(tiny_model("llama")), [MaskPhase(1, "preserve")])
 
 
 @pytest.mark.parametrize("name", ["Trainer", "DPO", "KTO", "Reward"])
