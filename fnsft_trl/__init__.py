@@ -35,6 +35,7 @@ _HOMES = {
     "MaskPhase": "training",
     "MaskScheduleCallback": "training",
     "RetentionCallback": "training",
+    "RetentionConfig": "evaluation",
     "FNSFTTrainer": "training",
     "with_networks": "training",
     "to_merged": "export",

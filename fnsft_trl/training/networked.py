@@ -11,18 +11,20 @@ from transformers.utils import logging
 from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
+from ..evaluation.config import RetentionConfig
 from ..hub.credentials import UnsavedToken
-from ..hub.files import hub_errors, is_hub_id, prepare_repo
+from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
 from .kinds import TrainerKind
 from .resumption import Resumption, check_plain
+from .retained import RetainingTrainer
+from .retention_texts import RetentionTexts
 from .run import Run
 from .run_record import RunRecord
 from .same_run import fsdp_form
 from .schedule import MaskScheduleCallback
-from .watched import WatchedTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +33,7 @@ logger = logging.get_logger(__name__)
 _OWN = ("data_collator", "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "reward_funcs", "rollout_func")
 
 
-class NetworkedTrainer(WatchedTrainer):
+class NetworkedTrainer(RetainingTrainer):
     """What networks add to a trainer. It goes in front of the class of the trainer: see [`with_networks`].
 
     Args:
@@ -42,6 +44,8 @@ class NetworkedTrainer(WatchedTrainer):
         network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
             The networks, their directory or their Hub id; overrides `network_config.ica_template_path`. Without
             either, they are discovered on `network_config.ica_datasets` or on the training data.
+        retention ([`RetentionConfig`], *optional*):
+            The general texts on which it is measured what the model loses, with networks and without, and a budget.
 
     Attributes: those of [`FNSFTTrainer`].
 
@@ -60,10 +64,15 @@ class NetworkedTrainer(WatchedTrainer):
         *args,
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
+        retention: RetentionConfig | None = None,
         **kwargs,
     ) -> None:
         kind = TrainerKind(self._trainer_class)
         given = kind.by_name(args, kwargs)
+        if retention is not None and kind.scores:
+            raise FNSFTError("retention is measured by the next token, which a reward model does not predict; drop it")
+        read = ("args", "train_dataset", "processing_class", "formatting_func")
+        retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
         own = {name: given[name] for name in _OWN if name in given}
         if network_config is not None:
             self._run = Run(network_config, given, kind)
@@ -73,7 +82,7 @@ class NetworkedTrainer(WatchedTrainer):
         elif network_template is not None:
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
-            super().__init__(**given)
+            super().__init__(**given, retention=retained)
         if self.args.hub_token is not None:
             self.args.hub_token = UnsavedToken(self.args.hub_token)
         if self._run is not None:
@@ -174,30 +183,6 @@ class NetworkedTrainer(WatchedTrainer):
         if self.mask_handle is not None and self.eval_dataset is not None:
             self._evaluate_with_and_without_mask()
         return result
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """As the parent's; the branch `hub_revision` is made where it does not exist.
-
-        Raises:
-            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
-        """
-        with self._hub_errors():
-            super().init_hf_repo(*args, **kwargs)
-            if self.hub_model_id is not None and self.args.hub_revision is not None:
-                prepare_repo(self.hub_model_id, token=self.args.hub_token, branch=self.args.hub_revision)
-
-    def push_to_hub(self, *args, **kwargs):
-        """As the parent's.
-
-        Raises:
-            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
-        """
-        with self._hub_errors():
-            return super().push_to_hub(*args, **kwargs)
-
-    def _hub_errors(self):
-        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        return hub_errors(repo, self.args.hub_revision, token=self.args.hub_token)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the parent's, with a section on what was trained, what was frozen and how to load the result.

@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from ..config import FunctionalNetworkConfig
 from ..data.preparation import Preparation
 from ..data.tokenized import TokenizedCache
+from ..evaluation.config import RetentionConfig
 from ..template.template import FunctionalNetworkTemplate
 from .networked import NetworkedTrainer
 
@@ -65,6 +66,8 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         tokenized_cache (`bool`, *optional*, defaults to `False`):
             Keep tokenised datasets in the user's cache, and read them from it when rows, tokenizer, chat template,
             lengths and versions are the same.
+        retention ([`RetentionConfig`], *optional*):
+            The general texts on which it is measured what the model loses, with networks and without, and a budget.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -99,6 +102,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         tokenized_cache: bool = False,
+        retention: RetentionConfig | None = None,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         super().__init__(
@@ -119,6 +123,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             formatting_func,
             network_config=network_config,
             network_template=network_template,
+            retention=retention,
         )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..constraints import plain_optimizer
@@ -11,12 +10,13 @@ from ..errors import FNSFTError
 from .batches import BatchCount
 from .divergence import DivergenceGuard, check_weights
 from .full_eval import weights_kept
+from .hub import HubTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-class WatchedTrainer(Trainer):
+class WatchedTrainer(HubTrainer):
     """Trainer, with errors where its numbers would mean nothing. It goes in front of any other kind of trainer.
 
     A run ends in an error when its loss or gradients are not finite (transformers logs a loss of 0.0 then, and goes

@@ -239,8 +239,8 @@ def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, 
         assert torch.equal(logits(model, IDS), before)
     assert not torch.equal(now, tuned)
 
+    model = PeftModel.from_pretrained(load(model_dir), tmp_path / "sft", is_trainable=True)
     with pytest.raises(FNSFTError, match=r"brings deltas of \d+ neurons .* not the same ones"):
-        model = PeftModel.from_pretrained(load(model_dir), tmp_path / "sft", is_trainable=True)
         make("DPO", model=model, network={"ica_component_ids": [1]})
     with pytest.raises(FNSFTError, match="loaded for inference"):
         make("DPO", model=AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft"))
@@ -340,7 +340,7 @@ def test_one_class_for_one_class():
     assert issubclass(with_networks(trl.DPOTrainer), trl.DPOTrainer)
     assert with_networks(trl.SFTTrainer) is FNSFTTrainer is with_networks(FNSFTTrainer)
     for wrong in ("DPOTrainer", trl.DPOConfig, None):
-        with pytest.raises(FNSFTError, match="takes a class, transformers.Trainer or a subclass"):
+        with pytest.raises(FNSFTError, match="takes a class, transformers"):
             with_networks(wrong)
 
 
