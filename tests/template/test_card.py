@@ -119,7 +119,7 @@ RENDERED = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethro
 @given(st.text(max_size=60) | st.text(alphabet="<>[]()!`*_~|&#;\\\n a1.:/w-", max_size=40))
 @example("".join(INJECTIONS))
 def test_text_of_others_is_shown_letter_by_letter(text):
-    """In a paragraph and in a table: what a reader of Markdown makes of it is that text, on one line, without a tag."""
+    """In a paragraph and in a table: what Markdown makes of it is that text, on one line, without a tag."""
     shown = plain(text)
     assert html.unescape(shown) == "".join(c if c.isprintable() else " " for c in text).strip()
     page = RENDERED.render(f"Found on {shown}, no less.\n\n| a | b |\n|---|---|\n| x | {shown} |\n")

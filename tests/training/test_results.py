@@ -22,6 +22,8 @@ TEXTS = ["Say bako: okab. Say riten: netir. Say sumo: omus."] * 4
 @pytest.fixture
 def make(templates, rows, tokenizer, tmp_path):
     def make(directory="run", *, network=None, retention=True, networks=True, lora=False, evaluated=rows[:6], **args):
+        if isinstance(evaluated, list):
+            evaluated = Dataset.from_list(evaluated)
         trainer = FNSFTTrainer(
             model=tiny_model("llama"),
             args=sft_config(tmp_path / directory, **args),
