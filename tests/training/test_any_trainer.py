@@ -135,6 +135,18 @@ class Firsts(TrainerCallback):
         return lambda module, args: self.seen.add(not args[0][..., silenced].any())
 
 
+class Note(TrainerCallback):
+    """What was silent in each step."""
+
+    def __init__(self, watched):
+        self.watched, self.steps = watched, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append([each.seen for each in self.watched])
+        for each in self.watched:
+            each.seen = set()
+
+
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_what_trains_is_what_was_selected(make, name, method, tmp_path):
     trainer = make(name, method, network={"ica_component_ids": [0]})
@@ -177,9 +189,10 @@ def test_the_mask_is_on_when_it_is_asked_for(make, name, method, mode):
     trainer = make(name, method, network={"mask_mode": mode, "ica_component_ids": [0]}, max_steps=1)
     silenced = trainer.neuron_mask if mode == "lesion" else ~trainer.neuron_mask
     models = [trainer.model] + ([trainer.ref_model] if method == "full" and name in WITH_REFERENCE else [])
-    watched = [Firsts(model, silenced) for model in models]
+    note = Note([Firsts(model, silenced) for model in models])
+    trainer.add_callback(note)
     trainer.train()
-    assert [each.seen for each in watched] == [{True}] * len(models), "silent in every pass, the reference's too"
+    assert note.steps == [[{True}] * len(models)], "silent in every pass, the reference's too"
     logged = [key for entry in trainer.state.log_history for key in entry]
     assert {"eval_masked_loss", "eval_unmasked_loss"} <= set(logged)
 
@@ -247,18 +260,6 @@ def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, 
 
 
 # What else a run with networks has
-
-
-class Note(TrainerCallback):
-    """What was silent in each step."""
-
-    def __init__(self, watched):
-        self.watched, self.steps = watched, []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append([each.seen for each in self.watched])
-        for each in self.watched:
-            each.seen = set()
 
 
 def test_a_schedule_switches_the_mask_of_the_reference_too(make):
