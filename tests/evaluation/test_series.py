@@ -1,8 +1,9 @@
 import copy
+import json
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_rows
+from helpers import TESTS, run_processes, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig
@@ -146,3 +147,12 @@ def test_a_base_that_cannot_be_had_is_an_error(text, tokenizer):
         RetentionSeries(text, name="a").resume(of_adapter.state(), None, stranger)
     with pytest.raises(FNSFTError, match="not in the checkpoint"):
         RetentionSeries(text, name="a").resume(of_whole.state(), None, whole)
+
+
+@pytest.mark.slow
+def test_three_processes_get_the_numbers_of_one():
+    """To the last bit; five batches, so that one process idles in the second round."""
+    script = TESTS / "series_run.py"
+    (one,), three = run_processes(1, script), run_processes(3, script)
+    assert [kind for kind, *_ in json.loads(one)] == ["exact", "top-k"]
+    assert three == [one] * 3
