@@ -34,7 +34,7 @@ def card_text(metadata: dict[str, Any], body: str) -> str:
 
 
 # What could begin Markdown or HTML in the middle of a line, and what makes a link of an address.
-_MARKUP = re.compile(r"[^\w ,;()+/%='.:-]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.", flags=re.IGNORECASE)
+_MARKUP = re.compile(r"[^\w ,;()+/%='.:-]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", flags=re.IGNORECASE)
 
 
 def plain(text: str) -> str:

@@ -26,7 +26,8 @@ RESULTS_SECTION = "## Results of the run"
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft")
 _MASKS = {"masked": "under the mask", "unmasked": "without the mask"}
-_SPEED = ("runtime", "samples_per_second", "steps_per_second")  # of the machine and the moment
+# Of the machine and the moment, and TRL's count of the tokens of the training.
+_LEFT_OUT = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class RunResults:
         rows += [(f"evaluation{where}", told) for where, told in self._evaluated()]
         if found["retention"] is not None:
             rows += [(f"retention {name}".strip(), _lost(s)) for name, s in found["retention"]["series"].items()]
-            rows.append(("budget", found["retention"]["done"]))
+            if found["retention"]["budget"] is not None or weights != found["steps"]:
+                rows.append(("done", found["retention"]["done"]))
         if networks is not None:
             rows.append(("guard", self._guarded()))
         return rows
@@ -154,7 +156,7 @@ def _evaluations(state: TrainerState, weights: int, *, has_mask: bool) -> dict[s
     for entry in state.log_history:
         for name, value in entry.items():
             name = name.removeprefix("eval_") if name.startswith("eval_") else ""
-            if not name or name.startswith("retention/") or name.endswith(_SPEED) or not _is_number(value):
+            if not name or name.startswith("retention/") or name.endswith(_LEFT_OUT) or not _is_number(value):
                 continue
             mask, _, own = name.partition("_")
             if has_mask and mask in _MASKS:

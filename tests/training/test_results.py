@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fnsft_trl import FNSFTTrainer, FunctionalNetworkConfig, RetentionCallback, find_neuron_sites, lesion
+from fnsft_trl.training import RetentionBudgetExceeded
 from fnsft_trl.training.results import RESULTS_FILE, RESULTS_SECTION
 
 
@@ -70,6 +71,7 @@ def test_the_end_of_a_run_says_it_all(make, caplog, method):
         values = found["evaluation"][mask]
         assert {"loss", "mean_token_accuracy"} <= values.keys()
         assert values == {name: last[f"eval_{mask}_{name}"] for name in values}
+    assert found["retention"]["budget"] is None
     wiki = found["retention"]["series"]["wiki"]
     assert wiki["rise"] == last["retention/wiki/rise"]
     assert wiki["kl"] == last["retention/wiki/kl"]
@@ -102,7 +104,7 @@ def test_a_run_without_networks_tells_what_it_lost(make, caplog):
     assert found["guard"] is None
     assert found["evaluation"]["step"] == 4
     assert "loss" in found["evaluation"]["during"]
-    assert set(table_in(caplog)) == {"steps", "evaluation", "retention wiki", "budget"}
+    assert set(table_in(caplog)) == {"steps", "evaluation", "retention wiki"}
     assert "| retention wiki | rise " in card
     assert "## Functional networks" not in card
 
@@ -139,8 +141,8 @@ def test_a_resumed_run_ends_with_the_same(make, tmp_path):
 
 
 def test_the_evaluation_is_that_of_the_weights(make, rows):
-    """Of the best checkpoint, where it is loaded; the last steps of this run make it worse."""
-    settings = {"learning_rate": 0.3, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    """Of the best checkpoint, where it is loaded: here the one of the highest loss, which comes early."""
+    settings = {"greater_is_better": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     trainer = make(evaluated={"a b": Dataset.from_list(rows[:4])}, metric_for_best_model="a b_loss", **settings)
     found, _ = finish(trainer)
@@ -173,6 +175,23 @@ def test_a_saved_card_is_renewed(make):
     assert "networks 1-2 of 3" in card
     assert "networks 0 of 3" not in card
     assert card.count("## Functional networks") == 1
+
+
+def test_what_was_done_about_the_budget_is_told(make, caplog):
+    """A run that no measurement of keeps to its budget ends in an error, and says it all too."""
+    trainer = make(retention=False, learning_rate=0.3, eval_strategy="steps", eval_steps=1)
+    trainer.add_callback(RetentionCallback(trainer, ["koko ko ba." * 9], name="wiki", max_tokens=60, budget=0.0))
+    with caplog.at_level(logging.WARNING, "fnsft_trl"), pytest.raises(RetentionBudgetExceeded):
+        trainer.train()
+    trainer.save_model()
+    found = json.loads((Path(trainer.args.output_dir) / RESULTS_FILE).read_text())
+    assert found["weights_of_step"] == 0
+    assert found["retention"]["budget"] == 0.0
+    assert found["retention"]["series"]["wiki"]["rise"] == pytest.approx(0, abs=1e-6)
+    rows = table_in(caplog)
+    assert rows["done"] == found["retention"]["done"]
+    assert rows["done"].startswith("rolled back to step 0")
+    assert rows["steps"].endswith("the weights are of 0")
 
 
 class Endless(TrainerCallback):
