@@ -9,7 +9,7 @@ import transformers as tf
 import trl
 from datasets import Dataset
 from helpers import changed_entries, logits, sft_config, state, tiny_model, tiny_rows, tiny_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import fnsft_trl.tuner  # noqa: F401
@@ -20,7 +20,9 @@ from fnsft_trl import (
     FunctionalNetworkConfig,
     MaskPhase,
     MaskScheduleCallback,
+    NeuronTunerConfig,
     find_neuron_sites,
+    select_neurons,
     with_networks,
 )
 from fnsft_trl.export import changed_neurons
@@ -292,6 +294,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
         make(name, method, max_steps=4, learning_rate=0.02, output_dir=str(tmp_path / "other")).train(
             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
         )
+
+
+def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):
+    def run(directory, **train):
+        settings = {"steps_per_generation": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+        trainer = make("GRPO", output_dir=str(tmp_path / directory), **settings)
+        trainer.train(**train)
+        return trainer
+
+    whole = run("whole")
+    with pytest.raises(FNSFTError, match=r"last 2 steps .* multiple of 2"):
+        run("odd", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed = run("even", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert changed_entries(state(whole.model), state(resumed.model)) == {}
+
+
+def test_a_run_from_an_adapter_is_resumed_with_its_reference(make, templates, model_dir, tmp_path):
+    config = NeuronTunerConfig(neurons=select_neurons(templates["llama"]).to_ranges(), task_type="CAUSAL_LM")
+    tuned = get_peft_model(load(model_dir), config)
+    for name, parameter in tuned.named_parameters():
+        if "neuron_delta" in name:
+            parameter.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+    tuned.save_pretrained(tmp_path / "tuned")
+
+    def run(directory, **train):
+        model = PeftModel.from_pretrained(load(model_dir), tmp_path / "tuned", is_trainable=True)
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = make("DPO", model=model, output_dir=str(tmp_path / directory), **settings)
+        trainer.train(**train)
+        return trainer
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert changed_entries(state(whole.model), state(resumed.model)) == {}
+    assert whole.model.active_adapters == resumed.model.active_adapters == ["default"]
 
 
 @pytest.mark.parametrize("name", ["Trainer", "DPO", "GRPO"])
