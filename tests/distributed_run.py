@@ -110,6 +110,7 @@ def run_trainer(
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.train()
+    trainer.save_model()
     if is_sharded:
         assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters())
         config = None if method == "full" else trainer.model.peft_config["default"]

@@ -1,29 +1,29 @@
-"""WatchedTrainer: an SFTTrainer that does not end well when it has learnt nothing, or broken what it trains."""
+"""WatchedTrainer: a Trainer that does not end well when it has learnt nothing, or broken what it trains."""
 
 from contextlib import nullcontext
 
 import torch
 from transformers.utils import logging
-from trl import SFTTrainer
 
 from ..constraints import plain_optimizer
 from ..errors import FNSFTError
 from .batches import BatchCount
 from .divergence import DivergenceGuard, check_weights
 from .full_eval import weights_kept
+from .hub import HubTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-class WatchedTrainer(SFTTrainer):
-    """SFTTrainer, with errors where its numbers would mean nothing.
+class WatchedTrainer(HubTrainer):
+    """Trainer, with errors where its numbers would mean nothing. It goes in front of any other kind of trainer.
 
     A run ends in an error when its loss or gradients are not finite (transformers logs a loss of 0.0 then, and goes
     on), and when no batch of the training, or of an evaluation, holds a label.
 
     Args:
-        args, kwargs: those of [`~trl.SFTTrainer`].
+        args, kwargs: those of the trainer that it goes in front of.
 
     Attributes:
         keeps_weights (`bool`): whether evaluations outside of training leave the weights as they are under
