@@ -27,7 +27,6 @@ from ..data.preparation import Preparation
 from ..data.tokenized import TokenizedCache
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
-from ..hub.credentials import UnsavedToken
 from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
@@ -156,8 +155,6 @@ class FNSFTTrainer(RetainingTrainer):
                 formatting_func,
                 retention=retained,
             )
-        if self.args.hub_token is not None:
-            self.args.hub_token = UnsavedToken(self.args.hub_token)
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
             own = {"data_collator": data_collator, "compute_loss_func": compute_loss_func, "optimizers": optimizers}

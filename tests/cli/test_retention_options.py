@@ -49,7 +49,7 @@ def test_a_file_and_the_command_line_mean_the_same(tmp_path):
 @pytest.mark.parametrize("networks", [True, False])
 def test_series_are_measured_with_networks_and_without(base, templates, tmp_path, trainers, networks):
     templates["llama"].save_pretrained("template")
-    more = ["--ica_template_path", "template"] if networks else ["--use_peft", "--lora_target_modules", "up_proj"]
+    more = ["--ica_template_path", "template"] if networks else ["--use_peft", "--lora_target_modules", "up_proj", "q_proj"]
     more += ["--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end"]
     more += ["--metric_for_best_model", "retention/law/kl", "--retention_datasets", "wiki=wiki.txt", "law.txt"]
     assert main([*base, *more]) == 0
