@@ -6,6 +6,7 @@ from datasets import Dataset
 from helpers import random_mask, sft_config, state, tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, Trainer
+from trl import SFTTrainer
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, RetentionCallback, RetentionConfig, lesion
 from fnsft_trl.evaluation.retention import RetentionText
@@ -340,6 +341,31 @@ def test_the_best_checkpoint_within_the_budget_is_loaded(make, texts, log, free,
     assert trainer.state.best_global_step == min((1, 2), key=losses.get)
     assert highest(trainer)[-1][1] == pytest.approx(rises[trainer.state.best_global_step], abs=1e-7)
     assert "the best checkpoint within the budget" in last_line(log)
+
+
+@pytest.mark.parametrize("method", [LoraConfig(r=2, target_modules=["up_proj"]), None])
+def test_a_plain_trainer_that_loads_a_best_model_over_the_budget_is_rolled_back(
+    rows, tokenizer, tmp_path, log, method
+):
+    """Its best model is chosen by the loss alone, and is the last one here."""
+    data = Dataset.from_list(rows)
+    settings = {**GROWS, **EACH, "save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": False}
+    settings |= {"load_best_model_at_end": True, "learning_rate": 0.03}
+    trainer = SFTTrainer(
+        tiny_model("llama"),
+        sft_config(tmp_path / "out", **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        peft_config=method,
+    )
+    base = state(trainer.model)
+    lines = ["9876543210 is it"] * 20
+    trainer.add_callback(RetentionCallback(trainer, lines, name="law", max_tokens=60, budget=0))
+    with pytest.raises(RetentionBudgetExceeded):
+        trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    assert all(torch.equal(value, base[name]) for name, value in state(trainer.model).items())
 
 
 def test_no_checkpoint_over_the_budget_is_written_or_resumed(make, texts, tmp_path, free):
