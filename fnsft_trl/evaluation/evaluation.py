@@ -12,13 +12,12 @@ from torch import nn
 
 from ..data.choices import ChoiceFormat, chosen_choice_format, find_choice_format, read_choices
 from ..data.left_out import LeftOut
-from ..errors import FNSFTError
 from .choices import choice_measures, score_choices
-from .config import EvaluationConfig
 from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
 from .measures import Measure
 from .metrics import score_rows
 from .rows import EvaluationRow, RowReader, prompt_format, read_rows
+from .settings import EvaluationConfig
 from .share import ALONE, Share
 
 

@@ -108,8 +108,8 @@ def score_completions(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, with an end-of-sequence token, and for messages with a chat template.
-        rows: as the trainer is given them: dicts of `prompt` and `completion`, each text or messages, or of `messages`,
-            whose last answer is the completion.
+        rows: as the trainer is given them: dicts of `prompt` and `completion`, each text or messages, or of
+            `messages`, whose last answer is the completion.
         batch_size: rows per forward pass.
 
     Raises:

@@ -38,7 +38,7 @@ class EvaluationRow:
 
     @property
     def first(self) -> int:
-        """The first token that is scored: the first one that counts, but for the very first, which nothing precedes."""
+        """The first token that is scored: the first that counts, but for the very first, which nothing precedes."""
         starts = [self.learnt.index(True)] if any(self.learnt) else []
         starts += [self.answer[0]] if self.answer is not None else []
         return max(1, min(starts, default=1))

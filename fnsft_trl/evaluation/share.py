@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import distributed as dist
 from tqdm import tqdm
@@ -54,11 +55,30 @@ class Share:
             for batch in own:
                 done |= dict(zip(batch, work(batch), strict=True))
                 bar.update(len(batch))
-        if self.count > 1:
-            gathered: list = [None] * self.count
-            dist.all_gather_object(gathered, done)
-            done = {number: result for part in gathered for number, result in part.items()}
+        done = {number: result for part in self._gathered(done) for number, result in part.items()}
         return [done[number] for number in range(len(lengths))]
+
+    def in_parts(self, work: Callable[[list], list], items: list) -> list:
+        """Work on items in one part for each process.
+
+        Args:
+            work: is given the items of a part, and gives a list with what comes of each.
+            items: all of them.
+
+        Returns:
+            What came of each item, in their order, in every process.
+        """
+        start, end = (len(items) * index // self.count for index in (self.index, self.index + 1))
+        own = work(items[start:end]) if end > start else []
+        return [result for part in self._gathered(own) for result in part]
+
+    def _gathered(self, own: Any) -> list:
+        """What every process has."""
+        if self.count == 1:
+            return [own]
+        gathered: list = [None] * self.count
+        dist.all_gather_object(gathered, own)
+        return gathered
 
 
 ALONE = Share()
