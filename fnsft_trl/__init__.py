@@ -35,6 +35,7 @@ _HOMES = {
     "MaskPhase": "training",
     "MaskScheduleCallback": "training",
     "RetentionCallback": "training",
+    "RetentionConfig": "evaluation",
     "FNSFTTrainer": "training",
     "to_merged": "export",
     "to_plain_lora": "export",

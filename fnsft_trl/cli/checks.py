@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from ..compat.transformers import installed_trackers
 from ..errors import FNSFTError
+from ..evaluation.config import RetentionConfig
 
 
 # What an evaluation of SFTTrainer measures. aux_loss is that of experts.
@@ -23,12 +24,13 @@ _EVAL_METRICS = (
 )
 
 
-def check_training_arguments(args: SFTConfig, device: str) -> None:
+def check_training_arguments(args: SFTConfig, device: str, retention: RetentionConfig | None = None) -> None:
     """Check, before anything is loaded, what would end the training at its beginning.
 
     Args:
         args: the arguments of the trainer.
         device: type of the device that it computes on.
+        retention: what is measured beside the evaluations.
 
     Raises:
         FNSFTError: a tracker or a kernel that is not installed, a schedule that does not take its arguments, a metric
@@ -42,11 +44,11 @@ def check_training_arguments(args: SFTConfig, device: str) -> None:
     if args.activation_offloading and device == "cpu":
         raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
     _check_schedule(args)
-    metric = args.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in _EVAL_METRICS:
+    metric, known = args.metric_for_best_model, (*_EVAL_METRICS, *(retention.metrics() if retention else ()))
+    if metric is not None and metric.removeprefix("eval_") not in known:
         raise FNSFTError(
             f"metric_for_best_model is {metric!r}, which no evaluation here measures; it must be one of: "
-            f"{', '.join(_EVAL_METRICS)}"
+            f"{', '.join(known)}"
         )
 
 

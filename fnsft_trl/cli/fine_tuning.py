@@ -15,6 +15,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, g
 from ..data.config import DataConfig
 from ..data.embedded import resolve_model
 from ..data.training import load_training_data
+from ..errors import FNSFTError
+from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
 from ..training.trainer import FNSFTTrainer
 from .checks import check_checkpoint, check_training_arguments
@@ -62,9 +64,17 @@ def fine_tune(asked: TrainOptions) -> None:
     args = trainer.args
     if run.ica_template_output and trainer.is_world_process_zero():
         save_template(trainer.network_template, run.ica_template_output)
-    trainer.train(resume_from_checkpoint=settings.resume)
+    failure = None
+    try:
+        trainer.train(resume_from_checkpoint=settings.resume)
+    except RetentionBudgetExceeded as error:  # the model is its base again, and is saved as such
+        failure = error
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
+    if failure is not None:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+        raise FNSFTError(f"{failure}. It is saved to {args.output_dir}; nothing is exported or pushed") from failure
     if trainer.is_world_process_zero():
         _export(run, Path(args.output_dir).expanduser())
     trainer.accelerator.wait_for_everyone()
@@ -91,7 +101,7 @@ def _settings(asked: TrainOptions) -> _Settings:
     if peft is not None:
         peft.revision = asked.values.get("model_revision")
     hush_repetitions(training.process_index)
-    check_training_arguments(training, precision.device)
+    check_training_arguments(training, precision.device, asked.retention)
     loading = LoadingConfig(**asked.of(LoadingConfig) | {"dtype": model.dtype})
     check_loading(loading, precision.device)
     return _Settings(
@@ -152,6 +162,7 @@ def _trainer(asked: TrainOptions, settings: _Settings) -> FNSFTTrainer:
             peft_config=peft,
             network_config=asked.network_config,
             tokenized_cache=data_config.tokenized_cache,
+            retention=asked.retention,
         )
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:

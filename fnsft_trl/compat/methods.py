@@ -96,6 +96,13 @@ PRIVATE_METHODS = (
         "weights that FSDP keeps sharded are gathered, and saved whole at the end",
     ),
     PrivateMethod(
+        "transformers.Trainer",
+        f"{_TRANSFORMERS}transformers/trainer.py",
+        "_determine_best_metric",
+        ("metrics", "trial"),
+        "a state that has lost more than the budget of retention is not the best one",
+    ),
+    PrivateMethod(
         *_SFT,
         "_prepare_dataset",
         ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),

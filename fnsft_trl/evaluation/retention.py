@@ -28,26 +28,40 @@ class RetentionText:
 
     @classmethod
     def from_texts(
-        cls, texts: Iterable, tokenizer, *, max_tokens: int = 8192, max_length: int = 256
+        cls, texts: Iterable, tokenizer, *, max_tokens: int = 8192, max_length: int = 256, name: str = "the text"
     ) -> "RetentionText":
         """Tokenise texts until `max_tokens` tokens are there to be scored.
+
+        Args:
+            texts: as [`~fnsft_trl.data.sequences.text_token_ids`] takes them.
+            tokenizer: the model's tokenizer.
+            max_tokens: number of tokens to score.
+            max_length: tokens of a sequence; longer texts are cut into several.
+            name: of the texts, for messages.
 
         Raises:
             FNSFTError: the texts hold no two tokens in a row.
         """
-        sequences, tokens, digest = [], 0, hashlib.sha256()
-        for sequence in token_sequences(texts, tokenizer, max_length=max_length):
+        sequences, tokens = [], 0
+        for sequence in token_sequences(texts, tokenizer, max_length=max_length, name=name):
             ids = sequence.ids[: max_tokens - tokens + 1]
             if len(ids) < 2:
                 continue
             sequences.append(ids)
             tokens += len(ids) - 1
-            digest.update(torch.tensor(ids).numpy().tobytes())
             if tokens >= max_tokens:
                 break
         if not sequences:
-            raise FNSFTError("the general text for retention holds no tokens to score; give some sentences of text")
-        return cls(sequences, tokens, digest.hexdigest())
+            raise FNSFTError(f"{name} for retention holds no tokens to score; give some sentences of text")
+        return cls.of_sequences(sequences)
+
+    @classmethod
+    def of_sequences(cls, sequences: list[list[int]]) -> "RetentionText":
+        """Take token ids as they are; each sequence holds at least two."""
+        digest = hashlib.sha256()
+        for ids in sequences:
+            digest.update(torch.tensor(ids).numpy().tobytes())
+        return cls(sequences, sum(len(ids) - 1 for ids in sequences), digest.hexdigest())
 
     def sequence_nll(self, model: nn.Module, *, batch_size: int = 8) -> torch.Tensor:
         """Negative log-likelihood of each sequence under a model, in nats, shape (sequences,), float64."""

@@ -1,63 +1,148 @@
-"""RetentionCallback: how much general ability is left, while training goes on. It works with any SFTTrainer."""
+"""RetentionCallback: how much general ability is left, while training goes on. It works with any Trainer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ..errors import FNSFTError
+from ..evaluation.config import MEASURES, TASK
 from ..evaluation.retention import RetentionText
-from ..interventions.masking import masks_off
+from ..evaluation.series import RetentionSeries
+from .budget import Budget
+from .retention_run import BASE_FILE, RetentionRun
 
 
 class RetentionCallback(TrainerCallback):
-    """Logs how much general ability is left, at each evaluation and at the end of training.
+    """Measures how much of a general text a model still predicts as its base did, and can end a run by it.
 
-    Two numbers go to `trainer.log`: `retention/cross_entropy`, the mean token cross-entropy on the general text in
-    nats, and `retention/rise`, its rise over the model before training. Both are measured with forward masks off, for
-    the trained weights carry none.
+    At the start of the training, at each evaluation and at its end, and again when the best model has been loaded,
+    these numbers of each series go to `trainer.log`, and with `eval_` in front into what `evaluate` returns, so that
+    `metric_for_best_model="retention/wiki/rise"` works:
+
+    - `retention/wiki/cross_entropy`: the mean token cross-entropy on the text, in nats;
+    - `retention/wiki/rise`: its rise over the base, the model before training;
+    - `retention/wiki/kl`: KL(base || trained) on the same tokens, in nats per token: exact where the base can be had
+      by switching an adapter off, otherwise from its 64 most probable tokens and a rest, a lower bound.
+
+    The base and the number of tokens are logged once (`retention/wiki/base`, `/tokens`). All is measured with forward
+    masks off, for the trained weights carry none; several processes share the sequences.
+
+    Each callback is one series. All of a trainer are measured together and logged in one entry. The first without a
+    name logs `retention/rise`, the second `retention/2/rise`, and so on.
 
     Args:
-        trainer ([`~trl.SFTTrainer`]):
+        trainer ([`~transformers.Trainer`]):
             The trainer whose model is measured. Add the callback with `trainer.add_callback`.
-        texts (iterable of `str`):
+        texts (iterable of `str`, messages or rows, or `RetentionText`):
             General text, disjoint from training and discovery.
+        name (`str`, *optional*):
+            Of the series. `task` is that of the prompts that are trained on: of it only `kl` is logged.
         max_tokens (`int`, *optional*, defaults to `8192`):
             Number of tokens to score.
         batch_size (`int`, *optional*, defaults to `8`):
-            Sequences per forward pass.
+            Sequences of up to 256 tokens in a forward pass; fewer of longer ones.
+        budget (`float`, *optional*):
+            The rise, in nats per token, that this and every other series may not pass.
+        on_budget (`str`, *optional*, defaults to `"rollback"`):
+            What is done when one passes it: `"rollback"`, `"stop"` or `"warn"`.
+
+    Attributes:
+        text (`RetentionText`): the text.
+        base (`float` or `None`): cross-entropy of the base, in nats per token, once the training has begun.
+        run (`RetentionRun` or `None`): what was measured in the last training; of the first callback of a trainer.
+
+    Raises:
+        FNSFTError: the text holds no tokens, or the budget is none; when training begins, two series of one name, or
+            a checkpoint of another text.
+        RetentionBudgetExceeded: at the end of a training of which no measurement keeps to the budget.
     """
 
-    def __init__(self, trainer, texts: Iterable, *, max_tokens: int = 8192, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        trainer,
+        texts: Iterable | RetentionText,
+        *,
+        name: str | None = None,
+        max_tokens: int = 8192,
+        batch_size: int = 8,
+        budget: float | None = None,
+        on_budget: str = "rollback",
+    ) -> None:
         self.trainer = trainer
-        self.batch_size = batch_size
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        self.text = RetentionText.from_texts(texts, tokenizer, max_tokens=max_tokens)
-        self.base: float | None = None
-        self._last_step = -1
+        self.budget = None if budget is None else Budget(budget, on_budget)
+        if not isinstance(texts, RetentionText):
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            texts = RetentionText.from_texts(
+                texts, tokenizer, max_tokens=max_tokens, name=f"the text {name or ''}".strip()
+            )
+        measures = ("kl",) if name == TASK else MEASURES
+        self.series = RetentionSeries(texts, name=name or "", batch_size=batch_size, measures=measures)
+        self.run: RetentionRun | None = None
+        self.checkpoint: Path | None = None  # that a training is resumed from, where it is known
+        self.raises = True  # whether it is this callback that ends a failed run
+        self._has_name = name is not None
+
+    @property
+    def text(self) -> RetentionText:
+        """The text."""
+        return self.series.text
+
+    @property
+    def base(self) -> float | None:
+        """Cross-entropy of the base, in nats per token; `None` before the training has begun."""
+        return self.series.base
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # A resumed run has the value of the untrained model in its history.
-        logged = [entry["retention/base"] for entry in state.log_history if "retention/base" in entry]
-        if logged:
-            self.base = logged[0]
-        elif state.global_step > 0:
-            raise FNSFTError(
-                "the checkpoint was written without a RetentionCallback, so the cross-entropy of the model before "
-                "training is not known; start the run anew with the callback"
-            )
-        else:
-            self.base = self._measure()
-            self.trainer.log({"retention/base": self.base, "retention/tokens": self.text.tokens})
+        callbacks = callbacks_of(self.trainer)
+        self.run = None
+        if callbacks[0] is not self:
+            return
+        unnamed = [callback for callback in callbacks if not callback._has_name]
+        for number, callback in enumerate(unnamed, 1):
+            callback.series.name = "" if number == 1 else str(number)
+        self.run = RetentionRun(self.trainer, [callback.series for callback in callbacks], _common_budget(callbacks))
+        # In front, so that what others look for among the metrics of an evaluation (early stopping) is there.
+        all_callbacks = self.trainer.callback_handler.callbacks
+        all_callbacks.remove(self)
+        all_callbacks.insert(0, self)
+        self.run.begin(state, self.checkpoint or self._directory(args, state))
 
-    def on_evaluate(self, args, state, control, **kwargs) -> None:
-        if self.base is not None and state.global_step != self._last_step:
-            self._last_step = state.global_step
-            value = self._measure()
-            self.trainer.log({"retention/cross_entropy": value, "retention/rise": value - self.base})
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if self.run is not None:
+            self.run.evaluate(state, control, {} if metrics is None else metrics)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.run is not None and args.should_save:
+            directory = self._directory(args, state)
+            if directory.is_dir() and not (directory / BASE_FILE).exists():
+                self.run.save(directory)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.on_evaluate(args, state, control)
+        if self.run is not None:
+            self.run.end(args, state)
+            if self.raises and self.run.failure is not None:
+                raise self.run.failure
 
-    def _measure(self) -> float:
-        with masks_off(self.trainer.model):
-            return self.text.cross_entropy(self.trainer.model, batch_size=self.batch_size)
+    @staticmethod
+    def _directory(args, state) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def callbacks_of(trainer) -> list[RetentionCallback]:
+    """The retention callbacks of a trainer, in their order; the first measures for all."""
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, RetentionCallback)]
+
+
+def retention_of(trainer) -> RetentionRun | None:
+    """What was measured in the last training of a trainer; `None` without a retention callback."""
+    return next((each.run for each in callbacks_of(trainer) if each.run is not None), None)
+
+
+def _common_budget(callbacks: list[RetentionCallback]) -> Budget | None:
+    budgets = [callback.budget for callback in callbacks if callback.budget is not None]
+    kinds = {(budget.nats, budget.action) for budget in budgets}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{nats:g} ({action})" for nats, action in sorted(kinds))
+        raise FNSFTError(f"the retention callbacks of one trainer have different budgets: {shown}; give one of them")
+    return Budget(*kinds.pop()) if kinds else None

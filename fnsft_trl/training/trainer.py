@@ -26,23 +26,25 @@ from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..data.preparation import Preparation
 from ..data.tokenized import TokenizedCache
 from ..errors import FNSFTError
+from ..evaluation.config import RetentionConfig
 from ..hub.credentials import UnsavedToken
-from ..hub.files import hub_errors, is_hub_id, prepare_repo
+from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
 from .resumption import Resumption, check_plain
+from .retained import RetainingTrainer
+from .retention_texts import RetentionTexts
 from .run import Run
 from .run_record import RunRecord
 from .same_run import fsdp_form
 from .schedule import MaskScheduleCallback
-from .watched import WatchedTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-class FNSFTTrainer(WatchedTrainer):
+class FNSFTTrainer(RetainingTrainer):
     """
     Trainer for Supervised Fine-Tuning with functional networks.
 
@@ -82,6 +84,8 @@ class FNSFTTrainer(WatchedTrainer):
         tokenized_cache (`bool`, *optional*, defaults to `False`):
             Keep tokenised datasets in the user's cache, and read them from it when rows, tokenizer, chat template,
             lengths and versions are the same.
+        retention ([`RetentionConfig`], *optional*):
+            The general texts on which it is measured what the model loses, with networks and without, and a budget.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -119,7 +123,9 @@ class FNSFTTrainer(WatchedTrainer):
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         tokenized_cache: bool = False,
+        retention: RetentionConfig | None = None,
     ) -> None:
+        retained = RetentionTexts.of(retention, args, train_dataset, processing_class, formatting_func)
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         if network_config is not None:
             self._run = run = Run(network_config, model, peft_config, args)
@@ -148,6 +154,7 @@ class FNSFTTrainer(WatchedTrainer):
                 quantization_config,
                 peft_config,
                 formatting_func,
+                retention=retained,
             )
         if self.args.hub_token is not None:
             self.args.hub_token = UnsavedToken(self.args.hub_token)
@@ -276,30 +283,6 @@ class FNSFTTrainer(WatchedTrainer):
         if self.mask_handle is not None and self.eval_dataset is not None:
             self._evaluate_with_and_without_mask()
         return result
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """As the parent's; the branch `hub_revision` is made where it does not exist.
-
-        Raises:
-            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
-        """
-        with self._hub_errors():
-            super().init_hf_repo(*args, **kwargs)
-            if self.hub_model_id is not None and self.args.hub_revision is not None:
-                prepare_repo(self.hub_model_id, token=self.args.hub_token, branch=self.args.hub_revision)
-
-    def push_to_hub(self, *args, **kwargs):
-        """As the parent's.
-
-        Raises:
-            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
-        """
-        with self._hub_errors():
-            return super().push_to_hub(*args, **kwargs)
-
-    def _hub_errors(self):
-        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        return hub_errors(repo, self.args.hub_revision, token=self.args.hub_token)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

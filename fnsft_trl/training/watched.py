@@ -4,19 +4,19 @@ from contextlib import nullcontext
 
 import torch
 from transformers.utils import logging
-from trl import SFTTrainer
 
 from ..constraints import plain_optimizer
 from ..errors import FNSFTError
 from .batches import BatchCount
 from .divergence import DivergenceGuard, check_weights
 from .full_eval import weights_kept
+from .hub import HubTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-class WatchedTrainer(SFTTrainer):
+class WatchedTrainer(HubTrainer):
     """SFTTrainer, with errors where its numbers would mean nothing.
 
     A run ends in an error when its loss or gradients are not finite (transformers logs a loss of 0.0 then, and goes

@@ -15,6 +15,7 @@ _COMMON = (
 _TITLES = {
     "FunctionalNetworkConfig": "functional networks",
     "DataConfig": "data",
+    "RetentionConfig": "retention: what the model loses",
     "LoadingConfig": "loading the model",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",

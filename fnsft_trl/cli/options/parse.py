@@ -6,6 +6,7 @@ from typing import Any
 from ...config import FunctionalNetworkConfig
 from ...data.config import DataConfig
 from ...errors import FNSFTError
+from ...evaluation.config import RetentionConfig
 from ...export.gguf import check_outtype, find_converter
 from ..output import check_writable
 from .loading import LoadingConfig
@@ -43,11 +44,13 @@ class TrainOptions:
     Attributes:
         values (`dict[str, Any]`): the options that were given, under TRL's names and ours.
         network_config (`FunctionalNetworkConfig` or `None`): `None` is plain fine-tuning.
+        retention (`RetentionConfig` or `None`): what is measured of what the model loses.
         notes (`list[str]`): what the user should know of how the options were read.
     """
 
     values: dict[str, Any]
     network_config: FunctionalNetworkConfig | None
+    retention: RetentionConfig | None
     notes: list[str]
 
     def of(self, kind: type) -> dict[str, Any]:
@@ -64,7 +67,11 @@ class TrainOptions:
 
 def training_options() -> dict[str, Option]:
     """All options of `fnsft train`, by name, ours first."""
-    ours = [option for kind in (FunctionalNetworkConfig, DataConfig, RunConfig) for option in describe(kind)]
+    ours = [
+        option
+        for kind in (FunctionalNetworkConfig, DataConfig, RetentionConfig, RunConfig)
+        for option in describe(kind)
+    ]
     known = by_name([*ours, *trl_options()])
     more = [replace(option, group="ModelConfig") for option in describe(LoadingConfig) if option.name not in known]
     return known | by_name(more)
@@ -104,7 +111,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
         config.plan(lora_config=bool(values.get("use_peft")))
         if config.ica_template_path is None:
             config.check_named_networks()
-    result = TrainOptions(values, config, notes)
+    result = TrainOptions(values, config, _retention(values), notes)
     _check_effects(result)
     if values.get("push_to_hub") and not values.get("hub_model_id"):
         if _is_original(sources):
@@ -163,6 +170,12 @@ def _switch_words(values: dict[str, Any]) -> list[str]:
             elif isinstance(value, str) and len(value) > 1 and value.lower() in TRUTH:
                 notes.append(f"{name}: {value!r} is text in a mapping; a switch there is true or false")
     return notes
+
+
+def _retention(values: dict[str, Any]) -> RetentionConfig | None:
+    """What is measured of what the model loses; `None` where no option of it is given."""
+    given = {f.name: values[f.name] for f in fields(RetentionConfig) if values.get(f.name) is not None}
+    return RetentionConfig(**given) if given else None
 
 
 def _check_presence(values: dict[str, Any]) -> None:

@@ -1,0 +1,39 @@
+"""HubTrainer: an SFTTrainer that says in one line what the Hub refuses."""
+
+from pathlib import Path
+
+from trl import SFTTrainer
+
+from ..hub.files import hub_errors, prepare_repo
+
+
+class HubTrainer(SFTTrainer):
+    """SFTTrainer, with the errors of the Hub as what to do about them.
+
+    Args:
+        args, kwargs: those of [`~trl.SFTTrainer`].
+    """
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As the parent's; the branch `hub_revision` is made where it does not exist.
+
+        Raises:
+            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        """
+        with self._hub_errors():
+            super().init_hf_repo(*args, **kwargs)
+            if self.hub_model_id is not None and self.args.hub_revision is not None:
+                prepare_repo(self.hub_model_id, token=self.args.hub_token, branch=self.args.hub_revision)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As the parent's.
+
+        Raises:
+            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        """
+        with self._hub_errors():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _hub_errors(self):
+        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        return hub_errors(repo, self.args.hub_revision, token=self.args.hub_token)

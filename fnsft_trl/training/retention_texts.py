@@ -1,0 +1,177 @@
+"""RetentionTexts: what a RetentionConfig names, read before a model is loaded, and put on a trainer as series."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from ..data.embedded import EMBEDDED, wikipedia_passages
+from ..data.sources import load_texts
+from ..errors import FNSFTError
+from ..evaluation.config import TASK, RetentionConfig
+from ..evaluation.overlap import SharedRows, written
+from ..evaluation.retention import RetentionText
+from .retention import RetentionCallback
+
+
+logger = logging.get_logger(__name__)
+
+_CHARACTERS = 24  # a token, more than any tokenizer makes of text: what is read of a source
+_LEAST = 1000  # rows of a stream of training data that are compared
+_IGNORED = -100  # the label of a token that is not learnt
+
+
+class RetentionTexts:
+    """The texts of a RetentionConfig.
+
+    Args:
+        config ([`RetentionConfig`]): what is asked for.
+        processing_class (*optional*): the tokenizer or processor, if it is known yet and final; without it, texts are
+            tokenised when they are put on a trainer.
+
+    Attributes:
+        texts (`dict[str, list]`): name of a series -> as many of its rows as hold the tokens that are wanted.
+
+    Raises:
+        FNSFTError: a source cannot be read, or holds no text.
+    """
+
+    def __init__(self, config: RetentionConfig, processing_class=None) -> None:
+        self.config = config
+        self.texts = {name: self._read(name, source) for name, source in config.sources().items()}
+        self._tokenized: dict[str, RetentionText] | None = None
+        if processing_class is not None:
+            self._tokenized = self._tokenize(processing_class)
+
+    @classmethod
+    def of(
+        cls, config: RetentionConfig | None, args, train_dataset, processing_class, formatting_func: Callable | None
+    ) -> "RetentionTexts | None":
+        """The texts of a config, compared with the training data; `None` without one.
+
+        Args:
+            config: what is asked for.
+            args, train_dataset, processing_class, formatting_func: of the trainer, as it is given them.
+        """
+        if config is None:
+            return None
+        is_final = getattr(args, "chat_template_path", None) is None  # or TRL changes the tokenizer
+        found = cls(config, processing_class if is_final else None)
+        if args is None or args.process_index == 0:
+            found.warn_of_shared_rows(train_dataset, formatting_func)
+        return found
+
+    def _read(self, name: str, source: str) -> list:
+        """Rows of a source, in its order, until they hold enough characters."""
+        if source == EMBEDDED:
+            rows: Iterable = wikipedia_passages("retention")
+        else:
+            (rows,) = load_texts([source]).values()
+        found, characters = [], 0
+        for row in rows:
+            if pieces := written(row):
+                found.append(row)
+                characters += sum(map(len, pieces))
+            if characters >= _CHARACTERS * self.config.retention_tokens:
+                break
+        if not found:
+            raise FNSFTError(f"the retention text {name!r} ({source}) holds no text; give some sentences")
+        return found
+
+    def _tokenize(self, processing_class) -> dict[str, RetentionText]:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        tokens = self.config.retention_tokens
+        found = {
+            name: RetentionText.from_texts(rows, tokenizer, max_tokens=tokens, name=f"the text {name}")
+            for name, rows in self.texts.items()
+        }
+        for name, text in found.items():
+            if text.tokens < tokens:
+                logger.warning(f"the retention text {name!r} holds {text.tokens} tokens, not the {tokens} asked for")
+        return found
+
+    def warn_of_shared_rows(self, train_dataset, formatting_func: Callable | None = None) -> None:
+        """Say for each series how many of its texts are trained on too.
+
+        Args:
+            train_dataset: the rows to train on, as they are given to the trainer. Of a stream the first 1,000 are
+                read; tokenised rows cannot be compared.
+            formatting_func: makes a text of a row.
+        """
+        if train_dataset is None:
+            return
+        is_stream = not isinstance(train_dataset, Dataset)
+        names = getattr(train_dataset, "column_names", None)
+        if names is not None and set(names) <= {"input_ids", "labels", "attention_mask", "completion_mask"}:
+            logger.warning("the training data is tokenised, so it is not known whether retention texts are among it")
+            return
+        rows = train_dataset if formatting_func is None else map(formatting_func, train_dataset)
+        shared = SharedRows(self.texts).among(rows, most=_LEAST if is_stream else None)
+        for name, texts in shared.items():
+            where = f"the first {_LEAST} rows of the training data" if is_stream else "the training data"
+            logger.warning(
+                f"{len(texts)} of the {len(self.texts[name])} rows of the retention text {name!r} stand in {where} "
+                f"too, so its rise says less of what is forgotten; the first is {texts[0]!r}"
+            )
+
+    def add_to(self, trainer) -> None:
+        """Add a callback for each series to a trainer, and one for the prompts of its task."""
+        config = self.config
+        texts = self._tokenized or self._tokenize(trainer.processing_class)
+        settings = {"batch_size": config.retention_batch_size, "budget": config.retention_budget}
+        settings["on_budget"] = config.retention_on_budget or "rollback"
+        for name, text in texts.items():
+            trainer.add_callback(RetentionCallback(trainer, text, name=name, **settings))
+        prompts = task_prompts(trainer.train_dataset, tokens=config.retention_tokens, seed=trainer.args.seed)
+        if prompts is not None:
+            trainer.add_callback(RetentionCallback(trainer, prompts, name=TASK, **settings))
+
+
+def task_prompts(dataset: Dataset | IterableDataset | None, *, tokens: int, seed: int) -> RetentionText | None:
+    """The prompts of a task: of its rows, as they are trained, all before the first token that is learnt, and it.
+
+    So the last distribution of each is that over the beginning of the answer. A row of which every token is learnt
+    (plain text, or a conversation without `assistant_only_loss`) has no prompt and counts as a whole.
+
+    Args:
+        dataset: prepared rows, with `input_ids` and perhaps `labels`; packed ones (`seq_lengths`) are taken apart.
+        tokens: number of tokens to score.
+        seed: of the order in which rows are drawn; of a stream, the first ones are taken.
+
+    Returns:
+        `None` where the rows are not tokenised, or hold no token that is learnt.
+    """
+    if dataset is None:
+        return None
+    prompts, found = [], 0
+    for ids in _prompts(_drawn(dataset, tokens, seed)):
+        ids = ids[: tokens - found + 1]
+        if len(ids) > 1:
+            prompts.append(ids)
+            found += len(ids) - 1
+        if found >= tokens:
+            break
+    return RetentionText.of_sequences(prompts) if prompts else None
+
+
+def _drawn(dataset: Dataset | IterableDataset, tokens: int, seed: int) -> Iterator[dict]:
+    if not isinstance(dataset, Dataset):
+        return islice(dataset, tokens)
+    order = random.Random(seed).sample(range(len(dataset)), min(len(dataset), tokens))
+    return (dataset[number] for number in order)
+
+
+def _prompts(rows: Iterable[dict]) -> Iterator[list[int]]:
+    for row in rows:
+        if "input_ids" not in row:
+            return
+        ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+        start = 0
+        for length in row.get("seq_lengths") or [len(ids)]:
+            part, own = ids[start : start + length], labels[start : start + length]
+            learnt = next((place for place, label in enumerate(own) if label != _IGNORED), None)
+            start += length
+            if learnt is not None:
+                yield list(part[: learnt + 1]) if learnt else list(part)
