@@ -35,8 +35,8 @@ def options() -> list[Option]:
     """The options of the verb."""
     place = "Directory of a model, an adapter or a run, Hub id, or `embedded`; as NAME=MODEL with a name of its own."
     data = (
-        "Rows to score: NAME=DATASET or DATASET, a Hub id, directory or file, of prompts and completions, conversations, "
-        "text, or multiple-choice questions."
+        "Rows to score: NAME=DATASET or DATASET, a Hub id, directory or file, of prompts and completions, "
+        "conversations, text, or multiple-choice questions."
     )
     names = "Names of tasks, groups or tags; patterns with * are allowed."
     return [

@@ -18,8 +18,8 @@ _PACKAGES = (
     "accelerate",
 )
 _NOTE = (
-    "Intervals: 95%, by a bootstrap over rows, for differences a paired one; they say how much the choice of rows matters "
-    "and nothing of the seed of a training."
+    "Intervals: 95%, by a bootstrap over rows, for differences a paired one; they say how much the choice of rows "
+    "matters, and nothing of the seed of a training."
 )
 
 
@@ -145,7 +145,7 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
     scores = {
         each.name: {
             **{
-                name: {**interval._asdict(), "rows": len(each.scores.measures[name].numbers)}
+                name: {**interval.to_dict(), "rows": len(each.scores.measures[name].numbers)}
                 for name, interval in values[each.name].items()
             },
             **{name: {"value": value} for name, value in each.others.items()},
@@ -166,7 +166,7 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
             "reference": results[0].name,
             "scores": scores,
             "differences": {
-                model: {name: interval._asdict() for name, interval in of_model.items()}
+                model: {name: interval.to_dict() for name, interval in of_model.items()}
                 for model, of_model in differences.items()
             },
         }

@@ -166,8 +166,8 @@ def _found(
         with_mask = [each for model in found for each in (model, model.masked()) if each is not None]
         if len(with_mask) == len(found):
             raise FNSFTError(
-                "masked: none of the models was trained under a mask (functional_networks/selection.json); drop it, or "
-                "give ica_template_path and mask_mode"
+                "masked: none of the models was trained under a mask (functional_networks/selection.json); drop it, "
+                "or give ica_template_path and mask_mode"
             )
         found = with_mask
     return found

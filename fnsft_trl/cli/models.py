@@ -110,7 +110,7 @@ def load_model_and_tokenizer(name_or_path: str, loading: LoadingConfig, *, devic
 
 
 def quantization_arguments(loading: LoadingConfig, device: torch.device | str | None) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for weights in 4 or 8 bits, which are put onto a device as they are loaded."""
+    """The arguments of `from_pretrained` for weights in 4 or 8 bits, which go onto a device as they are loaded."""
     if not loading.is_quantized:
         return {}
     placed = {} if device is None or loading.device_map is not None else {"device_map": {"": device}}
