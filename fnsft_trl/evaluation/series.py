@@ -133,6 +133,7 @@ class RetentionSeries:
         kl_kind (`str` or `None`): `exact`, from the base itself, the adapter being switched off; or `top-k`, from its
             64 most probable tokens and a rest at each position, a lower bound.
         values (`dict[str, float]`): what was measured last, by measure.
+        nll (`list[float]`): negative log-likelihood of each sequence when it was measured last, in nats.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class RetentionSeries:
         self.measures = tuple(measures)
         self.base: float | None = None
         self.values: dict[str, float] = {}
+        self.nll: list[float] = []
         self._reference: AdapterOff | StoredBase | None = None
         self._model: ref[nn.Module] | None = None
 
@@ -229,7 +231,9 @@ class RetentionSeries:
 
     def _scores(self, model: nn.Module, base: AdapterOff | StoredBase | None, title: str | None) -> list[_Scored]:
         options = {"base": base, "keeps_top": base is None, "batch_size": self.batch_size, "title": title}
-        return _scores(model, self.text, **options)
+        scored = _scores(model, self.text, **options)
+        self.nll = [each.nll for each in scored]
+        return scored
 
     def _mean(self, sums: Iterable[float]) -> float:
         """The mean over tokens of sums over sequences; in their order, so that it is the same in any run."""
