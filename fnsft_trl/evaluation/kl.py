@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..errors import FNSFTError
-
 
 TOP_K = 64  # tokens of each stored distribution
 
 _CHUNK = 2**24  # float32 numbers of a distribution over the vocabulary that are held at once
-_OF_ADAPTERS = ("lora_", "modules_to_save.", "trainable_tokens_")  # beside the prefix of the adapter's own method
+# Parts of the names of an adapter's parameters: whole weights of its own, and what may stand beside its method.
+_OF_WHOLE = ("modules_to_save.", "trainable_tokens_")
+_OF_ADAPTERS = ("lora_", *_OF_WHOLE)
 
 
 def chunks(logits: torch.Tensor) -> Iterator[slice]:
@@ -100,63 +100,142 @@ def _log_rest(logs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 class AdapterOff:
-    """The base of a model with an adapter: the same model with the adapter switched off. Nothing is stored."""
+    """The base of a model with an adapter: the same model with its adapter switched off, in one more forward pass."""
 
     kind = "exact"
 
-    def compare(
-        self, model: nn.Module, inputs: dict, numbers: list[int], logits: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """KL at each position of the sequences of a batch, from one more forward pass.
+    def keep(self, model: nn.Module, inputs: dict, numbers: list[int]) -> torch.Tensor:
+        """Read a batch with the base, and keep what `compare` needs.
 
         Args:
-            model: the trained one.
-            inputs: of its forward pass.
-            numbers: of the sequences.
-            logits: of the trained model for each of them, shape (positions, vocabulary).
+            model: with its adapter.
+            inputs: of its forward pass, with `input_ids`, shape (sequences, positions).
+            numbers: of the sequences in their text.
+
+        Returns:
+            The logits of the base.
         """
         with model.disable_adapter():
-            base = model(**inputs).logits
-        return [divergences(base[row, : len(found)], found) for row, found in enumerate(logits)]
+            return model(**inputs).logits
+
+    def compare(
+        self, model: nn.Module, inputs: dict, numbers: list[int], lengths: list[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Read a batch with the trained model, and compare it with the base.
+
+        Args:
+            model, inputs, numbers: as for `keep`.
+            lengths: of the sequences.
+
+        Returns:
+            Its logits; and for each sequence the KL at each position but the last, shape (length - 1,).
+        """
+        trained, base = self._both(model, inputs, numbers)
+        rows = enumerate(lengths)
+        return trained, [divergences(base[row, : length - 1], trained[row, : length - 1]) for row, length in rows]
+
+    def _both(self, model: nn.Module, inputs: dict, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        trained = model(**inputs).logits
+        return trained, self.keep(model, inputs, numbers)
+
+
+class KeptStates(AdapterOff):
+    """The same without the second pass: what the base gives to the head is kept, and the head reads it again.
+
+    The head must be that of the base: nothing in it trains.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, torch.Tensor] = {}  # of a sequence -> shape (positions, hidden), on the CPU
+
+    def keep(self, model: nn.Module, inputs: dict, numbers: list[int]) -> torch.Tensor:
+        """As the parent's."""
+
+        def note(head: nn.Module, args: tuple) -> None:
+            for number, states, present in zip(numbers, args[0], inputs["attention_mask"], strict=True):
+                self._states[number] = states[: int(present.sum())].to("cpu", copy=True)
+
+        with _before_head(model, note):
+            return super().keep(model, inputs, numbers)
+
+    def _both(self, model: nn.Module, inputs: dict, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = [self._states[number] for number in numbers]
+
+        def join(head: nn.Module, args: tuple) -> tuple:
+            states = args[0]  # (sequences, positions, hidden)
+            base = torch.zeros_like(states)
+            for row, of_base in enumerate(kept):
+                base[row, : len(of_base)] = of_base.to(states.device)
+            return (torch.cat([states, base]), *args[1:])
+
+        with _before_head(model, join):
+            logits = model(**inputs).logits
+        if len(logits) != 2 * len(numbers):  # compiled without the hook
+            return super()._both(model, inputs, numbers)
+        return logits[: len(numbers)], logits[len(numbers) :]
 
 
 class StoredBase:
-    """The base of a model whose own weights are trained: what it predicted before, its most probable tokens.
+    """The base of a model whose own weights are trained: the most probable tokens that it predicted before.
 
     Args:
-        distributions (`list[TopDistributions]`): one for each sequence of a text.
+        distributions (`dict[int, TopDistributions]`, *optional*): number of a sequence -> what was predicted in it.
     """
 
     kind = "top-k"
 
-    def __init__(self, distributions: list[TopDistributions]) -> None:
-        self.distributions = distributions
+    def __init__(self, distributions: dict[int, TopDistributions] | None = None) -> None:
+        self.distributions = dict(distributions or {})
+
+    def keep(self, model: nn.Module, inputs: dict, numbers: list[int]) -> torch.Tensor:
+        """As [`AdapterOff.keep`]; the model, as it is now, becomes the base."""
+        logits = model(**inputs).logits
+        for number, found, present in zip(numbers, logits, inputs["attention_mask"], strict=True):
+            self.distributions[number] = TopDistributions.of(found[: int(present.sum()) - 1])
+        return logits
 
     def compare(
-        self, model: nn.Module, inputs: dict, numbers: list[int], logits: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """As [`AdapterOff.compare`], from what is stored: a lower bound."""
-        pairs = zip(numbers, logits, strict=True)
-        return [self.distributions[number].divergences(found) for number, found in pairs]
+        self, model: nn.Module, inputs: dict, numbers: list[int], lengths: list[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As [`AdapterOff.compare`], with what is stored: a lower bound."""
+        trained = model(**inputs).logits
+        rows = zip(numbers, trained, lengths, strict=True)
+        return trained, [self.distributions[number].divergences(row[: length - 1]) for number, row, length in rows]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it, for a file."""
+        ordered = [each for _, each in sorted(self.distributions.items())]
         names = ("ids", "log_probs", "log_rest")
-        found = {name: torch.cat([getattr(each, name) for each in self.distributions]) for name in names}
-        return found | {"lengths": torch.tensor([len(each.ids) for each in self.distributions])}
+        found = {name: torch.cat([getattr(each, name) for each in ordered]) for name in names}
+        return found | {"lengths": torch.tensor([len(each.ids) for each in ordered])}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor], sequences: list[list[int]]) -> "StoredBase":
-        """What [`tensors`] gave.
-
-        Raises:
-            FNSFTError: it is of other sequences.
-        """
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "StoredBase":
+        """What [`tensors`] gave."""
         lengths = tensors["lengths"].tolist()
-        if lengths != [len(ids) - 1 for ids in sequences]:
-            raise FNSFTError("the stored distributions of the base are of another text; start the run anew")
         parts = zip(*(tensors[name].split(lengths) for name in ("ids", "log_probs", "log_rest")), strict=True)
-        return cls([TopDistributions(*part) for part in parts])
+        return cls({number: TopDistributions(*part) for number, part in enumerate(parts)})
+
+
+def reference_of(model: nn.Module) -> AdapterOff | StoredBase:
+    """How the base of a model can be had while it is trained."""
+    if not has_switch(model):
+        return StoredBase()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = model.get_output_embeddings()
+    is_kept = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
+    whole = [name for name in trained if any(mark in name for mark in _OF_WHOLE)]  # tied weights may be among them
+    return KeptStates() if is_kept and not whole else AdapterOff()
+
+
+@contextmanager
+def _before_head(model: nn.Module, hook) -> Iterator[None]:
+    """Call a hook before the model's head reads its input."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def has_switch(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """RetentionSeries: one text, what the base model made of it, and what the trained one makes of it now."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -13,21 +13,13 @@ from tqdm.auto import tqdm
 
 from ..errors import FNSFTError
 from .config import MEASURES, metric_name
-from .kl import AdapterOff, StoredBase, TopDistributions, chunks, has_switch, switches_kept
+from .kl import AdapterOff, StoredBase, chunks, reference_of, switches_kept
 from .retention import RetentionText
 
 
 _USUAL = 256  # tokens of a sequence for which a batch has its full size
 _SAME = 1e-5  # nats per token between a model at its start and the same with its adapter off
-
-
-@dataclass
-class _Scored:
-    """What a model makes of one sequence: sums over its tokens, in nats."""
-
-    nll: float
-    kl: float | None = None
-    top: TopDistributions | None = None
+_NEAR = 1e-3  # the same between two runs of one base, perhaps on other devices
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -47,24 +39,25 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return found
 
 
-def _scores(
+def _sums(
     model: nn.Module,
     text: RetentionText,
+    read: Callable[[dict, list[int], list[int]], tuple[torch.Tensor, list[torch.Tensor] | None]],
     *,
     batch_size: int,
-    base: AdapterOff | StoredBase | None = None,
-    keeps_top: bool = False,
-    title: str | None = None,
-) -> list[_Scored]:
-    """Score every sequence, each process a part of them; all get all, in the order of the text.
+    title: str | None,
+) -> torch.Tensor:
+    """What a model makes of every sequence, each process of a part of them; all get all.
 
     A batch holds the same sequences however many processes there are, so that its numbers are the same too.
 
     Args:
         model: left in the mode that it was in.
-        base: to compare with.
-        keeps_top: whether the most probable tokens are wanted.
-        title: of the progress bar; none by default.
+        read: inputs, numbers and lengths of a batch -> logits, and KLs at each position of each sequence, if any.
+        title: of the progress bar; `None` for none.
+
+    Returns:
+        NLL and KL, summed over the tokens of each sequence, in their order, shape (sequences, 2), float64.
     """
     state = PartialState()
     every = batches([len(ids) for ids in text.sequences], batch_size)
@@ -73,41 +66,37 @@ def _scores(
     # Sharded models wait for all processes in each forward pass: one without a batch takes any.
     idle = every[:1] * (rounds - len(own))
     was_training, found = model.training, {}
+    device = next(model.parameters()).device
     model.eval()
     try:
         with torch.no_grad(), switches_kept(model):
             for numbers in tqdm([*own, *idle], title, leave=False, disable=title is None):
-                scored = _score_batch(model, text.sequences, numbers, base, keeps_top)
-                found |= dict(zip(numbers, scored, strict=True))
+                sequences = [text.sequences[number] for number in numbers]
+                inputs = _inputs(sequences, device)
+                logits, kls = read(inputs, numbers, [len(ids) for ids in sequences])
+                for row, number in enumerate(numbers):
+                    targets = inputs["input_ids"][row, 1 : len(sequences[row])]
+                    kl = 0.0 if kls is None else float(kls[row].cpu().double().sum())
+                    found[number] = (_nll(logits[row, : len(targets)], targets), kl)
     finally:
         model.train(was_training)
-    if state.num_processes > 1:
-        mine = {number: found[number] for numbers in own for number in numbers}
-        found = dict(gather_object(list(mine.items())))
-    return [found[number] for number in range(len(text.sequences))]
+    found = _of_all_processes(found)
+    return torch.tensor([found[number] for number in range(len(text.sequences))], dtype=torch.float64)
 
 
-def _score_batch(
-    model: nn.Module, sequences: list[list[int]], numbers: list[int], base, keeps_top: bool
-) -> Iterator[_Scored]:
-    device = next(model.parameters()).device
-    length = max(len(sequences[number]) for number in numbers)
-    ids = torch.zeros(len(numbers), length, dtype=torch.long)  # (sequences, positions)
+def _of_all_processes(found: dict[int, Any]) -> dict[int, Any]:
+    """The entries of all processes together."""
+    return dict(gather_object(list(found.items()))) if PartialState().num_processes > 1 else found
+
+
+def _inputs(sequences: list[list[int]], device: torch.device) -> dict[str, Any]:
+    """What a model reads of a batch of sequences."""
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (sequences, positions)
     present = torch.zeros_like(ids)
-    for row, number in enumerate(numbers):
-        ids[row, : len(sequences[number])] = torch.tensor(sequences[number])
-        present[row, : len(sequences[number])] = 1
-    inputs = {"input_ids": ids.to(device), "attention_mask": present.to(device), "use_cache": False}
-    logits = model(**inputs).logits
-    of_each = [logits[row, : len(sequences[number]) - 1] for row, number in enumerate(numbers)]
-    kls = base.compare(model, inputs, numbers, of_each) if base is not None else [None] * len(numbers)
-    for row, (predicted, kl) in enumerate(zip(of_each, kls, strict=True)):
-        targets = inputs["input_ids"][row, 1 : len(predicted) + 1]
-        yield _Scored(
-            nll=_nll(predicted, targets),
-            kl=None if kl is None else float(kl.cpu().double().sum()),
-            top=TopDistributions.of(predicted) if keeps_top else None,
-        )
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        present[row, : len(sequence)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": present.to(device), "use_cache": False}
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -169,19 +158,21 @@ class RetentionSeries:
             model: with its forward masks off.
             title: of the progress bar; none by default.
         """
-        reference = AdapterOff() if has_switch(model) else None
-        scored = self._scores(model, reference, title)
-        if reference is not None and abs(self._mean(each.kl for each in scored)) > _SAME:
-            reference, scored = None, self._scores(model, None, title)
-        self._reference = reference or StoredBase([each.top for each in scored])
+        self._reference = reference_of(model)
+        self.base = self._keep(model, title)
+        if isinstance(self._reference, AdapterOff):
+            now, kl = self._compare(model, title)
+            if max(abs(now - self.base), abs(kl)) > _SAME:
+                self._reference = StoredBase()
+                self.base = self._keep(model, title)
+        if isinstance(self._reference, StoredBase):
+            self._reference.distributions = _of_all_processes(self._reference.distributions)
         self._model = ref(model)
-        self.base = self._mean(each.nll for each in scored)
         self.values = self._values(self.base, 0.0)
 
     def measure(self, model: nn.Module, *, title: str | None = None) -> dict[str, float]:
         """What a model makes of the text, beside its base: measure -> nats per token."""
-        scored = self._scores(model, self._reference, title)
-        self.values = self._values(self._mean(each.nll for each in scored), self._mean(each.kl for each in scored))
+        self.values = self._values(*self._compare(model, title))
         return self.values
 
     def named(self) -> dict[str, float]:
@@ -196,15 +187,23 @@ class RetentionSeries:
         """The rest of it, where the base cannot be had again: what it predicted."""
         return self._reference.tensors() if isinstance(self._reference, StoredBase) else {}
 
-    def resume(self, state: dict[str, Any], tensors: dict[str, torch.Tensor] | None, model: nn.Module) -> None:
+    def resume(
+        self,
+        state: dict[str, Any],
+        tensors: dict[str, torch.Tensor] | None,
+        model: nn.Module,
+        *,
+        title: str | None = None,
+    ) -> None:
         """Go on with the base of the run that is resumed.
 
         Args:
             state, tensors: of that run.
             model: the model of this one.
+            title: of the progress bar; none by default.
 
         Raises:
-            FNSFTError: it was measured on another text; or its base cannot be had.
+            FNSFTError: it was measured on another text, or has another base; or its base cannot be had.
         """
         shown = f"the retention text {self.name!r}" if self.name else "the retention text"
         if state["sha256"] != self.text.sha256:
@@ -213,31 +212,44 @@ class RetentionSeries:
                 f"{self.text.sha256[:16]}, there {state['tokens']} with {state['sha256'][:16]}), so their values "
                 "cannot be compared; give the same text and retention_tokens, or start anew"
             )
-        if state["kl"] == AdapterOff.kind:
-            if not has_switch(model):
-                raise FNSFTError(
-                    f"the base of {shown} was the model with its adapter off, and this run trains weights of the "
-                    "model; resume with what it had, or start anew"
-                )
-            self._reference = AdapterOff()
-        else:
+        if state["kl"] == StoredBase.kind:
             if tensors is None:
                 raise FNSFTError(
                     f"what the base predicts for {shown} is not in the checkpoint; resume from a checkpoint that is "
                     "complete, or start anew"
                 )
-            self._reference = StoredBase.from_tensors(tensors, self.text.sequences)
+            self._reference = StoredBase.from_tensors(tensors)
+        else:
+            self._reference = reference_of(model)
+            if not isinstance(self._reference, AdapterOff):
+                raise FNSFTError(
+                    f"the base of {shown} was the model with its adapter off, and this run trains weights of the "
+                    "model; resume with what it had, or start anew"
+                )
+            if abs((found := self._keep(model, title)) - state["base"]) > _NEAR:
+                raise FNSFTError(
+                    f"the base of this run has a cross-entropy of {found:.4f} on {shown}, that of the run which is "
+                    f"resumed has {state['base']:.4f}: another base model, or in another precision; load the same"
+                )
         self.base, self._model = state["base"], ref(model)
 
-    def _scores(self, model: nn.Module, base: AdapterOff | StoredBase | None, title: str | None) -> list[_Scored]:
-        options = {"base": base, "keeps_top": base is None, "batch_size": self.batch_size, "title": title}
-        scored = _scores(model, self.text, **options)
-        self.nll = [each.nll for each in scored]
-        return scored
+    def _keep(self, model: nn.Module, title: str | None) -> float:
+        """The cross-entropy of the base, of which is kept what is needed to compare a model with it."""
 
-    def _mean(self, sums: Iterable[float]) -> float:
-        """The mean over tokens of sums over sequences; in their order, so that it is the same in any run."""
-        return float(torch.tensor(list(sums), dtype=torch.float64).sum()) / self.text.tokens
+        def read(inputs: dict, numbers: list[int], lengths: list[int]) -> tuple[torch.Tensor, None]:
+            return self._reference.keep(model, inputs, numbers), None
+
+        return self._means(model, read, title)[0]
+
+    def _compare(self, model: nn.Module, title: str | None) -> list[float]:
+        """Cross-entropy, and KL from the base."""
+        return self._means(model, partial(self._reference.compare, model), title)
+
+    def _means(self, model: nn.Module, read: Callable, title: str | None) -> list[float]:
+        """Means over tokens; summed over sequences in their order, so that they are the same in any run."""
+        sums = _sums(model, self.text, read, batch_size=self.batch_size, title=title)
+        self.nll = sums[:, 0].tolist()
+        return (sums.sum(0) / self.text.tokens).tolist()
 
     def _values(self, cross_entropy: float, kl: float) -> dict[str, float]:
         values = {"cross_entropy": cross_entropy, "rise": cross_entropy - self.base, "kl": kl}

@@ -127,7 +127,7 @@ class RetentionRun:
         file, beginning = checkpoint / BASE_FILE, f"{each.name}/"
         stored = load_file(file) if file.is_file() else {}
         tensors = {name.removeprefix(beginning): t for name, t in stored.items() if name.startswith(beginning)}
-        each.resume(entries[each.name], tensors or None, self.trainer.model)
+        each.resume(entries[each.name], tensors or None, self.trainer.model, title=self._title(each))
 
     def save(self, checkpoint: Path) -> None:
         """Write what the base predicts into a checkpoint, where it could not be had again."""

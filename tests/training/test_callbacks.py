@@ -5,7 +5,7 @@ from helpers import sft_config, tiny_model
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from fnsft_trl import FNSFTError, FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig, RetentionCallback
+from fnsft_trl import FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig
 from fnsft_trl.training.guard import FrozenNeuronMoved, _row_checksums
 
 
@@ -87,55 +87,3 @@ def test_guard_is_silent_when_nothing_moved(templates, rows, tokenizer, tmp_path
     assert len(guards) == 1
     trainer.train()
     guards[0].check(step=99)
-
-
-def test_retention_of_a_resumed_run_keeps_its_base(templates, rows, tokenizer, tmp_path):
-    texts = [row["completion"] * 4 for row in rows]
-
-    def run(directory, **train):
-        trainer = make(
-            directory, rows, tokenizer, templates["llama"], save_strategy="steps", save_steps=2, eval_strategy="steps",
-            eval_steps=2,
-        )  # fmt: skip
-        trainer.add_callback(RetentionCallback(trainer, texts, max_tokens=80))
-        trainer.train(**train)
-        return [entry["retention/rise"] for entry in trainer.state.log_history if "retention/rise" in entry]
-
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert len(whole) == 2
-    assert resumed[-1] == whole[-1]
-
-
-def test_retention_is_measured_without_the_mask(templates, rows, tokenizer, tmp_path):
-    """The rise is that of the weights: a lesion alone, with hardly any training, does not show in it."""
-    for mask_eval in (True, False):
-        trainer = FNSFTTrainer(
-            model=tiny_model("llama"),
-            args=sft_config(tmp_path, learning_rate=1e-9, eval_strategy="steps", eval_steps=2),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(rows[:4]),
-            processing_class=tokenizer,
-            network_config=FunctionalNetworkConfig(mask_mode="lesion", mask_eval=mask_eval),
-            network_template=templates["llama"],
-        )
-        trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
-        trainer.train()
-        rises = [entry["retention/rise"] for entry in trainer.state.log_history if "retention/rise" in entry]
-        assert max(map(abs, rises)) < 1e-4
-
-
-def test_retention_without_a_known_base_is_an_error(templates, rows, tokenizer, tmp_path):
-    make(tmp_path, rows, tokenizer, templates["llama"], save_strategy="steps", save_steps=2).train()
-    trainer = make(tmp_path / "resumed", rows, tokenizer, templates["llama"])
-    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
-    with pytest.raises(FNSFTError, match="written without a RetentionCallback"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-
-
-def test_retention_without_evaluation_is_logged_at_the_end(templates, rows, tokenizer, tmp_path):
-    trainer = make(tmp_path, rows, tokenizer, templates["llama"])
-    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
-    trainer.train()
-    (entry,) = [entry for entry in trainer.state.log_history if "retention/rise" in entry]
-    assert entry["step"] == 4

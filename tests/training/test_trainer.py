@@ -326,9 +326,9 @@ def test_retention_is_logged_at_each_evaluation(templates, rows, tokenizer, tmp_
     history = trainer.state.log_history
     (base,) = [entry for entry in history if "retention/base" in entry]
     rises = [(entry["step"], entry["retention/rise"]) for entry in history if "retention/rise" in entry]
-    assert [step for step, _ in rises] == [2, 4]
+    assert [step for step, _ in rises] == [0, 2, 4]
     assert base["retention/tokens"] == 60
-    assert all(rise != 0 for _, rise in rises)
+    assert [rise != 0 for _, rise in rises] == [False, True, True]
 
 
 @pytest.mark.parametrize(

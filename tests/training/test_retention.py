@@ -1,0 +1,429 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import random_mask, sft_config, state, tiny_model
+from peft import LoraConfig, PeftModel
+from transformers import EarlyStoppingCallback, Trainer
+
+from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, RetentionCallback, RetentionConfig, lesion
+from fnsft_trl.evaluation.retention import RetentionText
+from fnsft_trl.training import RetentionBudgetExceeded
+from fnsft_trl.training.retention import retention_of
+from fnsft_trl.training.retention_texts import task_prompts
+
+
+EACH = {"eval_strategy": "steps", "eval_steps": 1}
+SAVED = {**EACH, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two files of general text."""
+    (tmp_path / "wiki.txt").write_text("Say bako: okab.\nThe red fox went to the sea\n" * 9)
+    (tmp_path / "law.jsonl").write_text("\n".join(json.dumps({"text": f"Sumo {n}: 9876543210"}) for n in range(20)))
+    return [f"wiki={tmp_path / 'wiki.txt'}", str(tmp_path / "law.jsonl")]
+
+
+@pytest.fixture
+def make(rows, tokenizer, templates, tmp_path):
+    def make(name="out", *, method="neuron_delta", retention=None, data=rows, model=None, **args):
+        networks = {
+            "network_config": FunctionalNetworkConfig(train_method=method),
+            "network_template": templates["llama"],
+            "peft_config": LoraConfig(r=2) if method == "lora" else None,
+        }
+        return FNSFTTrainer(
+            model=model or tiny_model("llama"),
+            args=sft_config(tmp_path / name, **args),
+            train_dataset=Dataset.from_list(data),
+            eval_dataset=Dataset.from_list(rows[:4]),
+            processing_class=tokenizer,
+            retention=retention and RetentionConfig(**{"retention_tokens": 60, **retention}),
+            **(networks if method else {}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def log(monkeypatch):
+    lines = []
+    monkeypatch.setattr("logging.Logger.warning", lambda self, message, *a, **k: lines.append(str(message)))
+    return lines
+
+
+def measured(trainer, name="retention/wiki/rise") -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+def test_named_series_are_measured_at_the_start_at_each_evaluation_and_at_the_end(make, texts, log):
+    trainer = make(retention={"retention_datasets": texts}, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "retention/wiki/kl" in entry]
+    assert [entry["step"] for entry in entries] == [0, 3, 4]
+    values = {f"retention/{name}/{kind}" for name in ("wiki", "law") for kind in ("rise", "cross_entropy", "kl")}
+    for entry in entries:
+        assert {key for key in entry if key.startswith("retention/")} >= values | {"retention/task/kl"}
+        for name in ("wiki", "law"):
+            base = entries[0][f"retention/{name}/base"]
+            assert entry[f"retention/{name}/cross_entropy"] - base == entry[f"retention/{name}/rise"]
+    assert entries[0]["retention/wiki/tokens"] == 60
+    assert entries[0]["retention/wiki/base"] != entries[0]["retention/law/base"]
+    assert entries[0]["retention/law/rise"] == entries[0]["retention/law/kl"] == 0 < entries[2]["retention/law/kl"]
+    assert "retention/task/rise" not in entries[2]
+    (last,) = [line for line in log if line.startswith("learnt:")]
+    assert "eval_loss" in last
+    assert last.endswith("done: no budget")
+    assert [line for line in log if "retention: law: 60 tokens" in line and "KL exact" in line]
+
+
+def test_what_is_logged_is_what_the_reloaded_adapter_has(make, texts, tmp_path, tokenizer):
+    trainer = make(retention={"retention_datasets": texts}, **EACH)
+    trainer.train()
+    trainer.save_model()
+    model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "out")
+    lines = (tmp_path / "wiki.txt").read_text().splitlines()
+    text = RetentionText.from_texts(lines, tokenizer, max_tokens=60)
+    rise = text.cross_entropy(model) - text.cross_entropy(tiny_model("llama"))
+    assert measured(trainer)[-1][1] == pytest.approx(rise, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [None, "neuron_delta", "lora", "full"])
+def test_measuring_changes_nothing_of_the_training(make, texts, method):
+    weights = []
+    for retention in (None, {"retention_datasets": texts}):
+        trainer = make(method=method, retention=retention, **EACH)
+        trainer.train()
+        weights.append(state(trainer.model))
+        kinds = {each.kl_kind for each in run.series} if (run := retention_of(trainer)) else set()
+    assert kinds == {"exact" if method in ("neuron_delta", "lora") else "top-k"}
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_evaluate_returns_the_values_and_the_best_model_is_chosen_by_them(make, texts, log):
+    settings = {**SAVED, "load_best_model_at_end": True, "metric_for_best_model": "retention/wiki/rise"}
+    trainer = make(retention={"retention_datasets": texts}, **settings)
+    trainer.train()
+    rises = dict(measured(trainer)[1:-1])
+    best = min(rises, key=rises.get)
+    assert trainer.state.best_global_step == best
+    assert trainer.state.best_metric == rises[best]
+    # Measured again when the best one was loaded.
+    assert measured(trainer)[-1] == (4, pytest.approx(rises[best], abs=1e-6))
+    assert trainer.evaluate()["eval_retention/wiki/rise"] == measured(trainer)[-1][1]
+    assert any("the best model is that of the lowest retention/wiki/rise" in line for line in log)
+
+
+def test_early_stopping_finds_the_values_in_whatever_order_callbacks_are_added(make, texts, log):
+    settings = {**SAVED, "load_best_model_at_end": True, "metric_for_best_model": "retention/wiki/rise"}
+    trainer = make(max_steps=8, **settings)
+    trainer.add_callback(EarlyStoppingCallback(2, early_stopping_threshold=9.0))
+    lines = ["The red fox went to the sea"] * 9
+    trainer.add_callback(RetentionCallback(trainer, lines, name="wiki", max_tokens=60))
+    trainer.train()
+    assert not [line for line in log if "early stopping is disabled" in line]
+    assert trainer.state.global_step < 8
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [("retention/wki/rise", "must be one of: retention/wiki/rise"), ("retention/task/rise", "task/kl")],
+)
+def test_a_metric_of_no_series_is_an_error(make, texts, metric, message):
+    trainer = make(retention={"retention_datasets": texts}, metric_for_best_model=metric, **SAVED)
+    with pytest.raises(FNSFTError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "full"])
+def test_a_resumed_run_has_the_values_of_the_uninterrupted_one(make, texts, tmp_path, method):
+    whole = make("whole", method=method, retention={"retention_datasets": texts}, **{**SAVED, "save_steps": 2})
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert (checkpoint / "retention.safetensors").exists() == (method == "full")
+    assert not (tmp_path / "whole" / "retention.safetensors").exists()
+    stored = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["retention"]
+    assert {name: entry["sha256"] for name, entry in stored.items()} == {
+        each.name: each.text.sha256 for each in retention_of(whole).series
+    }
+    resumed = make("other", method=method, retention={"retention_datasets": texts}, **{**SAVED, "save_steps": 2})
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name in ("retention/wiki/rise", "retention/law/kl", "retention/task/kl", "retention/law/cross_entropy"):
+        assert measured(resumed, name)[-1] == measured(whole, name)[-1]
+
+
+def test_a_checkpoint_of_another_text_or_of_none_is_an_error(make, texts, tmp_path):
+    make("one", retention={"retention_datasets": texts}, **SAVED).train()
+    make("none", **SAVED).train()
+    (tmp_path / "wiki.txt").write_text("Another text.\n" * 20)
+    trainer = make("one", retention={"retention_datasets": texts}, **SAVED)
+    with pytest.raises(FNSFTError, match="'wiki' is not that of the run which is resumed"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+    trainer = make("none", retention={"retention_datasets": texts}, **SAVED)
+    with pytest.raises(FNSFTError, match="written without a RetentionCallback for the series 'wiki'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "none" / "checkpoint-2"))
+
+
+def test_a_second_training_is_measured_against_the_first_base(make):
+    trainer = make(max_steps=2)
+    callback = RetentionCallback(trainer, ["The red fox went to the sea"] * 9, max_tokens=60)
+    trainer.add_callback(callback)
+    trainer.train()
+    base, first = callback.base, measured(trainer, "retention/rise")
+    trainer.train()
+    second = measured(trainer, "retention/rise")
+    assert callback.base == base
+    assert [step for step, _ in second] == [0, 2]
+    assert second[0][1] == first[-1][1] != second[1][1]
+
+
+def test_callbacks_without_a_name_have_series_of_their_own(make):
+    trainer = make(max_steps=1)
+    one = RetentionCallback(trainer, ["The red fox went to the sea"] * 9, max_tokens=60)
+    two = RetentionCallback(trainer, ["9876543210 987"] * 9, max_tokens=60)
+    trainer.add_callback(one)
+    trainer.add_callback(two)
+    trainer.train()
+    assert one.base != two.base
+    (_, rise), (_, other) = measured(trainer, "retention/rise")[-1], measured(trainer, "retention/2/rise")[-1]
+    base = tiny_model("llama")
+    assert rise == pytest.approx(one.text.cross_entropy(trainer.model) - one.text.cross_entropy(base), abs=1e-5)
+    assert other == pytest.approx(two.text.cross_entropy(trainer.model) - two.text.cross_entropy(base), abs=1e-5)
+
+
+def test_two_series_of_one_name_or_two_budgets_are_an_error(make):
+    for settings, message in (
+        ({"name": "a"}, "two retention series are named 'a'"),
+        ({"name": "b", "budget": 0.2}, "different budgets: 0.1 .rollback., 0.2 .rollback."),
+    ):
+        trainer = make()
+        trainer.add_callback(RetentionCallback(trainer, ["Say bako."], name="a", budget=0.1))
+        trainer.add_callback(RetentionCallback(trainer, ["Say bako."], **settings))
+        with pytest.raises(FNSFTError, match=message):
+            trainer.train()
+    for budget, action in ((-1, "stop"), (0.1, "pause"), (float("nan"), "stop")):
+        with pytest.raises(FNSFTError):
+            RetentionCallback(trainer, ["Say bako."], budget=budget, on_budget=action)
+
+
+def test_it_is_measured_without_the_mask(templates, rows, tokenizer, tmp_path):
+    """The rise is that of the weights: a lesion alone, with hardly any training, does not show in it."""
+    for mask_eval in (True, False):
+        trainer = FNSFTTrainer(
+            model=tiny_model("llama"),
+            args=sft_config(tmp_path, learning_rate=1e-9, eval_strategy="steps", eval_steps=2),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:4]),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(mask_mode="lesion", mask_eval=mask_eval),
+            network_template=templates["llama"],
+        )
+        trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."], max_tokens=80))
+        trainer.train()
+        assert max(abs(rise) for _, rise in measured(trainer, "retention/rise")) < 1e-4
+        assert max(kl for _, kl in measured(trainer, "retention/kl")) < 1e-4
+        with lesion(trainer.model, random_mask(trainer.model, "mlp_intermediate")):
+            assert trainer.evaluate()["eval_retention/rise"] < 1e-4
+
+
+def test_it_works_with_a_plain_trainer(rows, tokenizer, tmp_path):
+    """Budget, checkpoints and resume included, on a Trainer that knows nothing of this package."""
+
+    def plain(name, **settings):
+        data = [
+            {"input_ids": ids, "labels": ids} for ids in (tokenizer(row["prompt"])["input_ids"][:4] for row in rows)
+        ]
+        model = tiny_model("llama")
+        args = sft_config(tmp_path / name, **SAVED)
+        trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:4], processing_class=tokenizer)
+        lines = ["The red fox went to the sea"] * 9
+        trainer.add_callback(RetentionCallback(trainer, lines, name="wiki", max_tokens=60, **settings))
+        return trainer
+
+    whole = plain("whole")
+    whole.train()
+    resumed = plain("whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert measured(resumed, "retention/wiki/kl")[-1] == measured(whole, "retention/wiki/kl")[-1]
+    ended = plain("ended", budget=1e-9)
+    with pytest.raises(RetentionBudgetExceeded):
+        ended.train()
+    assert all(torch.equal(v, tiny_model("llama").state_dict()[n]) for n, v in ended.model.state_dict().items())
+
+
+# The budget
+
+
+def rises_of(make, texts, **args) -> list[float]:
+    trainer = make("free", retention={"retention_datasets": texts}, **args)
+    trainer.train()
+    series = [[rise for _, rise in measured(trainer, f"retention/{name}/rise")] for name in ("wiki", "law")]
+    return [max(pair) for pair in zip(*series, strict=True)]
+
+
+class Weights:
+    """The weights after each step of an uninterrupted run."""
+
+    def __init__(self, make, **args):
+        from transformers import TrainerCallback
+
+        self.after = after = []
+
+        class Note(TrainerCallback):
+            def on_step_end(self, args, state_, control, model=None, **kwargs):
+                after.append(state(model))
+
+        trainer = make("weights", **args)
+        trainer.add_callback(Note())
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+def test_a_rollback_brings_the_last_state_within_the_budget_back(make, texts, log, method):
+    args = {
+        **EACH,
+        "method": method,
+        "learning_rate": 3e-3 if method == "full" else 2e-2,
+        "lr_scheduler_type": "constant",
+        "max_steps": 6,
+    }
+    rises = rises_of(make, texts, **args)
+    budget = (rises[2] + min(rise for rise in rises[3:] if rise > rises[2])) / 2
+    over = next(step for step, rise in enumerate(rises) if rise > budget)
+    assert over > 1
+    log.clear()
+    trainer = make("out", retention={"retention_datasets": texts, "retention_budget": budget}, **args)
+    trainer.train()
+    assert trainer.state.global_step == over
+    expected = Weights(make, **args).after[over - 2]
+    assert all(torch.equal(value, expected[name]) for name, value in state(trainer.model).items())
+    assert max(measured(trainer)[-1][1], measured(trainer, "retention/law/rise")[-1][1]) == pytest.approx(
+        rises[over - 1], abs=1e-6
+    )
+    (last,) = [line for line in log if line.startswith("learnt:")]
+    assert f"rolled back to step {over - 1}, the last within the budget" in last
+
+
+def test_a_stop_keeps_the_state_that_passed_and_a_warning_goes_on(make, texts, log):
+    rises = rises_of(make, texts, **EACH)
+    budget = rises[2] * 0.999
+    over = next(step for step, rise in enumerate(rises) if rise > budget)
+    for action, end in (("stop", over), ("warn", 4)):
+        log.clear()
+        retention = {"retention_datasets": texts, "retention_budget": budget, "retention_on_budget": action}
+        trainer = make(action, retention=retention, **EACH)
+        trainer.train()
+        assert trainer.state.global_step == end
+        assert any("the retention_budget of" in line and "is passed" in line for line in log)
+        (last,) = [line for line in log if line.startswith("learnt:")]
+        assert "rose by" in last
+
+
+def test_where_no_state_is_within_the_budget_the_base_comes_back(make, texts):
+    trainer = make(retention={"retention_datasets": texts, "retention_budget": 0}, learning_rate=0.5, **SAVED)
+    base = state(trainer.model)
+    with pytest.raises(RetentionBudgetExceeded, match="no measurement of this training is within"):
+        trainer.train()
+    assert all(torch.equal(value, base[name]) for name, value in state(trainer.model).items())
+    assert measured(trainer)[-1][1] == 0
+    assert not trainer.is_in_train
+
+
+def test_the_best_checkpoint_within_the_budget_is_loaded(make, texts, log):
+    """By the loss of the task, a later one would be better."""
+    args = {**SAVED, "load_best_model_at_end": True, "max_steps": 6, "learning_rate": 2e-2}
+    rises = rises_of(make, texts, **args)[:7]
+    within = [step for step in range(1, 7) if rises[step] <= rises[2]]
+    retention = {"retention_datasets": texts, "retention_budget": rises[2], "retention_on_budget": "warn"}
+    trainer = make("out", retention=retention, **args)
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert min(losses, key=losses.get) not in within
+    assert trainer.state.best_global_step == min(within, key=losses.get)
+    assert max(measured(trainer)[-1][1], measured(trainer, "retention/law/rise")[-1][1]) <= rises[2] + 1e-6
+    assert any("the best checkpoint within the budget" in line for line in log)
+
+
+def test_no_checkpoint_over_the_budget_is_written_or_resumed(make, texts, tmp_path):
+    args = {**SAVED, "learning_rate": 2e-2, "max_steps": 6}
+    rises = rises_of(make, texts, **args)
+    over = next(step for step, rise in enumerate(rises) if rise > rises[2])
+    trainer = make("out", retention={"retention_datasets": texts, "retention_budget": rises[2]}, **args)
+    trainer.train()
+    steps = {int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert steps == set(range(1, over))
+    trainer = make("free", retention={"retention_datasets": texts, "retention_budget": rises[2]}, **args)
+    with pytest.raises(FNSFTError, match=r"before this training: the budget of .* is passed; resume from an earlier"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "free" / f"checkpoint-{over}"))
+
+
+def test_a_rollback_of_sharded_weights_is_refused(make, texts):
+    trainer = make(retention={"retention_datasets": texts, "retention_budget": 1.0})
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(FNSFTError, match="which are sharded here"):
+        trainer.train()
+
+
+# The texts
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("wiki=nowhere.txt", "nowhere.txt does not exist"),
+        ("wiki=empty.txt", "empty"),
+        ("wiki=blank.txt", "holds no text|is empty"),
+        ("wiki=numbers.jsonl", "holds no text|no format|columns"),
+        ("wiki=a/model-that-is-not-there", "found neither here nor on the Hub"),
+    ],
+)
+def test_a_source_that_holds_no_text_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, hub, given, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n \n")
+    (tmp_path / "numbers.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(FNSFTError, match=message) as error:
+        FNSFTTrainer("no/model", sft_config(tmp_path), retention=RetentionConfig(retention_datasets=[given]))
+    assert "\n" not in str(error.value)
+
+
+def test_texts_that_are_trained_on_are_named_for_each_series(make, texts, rows, tmp_path, log):
+    (tmp_path / "wiki.txt").write_text(
+        f"{rows[3]['prompt'].upper()}{rows[3]['completion']}\nThe red fox went to sea\n" * 2
+    )
+    make(retention={"retention_datasets": texts})
+    (line,) = [line for line in log if "too, so its rise" in line]
+    assert line.startswith("2 of the 4 rows of the retention text 'wiki' stand in the training data")
+    assert rows[3]["completion"].strip() in line
+
+
+def test_a_text_with_too_few_tokens_is_said(make, texts, log):
+    make(retention={"retention_datasets": texts, "retention_tokens": 100_000})
+    assert [line for line in log if line.startswith("the retention text 'law' holds ") and "not the 100000" in line]
+
+
+def test_the_prompts_of_the_task_end_with_the_first_token_that_is_learnt():
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+        {"input_ids": [5, 9, 9], "labels": [5, 9, 9]},
+        {"input_ids": [4, 4], "labels": [-100, -100]},
+    ]
+    text = task_prompts(Dataset.from_list(rows), tokens=100, seed=0)
+    assert sorted(text.sequences) == [[5, 6, 7], [5, 9, 9]]
+    assert text.tokens == 4
+    assert task_prompts(Dataset.from_list(rows), tokens=3, seed=0).tokens == 3
+    assert task_prompts(Dataset.from_list(rows[2:]), tokens=3, seed=0) is None
+    assert task_prompts(Dataset.from_list([{"text": "a"}]), tokens=3, seed=0) is None
+    packed = [{"input_ids": [5, 6, 7, 1, 2, 3], "labels": [-100, 6, 7, -100, -100, 3], "seq_lengths": [3, 3]}]
+    assert task_prompts(Dataset.from_list(packed), tokens=9, seed=0).sequences == [[5, 6], [1, 2, 3]]
+
+
+def test_the_prompts_are_those_that_sft_trainer_learns_nothing_of(make, texts, rows, tokenizer):
+    trainer = make(retention={"retention_datasets": texts, "retention_tokens": 10_000})
+    (task,) = [
+        c.text for c in trainer.callback_handler.callbacks if getattr(c, "series", None) and c.series.name == "task"
+    ]
+    prompts = sorted(tokenizer(row["prompt"])["input_ids"] for row in rows)
+    assert sorted(ids[:-1] for ids in task.sequences) == prompts
