@@ -51,10 +51,12 @@ def options() -> list[Option]:
         ),
         row(
             "jobs",
-            "Cells that are trained at once, each in a process and, where there are several, on an accelerator of its own.",
+            "Cells that are trained at once, each in a process and, of several accelerators, on one of its own.",
             1,
             lowest=1,
         ),
+        row("generate", "Also let the models answer, and score the answers: BLEU, ROUGE, exact match.", False),
+        row("max_new_tokens", "With generate: the longest answer in tokens.", 128, lowest=1),
         row("restart", "Throw away what is finished of arms that have changed since, and train these anew.", False),
     ]
     return [*own, *_of_arms().values()]
@@ -73,16 +75,24 @@ def main(argv: list[str]) -> None:
     output = check_writable(args.output_dir)
     if repeated := sorted({seed for seed in args.seeds if args.seeds.count(seed) > 1}):
         raise FNSFTError(f"seeds holds {repeated[0]} twice; give each once")
+    if unusable := [seed for seed in args.seeds if not 0 <= seed < 2**32]:
+        raise FNSFTError(f"seeds holds {unusable[0]}; a seed must be from 0 to {2**32 - 1}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FNSFTError("an experiment starts its processes itself; run fnsft experiment alone, with jobs")
     check_pyplot()
-    arms = read_arms(files, _over_all(argv), data=args.data)
+    if "max_new_tokens" in args.given and not args.generate:
+        raise FNSFTError("max_new_tokens has no effect without generate; add it, or drop max_new_tokens")
+    longest = args.max_new_tokens if args.generate else None
+    arms = read_arms(files, _over_all(argv), data=args.data, max_new_tokens=longest)
+    if args.generate:
+        from ..evaluation.generation import check_scores_of_text
+
+        check_scores_of_text()
 
     from ..experiments import compare_arms, run_experiment
 
     print(f"{len(arms)} arms ({', '.join(arm.name for arm in arms)}), {len(args.seeds)} seeds", flush=True)
-    say = _say
-    cells = run_experiment(arms, args.seeds, output, jobs=args.jobs, restart=args.restart, say=say)
+    cells = run_experiment(arms, args.seeds, output, jobs=args.jobs, restart=args.restart, say=_say)
     print(compare_arms(arms, cells, output), flush=True)
     print(f"Report: {output / 'report.html'} (also report.md, results.json)")
 

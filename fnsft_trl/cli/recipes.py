@@ -91,7 +91,11 @@ def find_recipes(given: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
 
 
 def read_arms(
-    files: Mapping[str, Path], command_line: Mapping[str, Any], *, data: Sequence[str] | None
+    files: Mapping[str, Path],
+    command_line: Mapping[str, Any],
+    *,
+    data: Sequence[str] | None,
+    max_new_tokens: int | None = None,
 ) -> list["Arm"]:
     """Parse every recipe, and see that they make one experiment.
 
@@ -100,6 +104,7 @@ def read_arms(
         command_line: options of `fnsft train` that hold for all arms, over what their recipes say; those of networks
             and of LoRA for the arms that have any.
         data: datasets to score answers on; by default each arm holds rows out, as its recipe says.
+        max_new_tokens: the longest answer that the arms are let generate; none by default.
 
     Raises:
         FNSFTError: a recipe is not understood, or arms cannot be compared; with the file.
@@ -111,7 +116,11 @@ def read_arms(
         for note in notes:
             print(f"fnsft experiment: note: {note}", file=sys.stderr)
     hashes: dict[str, str] = {}
-    return [_arm(name, options, data, hashes) for name, options in asked.items()]
+    arms = [_arm(name, options, data, hashes) for name, options in asked.items()]
+    if max_new_tokens is None:
+        return arms
+    more = {"max_new_tokens": max_new_tokens}
+    return [replace(arm, settings=arm.settings | more, **more) for arm in arms]
 
 
 def _parsed(file: Path, command_line: Mapping[str, Any]) -> TrainOptions:

@@ -10,13 +10,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .. import __version__
+from ..evaluation.generation import check_generates
+from ..evaluation.metrics import RowScores
 from ..interventions.masking import masks_off
 from ..template.template import FunctionalNetworkTemplate
 from ..training.budget import RetentionBudgetExceeded
 from ..training.retention import callbacks_of, retention_of
 from ..training.same_run import data_text, networks_text
 from ..training.trainer import FNSFTTrainer
-from .held_out import HeldOut, RowScores
+from .held_out import HeldOut
 
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "numpy")
@@ -38,6 +40,8 @@ class Arm:
             needs none, or has a template.
         networks (`str`): what a discovery depends on: arms of which it is the same share one.
         networks_by_seed (`bool`): whether the text of the discovery depends on the seed.
+        max_new_tokens (`int` or `None`): the longest answer that it is let generate, for BLEU and ROUGE; none by
+            default.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Arm:
     discover: Callable[[int, Path], FunctionalNetworkTemplate] | None = None
     networks: str = ""
     networks_by_seed: bool = False
+    max_new_tokens: int | None = None
 
 
 class _Points(TrainerCallback):
@@ -58,11 +63,11 @@ class _Points(TrainerCallback):
         self.held_out = held_out
         self.found: list[dict[str, Any]] = []
         self.base_nll: dict[str, list[float]] = {}  # of the sequences of each retention series, before training
-        self.last: RowScores | None = None
+        self.last: list[RowScores] = []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.measure()
-        self.base_nll = {name: list(series.nll) for name, series in self._series().items()}
+        self.base_nll = {name: list(series.nll) for name, series in self.series().items()}
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         if self.trainer.is_in_train:
@@ -74,8 +79,8 @@ class _Points(TrainerCallback):
         step = trainer.state.global_step
         with masks_off(trainer.model):
             self.last = self.held_out.score(trainer.model, batch_size=trainer.args.per_device_eval_batch_size)
-        summary = self.last.summary()
-        retention = {name: dict(series.values) for name, series in self._series().items()}
+        summary = self.held_out.summary(self.last)
+        retention = {name: dict(series.values) for name, series in self.series().items()}
         self.found = [point for point in self.found if point["step"] != step]
         self.found.append({"step": step, "learning": summary["nll"], **summary, "retention": retention})
 
@@ -86,7 +91,8 @@ class _Points(TrainerCallback):
         if may_be_other or self.found[-1]["step"] != trainer.state.global_step:
             self.measure()
 
-    def _series(self) -> dict[str, Any]:
+    def series(self) -> dict[str, Any]:
+        """The retention series, by name."""
         run = retention_of(self.trainer)
         return {} if run is None else {series.name: series for series in run.series}
 
@@ -114,7 +120,10 @@ def train_and_score(
         better) and what was lost (`retention`, by series), at each `step`; the last is that of the saved model.
     """
     trainer = arm.make_trainer(seed, directory, template)
-    held_out = HeldOut.of(trainer.eval_dataset)
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    held_out = HeldOut.of(trainer.eval_dataset, tokenizer)
+    if arm.max_new_tokens is not None:
+        check_generates(trainer.model, tokenizer)
     points = _Points(trainer, held_out)
     trainer.add_callback(points)
     failure = None
@@ -132,12 +141,13 @@ def train_and_score(
         "seed": seed,
         "learning_rate": trainer.args.learning_rate,
         "points": points.found,
-        "scores": {**points.last.summary(), "rows": len(held_out.sequences), "left_out": held_out.left_out},
+        "scores": held_out.summary(points.last) | _answers(arm, trainer, tokenizer, held_out),
+        "scored": {"rows": len(held_out.rows), "left_out": held_out.left_out, "answers": held_out.has_answers},
         "masked": _masked(trainer, held_out),
         "budget": None if run is None or run.budget is None else failure or run.done,
         "trained": _trained(trainer),
-        "rows": {"nll": points.last.nll, "exact_match": points.last.exact},
-        "retention": {name: _retention(series, points.base_nll[name]) for name, series in points._series().items()},
+        "rows": {"nll": held_out.nll(points.last), "exact_match": [row.is_exact for row in points.last]},
+        "retention": {name: _retention(series, points.base_nll[name]) for name, series in points.series().items()},
         "train_data": data_text(trainer.train_dataset, None),
         "eval_data": held_out.sha256,
         "template": None if template is None else template.name,
@@ -162,7 +172,16 @@ def _masked(trainer: FNSFTTrainer, held_out: HeldOut) -> dict[str, float] | None
     """The scores under the forward mask that the arm trains with, if one is on."""
     if trainer.mask_handle is None or not trainer.mask_handle.enabled:
         return None
-    return held_out.score(trainer.model, batch_size=trainer.args.per_device_eval_batch_size).summary()
+    return held_out.summary(held_out.score(trainer.model, batch_size=trainer.args.per_device_eval_batch_size))
+
+
+def _answers(arm: Arm, trainer: FNSFTTrainer, tokenizer, held_out: HeldOut) -> dict[str, float]:
+    """The scores of generated answers, if they are asked for."""
+    if arm.max_new_tokens is None:
+        return {}
+    size = trainer.args.per_device_eval_batch_size
+    with masks_off(trainer.model):
+        return held_out.answers(trainer.model, tokenizer, max_new_tokens=arm.max_new_tokens, batch_size=size)
 
 
 def _trained(trainer: FNSFTTrainer) -> dict[str, Any]:

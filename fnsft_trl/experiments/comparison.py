@@ -20,7 +20,14 @@ from .summary import Cell, Estimate, differing, of_arm, of_pair
 
 _MOST_FOR_PAIRS = 4  # arms, of which every two are compared; of more, each with the first
 _LONGEST = 60  # characters of a value in a table
-_SCORES = {"exact_match": "exact match", "nll": "NLL"}
+# What of the scores stands in the table, as far as it was measured, and how it is written there.
+_SCORES = {
+    "exact_match": ("exact match", ".2f"),
+    "nll": ("NLL", ".2f"),
+    "perplexity": ("perplexity", ".2f"),
+    "bleu": ("BLEU", ".1f"),
+    "rougeL": ("ROUGE-L", ".3f"),
+}
 _LONG = ("rows", "retention", "settings", "sources", "versions")  # of a cell, which cells.jsonl holds
 
 
@@ -91,15 +98,17 @@ class _Page:
         is_masked = any(found["masked_nll"] for found in self.found.values())
         also = list(dict.fromkeys(key for cell in self.cells for key in cell["also"]))
         header = ["arm", "trained parameters", "neurons trained", *(key.replace("_", " ") for key in also)]
-        header += [*_SCORES.values(), *(["NLL under its mask"] if is_masked else [])]
+        scores = {name: form for name, form in _SCORES.items() if name in self.found[self.first["arm"]]}
+        header += [name for name, _ in scores.values()] + (["NLL under its mask"] if is_masked else [])
         header += [f"{name}: rise" for name in self.series] + [f"{name}: KL" for name in kls]
         base = self.first["points"][0]
         empty = [""] * (2 + len(also))
-        before = ["before training", *empty, *(f"{base[name]:.2f}" for name in _SCORES), *([""] if is_masked else [])]
+        known = [format(base[name], form) if name in base else "" for name, (_, form) in scores.items()]
+        before = ["before training", *empty, *known, *([""] if is_masked else [])]
         rows = [[*before, *[""] * (len(self.series) + len(kls))]]
         for name, found in self.found.items():
             row = [name, *_trained(self.of[name]), *(_several(self.of[name], key) for key in also)]
-            row += [_shown(found[score], ".2f") for score in _SCORES]
+            row += [_shown(found[score], form) for score, (_, form) in scores.items()]
             row += [_shown(found["masked_nll"], ".2f")] if is_masked else []
             row += [_shown(found["retention"][series]["rise"], "+.4f") for series in self.series]
             row += [_shown(found["retention"][series]["kl"], ".4f") for series in kls]
@@ -107,7 +116,8 @@ class _Page:
         return header, rows
 
     def _note(self) -> str:
-        scores, count = self.first["scores"], len(self.seeds)
+        scored, count = self.first["scored"], len(self.seeds)
+        unit = "nats per answer" if scored["answers"] else "nats per token"
         texts = ", ".join(f"{text['tokens']:,} tokens of {name}" for name, text in self.first["retention"].items())
         if count > 1:
             intervals = f"Means over n = {count} seeds, with 95% intervals over them (Student's t)."
@@ -117,8 +127,8 @@ class _Page:
                 "texts (bootstrap)."
             )
         return (
-            f"n = {scores['rows']} rows that were held out and {texts}. {intervals} NLL: nats per answer (lower is "
-            "better). Rise: of the cross-entropy on general text; KL: of the model before training to the trained "
+            f"n = {scored['rows']} rows that were held out and {texts}. {intervals} NLL: {unit} (lower is better). "
+            "Rise: of the cross-entropy on general text; KL: of the model before training to the trained "
             "one; both in nats per token, without forward masks, as the saved model runs."
         )
 
@@ -131,7 +141,7 @@ class _Page:
             ]
         return curves_figure(
             curves,
-            learning="NLL of held-out answers, nats (left: learnt better)",
+            learning="NLL of held-out rows, nats (left: learnt better)",
             forgetting=f"rise of cross-entropy on {series}\nnats per token (down: forgot less)",
         )
 
@@ -156,7 +166,7 @@ class _Page:
             [f"{b} - {a}", *(_shown(differences.get(name), "+.4f") for name in measures)]
             for a, b, differences in found
         ]
-        report.table(["", *(_SCORES.get(name, name) for name in measures)], rows)
+        report.table(["", *(_SCORES[name][0] if name in _SCORES else name for name in measures)], rows)
         over = "seeds, paired" if len(self.seeds) > 1 else "rows or texts, paired (not over seeds: there is one)"
         report.text(f"95% intervals over {over}. What is empty was not measured on the same rows.")
         return [{"of": b, "less": a, **_plain(differences)} for a, b, differences in found]

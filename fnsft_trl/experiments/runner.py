@@ -108,7 +108,10 @@ class _Experiment:
         waiting = [(arm, seed) for arm, seed in every if (arm.name, seed) not in self.cells.found]
         if len(waiting) < len(every):
             self.say(f"{len(every) - len(waiting)} of {len(every)} cells are finished already")
-        discoveries = {self._template(arm, seed): (arm, seed) for arm, seed in waiting if arm.discover is not None}
+        discoveries: dict[Path, tuple[Arm, int]] = {}
+        for arm, seed in waiting:
+            if arm.discover is not None:
+                discoveries.setdefault(self._template(arm, seed), (arm, seed))
         missing = [(path, *of) for path, of in discoveries.items() if not _is_template(path)]
         finding = [_Task(f"discovery for {arm.name}", _discover, (arm, seed, path)) for path, arm, seed in missing]
         training = [

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from scipy import stats
 
+from ..evaluation.bootstrap import spread
+
 
 Cell = Mapping[str, Any]
 
-SCORES = ("nll", "exact_match", "perplexity")
 _LEVEL = 0.95
-_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,9 @@ def over_parts(differences: Sequence[float], weights: Sequence[float], what: str
         weights: how much of a part there is, such as its tokens.
         what: `texts` or `rows`.
     """
-    numbers = torch.tensor(differences, dtype=torch.float64)
-    sizes = torch.tensor(weights, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(numbers), (_DRAWS, len(numbers)), generator=generator)
-    samples = numbers[chosen].sum(1) / sizes[chosen].sum(1)  # (draws,)
-    tail = (1 - _LEVEL) / 2
-    low, high = samples.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Estimate(float(numbers.sum() / sizes.sum()), low, high, what, 1)
+    parts = torch.tensor([*zip(differences, weights, strict=True)], dtype=torch.float64)
+    value, low, high = spread(lambda sums: float(sums[0] / sums[1]), parts)
+    return Estimate(value, low, high, what, 1)
 
 
 def of_arm(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -70,7 +65,8 @@ def of_arm(cells: Sequence[Cell]) -> dict[str, Any]:
     Args:
         cells: of one arm, one for each seed.
     """
-    found: dict[str, Any] = {name: over_seeds([cell["scores"][name] for cell in cells]) for name in SCORES}
+    names = [name for name, value in cells[0]["scores"].items() if value is not None]
+    found: dict[str, Any] = {name: over_seeds([cell["scores"][name] for cell in cells]) for name in names}
     found["masked_nll"] = None
     if all(cell["masked"] for cell in cells):
         found["masked_nll"] = over_seeds([cell["masked"]["nll"] for cell in cells])
@@ -97,7 +93,8 @@ def of_pair(first: Sequence[Cell], second: Sequence[Cell]) -> dict[str, Estimate
     pairs = list(zip(first, second, strict=True))
     found = {}
     if all(a["eval_data"] == b["eval_data"] for a, b in pairs):
-        found |= {name: _difference(pairs, ["scores", name], ["rows", name], None) for name in ("nll", "exact_match")}
+        names = ("nll", "exact_match") if first[0]["scored"]["answers"] else ("nll",)
+        found |= {name: _difference(pairs, ["scores", name], ["rows", name], None) for name in names}
     for name, series in first[0]["retention"].items():
         same = all(a["retention"][name]["sha256"] == b["retention"][name]["sha256"] for a, b in pairs)
         if same and "rise" in first[0]["points"][-1]["retention"][name]:
