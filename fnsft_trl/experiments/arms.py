@@ -126,15 +126,10 @@ def train_and_score(
         check_generates(trainer.model, tokenizer)
     points = _Points(trainer, held_out)
     trainer.add_callback(points)
-    failure = None
-    try:
-        trainer.train()
-    except RetentionBudgetExceeded as error:  # the model is its base again, and that is its result
-        failure = str(error)
+    budget = _train(trainer)
     points.finish()
     trainer.save_model(trainer.args.output_dir)
     trainer.create_model_card()
-    run = retention_of(trainer)
     cell = {
         "task": arm.task,
         "arm": arm.name,
@@ -144,7 +139,7 @@ def train_and_score(
         "scores": held_out.summary(points.last) | _answers(arm, trainer, tokenizer, held_out),
         "scored": {"rows": len(held_out.rows), "left_out": held_out.left_out, "answers": held_out.has_answers},
         "masked": _masked(trainer, held_out),
-        "budget": None if run is None or run.budget is None else failure or run.done,
+        "budget": budget,
         "trained": _trained(trainer),
         "rows": {"nll": held_out.nll(points.last), "exact_match": [row.is_exact for row in points.last]},
         "retention": {name: _retention(series, points.base_nll[name]) for name, series in points.series().items()},
@@ -154,12 +149,21 @@ def train_and_score(
         "networks": None if trainer.network_template is None else networks_text(trainer.network_template),
         "device": trainer.args.device.type,
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
-        "settings": arm.settings,
-        "sources": arm.sources,
-        "versions": versions(),
+        **{"settings": arm.settings, "sources": arm.sources, "versions": versions()},
     }
     cell["also"] = {} if also is None else also(trainer, directory)
     return cell
+
+
+def _train(trainer: FNSFTTrainer) -> str | None:
+    """Train, and say what was done about the budget of retention, if there is one."""
+    failure = None
+    try:
+        trainer.train()
+    except RetentionBudgetExceeded as error:  # the model is its base again, and that is its result
+        failure = str(error)
+    run = retention_of(trainer)
+    return None if run is None or run.budget is None else failure or run.done
 
 
 def versions() -> dict[str, str]:

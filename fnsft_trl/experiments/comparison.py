@@ -66,6 +66,7 @@ class _Page:
         self.series = [name for name, text in self.first["points"][-1]["retention"].items() if "rise" in text]
 
     def write(self, title: str | None, remark: str) -> str:
+        """Write it, and give its main part as text."""
         model = self.first["settings"].get("model_name_or_path", "")
         report = Report(title or f"Experiment: {self.first['task']}" + (f" on {model}" if model else ""))
         verdict = " ".join(filter(None, (self._verdict(), remark)))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,7 @@ class _Experiment:
         self.cells = Cells(directory / CELLS_FILE)
 
     def run(self, *, jobs: int, restart: bool) -> list[dict[str, Any]]:
+        """Do what is not finished, and give all cells."""
         changed = self.cells.changed(self.arms)
         if changed and not restart:
             (name, seed), what = next(iter(changed.items()))
@@ -219,7 +221,7 @@ def _begin(numbers, threads: int) -> None:
 
 def _end_with(sentinel) -> None:
     connection.wait([sentinel])
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def own_device(number: int, visible: str | None, count: int) -> str | None:

@@ -16,7 +16,7 @@ from fnsft_trl.experiments.runner import own_device
 
 REPORT = ("report.md", "report.html", "results.json", "cells.jsonl")
 # Events of a process that writes, after so many of which it is killed: in a discovery, in trainings, between cells.
-KILLS = (3, 30, 60, 90, 120, 200, 330)
+KILLS = (3, 20, 55, 34, 40, 32, 36)
 _WRITES = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
