@@ -1,11 +1,19 @@
 """A small experiment on a tiny model: three recipes, with networks and without, and the data that they name."""
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import yaml
 from helpers import tiny_rows
 
+from fnsft_trl.cli import main
+
+
+REPORT = ("report.md", "report.html", "results.json", "cells.jsonl")
+_WRITES = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
 
 COMMON = {
     "use_cpu": True,
@@ -49,3 +57,34 @@ def edit(file: Path, **changes) -> None:
     """Change keys of a YAML file; `None` takes one away."""
     values = yaml.safe_load(file.read_text()) | changes
     file.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+
+
+def run(folder: Path, output: Path, *more: str) -> int:
+    """Run the experiment, and give its status."""
+    return main(["experiment", str(folder), "--output_dir", str(output), *more])
+
+
+def report(output: Path) -> dict[str, bytes]:
+    """The files that an experiment leaves, but for models and templates."""
+    return {name: (output / name).read_bytes() for name in REPORT}
+
+
+def killed_after(events: int, folder: Path, output: Path, *more: str) -> bool:
+    """Run the experiment in a process that is killed (SIGKILL) after so many writes; whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = events
+
+        def count(event, arguments):
+            nonlocal left
+            opens = event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wax"
+            if (opens or event in _WRITES) and str(arguments[0]).startswith(str(output)):
+                left -= 1
+                if left <= 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        signal.alarm(300)
+        os._exit(run(folder, output, *more))
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

@@ -1,5 +1,6 @@
 """run_experiment: every arm with every seed, resumable at any point, several at once if asked."""
 
+import gc
 import os
 import shutil
 import signal
@@ -208,6 +209,10 @@ def _result(task: _Task) -> Any:
         return task()
     except FNSFTError as error:
         return error
+    finally:  # a trainer and its callbacks hold each other
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _begin(numbers, threads: int) -> None:

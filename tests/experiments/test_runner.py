@@ -1,23 +1,29 @@
 """An experiment that is killed goes on where it was, and its report is that of an uninterrupted one."""
 
 import json
-import os
 import shutil
-import signal
-import sys
 
 import pytest
+import torch
 import yaml
-from small_experiment import ARMS, edit, make_folder
+from helpers import ROOT
+from small_experiment import ARMS, edit, killed_after, make_folder, report, run
 
 from fnsft_trl.cli import main
 from fnsft_trl.experiments.runner import own_device
 
 
-REPORT = ("report.md", "report.html", "results.json", "cells.jsonl")
 # Events of a process that writes, after so many of which it is killed: in a discovery, in trainings, between cells.
 KILLS = (3, 20, 55, 34, 40, 32, 36)
-_WRITES = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A forked process cannot use the threads of its parent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +33,6 @@ def place(tmp_path_factory, model_dir):
     folder = make_folder(directory, model_dir)
     assert run(folder, directory / "whole") == 0
     return directory
-
-
-def run(folder, output, *more: str) -> int:
-    return main(["experiment", str(folder), "--output_dir", str(output), *more])
-
-
-def report(output) -> dict[str, bytes]:
-    return {name: (output / name).read_bytes() for name in REPORT}
-
-
-def killed_after(events: int, folder, output) -> bool:
-    """Run the experiment in a process that is killed (SIGKILL) after so many writes; whether it was."""
-    child = os.fork()
-    if child == 0:
-        left = events
-
-        def count(event, arguments):
-            nonlocal left
-            opens = event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wax"
-            if (opens or event in _WRITES) and str(arguments[0]).startswith(str(output)):
-                left -= 1
-                if left <= 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        signal.alarm(300)
-        os._exit(run(folder, output))
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_a_report_after_kills_is_that_of_an_uninterrupted_run(place, tmp_path):
@@ -208,3 +185,21 @@ def test_each_process_has_an_accelerator_of_its_own():
 
 def test_the_shared_file_is_one_of_the_verb(place):
     assert set(yaml.safe_load((place / "recipes" / "experiment.yaml").read_text())) == {"data", "seeds"}
+
+
+@pytest.mark.slow
+def test_the_originals_experiment_after_three_kills_is_that_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    """On the real model, with little of everything."""
+    monkeypatch.chdir(ROOT)
+    rows = (ROOT / "recipes" / "data" / "comprehensions_test.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:3]))
+    less = ["--data", str(tmp_path / "rows.jsonl"), "--max_steps", "1", "--per_device_train_batch_size", "2"]
+    less += ["--ica_max_tokens", "400", "--ica_rank", "16", "--retention_tokens", "60", "--max_new_tokens", "4"]
+    folder = ROOT / "recipes" / "peft_vs_peft_ica"
+    for events in (4, 40, 45):
+        assert killed_after(events, folder, tmp_path / "killed", *less), events
+    finished = len((tmp_path / "killed" / "cells.jsonl").read_text().splitlines())
+    assert 0 < finished < 3
+    for output in ("killed", "whole"):
+        assert run(folder, tmp_path / output, *less) == 0
+    assert report(tmp_path / "killed") == report(tmp_path / "whole")
