@@ -81,14 +81,14 @@ _ARMS = {
     "random": ("Neuron deltas for 10% random neurons in every layer.", "4.0e-4", _NETWORKS + "ica_select: random\n"),
 }
 _REMARK = (
-    "This is one seed, one task and one control: it shows how the parts work together and proves nothing about the "
-    "method. Learning rates were chosen beforehand on this task so that the arms learn about equally well. The arm "
-    "lora trains LoRA on the MLPs; outside and random train 10% of the neurons of every layer as deltas: those with the lowest "
-    "loadings on all networks (outside the functional networks of general text), or as many at random. Every adapter "
-    "gave the same logits, bit for bit, after it was loaded in a fresh process. New task: name the desk a question "
-    "belongs to (arithmetic, finance, health, household, science, trivia); real questions of ASDiv, FiQA, "
-    "HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English Wikipedia passages (BoolQ), of other articles "
-    "than those of the discovery."
+    "This is one seed, one task and one control: it shows how the parts work together and proves nothing about "
+    "the method. Learning rates were chosen beforehand on this task so that the arms learn about equally well. "
+    "The arm lora trains LoRA on the MLPs; outside and random train 10% of the neurons of every layer as deltas: "
+    "those with the lowest loadings on all networks (outside the functional networks of general text), or as many "
+    "at random. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh process. New "
+    "task: name the desk a question belongs to (arithmetic, finance, health, household, science, trivia); real "
+    "questions of ASDiv, FiQA, HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English Wikipedia "
+    "passages (BoolQ), of other articles than those of the discovery."
 )
 
 

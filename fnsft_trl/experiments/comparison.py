@@ -79,9 +79,9 @@ class _Page:
             report.figure(f"learning_and_forgetting_{name}", self._figure(name), self._caption(name))
         pairs = self._pairs(report)
         differences = self._differences(report)
-        self._networks(report)
+        networks = self._networks(report)
         self._data(report)
-        report.save(self.directory, self._results(pairs, differences))
+        report.save(self.directory, self._results(pairs, differences) | {"networks": networks})
         return f"\n{format_table(header, rows)}\n\n{self._note()}\n\n{verdict}\n"
 
     def _verdict(self) -> str:
@@ -183,8 +183,9 @@ class _Page:
         report.text("All other options are the same; - means that it was not given.")
         return found
 
-    def _networks(self, report: Report) -> None:
-        """The networks that arms share."""
+    def _networks(self, report: Report) -> list[dict[str, Any]]:
+        """The networks that arms share, and what they were found on."""
+        found = []
         folders = list(dict.fromkeys(cell["template"] for cell in self.cells if cell["template"] is not None))
         for number, folder in enumerate(folders, 1):
             if number == 1:
@@ -192,6 +193,7 @@ class _Page:
             path = self.directory / TEMPLATES / folder
             template = FunctionalNetworkTemplate.from_pretrained(path)
             name = "networks" if len(folders) == 1 else f"networks_{number}"
+            found.append({"directory": f"{TEMPLATES}/{folder}", **template.calibration})
             null = f" ({template.null['highest']:.2f})" if template.null else ""
             report.figure(
                 name,
@@ -202,6 +204,7 @@ class _Page:
                 "disjoint halves of the tokens; above null: how far it is from the highest that components reach "
                 f"without any co-activation{null} to 1.",
             )
+        return found
 
     def _data(self, report: Report) -> None:
         report.heading("Data, seeds and versions")
