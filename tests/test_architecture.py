@@ -75,10 +75,11 @@ ORDER = {
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
+    "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
-        *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report"),
-        *("evaluation_run", "evaluate", "demo_report", "demo", "fine_tuning", "train"),
+        *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run", "evaluate"),
+        *("fine_tuning", "train", "recipes", "experiment", "demo"),
         "__main__",
     ],
 }

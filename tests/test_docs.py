@@ -28,6 +28,8 @@ ROLES = {"user": "prompt", "assistant": "completion"}
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
+    "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
+    "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "train": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_rank 8 --max_length 32 --disable_tqdm true",
 }
 
@@ -118,6 +120,9 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
         if verb == "train":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+        if verb == "experiment":
+            arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
+            arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
         if "--texts" in arguments:
             arguments = instead(arguments, "--texts", "roneneldan/TinyStories", "--model_a", str(model_dir))
             arguments += ["--model_b", str(model_dir)]
@@ -177,6 +182,10 @@ def yaml_blocks() -> list:
     """Every YAML file that is shown or brought; its first line says what it is for."""
     shown = {f"{page.name}-{n}": block for page in PAGES for n, block in enumerate(blocks(page, "yaml"))}
     brought = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    brought |= {
+        str(path.relative_to(ROOT)): path.read_text()
+        for path in sorted((ROOT / "recipes" / "peft_vs_peft_ica").rglob("*.yaml"))
+    }
     return [pytest.param(text, id=name) for name, text in (shown | brought).items()]
 
 
@@ -188,7 +197,7 @@ def test_every_yaml_file_is_one_that_its_command_takes(text, workplace):
     words[1] = "config.yaml"
     if verb == "train":
         asked = parse_options(words)
-        assert asked.network_config is not None
+        assert asked.network_config is not None or asked.values["use_peft"]
         assert not asked.notes
     else:
         assert read_arguments(words, import_module(f"fnsft_trl.cli.{verb}").options()).given

@@ -122,6 +122,7 @@ class RetentionSeries:
         kl_kind (`str` or `None`): `exact`, from the base itself, the adapter being switched off; or `top-k`, from its
             64 most probable tokens and a rest at each position, a lower bound.
         values (`dict[str, float]`): what was measured last, by measure.
+        nll (`list[float]`): negative log-likelihood of each sequence when it was measured last, in nats.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class RetentionSeries:
         self.measures = tuple(measures)
         self.base: float | None = None
         self.values: dict[str, float] = {}
+        self.nll: list[float] = []
         self._reference: AdapterOff | StoredBase | None = None
         self._model: ref[nn.Module] | None = None
 
@@ -246,6 +248,7 @@ class RetentionSeries:
     def _means(self, model: nn.Module, read: Callable, title: str | None) -> list[float]:
         """Means over tokens; summed over sequences in their order, so that they are the same in any run."""
         sums = _sums(model, self.text, read, batch_size=self.batch_size, title=title)
+        self.nll = sums[:, 0].tolist()
         return (sums.sum(0) / self.text.tokens).tolist()
 
     def _values(self, cross_entropy: float, kl: float) -> dict[str, float]:
