@@ -78,8 +78,8 @@ ORDER = {
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
-        *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run", "evaluate"),
-        *("fine_tuning", "train", "recipes", "experiment", "demo"),
+        *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run"),
+        *("evaluate", "fine_tuning", "train", "recipes", "experiment", "demo"),
         "__main__",
     ],
 }
