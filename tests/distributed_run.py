@@ -112,6 +112,7 @@ def run_trainer(
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.add_callback(RetentionCallback(trainer, ["9876543210 is it"] * 5, max_tokens=50, batch_size=2))
     trainer.train()
+    trainer.save_model()
     if is_sharded:
         assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters())
         config = None if method == "full" else trainer.model.peft_config["default"]

@@ -1,24 +1,18 @@
-"""HubTrainer: an SFTTrainer that says in one line what the Hub refuses, and saves no token."""
+"""HubTrainer: a Trainer that says in one line what the Hub refuses."""
 
 from pathlib import Path
 
-from trl import SFTTrainer
+from transformers import Trainer
 
-from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, prepare_repo
 
 
-class HubTrainer(SFTTrainer):
-    """SFTTrainer, with the errors of the Hub as what to do about them; its token is not saved with the arguments.
+class HubTrainer(Trainer):
+    """Trainer, with the errors of the Hub as what to do about them.
 
     Args:
-        args, kwargs: those of [`~trl.SFTTrainer`].
+        args, kwargs: those of the trainer that it goes in front of.
     """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.hub_token is not None:
-            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """As the parent's; the branch `hub_revision` is made where it does not exist.

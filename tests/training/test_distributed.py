@@ -1,5 +1,6 @@
 """Two processes on a CPU (gloo): the same weights in each, frozen ones bit-identical, the result that of one."""
 
+import json
 import shlex
 
 import pytest
@@ -56,6 +57,9 @@ def test_two_processes_train_as_one_does(runs, method):
             assert (first / file).read_bytes() == (second / file).read_bytes()
         checkpoint = root / "2" / f"{method}-out-0" / "checkpoint-4" / "functional_networks"
         assert (checkpoint / "selection.json").is_file()
+        ended = [json.loads((root / n / f"{method}-out-0" / "results.json").read_text()) for n in ("1", "2")]
+        assert ended[0] == ended[1]
+        assert ended[0]["guard"]["neurons"] == (~masks[0]).count
         others = {p.name for p in (root / "2" / f"{method}-out-1").rglob("*") if p.is_file()}
         assert others == {"rng_state_1.pth"}  # which every process of a Trainer keeps of its own
 
