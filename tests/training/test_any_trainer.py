@@ -1,6 +1,7 @@
 """Networks in any trainer: what FNSFTTrainer promises holds for Trainer and for TRL's other trainers."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -21,6 +22,8 @@ from fnsft_trl import (
     MaskPhase,
     MaskScheduleCallback,
     NeuronTunerConfig,
+    RetentionCallback,
+    RetentionConfig,
     find_neuron_sites,
     select_neurons,
     with_networks,
@@ -92,7 +95,7 @@ def reward_dir(tmp_path_factory, tokenizer):
 def make(model_dir, reward_dir, templates, tmp_path):
     """A trainer with networks: `make(name, method, model=..., network={...}, **arguments of its configuration)`."""
 
-    def make(name, method="neuron_delta", *, model=None, network=None, peft_config=None, template=True, **changes):
+    def make(name, method="neuron_delta", *, model=None, network=None, retention=None, template=True, **changes):
         trainer_class, config_class, rows, options, more = TRAINERS[name]
         if model is None:
             model = load(model_dir if name != "Reward" else reward_dir, name)
@@ -107,6 +110,7 @@ def make(model_dir, reward_dir, templates, tmp_path):
             **({"peft_config": lora} if method == "lora" and not isinstance(model, PeftModel) else {}),
             network_config=FunctionalNetworkConfig(train_method=method, **(network or {})),
             network_template=templates["llama"] if template else None,
+            retention=retention,
             **more,
         )
 
@@ -294,6 +298,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
         make(name, method, max_steps=4, learning_rate=0.02, output_dir=str(tmp_path / "other")).train(
             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
         )
+
+
+@pytest.mark.parametrize("name", ["Trainer", "DPO", "GRPO"])
+@pytest.mark.parametrize("method", ["neuron_delta", "full"])
+def test_what_is_lost_is_measured(make, name, method, tmp_path):
+    """From the model before training, with the mask off, and with its reference as it is."""
+    trainer = make(name, method, network={"mask_mode": "preserve"})
+    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."] * 4, name="wiki", max_tokens=40))
+    trainer.train()
+    rises = [entry["retention/wiki/rise"] for entry in trainer.state.log_history if "retention/wiki/rise" in entry]
+    assert rises[0] == pytest.approx(0, abs=1e-6)
+    assert abs(rises[-1]) > 1e-5
+    trainer.save_model()
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["retention"]["series"]["wiki"]["rise"] == rises[-1]
+    assert found["networks"]["method"] == method
+    assert {"masked", "unmasked"} <= {key for key, values in found["evaluation"].items() if values}
+
+
+def test_retention_of_a_reward_model_is_refused(make, tmp_path):
+    (tmp_path / "wiki.txt").write_text("Say bako: okab.")
+    with pytest.raises(FNSFTError, match="next token"):
+        RetentionCallback(make("Reward"), ["Say bako: okab."])
+    with pytest.raises(FNSFTError, match="next token"):
+        make("Reward", retention=RetentionConfig(retention_datasets=[str(tmp_path / "wiki.txt")]))
 
 
 def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):
