@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from helpers import instead, run_processes, sft_config, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
 from test_harness import write_tasks
+from transformers import AutoModelForCausalLM
 
 from fnsft_trl import (
     FNSFTTrainer,
@@ -62,12 +64,8 @@ def masked_run(place, tokenizer, templates):
     """The directory of a run that trained under a lesion."""
     directory = place / "run"
     config = FunctionalNetworkConfig(mask_mode="lesion", ica_component_ids=[0])
-    model = tiny_model("llama")
-    model.config.name_or_path = str(place / "tiny")
-    from datasets import Dataset
-
     trainer = FNSFTTrainer(
-        model,
+        AutoModelForCausalLM.from_pretrained(place / "tiny"),
         sft_config(directory, max_steps=1),
         train_dataset=Dataset.from_list(tiny_rows(8)),
         processing_class=tokenizer,
@@ -203,7 +201,7 @@ def refused(capsys, *words) -> str:
     [
         (["tiny"], "there is nothing to score on; give data, tasks or retention_datasets"),
         (["tiny", "--tasks", "syllable"], "lm-eval knows no task 'syllable'; did you mean"),
-        (["tiny", "--generate"], "generate: no effect without data"),
+        (["tiny", "--generate", "--tasks", "syllables"], "generate: no effect without data"),
         (["tiny", "--data", "qa.jsonl", "--max_new_tokens", "3"], "max_new_tokens: no effect without generate"),
         (["tiny", "--data", "qa.jsonl", "--limit", "3"], "limit: no effect without tasks"),
         (["tiny", "--data", "qa.jsonl", "--mask_mode", "lesion"], "mask_mode: no effect without ica_template_path"),
@@ -212,9 +210,12 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "qa.jsonl", "--masked"], "masked: none of the models was trained under a mask"),
         (["tiny", "--data", "none.jsonl"], "the dataset file none.jsonl does not exist"),
         (["tiny", "--data", "odd.jsonl"], "the dataset odd.jsonl has the columns 'a', 'b', which are no known format"),
-        (["tiny", "--data", "empty.jsonl"], "odd has no row to score"),
+        (["tiny", "--data", "empty.jsonl"], "empty has no row to score: 'answer' is empty in row 0"),
         (["tiny", "--data", "qa.jsonl", "--columns", "prompt=quest,completion=answer"], "no column 'quest'"),
-        (["tiny", "--data", "qa.jsonl", "--dataset_split", "dev"], "has no split 'dev'; set dataset_split to train"),
+        (
+            ["tiny", "--data", "qa.jsonl", "--dataset_split", "dev"],
+            "has no split 'dev'; it has train; set dataset_split",
+        ),
         (["tiny", "tiny=adapter", "--data", "qa.jsonl"], "models names 'tiny' twice"),
         (["nowhere/else", "--data", "qa.jsonl"], "the model 'nowhere/else' cannot be loaded"),
         (["orphan", "--data", "qa.jsonl"], "if it has moved, say where to in base_model_name_or_path of orphan"),
@@ -225,13 +226,15 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "results.json", "--output_dir", "."], "output_dir is ., where results.json is read from"),
         (
             ["tiny", "--data", "qa.jsonl", "--ica_template_path", "other", "--mask_mode", "lesion"],
-            "the template was made for",
+            "the template was made from a model without a name (GPT2LMHeadModel), but the model is a LlamaForCausalLM",
         ),
         (
             ["tiny", "--data", "qa.jsonl", "--choice_prompt", "Say it"],
             "choice_prompt is 'Say it', the same for every row",
         ),
-        (["endless", "--data", "qa.jsonl", "--generate"], "has no EOS token"),
+        (["tiny", "endless", "--data", "qa.jsonl", "--generate"], "has no EOS token"),
+        (["headless", "--data", "qa.jsonl"], "headless is a LlamaModel, which has no generation config"),
+        (["untold", "--data", "qa.jsonl"], "the model 'untold' has no tokenizer that can be loaded"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(words, message, place, templates, capsys, monkeypatch):
@@ -251,6 +254,10 @@ def test_what_cannot_be_done_is_one_line(words, message, place, templates, capsy
         settings = json.loads((place / "endless" / "tokenizer_config.json").read_text())
         settings["eos_token"] = None
         (place / "endless" / "tokenizer_config.json").write_text(json.dumps(settings))
+    if "headless" in words:
+        tiny_model("llama").model.save_pretrained(place / "headless")
+    if "untold" in words:
+        tiny_model("llama").save_pretrained(place / "untold")
     more = [] if "--tasks" not in words else ["--include_path", str(place)]
     assert message in refused(capsys, *instead(words, *more))
     assert not (place / "evaluation").exists()
