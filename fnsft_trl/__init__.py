@@ -37,6 +37,7 @@ _HOMES = {
     "RetentionCallback": "training",
     "RetentionConfig": "evaluation",
     "FNSFTTrainer": "training",
+    "with_networks": "training",
     "to_merged": "export",
     "to_plain_lora": "export",
     "verify_merge": "export",

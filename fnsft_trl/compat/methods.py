@@ -17,6 +17,7 @@ _TRL = "https://github.com/huggingface/trl/blob/v1.16.0/"
 _MODULE = ("torch.nn.Module", f"{_TORCH}torch/nn/modules/module.py")
 _TUNER = ("peft.tuners.tuners_utils.BaseTuner", f"{_PEFT}peft/tuners/tuners_utils.py")
 _LAYER = ("peft.tuners.tuners_utils.BaseTunerLayer", f"{_PEFT}peft/tuners/tuners_utils.py")
+_TRAINER = ("transformers.Trainer", f"{_TRANSFORMERS}transformers/trainer.py")
 _SFT = ("trl.SFTTrainer", f"{_TRL}trl/trainer/sft_trainer.py")
 
 
@@ -87,17 +88,15 @@ PRIVATE_METHODS = (
     PrivateMethod(
         *_LAYER, "merge", ("safe_merge", "adapter_names"), "replaced on layers whose merge would move frozen neurons"
     ),
-    PrivateMethod(*_SFT, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when all of it is written"),
+    PrivateMethod(*_TRAINER, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when it is whole"),
     PrivateMethod(
-        "transformers.Trainer",
-        f"{_TRANSFORMERS}transformers/trainer.py",
+        *_TRAINER,
         "_save",
         ("output_dir", "state_dict"),
         "weights that FSDP keeps sharded are gathered, and saved whole at the end",
     ),
     PrivateMethod(
-        "transformers.Trainer",
-        f"{_TRANSFORMERS}transformers/trainer.py",
+        *_TRAINER,
         "_determine_best_metric",
         ("metrics", "trial"),
         "a state that has lost more than the budget of retention is not the best one",

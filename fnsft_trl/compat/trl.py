@@ -1,6 +1,6 @@
 """What is needed of TRL beyond its public interface. Seen in TRL 1.16.0."""
 
-from trl import SFTTrainer
+from transformers import Trainer
 
 # Loads a model as SFTTrainer does from a name: the class that its config names, where it goes, its precision. The
 # networks must be known before SFTTrainer wraps the model, so it is loaded before.
@@ -24,10 +24,10 @@ PREPARATION_SETTINGS = (
 )
 
 
-def evaluation_metrics(trainer: SFTTrainer) -> dict[str, list[float]]:
-    """What a trainer has gathered in an evaluation beside the loss; its next log shows the means.
+def evaluation_metrics(trainer: Trainer) -> dict[str, list[float]]:
+    """What a trainer of TRL has gathered in an evaluation beside the loss; its next log shows the means.
 
     There they are named `eval_` + name in every evaluation, whatever its `metric_key_prefix`.
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
     """
-    return trainer._metrics["eval"]
+    return vars(trainer).get("_metrics", {}).get("eval", {})

@@ -64,6 +64,15 @@ def trained_part(row: Mapping, text_field: str = "text"):
     return row if has_conversation or row.keys() & {"input_ids", "prompt"} else row.get(text_field, row)
 
 
+def compared_part(row: Mapping, text_field: str = "text"):
+    """What trainers other than SFTTrainer read of a row: of preferences the prompt with the chosen answer, of prompts
+    that are answered in training the prompt, and of any other row what SFTTrainer trains."""
+    prompt = row.get("prompt")
+    if "chosen" in row:
+        return row["chosen"] if prompt is None else {"prompt": prompt, "completion": row["chosen"]}
+    return prompt if prompt is not None and "completion" not in row else trained_part(row, text_field)
+
+
 def _string_ids(text: str, tokenizer) -> list[int]:
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and adds_bos(tokenizer):

@@ -32,6 +32,7 @@ class MaskHandle:
     def __init__(self, model: nn.Module, silenced: NeuronMask) -> None:
         self.silenced = silenced
         self._model: weakref.ref[nn.Module] | None = weakref.ref(base_model(model))
+        self._others: list[weakref.ref[nn.Module]] = []
         self._hooks: list | None = None  # `None`: not registered
         self._count = 0  # of modules that are tapped
         self._on = False
@@ -64,6 +65,15 @@ class MaskHandle:
         """Switch the mask off; the hooks stay."""
         self._on = False
 
+    def extend(self, model: nn.Module) -> None:
+        """Silence the same neurons in another model too; both are switched together.
+
+        Raises:
+            FNSFTError: the mask has other layers or widths than the model.
+        """
+        self._put_on(model)
+        self._others.append(weakref.ref(base_model(model)))
+
     def remove(self) -> None:
         """Take the hooks away."""
         self._on = False
@@ -72,14 +82,21 @@ class MaskHandle:
         self._hooks = None
 
     def _register(self, model: nn.Module) -> None:
+        self._hooks = None
+        self._put_on(model)
+        self._count = self._taps(model)
+        for other in (reference() for reference in self._others):
+            if other is not None:
+                self._put_on(other)
+        self._on = True
+
+    def _put_on(self, model: nn.Module) -> None:
         sites = fitting_sites(model, self.silenced)
-        self._hooks = []
+        self._hooks = self._hooks or []
         for site in sites:
             members = self.silenced.layers.get(site.layer)
             if members is not None and members.any():
                 self._hooks += site.tap(_Silence(self, members), self._is_on)
-        self._count = self._taps(model)
-        self._on = True
 
     def _taps(self, model: nn.Module) -> int:
         return sum(isinstance(function, _Silence) and function.handle is self for function in tapping(model))
@@ -90,7 +107,7 @@ class MaskHandle:
     def __getstate__(self) -> dict:
         # Hooks of modules that are gone, as a merge leaves them, cannot be copied.
         hooks = self._hooks and [h for h in self._hooks if not isinstance(h, RemovableHandle) or h.hooks_dict_ref()]
-        return {**vars(self), "_hooks": hooks, "_model": None, "_blocks": 0}
+        return {**vars(self), "_hooks": hooks, "_model": None, "_others": [], "_blocks": 0}
 
     def __enter__(self) -> "MaskHandle":
         self.enable()

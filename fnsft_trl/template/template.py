@@ -147,6 +147,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that this template was not made from; warn of one whose weights have moved away from it.
 
+        A model with another head (a reward model) has the same neurons.
+
         Raises:
             FNSFTError: the architecture, a layer or a width differs; the message names the first difference.
         """
@@ -155,7 +157,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
 
         base = base_model(model)
         made_from = f"the template was made from {self.base_model or 'a model without a name'} ({self.architecture})"
-        if self.architecture not in (UNKNOWN, type(base).__name__):
+        if self.architecture not in (UNKNOWN, type(base).__name__) and not _has_same_body(base, self.architecture):
             raise FNSFTError(f"{made_from}, but the model is a {type(base).__name__}; use a template of this model")
         sites = [site for site in find_neuron_sites(model, kind=self.site) if site.layer in self.widths]
         widths = {site.layer: site.width for site in sites}
@@ -341,3 +343,11 @@ def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescriptio
                 f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
                 "fetch the template again"
             )
+
+
+def _has_same_body(model: nn.Module, architecture: str) -> bool:
+    """Whether a model is of a class that differs from another one of transformers by its head alone."""
+    import transformers
+
+    other = getattr(transformers, architecture, None)
+    return isinstance(other, type) and getattr(other, "config_class", None) is type(model.config)

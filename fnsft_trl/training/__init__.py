@@ -1,4 +1,4 @@
-"""Training: FNSFTTrainer, what one run selects, trains and masks, and the callbacks that watch it."""
+"""Training: FNSFTTrainer and any other trainer with networks, what one run does, and the callbacks that watch it."""
 
 from ..lazy import lazy_names
 
@@ -15,5 +15,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "RetentionBudgetExceeded": "budget",
         "RetentionCallback": "retention",
         "TrainingDiverged": "divergence",
+        "with_networks": "any_trainer",
     },
 )

@@ -22,14 +22,14 @@ class BatchCount:
         self._empty: torch.Tensor | int = 0
         self._broken: torch.Tensor | int = 0
 
-    def add(self, inputs: Mapping[str, Any]) -> None:
-        """Count one batch; one whose labels are not known is left out.
+    def add(self, inputs: Mapping[str, Any] | list) -> None:
+        """Count one batch; one without labels of tokens (preferences, prompts, classes) is left out.
 
         Args:
-            inputs: with `labels`, shape (..., tokens), of which the first of a row is no one's next token.
+            inputs: with `labels`, shape (rows, tokens), of which the first of a row is no one's next token.
         """
-        labels = inputs.get("labels")
-        if isinstance(labels, torch.Tensor):
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        if isinstance(labels, torch.Tensor) and labels.dim() > 1:
             self.batches += 1
             self._empty += ~(labels[..., 1:] != _IGNORED).any()
 

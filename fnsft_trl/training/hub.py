@@ -1,17 +1,17 @@
-"""HubTrainer: an SFTTrainer that says in one line what the Hub refuses."""
+"""HubTrainer: a Trainer that says in one line what the Hub refuses."""
 
 from pathlib import Path
 
-from trl import SFTTrainer
+from transformers import Trainer
 
 from ..hub.files import hub_errors, prepare_repo
 
 
-class HubTrainer(SFTTrainer):
-    """SFTTrainer, with the errors of the Hub as what to do about them.
+class HubTrainer(Trainer):
+    """Trainer, with the errors of the Hub as what to do about them.
 
     Args:
-        args, kwargs: those of [`~trl.SFTTrainer`].
+        args, kwargs: those of the trainer that it goes in front of.
     """
 
     def init_hf_repo(self, *args, **kwargs) -> None:

@@ -1,9 +1,11 @@
 """What a run needs before PEFT wraps its model: the base model, its tokenizer, and the template."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoProcessor
+from transformers import AutoModelForSequenceClassification, AutoProcessor
 from transformers.utils import logging
 
 from ..compat.bitsandbytes import is_packed, keep_unpacked, packs_weights
@@ -11,7 +13,6 @@ from ..compat.transformers import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from ..compat.trl import create_model_from_path
 from ..config import FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
-from ..data.sequences import trained_part
 from ..data.sources import load_texts
 from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
@@ -21,23 +22,41 @@ from ..template.template import FunctionalNetworkTemplate
 logger = logging.get_logger(__name__)
 
 
-def load_base_model(name: str, args, model_init_kwargs: dict | None, quantization_config):
-    """Load a model as SFTTrainer does."""
+def load_base_model(name: str, args, model_init_kwargs: dict | None, quantization_config, *, scores: bool = False):
+    """Load a model as the trainers of TRL do.
+
+    Args:
+        name: of the model.
+        args: of the trainer.
+        model_init_kwargs: as in its arguments.
+        quantization_config: as it is given to the trainer.
+        scores: whether it is a reward model, which gives one score for a text.
+    """
     options = dict(model_init_kwargs or {})
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
         options["device_map"] = None
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    if scores:
+        return create_model_from_path(name, AutoModelForSequenceClassification, num_labels=1, **options)
     return create_model_from_path(name, **options)
 
 
-def load_processing_class(model, args, model_init_kwargs: dict | None):
-    """Load the tokenizer or processor of a model as SFTTrainer does."""
+def load_processing_class(model, args, model_init_kwargs: dict | None, *, generates: bool = False):
+    """Load the tokenizer or processor of a model as the trainers of TRL do.
+
+    Args:
+        model: the model.
+        args: of the trainer.
+        model_init_kwargs: as in its arguments.
+        generates: whether the trainer generates answers (GRPO, RLOO), which are to follow right on their prompts.
+    """
     return AutoProcessor.from_pretrained(
         model.config.name_or_path,
         revision=(model_init_kwargs or {}).get("revision"),
         trust_remote_code=getattr(args, "trust_remote_code", False),
+        **({"truncation_side": "left", "padding_side": "left"} if generates else {}),
     )
 
 
@@ -59,9 +78,21 @@ def keep_4bit_layers_differentiable(model) -> None:
 
 
 def discover_template(
-    config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, formatting_func
+    config: FunctionalNetworkConfig, model, processing_class, args, train_dataset, text_of: Callable[[Any], Any]
 ) -> FunctionalNetworkTemplate:
-    """Discover the networks on `ica_datasets` or on the training data."""
+    """Discover the networks on `ica_datasets` or on the training data.
+
+    Args:
+        config: how.
+        model: the model.
+        processing_class: its tokenizer or processor.
+        args: of the trainer.
+        train_dataset: the training data.
+        text_of: gives the text that is read of one of their rows.
+
+    Raises:
+        FNSFTError: there is no text, or the model is sharded.
+    """
     config.check_named_networks()
     if is_deepspeed_zero3_enabled():
         raise FNSFTError(
@@ -85,12 +116,7 @@ def discover_template(
                 "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
                 "a template"
             )
-        field = getattr(args, "dataset_text_field", "text")
-        if formatting_func is not None:
-            texts = map(formatting_func, texts)
-        else:
-            texts = (trained_part(row, field) for row in texts)
-        datasets = {"the training data": texts}
+        datasets = {"the training data": map(text_of, texts)}
     # Discovery is slow on another device than the trainer's; with `None` the Trainer places the model, but later.
     if args.place_model_on_device is not False and not hasattr(model, "hf_device_map"):
         model.to(args.device)

@@ -1,4 +1,4 @@
-"""RetainingTrainer: an SFTTrainer that measures how much of general texts it loses, and keeps to a budget."""
+"""RetainingTrainer: a Trainer that measures how much of general texts it loses, and keeps to a budget."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from .watched import WatchedTrainer
 
 
 class RetainingTrainer(WatchedTrainer):
-    """SFTTrainer with retention series.
+    """Trainer with retention series.
 
     Args:
         retention ([`RetentionTexts`], *optional*): what is measured.
-        args, kwargs: those of [`~trl.SFTTrainer`].
+        args, kwargs: those of the trainer that it goes in front of.
     """
 
     def __init__(self, *args, retention: RetentionTexts | None = None, **kwargs) -> None:
@@ -45,5 +45,6 @@ class RetainingTrainer(WatchedTrainer):
         """As the parent's; a checkpoint holds what the base predicts on retention texts, where that is stored."""
         super().save_model(output_dir, _internal_call)
         run = retention_of(self)
-        if run is not None and _internal_call and self.args.should_save:
+        is_checkpoint = _internal_call and output_dir is not None  # a push names no directory
+        if run is not None and is_checkpoint and self.args.should_save:
             run.save(Path(output_dir))

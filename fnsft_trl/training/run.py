@@ -1,29 +1,31 @@
 """Run: what one run selects, trains and masks, in steps before and after PEFT wraps its model."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
 
 from ..config import FunctionalNetworkConfig
 from ..constraints import trainable_neurons
+from ..data.sequences import compared_part, trained_part
 from ..errors import FNSFTError
 from ..hub.account import check_upload
-from ..interventions import MaskHandle, lesion, preserve
+from ..interventions import MaskHandle
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
+from ..tuner import NeuronTunerConfig
 from .checkpoints import find_checkpoint
 from .guard import FrozenNeuronGuard
+from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template
 from .preparation import (
     discover_template,
@@ -31,6 +33,7 @@ from .preparation import (
     load_base_model,
     load_processing_class,
 )
+from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
 from .same_run import networks_text
 from .ways import WAYS, Way, is_sharded
 
@@ -43,9 +46,8 @@ class Run:
 
     Args:
         config (`FunctionalNetworkConfig`): what is asked for.
-        model (`str`, `PreTrainedModel` or `PeftModel`): the model, or its name.
-        peft_config (`PeftConfig`, *optional*): the adapter to train.
-        args (`SFTConfig` or `TrainingArguments`, *optional*): the training arguments.
+        given (`dict`): the arguments of the trainer by name, changed by the steps that prepare the model.
+        kind (`TrainerKind`): of the trainer.
 
     Attributes:
         config (`FunctionalNetworkConfig`): as given, at the site of the template.
@@ -68,27 +70,16 @@ class Run:
     selected: NeuronMask
     trainable: NeuronMask
 
-    def __init__(
-        self,
-        config: FunctionalNetworkConfig,
-        model: str | PreTrainedModel | PeftModel,
-        peft_config: PeftConfig | None,
-        args: SFTConfig | TrainingArguments | None,
-    ) -> None:
-        self.config = config
-        self.adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    def __init__(self, config: FunctionalNetworkConfig, given: dict[str, Any], kind: TrainerKind) -> None:
+        self.config, self.given, self.kind = config, given, kind
+        model, peft_config = kind.model_of(given), given.get("peft_config")
+        self.adapter = _adapter(model, peft_config)
         self.plan = config.plan(lora_config=isinstance(self.adapter, LoraConfig))
-        if self.adapter is not None and not isinstance(self.adapter, LoraConfig):
-            raise FNSFTError(
-                f"the model is to be trained with a {type(self.adapter).__name__}, which cannot be held to a set of "
-                "neurons; use a LoraConfig, or a plain model without peft_config for neuron deltas"
-            )
-        if args is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
-            args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-FNSFT")
-        self.args = args
+        self.args = args = given["args"] = kind.args_of(given)
         self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)
         self.way.check(model, args)
+        if self.plan.mask_mode is not None:
+            check_maskable(args)
         if args.push_to_hub and args.process_index == 0:
             is_proposal = (args.hub_revision or "").startswith("refs/pr/")
             check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
@@ -97,32 +88,62 @@ class Run:
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
 
+    def prepare(self, template: FunctionalNetworkTemplate | str | os.PathLike | None) -> None:
+        """Load what was given by name, find the networks, select the neurons: all that comes before PEFT wraps the
+        model. The arguments of the trainer are then such that it trains what was selected.
+
+        Args:
+            template: the networks, or where they are.
+
+        Raises:
+            FNSFTError: they are of another model, or the model cannot be trained in this way.
+        """
+        given = self.given
+        self._load()
+        model = given["model"]
+        self._find_networks(template, model)
+        adapter = self._select(model, given.get("peft_config"))
+        kind, is_full = self.kind, self.plan.method == "full"
+        if is_full and kind.takes_reference and given.get("ref_model") is None:
+            given["ref_model"] = copy_for_reference(model, self.args)
+        has_reference = kind.takes_reference or kind.generates
+        self._loads_reference = is_full and has_reference and given.get("ref_model") is None
+        if kind.wraps:
+            given["peft_config"] = adapter
+        else:
+            given.pop("peft_config", None)
+            given["model"] = kind.wrapped(model, adapter, self.args)
+
     @property
     def _model_init_kwargs(self) -> dict | None:
-        return self.args.model_init_kwargs if isinstance(self.args, SFTConfig) else None
+        return getattr(self.args, "model_init_kwargs", None)  # plain TrainingArguments have none
 
-    def load(self, model: str | PreTrainedModel | PeftModel, processing_class, quantization_config):
-        """Load what was given by name: networks must be known before PEFT wraps the model.
+    def _load(self) -> None:
+        """Load what was given by name: networks must be known before PEFT wraps the model."""
+        given, kind = self.given, self.kind
+        set_seed(self.args.seed)  # as the trainers of TRL do before they load a model
+        if isinstance(given["model"], str):
+            quantization = given.pop("quantization_config", None)
+            given["model"] = load_base_model(
+                given["model"], self.args, self._model_init_kwargs, quantization, scores=kind.scores
+            )
+        keep_4bit_layers_differentiable(given["model"])
+        if given.get("processing_class") is None and kind.is_of_trl:
+            given["processing_class"] = self._processing_class()
 
-        Returns:
-            The model, its tokenizer or processor, and the quantization config if it was not used.
-        """
-        set_seed(self.args.seed)  # as SFTTrainer does before it loads a model
-        if isinstance(model, str):
-            model = load_base_model(model, self.args, self._model_init_kwargs, quantization_config)
-            quantization_config = None
-        keep_4bit_layers_differentiable(model)
-        if processing_class is None:
-            processing_class = load_processing_class(model, self.args, self._model_init_kwargs)
-        return model, processing_class, quantization_config
+    def _processing_class(self):
+        kwargs, generates = self._model_init_kwargs, self.kind.generates
+        return load_processing_class(self.given["model"], self.args, kwargs, generates=generates)
 
-    def find_networks(
-        self,
-        given: FunctionalNetworkTemplate | str | os.PathLike | None,
-        model: PreTrainedModel | PeftModel,
-        processing_class,
-        train_dataset: Dataset | IterableDataset | None,
-        formatting_func: Callable | None,
+    def _text_of(self, row):
+        """The text of a row of the training data that networks are discovered on."""
+        field = getattr(self.args, "dataset_text_field", "text")
+        if (function := self.given.get("formatting_func")) is not None:
+            return function(row)
+        return trained_part(row, field) if self.kind.is_sft else compared_part(row, field)
+
+    def _find_networks(
+        self, given: FunctionalNetworkTemplate | str | os.PathLike | None, model: PreTrainedModel | PeftModel
     ) -> None:
         """Take the template of the checkpoint, or the one that was given or named, or discover one.
 
@@ -143,8 +164,14 @@ class Run:
             self.template = check_template(self.config, model, template)
             self.layers = chosen_layers(self.config, model, template)
             return
+        reader = self.given.get("processing_class")
         self.template = discover_template(
-            self.config, model, processing_class, self.args, train_dataset, formatting_func
+            self.config,
+            model,
+            self._processing_class() if reader is None else reader,
+            self.args,
+            self.given.get("train_dataset"),
+            self._text_of,
         )
 
     def _checkpoint_template(self, given: FunctionalNetworkTemplate | None) -> FunctionalNetworkTemplate:
@@ -157,7 +184,7 @@ class Run:
             )
         return template
 
-    def select(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
+    def _select(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
         """Select the neurons.
 
         Returns:
@@ -183,8 +210,9 @@ class Run:
 
     @contextmanager
     def loaded_model(self) -> Iterator[None]:
-        """Hide `model_init_kwargs` from SFTTrainer, which would warn that a loaded model ignores them."""
-        kept = getattr(self.args, "model_init_kwargs", None)
+        """Hide `model_init_kwargs` from the trainer, which would warn that a loaded model ignores them; not where it
+        loads a reference by them."""
+        kept = None if self._loads_reference else self._model_init_kwargs
         if kept is not None:
             self.args.model_init_kwargs = None
         try:
@@ -193,8 +221,8 @@ class Run:
             if kept is not None:
                 self.args.model_init_kwargs = kept
 
-    def hold(self, trainer: SFTTrainer) -> MaskHandle | None:
-        """Freeze, mask and guard the neurons of the model that SFTTrainer has wrapped.
+    def hold(self, trainer: Trainer) -> MaskHandle | None:
+        """Freeze, mask and guard the neurons of the model that the trainer has wrapped.
 
         Returns:
             The forward mask.
@@ -207,13 +235,15 @@ class Run:
                 "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
                 "ones (FSDP, DeepSpeed) could not be put back; drop the option"
             )
+        self.given = {}  # of which the trainer has what it needs
         trainer.keeps_weights = True
+        if self._loads_reference:
+            match_reference(trainer)
         self.way.hold(trainer, self.trainable)
         self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
-            intervene = lesion if self.plan.mask_mode == "lesion" else preserve
-            handle = intervene(trainer.model, self.selected)
+            handle = mask_trainer(trainer, self.plan.mask_mode, self.selected)
         if self.config.frozen_guard:
             if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
                 logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")
@@ -234,3 +264,31 @@ class Run:
                 "leave target_modules out"
             )
         self.trainable = reached
+
+
+def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None) -> PeftConfig | None:
+    """The adapter that a run trains: the one that the model brings, or the one that it is to get.
+
+    Raises:
+        FNSFTError: it cannot be trained.
+    """
+    if not isinstance(model, PeftModel):
+        adapter, known = given, LoraConfig
+    else:
+        if given is not None:
+            raise FNSFTError(
+                "the model brings an adapter, and peft_config asks for another one; drop peft_config to train that "
+                "adapter on, or merge it first (merge_and_unload)"
+            )
+        adapter, known = model.active_peft_config, (LoraConfig, NeuronTunerConfig)
+    if adapter is not None and not isinstance(adapter, known):
+        raise FNSFTError(
+            f"the model is to be trained with a {type(adapter).__name__}, which cannot be held to a set of "
+            "neurons; use a LoraConfig, or a plain model without peft_config for neuron deltas"
+        )
+    if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
+        raise FNSFTError(
+            "the adapter of the model was loaded for inference, so nothing of it would train; load it with "
+            "PeftModel.from_pretrained(base, DIR, is_trainable=True)"
+        )
+    return adapter

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.utils import ADAPTER_CONFIG_NAME, logging
+from trl import SFTTrainer
 
 from ..errors import FNSFTError
 from ..template.storage import NETWORK_DIR
@@ -53,14 +54,14 @@ _FREE_OF_ADAPTER = {
 }
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxdict = 3
-_TOKENS = ("input_ids", "labels", "seq_lengths")  # columns of prepared data
+_TOKENS = ("input_ids", "labels", "seq_lengths")  # what SFTTrainer reads of its prepared data
 
 
 def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) -> dict[str, Any]:
     """All that decides what a run makes of its model, as short JSON values.
 
     Args:
-        trainer ([`FNSFTTrainer`]): with a network config.
+        trainer ([`NetworkedTrainer`]): with a network config.
         given: name -> what was given to the trainer in the place of its own optimizer, loss or collator.
         mask_phases: of its `MaskScheduleCallback`.
     """
@@ -75,7 +76,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "mask_phases": mask_phases,
         "networks": networks_text(trainer.network_template),
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
-        "train_dataset": _data_text(trainer.train_dataset),
+        "train_dataset": _data_text(trainer.train_dataset, _TOKENS if isinstance(trainer, SFTTrainer) else None),
         "fsdp": fsdp_form(trainer),
         "deepspeed": trainer.is_deepspeed_enabled,
         **{name: _name(value) for name, value in given.items()},
@@ -202,11 +203,11 @@ def networks_text(template: FunctionalNetworkTemplate) -> str:
     return f"{len(template.components)} networks at {template.site} ({digest.hexdigest()[:16]})"
 
 
-def _data_text(dataset: Dataset | IterableDataset) -> str | None:
-    """The tokens and labels of prepared data, in their order; `None` of a stream."""
+def _data_text(dataset: Dataset | IterableDataset, columns: Sequence[str] | None) -> str | None:
+    """What is in some columns of prepared data (`None`: in all), in the order of the rows; `None` of a stream."""
     if not isinstance(dataset, Dataset):
         return None
-    names = [name for name in _TOKENS if name in dataset.column_names]
+    names = [name for name in columns or sorted(dataset.column_names) if name in dataset.column_names]
     digest = hashlib.sha256()
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000) if names else ():
         table = table.combine_chunks().replace_schema_metadata()  # which tells of files
@@ -218,9 +219,9 @@ def _data_text(dataset: Dataset | IterableDataset) -> str | None:
 
 def _name(value: Any) -> Any:
     """Of what class or function something is; of several things, each."""
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return [_name(item) for item in value]
-    if value is None or isinstance(value, dict):
+    if value is None or isinstance(value, (dict, str)):
         return value
     named = value if isinstance(value, (type, FunctionType)) else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -9,9 +9,10 @@ from transformers import TrainerCallback
 
 from ..constraints import FrozenSlices, check_momenta, freeze_neurons
 from ..errors import FNSFTError
-from ..interventions.masking import MaskHandle, lesion, preserve
+from ..interventions.masking import MaskHandle
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
+from .reference import check_maskable, mask_trainer
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class MaskScheduleCallback(TrainerCallback):
     (attention, norms) go on training. A resumed run takes up the phase it was in.
 
     Args:
-        trainer ([`FNSFTTrainer`]):
+        trainer ([`FNSFTTrainer`], or one of [`with_networks`]):
             The trainer, with a `network_config`. Its trainable neurons hold those of all phases. Add the callback with
             `trainer.add_callback`, before training.
         phases (sequence of [`MaskPhase`]):
@@ -58,8 +59,10 @@ class MaskScheduleCallback(TrainerCallback):
     def __init__(self, trainer, phases: Sequence[MaskPhase]) -> None:
         if not phases:
             raise FNSFTError("a MaskScheduleCallback without phases has no effect; give it some")
-        if trainer.network_config is None:
-            raise FNSFTError("a MaskScheduleCallback needs a trainer with a network_config")
+        if getattr(trainer, "network_config", None) is None:
+            raise FNSFTError("a MaskScheduleCallback needs a trainer with a network_config: see with_networks")
+        if any(phase.mask_mode is not None for phase in phases):
+            check_maskable(trainer.args)
         self.trainer = trainer
         self.phases = list(phases)
         # What each phase trains, over all layers.
@@ -116,8 +119,8 @@ class MaskScheduleCallback(TrainerCallback):
     def _handle(self, phase: MaskPhase) -> MaskHandle | None:
         if phase.mask_mode is None:
             return None
-        intervene = lesion if phase.mask_mode == "lesion" else preserve
-        handle = intervene(self.trainer.model, self.trainer.neuron_mask if phase.mask is None else phase.mask)
+        mask = self.trainer.neuron_mask if phase.mask is None else phase.mask
+        handle = mask_trainer(self.trainer, phase.mask_mode, mask)
         handle.disable()
         return handle
 

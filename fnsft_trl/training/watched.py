@@ -1,4 +1,4 @@
-"""WatchedTrainer: an SFTTrainer that does not end well when it has learnt nothing, or broken what it trains."""
+"""WatchedTrainer: a Trainer that does not end well when it has learnt nothing, or broken what it trains."""
 
 from contextlib import nullcontext
 
@@ -17,13 +17,13 @@ logger = logging.get_logger(__name__)
 
 
 class WatchedTrainer(HubTrainer):
-    """SFTTrainer, with errors where its numbers would mean nothing.
+    """Trainer, with errors where its numbers would mean nothing. It goes in front of any other kind of trainer.
 
     A run ends in an error when its loss or gradients are not finite (transformers logs a loss of 0.0 then, and goes
     on), and when no batch of the training, or of an evaluation, holds a label.
 
     Args:
-        args, kwargs: those of [`~trl.SFTTrainer`].
+        args, kwargs: those of the trainer that it goes in front of.
 
     Attributes:
         keeps_weights (`bool`): whether evaluations outside of training leave the weights as they are under

@@ -5,9 +5,8 @@ import copy
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig, SFTTrainer
 
 from ..config import TrainingPlan
 from ..constraints import (
@@ -22,6 +21,7 @@ from ..constraints import (
 )
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
+from ..neurons.sites import base_model, find_neuron_sites
 from ..tuner import NeuronDeltaLayer, NeuronTunerConfig
 
 
@@ -44,7 +44,7 @@ class Way:
         self.frozen: FrozenSlices | None = None
         self._optimizer: Optimizer | None = None
 
-    def check(self, model: str | nn.Module, args: SFTConfig) -> None:
+    def check(self, model: str | nn.Module, args: TrainingArguments) -> None:
         """Refuse, before anything is loaded, what cannot be trained in this way.
 
         Raises:
@@ -66,7 +66,7 @@ class Way:
         """
         return given
 
-    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+    def hold(self, trainer: Trainer, trainable: NeuronMask) -> None:
         """Freeze all other neurons in the wrapped model.
 
         Raises:
@@ -87,23 +87,45 @@ class Way:
             self._optimizer = optimizer
 
 
+# The end of a model's class -> what PEFT calls its task, by which it also trains and saves a new head.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
 class NeuronDeltas(Way):
     """Deltas of the trainable neurons alone, a PEFT method; the base model is frozen."""
 
-    def peft_config(self, model: nn.Module, trainable: NeuronMask, given: PeftConfig | None) -> PeftConfig:
-        """Deltas for the trainable neurons, with LoRA beside them where that was given."""
+    def check(self, model: str | nn.Module, args: TrainingArguments) -> None:
+        """A model may bring its deltas."""
+        if not (isinstance(model, PeftModel) and isinstance(model.active_peft_config, NeuronTunerConfig)):
+            super().check(model, args)
+
+    def peft_config(self, model: nn.Module, trainable: NeuronMask, given: PeftConfig | None) -> PeftConfig | None:
+        """Deltas for the trainable neurons, with LoRA beside them where that was given.
+
+        Raises:
+            FNSFTError: the model brings deltas of other neurons.
+        """
+        if isinstance(model, PeftModel):
+            _check_same_neurons(model, trainable)
+            return None
         whole = {}
         lora = copy.deepcopy(given)
         if lora is not None:
             for name in ("modules_to_save", "trainable_token_indices"):  # of the adapter, not of LoRA
                 whole[name] = getattr(lora, name)
                 setattr(lora, name, None)
+        kind = type(base_model(model)).__name__
+        task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), "CAUSAL_LM")
         return NeuronTunerConfig(
-            neurons=trainable.to_ranges(), site=trainable.site, task_type="CAUSAL_LM", lora=lora, **whole
+            neurons=trainable.to_ranges(), site=trainable.site, task_type=task, lora=lora, **whole
         )
 
-    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
-        """Nothing but deltas can train; SFTTrainer casts those on a quantised base to bfloat16, and they come back."""
+    def hold(self, trainer: Trainer, trainable: NeuronMask) -> None:
+        """Nothing but deltas can train; TRL casts those on a quantised base to bfloat16, and they come back."""
         for module in trainer.model.modules():
             if isinstance(module, NeuronDeltaLayer):
                 module.float_deltas()
@@ -112,7 +134,7 @@ class NeuronDeltas(Way):
 class MaskedLora(Way):
     """LoRA whose factors stay zero for all other neurons."""
 
-    def check(self, model: str | nn.Module, args: SFTConfig) -> None:
+    def check(self, model: str | nn.Module, args: TrainingArguments) -> None:
         """A model may bring its adapter."""
 
     def check_model(self, model: nn.Module, adapter: LoraConfig) -> None:
@@ -127,7 +149,7 @@ class MaskedLora(Way):
             set_lora_targets(given, model, trainable)
         return given
 
-    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+    def hold(self, trainer: Trainer, trainable: NeuronMask) -> None:
         """Mask the factors. Sharded, only masks on inputs and outputs hold, for other tensors take the factors' place.
 
         Raises:
@@ -164,12 +186,12 @@ class FullWeights(Way):
         """Whether weights that belong to no neuron train too."""
         return {"selected": False, "unselected": self.train_other, "all": True}[self.plan.train]
 
-    def check(self, model: str | nn.Module, args: SFTConfig) -> None:
+    def check(self, model: str | nn.Module, args: TrainingArguments) -> None:
         """Refuse adapters, and optimizers that write weights at other times than their step."""
         super().check(model, args)
         check_optimizer_name(OptimizerNames(args.optim).value)
 
-    def hold(self, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+    def hold(self, trainer: Trainer, trainable: NeuronMask) -> None:
         """Freeze the slices; under FSDP2 again when the model is sharded, for that replaces its tensors.
 
         Raises:
@@ -197,7 +219,7 @@ class FullWeights(Way):
 WAYS = {"neuron_delta": NeuronDeltas, "lora": MaskedLora, "full": FullWeights}
 
 
-def is_sharded(trainer: SFTTrainer) -> bool:
+def is_sharded(trainer: Trainer) -> bool:
     """Whether the weights are spread over processes."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
@@ -205,13 +227,30 @@ def is_sharded(trainer: SFTTrainer) -> bool:
 class _FreezeAfterSharding(TrainerCallback):
     """Freezes slices of the weights anew when the Trainer has sharded the model and loaded a checkpoint."""
 
-    def __init__(self, way: FullWeights, trainer: SFTTrainer, trainable: NeuronMask) -> None:
+    def __init__(self, way: FullWeights, trainer: Trainer, trainable: NeuronMask) -> None:
         self.way = way
         self.trainer = trainer
         self.trainable = trainable
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.way.freeze(self.trainer.model, self.trainable)
+
+
+def _check_same_neurons(model: PeftModel, trainable: NeuronMask) -> None:
+    """Refuse to train deltas that a model brings where they are not those of the trainable neurons.
+
+    Raises:
+        FNSFTError: with both numbers.
+    """
+    config = model.active_peft_config
+    widths = {site.layer: site.width for site in find_neuron_sites(model, kind=config.site)}
+    found = NeuronMask.from_ranges(config.neurons, widths, config.site)
+    if found != trainable:
+        raise FNSFTError(
+            f"the model brings deltas of {found.count} neurons at {found.site}, and the config trains "
+            f"{trainable.count} at {trainable.site}, not the same ones; give the template and the selection that the "
+            "adapter was trained with (beside its weights), or merge it first (merge_and_unload)"
+        )
 
 
 def _only_adapter(model: PeftModel) -> str:

@@ -1,0 +1,244 @@
+"""NetworkedTrainer: a Trainer with the trainable neurons and the forward mask of a FunctionalNetworkConfig."""
+
+import inspect
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..compat.trl import evaluation_metrics
+from ..config import FunctionalNetworkConfig, TrainingPlan
+from ..errors import FNSFTError
+from ..evaluation.config import RetentionConfig
+from ..hub.credentials import UnsavedToken
+from ..hub.files import is_hub_id
+from ..interventions.masking import MaskHandle, masks_off
+from ..neurons.mask import NeuronMask
+from ..template.template import FunctionalNetworkTemplate
+from .budget import RetentionBudgetExceeded
+from .kinds import TrainerKind
+from .results import RunResults
+from .resumption import Resumption, check_plain
+from .retained import RetainingTrainer
+from .retention_texts import RetentionTexts
+from .run import Run
+from .run_record import RunRecord
+from .same_run import fsdp_form
+from .schedule import MaskScheduleCallback
+
+
+logger = logging.get_logger(__name__)
+
+# What may be given to a trainer in the place of its own optimizer, loss or data.
+_OWN = ("data_collator", "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "reward_funcs", "rollout_func")
+
+
+class NetworkedTrainer(RetainingTrainer):
+    """What networks add to a trainer. It goes in front of the class of the trainer: see [`with_networks`].
+
+    Args:
+        args, kwargs:
+            The arguments of the trainer, by position or by name, and `peft_config` where it takes none itself.
+        network_config ([`FunctionalNetworkConfig`], *optional*):
+            What to select, train and mask.
+        network_template ([`FunctionalNetworkTemplate`] or `str`, *optional*):
+            The networks, their directory or their Hub id; overrides `network_config.ica_template_path`. Without
+            either, they are discovered on `network_config.ica_datasets` or on the training data.
+        retention ([`RetentionConfig`], *optional*):
+            The general texts on which it is measured what the model loses, with networks and without, and a budget.
+
+    Attributes: those of [`FNSFTTrainer`].
+
+    Raises:
+        FNSFTError: the config, the template, the model and the PEFT config do not go together.
+    """
+
+    mask_handle: MaskHandle | None = None
+    _trainer_class: type[Trainer] = Trainer
+    _run: Run | None = None
+    _resumption: Resumption | None = None
+    _results: RunResults | None = None
+    _evaluation_name: str | None = None
+
+    def __init__(
+        self,
+        *args,
+        network_config: FunctionalNetworkConfig | None = None,
+        network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
+        retention: RetentionConfig | None = None,
+        **kwargs,
+    ) -> None:
+        kind = TrainerKind(self._trainer_class)
+        given = kind.by_name(args, kwargs)
+        if retention is not None and kind.scores:
+            raise FNSFTError("retention is measured by the next token, which a reward model does not predict; drop it")
+        read = ("args", "train_dataset", "processing_class", "formatting_func")
+        retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
+        own = {name: given[name] for name in _OWN if name in given}
+        if network_config is not None:
+            self._run = Run(network_config, given, kind)
+            self._run.prepare(network_template)
+            self._evaluate_masked = network_config.mask_eval
+            self._tag_names = [*getattr(self, "_tag_names", ()), "fnsft", "functional-networks"]
+        elif network_template is not None:
+            raise FNSFTError("network_template without network_config has no effect; give a network_config too")
+        with self._run.loaded_model() if self._run else nullcontext():
+            super().__init__(**given, retention=retained)
+        if self.args.hub_token is not None:
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
+        if self._run is not None:
+            self.mask_handle = self._run.hold(self)
+            self._resumption = Resumption(self, self._run, own)
+
+    @property
+    def network_config(self) -> FunctionalNetworkConfig | None:
+        """What was asked for."""
+        return self._run and self._run.config
+
+    @property
+    def network_template(self) -> FunctionalNetworkTemplate | None:
+        """The networks."""
+        return self._run and self._run.template
+
+    @property
+    def neuron_mask(self) -> NeuronMask | None:
+        """The selected neurons."""
+        return self._run and self._run.selected
+
+    @property
+    def trainable_neurons(self) -> NeuronMask | None:
+        """The neurons whose weights may change, over all layers."""
+        return self._run and self._run.trainable
+
+    @property
+    def plan(self) -> TrainingPlan | None:
+        """What is trained and masked."""
+        return self._run and self._run.plan
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._run is not None:
+            self._run.way.attach(optimizer)
+        return optimizer
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As the parent's; none for a run that is resumed at its end, which would make one step too many."""
+        if self._run is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
+        with self._evaluation_masks():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As the parent's; with `mask_eval=False` a forward mask is switched off meanwhile."""
+        with self._evaluation_masks():
+            return super().predict(*args, **kwargs)
+
+    def _evaluation_masks(self):
+        unmasked = self.mask_handle is not None and not self._evaluate_masked
+        return masks_off(self.model) if unmasked else nullcontext()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the parent's; the evaluations with and without a mask have names of their own in it."""
+        if self._evaluation_name is not None:
+            metrics = evaluation_metrics(self)
+            named = {f"{self._evaluation_name}_{name}": values for name, values in metrics.items()}
+            metrics.clear()
+            metrics.update(named)
+        super().log(logs, *args, **kwargs)
+
+    def _evaluate_with_and_without_mask(self) -> None:
+        try:
+            for name, self._evaluate_masked in (("masked", True), ("unmasked", False)):
+                self._evaluation_name = name
+                self.evaluate(metric_key_prefix=f"eval_{name}")
+        finally:
+            self._evaluation_name = None
+            self._evaluate_masked = self.network_config.mask_eval
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As the parent's; with a forward mask, ends with one evaluation under it and one without it. With networks or
+        retention, a table of what was trained, learnt and lost is logged, which [`save_model`] writes beside the
+        weights as `results.json`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or `True` for the newest complete one. `None`: that of
+                `args.resume_from_checkpoint`, from which the networks were taken when the trainer was made.
+            args, kwargs: the other arguments of the parent's.
+
+        Raises:
+            FNSFTError: the checkpoint is not complete, or was written by a run that differs from this one.
+        """
+        if self._resumption is None:
+            check_plain(resume_from_checkpoint, self.args.output_dir)
+        else:
+            resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
+        self._results = None
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self.mask_handle is not None and self.eval_dataset is not None:
+                self._evaluate_with_and_without_mask()
+        except RetentionBudgetExceeded:  # in order, with the model as it was before
+            self._conclude()
+            raise
+        self._conclude()
+        return result
+
+    def _conclude(self) -> None:
+        """Say at the end of a training what came of it."""
+        record, guard = (self._record, self._run.guard) if self._run is not None else (None, None)
+        self._results = RunResults.of(self, record, guard)
+        if self._results is not None and self.is_world_process_zero():
+            logger.warning(f"the run in short:\n{self._results.table()}")
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the parent's, with a section on what was trained, what was frozen and how to load the result.
+
+        The Hub refuses cards that name a local file as their dataset, so such a name is left out.
+        """
+        call = inspect.signature(super().create_model_card).bind(*args, **kwargs)
+        dataset = call.arguments.get("dataset_name")
+        if dataset is not None and (not is_hub_id(dataset) or Path(dataset).exists()):
+            call.arguments["dataset_name"] = None
+        super().create_model_card(*call.args, **call.kwargs)
+        directory = Path(self.args.output_dir)
+        if self._run is not None and self.is_world_process_zero():
+            self._record.extend_card(directory, self.model)
+        if self._results is not None and self.is_world_process_zero():
+            self._results.extend_card(directory)
+
+    @property
+    def _record(self) -> RunRecord:
+        schedules = [c for c in self.callback_handler.callbacks if isinstance(c, MaskScheduleCallback)]
+        phases = [phase for schedule in schedules for phase in schedule.to_dict()]
+        run = self._run
+        return RunRecord(run.config, run.plan, run.template, run.selected, run.trainable, phases)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the template, what was selected, and after a training its results beside the weights.
+
+        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self._run is not None:
+            self._save_networks(output_dir)
+        if self._results is not None and self.args.should_save:
+            self._results.save(Path(output_dir or self.args.output_dir))
+
+    def _save_networks(self, output_dir: str | None) -> None:
+        if self.is_fsdp_enabled and not self._resumption.is_writing and "FULL" not in fsdp_form(self):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.should_save:
+            self._record.save(Path(output_dir or self.args.output_dir), self.model)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # A search over hyperparameters writes elsewhere.
+        with self._resumption.writing(self._record.mask_phases) if self._run and trial is None else nullcontext():
+            super()._save_checkpoint(model, trial)
