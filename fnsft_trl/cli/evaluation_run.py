@@ -17,7 +17,7 @@ from ..data.sources import load_data
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig, metric_name
 from ..evaluation.evaluated import EvaluatedModel
-from ..evaluation.evaluation import EvaluationData, ModelScores, evaluate_model
+from ..evaluation.evaluation import EvaluationData, ModelScores, evaluate_model, row_reader
 from ..evaluation.general import score_text
 from ..evaluation.generation import check_generates, check_scores_of_text
 from ..evaluation.harness import Tasks
@@ -121,6 +121,8 @@ def evaluate(
     texts = None if retention is None else RetentionTexts(retention)
     found = _found(models, args, loading, state.device)
     work = _Work(args, settings, parts, tasks, texts, mask, Share.of_launch(), state.device)
+    for each in found:
+        _check_model(each, work)
     results, about = _scored(found, work)
     state.wait_for_everyone()
     state.destroy_process_group()  # a process that ends in a group it has not left can abort
@@ -171,6 +173,16 @@ def _found(
             )
         found = with_mask
     return found
+
+
+def _check_model(each: EvaluatedModel, work: _Work) -> None:
+    """See, before any model is loaded, that one can be scored as it is asked for."""
+    tokenizer = each.load_tokenizer()
+    if any(part.choice_format(work.settings) is None for part in work.data):
+        row_reader(tokenizer, work.settings)
+    if work.mask is not None:
+        template = given_template(work.mask, None)
+        replace(template, base_model="").check_model(each.outline())  # the names are compared when weights are there
 
 
 def _scored(found: list[EvaluatedModel], work: _Work) -> tuple[list[Evaluated], dict[str, Any]]:
