@@ -144,17 +144,17 @@ def _cell(text: str) -> str:
 
 
 def _code(description: TemplateDescription, name: str | None) -> str:
-    """How to load and use the template, with the base model where it has an id on the Hub."""
-    imports, load_model = [], []
+    """How to load and use the template."""
+    model, revision = "path of the base model", ""
     if _is_model_id(description.base_model):
-        of = f', revision="{description.revision}"' if re.fullmatch("[0-9a-f]{40}", description.revision or "") else ""
-        imports = ["from transformers import AutoModelForCausalLM"]
-        load_model = [f'model = AutoModelForCausalLM.from_pretrained("{description.base_model}"{of})']
+        model = description.base_model
+        if re.fullmatch("[0-9a-f]{40}", description.revision or ""):
+            revision = f', revision="{description.revision}"'
     lines = [
         "from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons",
-        *imports,
+        "from transformers import AutoModelForCausalLM",
         "",
-        *load_model,
+        f'model = AutoModelForCausalLM.from_pretrained("{model}"{revision})',
         f'template = FunctionalNetworkTemplate.from_pretrained("{name or "path of this directory"}")',
         "mask = select_neurons(template, component_ids=[0])",
         "with lesion(model, mask):",
