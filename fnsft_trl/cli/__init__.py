@@ -19,6 +19,7 @@ VERBS = {
     "discover": "find the functional networks of a model and save them as a template",
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
+    "evaluate": "score models on rows, general text and tasks, and compare them",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
     "env": "show versions, devices and settings, for a report of a fault",

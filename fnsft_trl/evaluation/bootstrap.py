@@ -23,6 +23,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def to_dict(self) -> dict[str, float]:
+        """As JSON values."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
 
 def resampled_sums(rows: torch.Tensor, *, draws: int = DRAWS, seed: int = 0) -> torch.Tensor:
     """Sums over as many rows, drawn with replacement; the same seed draws the same ones of as many rows.

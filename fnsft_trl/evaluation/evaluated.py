@@ -214,6 +214,6 @@ def _check_model(found: str, place: str, loading: dict[str, Any]) -> None:
         AutoConfig.from_pretrained(found, **_source(loading))
     except (OSError, ValueError, ImportError) as error:
         raise FNSFTError(
-            f"the model {place!r} cannot be loaded ({first_line(error)}); give the directory of a model, an adapter or "
-            "a run, an id on the Hub, or `embedded`"
+            f"the model {place!r} cannot be loaded ({first_line(error)}); give the directory of a model, an adapter "
+            "or a run, an id on the Hub, or `embedded`"
         ) from error

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..data.cells import UnusableRow
 from ..data.choices import ChoiceFormat, chosen_choice_format, find_choice_format, read_choices
 from ..data.left_out import LeftOut
 from .choices import choice_measures, score_choices
@@ -165,24 +165,20 @@ def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, s
         model, rows, max_length=length, batch_size=config.batch_size, share=share, name=f"{part.name}: likelihood"
     )
     numbers = tuple(row.number for row in rows)
-    tokens = torch.tensor([[score.nll, score.tokens] for score in of_rows], dtype=torch.float64)
-    measures = {"perplexity": Measure("perplexity", tokens, numbers, rises=False)}
+    nll, tokens = [score.nll for score in of_rows], [score.tokens for score in of_rows]
+    measures = {"perplexity": Measure.of_sums(nll, tokens, numbers, rises=False, form="perplexity")}
     answered = [place for place, row in enumerate(rows) if row.answer is not None]
-    about = {"tokens": int(tokens[:, 1].sum())}
+    about = {"tokens": sum(tokens)}
     if answered:
         with_answer = [numbers[place] for place in answered]
-        exact, nll = (
-            [float(of_rows[place].is_exact) for place in answered],
-            [of_rows[place].answer_nll for place in answered],
-        )
-        measures = {
-            "exact_match": Measure.of_rows(exact, with_answer, rises=True),
-            "nll": Measure.of_rows(nll, with_answer, rises=False),
-        } | measures
+        exact = [float(of_rows[place].is_exact) for place in answered]
+        of_answers = [of_rows[place].answer_nll for place in answered]
+        first = {"exact_match": Measure.of_rows(exact, with_answer, rises=True)}
+        first["nll"] = Measure.of_rows(of_answers, with_answer, rises=False)
+        measures = first | measures
     else:
-        sizes = torch.tensor([len(row.reference.encode()) for row in rows], dtype=torch.float64)
-        bits = torch.stack([tokens[:, 0], sizes], 1)
-        measures["bits_per_byte"] = Measure("bits", bits, numbers, rises=False)
+        sizes = [len(row.reference.encode()) for row in rows]
+        measures["bits_per_byte"] = Measure.of_sums(nll, sizes, numbers, rises=False, form="bits")
     answers = {}
     if config.generate and answered:
         answers = _generate(model, tokenizer, [rows[place] for place in answered], part, config, share)
@@ -198,8 +194,6 @@ def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, s
 
 def _converted(part: EvaluationData, reader: RowReader) -> tuple[list[EvaluationRow], LeftOut]:
     left_out, rows = LeftOut(part.name, "score"), []
-    from ..data.cells import UnusableRow
-
     for number, row in enumerate(part.rows):
         try:
             rows.append(reader.read(row, number))

@@ -61,8 +61,15 @@ class Measure:
     @classmethod
     def of_rows(cls, values: Sequence[float], numbers: Sequence[int], *, rises: bool) -> "Measure":
         """The mean of one value for each row."""
-        ones = torch.ones(len(values), dtype=torch.float64)
-        return cls("mean", torch.stack([torch.tensor(values, dtype=torch.float64), ones], 1), tuple(numbers), rises)
+        return cls.of_sums(values, [1] * len(values), numbers, rises=rises)
+
+    @classmethod
+    def of_sums(
+        cls, values: Sequence[float], counts: Sequence[int], numbers: Sequence[int], *, rises: bool, form: str = "mean"
+    ) -> "Measure":
+        """A mean over what rows have several of, such as tokens: the sum of each row, and how many it has."""
+        sums = [torch.tensor(each, dtype=torch.float64) for each in (values, counts)]
+        return cls(form, torch.stack(sums, 1), tuple(numbers), rises)
 
     @property
     def value(self) -> float:

@@ -62,24 +62,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def score_batch(model: nn.Module, sequences: Sequence[list[int]], first_scored: Sequence[int]) -> list[TokenScores]:
-    """The same for sequences that share one forward pass, under [`evaluating`]."""
-    device = next(model.parameters()).device
-    length = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (sequences, positions)
+def model_inputs(sequences: Sequence[list[int]], device: torch.device) -> dict:
+    """The arguments of a forward pass over sequences, padded on the right."""
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (sequences, positions)
     present = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
         present[row, : len(sequence)] = 1
-    ids, present = ids.to(device), present.to(device)
-    logits = model(input_ids=ids, attention_mask=present, use_cache=False).logits
-    results = []
-    for row, (sequence, first) in enumerate(zip(sequences, first_scored, strict=True)):
-        predicted = logits[row, first - 1 : len(sequence) - 1].float()  # (scored tokens, vocabulary)
-        target = ids[row, first : len(sequence)]
-        nll = nn.functional.cross_entropy(predicted, target, reduction="none")
-        results.append(TokenScores(nll.cpu(), (predicted.argmax(-1) == target).cpu()))
-    return results
+    return {"input_ids": ids.to(device), "attention_mask": present.to(device), "use_cache": False}
+
+
+def token_scores(logits: torch.Tensor, ids: torch.Tensor, first: int, last: int) -> TokenScores:
+    """Scores of the tokens of one sequence.
+
+    Args:
+        logits: shape (positions, vocabulary).
+        ids: shape (positions,).
+        first: the first token to score, at least 1.
+        last: the end of the sequence.
+    """
+    predicted = logits[first - 1 : last - 1].float()  # (scored tokens, vocabulary)
+    target = ids[first:last]
+    nll = nn.functional.cross_entropy(predicted, target, reduction="none")
+    return TokenScores(nll.cpu(), (predicted.argmax(-1) == target).cpu())
+
+
+def score_batch(model: nn.Module, sequences: Sequence[list[int]], first_scored: Sequence[int]) -> list[TokenScores]:
+    """As [`score_tokens`], for sequences that share one forward pass, under [`evaluating`]."""
+    inputs = model_inputs(sequences, next(model.parameters()).device)
+    logits = model(**inputs).logits
+    rows = enumerate(zip(sequences, first_scored, strict=True))
+    return [token_scores(logits[row], inputs["input_ids"][row], first, len(ids)) for row, (ids, first) in rows]
 
 
 @dataclass

@@ -66,8 +66,8 @@ class EvaluationConfig:
             self.choice_prompt = self.choice_prompt.replace("\\n", "\n")
             if "{" not in self.choice_prompt:
                 raise FNSFTError(
-                    f"choice_prompt is {self.choice_prompt!r}, the same for every row; name columns in braces, such as "
-                    "{question}"
+                    f"choice_prompt is {self.choice_prompt!r}, the same for every row; name columns in braces, such "
+                    "as {question}"
                 )
 
     @property

@@ -1,0 +1,171 @@
+"""lm-evaluation-harness: its tasks give what the same rows give here, with adapters and masks as they are."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, random_mask, tiny_model, tiny_rows
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import get_peft_model
+
+from fnsft_trl import FNSFTError, NeuronTunerConfig, lesion
+from fnsft_trl.data.choices import find_choice_format, read_choices
+from fnsft_trl.evaluation.choices import choice_measures, score_choices
+from fnsft_trl.evaluation.evaluation import EvaluationData, evaluate_model
+from fnsft_trl.evaluation.harness import Tasks
+from fnsft_trl.evaluation.settings import EvaluationConfig
+
+
+def questions(count: int = 200) -> list[dict]:
+    """Questions of a few syllables, each with three to five answers of different lengths."""
+    draw = random.Random(0)
+    found = []
+    for row in tiny_rows(count, seed=7):
+        choices = [other["completion"].strip() for other in tiny_rows(draw.randint(3, 5), seed=draw.randint(0, 10**6))]
+        choices[0] += " é" * draw.randint(0, 2)  # bytes that are no characters
+        found.append({"question": row["prompt"], "choices": choices, "answer": draw.randrange(len(choices))})
+    return found
+
+
+@pytest.fixture(scope="module")
+def tasks_dir(tmp_path_factory):
+    """A folder with one task of lm-eval's, of 200 multiple-choice questions, and one of text."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    return folder
+
+
+def write_tasks(folder) -> None:
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"]}) for row in tiny_rows(20)))
+    data = {"dataset_path": "json", "test_split": "test"}
+    mean = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm", "acc_bytes")
+    ]
+    choosing = {
+        **{"task": "syllables", **data, "output_type": "multiple_choice", "metric_list": mean},
+        **{"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_target": "answer"},
+        **{"doc_to_choice": "{{choices}}", "metadata": {"version": 1.0}},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
+    }
+    reading = {
+        **{"task": "sounds", **data, "output_type": "loglikelihood_rolling"},
+        **{"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
+    }
+    for task in (choosing, reading):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama").eval()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_multiple_choice_is_that_of_lm_eval_on_200_rows(chat, model, tokenizer, tasks_dir):
+    expected = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+        tasks=["syllables"],
+        task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+    )
+    rows = questions()
+    read, _ = read_choices(rows, find_choice_format(rows[0]))
+    likelihoods = score_choices(model, tokenizer, read, apply_chat_template=chat, batch_size=16)
+    measures = choice_measures(read, likelihoods)
+    samples = sorted(expected["samples"]["syllables"], key=lambda sample: sample["doc_id"])
+    for sample, values in zip(samples, likelihoods, strict=True):
+        assert [response[0] for response in sample["filtered_resps"]] == pytest.approx(values, abs=1e-4)
+    for name in ("acc", "acc_norm", "acc_bytes"):
+        assert measures[name].per_row == [sample[name] for sample in samples]
+        assert measures[name].value == pytest.approx(expected["results"]["syllables"][f"{name},none"], abs=1e-12)
+    assert len({tuple(measure.per_row) for measure in measures.values()}) == 3  # or the lengths would say nothing
+    found = Tasks(["syllables"], str(tasks_dir)).run(model, tokenizer, apply_chat_template=chat)
+    for name, measure in measures.items():
+        assert torch.equal(found.measures[f"syllables/{name}"].rows, measure.rows)
+        assert found.measures[f"syllables/{name}"].numbers == measure.numbers
+    config = EvaluationConfig(apply_chat_template=chat)
+    scores = evaluate_model(model, tokenizer, [EvaluationData("own", rows)], config)
+    assert scores.measures["own/acc_norm"].value == measures["acc_norm"].value
+
+
+def test_values_that_are_no_means_are_lm_evals_own(model, tokenizer, tasks_dir):
+    found = Tasks(["sounds", "syllables"], str(tasks_dir)).run(model, tokenizer, limit=10)
+    assert found.others["sounds/bits_per_byte"] > 0
+    assert len(found.measures["syllables/acc"].numbers) == 10
+    assert found.about["syllables"] == {"version": 1.0, "rows": 10, "num_fewshot": 0}
+    with_examples = Tasks(["syllables"], str(tasks_dir)).run(model, tokenizer, limit=10, num_fewshot=2)
+    assert with_examples.about["syllables"]["num_fewshot"] == 2
+
+
+def test_a_mask_and_an_adapter_count(model, tokenizer, tasks_dir):
+    tasks = Tasks(["sounds"], str(tasks_dir))
+    plain = tasks.run(model, tokenizer).others["sounds/bits_per_byte"]
+    with lesion(model, random_mask(model, "mlp_intermediate")):
+        assert tasks.run(model, tokenizer).others["sounds/bits_per_byte"] != plain
+    assert tasks.run(model, tokenizer).others["sounds/bits_per_byte"] == plain
+    tuned = get_peft_model(tiny_model("llama"), NeuronTunerConfig(neurons={"0": "0-9"}, task_type="CAUSAL_LM"))
+    assert tasks.run(tuned, tokenizer).others["sounds/bits_per_byte"] == pytest.approx(plain)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "neuron_delta" in name:
+                parameter.normal_()
+    assert tasks.run(tuned, tokenizer).others["sounds/bits_per_byte"] != pytest.approx(plain)
+
+
+def test_a_task_that_is_not_known_is_named_with_the_nearest(tasks_dir):
+    with pytest.raises(FNSFTError, match="lm-eval knows no task 'hellaswagg'; did you mean 'hellaswag'"):
+        Tasks(["hellaswagg"])
+    with pytest.raises(FNSFTError, match="no task 'syllable'; did you mean 'syllables'"):
+        Tasks(["syllable"], str(tasks_dir))
+    with pytest.raises(FNSFTError, match="include_path is nowhere, and there is no such folder"):
+        Tasks(["syllables"], "nowhere")
+    assert (
+        Tasks(["s*s"], str(tasks_dir)).names[:1] == ["syllables"]
+        or "syllables" in Tasks(["s*s"], str(tasks_dir)).names
+    )
+
+
+@pytest.mark.slow
+def test_what_finds_the_deltas_and_what_does_not(model_dir, tokenizer, tasks_dir, tmp_path):
+    """lm-eval's own command and AutoPeftModel: without an import, with it, and by the command that needs none."""
+    adapter = tmp_path / "adapter"
+    tuned = get_peft_model(tiny_model("llama"), NeuronTunerConfig(neurons={"0": "0-9"}, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "neuron_delta" in name:
+                parameter.normal_()
+    tuned.peft_config["default"].base_model_name_or_path = str(model_dir)
+    tuned.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    expected = Tasks(["sounds"], str(tasks_dir)).run(tuned.eval(), tokenizer).others["sounds/bits_per_byte"]
+
+    automatic = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(adapter)!r})"
+    assert "NEURON_DELTA" in python("-c", automatic, fails=True)
+    python("-c", f"import fnsft_trl.tuner; {automatic}")
+
+    common = ["--tasks", "sounds", "--include_path", str(tasks_dir), "--device", "cpu"]
+    of_peft = ["--model", "hf", "--model_args", f"pretrained={model_dir},peft={adapter}"]
+    assert "NEURON_DELTA" in python("-m", "lm_eval", *of_peft, *common, fails=True)
+    of_run = ["--model", "fnsft", "--model_args", f"pretrained={adapter}"]
+    for number, model in enumerate((of_peft, of_run)):
+        folder = tmp_path / str(number)
+        python("-m", "fnsft_trl.evaluation.harness", *model, *common, "--output_path", str(folder))
+        (file,) = folder.rglob("results_*.json")
+        found = json.loads(file.read_text())["results"]["sounds"]["bits_per_byte,none"]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def python(*words: str, fails: bool = False) -> str:
+    """Run Python in the project's directory, and give what it says on standard error."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert bool(done.returncode) == fails, done.stderr
+    return done.stderr
