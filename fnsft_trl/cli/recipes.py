@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import FunctionalNetworkConfig
+from ..data.embedded import EMBEDDED
 from ..errors import FNSFTError
 from .options.parse import OF_LORA, TrainOptions, parse_recipe
 
@@ -246,7 +247,7 @@ def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -
     found = {}
     for name in dict.fromkeys(names):
         path = Path(name).expanduser()
-        if path.exists():
+        if name != EMBEDDED and path.exists():
             hashes[name] = hashes.get(name) or _content_hash(path)
             found[name] = hashes[name]
     return found

@@ -1,6 +1,7 @@
 """An experiment that is killed goes on where it was, and its report is that of an uninterrupted one."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -169,6 +170,36 @@ def test_a_folder_of_files_that_no_experiment_wrote_is_left_alone(copied, capsys
 def test_a_file_of_cells_that_is_none_is_one_line(copied, capsys):
     (copied / "whole" / "cells.jsonl").write_text("{}\n")
     assert "holds no cells" in refused(capsys, copied / "recipes", "--output_dir", copied / "whole")
+
+
+def test_the_report_says_what_was_compared_and_on_how_much(place):
+    markdown = (place / "whole" / "report.md").read_text()
+    results = json.loads((place / "whole" / "results.json").read_text())
+    for name in ARMS:
+        assert re.search(rf"^\| {name} \| [\d,]+ \| .* \[", markdown, flags=re.MULTILINE)
+    assert "| before training |" in markdown
+    assert "n = 8 rows that were held out, and 60 tokens of general" in markdown
+    assert "over n = 2 seeds" in markdown
+    assert "| lora - deltas |" in markdown
+    assert "| `lora_r` | - | 2 | - |" in markdown
+    assert "learning_rate" not in markdown.partition("What differs")[2].partition("## ")[0]  # it is the same
+    for part in results["arms"]:
+        assert part["nll"]["over"] == part["retention"]["general"]["rise"]["over"] == "seeds"
+    for cell in results["cells"]:
+        assert f"{cell['eval_data']}" in markdown
+    assert str(place / "whole") not in markdown
+
+
+def test_one_seed_is_said_to_be_one(copied):
+    assert run(copied / "recipes", copied / "whole", "--seeds", "1") == 0
+    markdown = (copied / "whole" / "report.md").read_text()
+    results = json.loads((copied / "whole" / "results.json").read_text())
+    assert "One seed, so nothing is known of what another seed would give" in markdown
+    assert results["seeds"] == [1]
+    for part in results["arms"]:
+        assert part["nll"]["over"] is None
+        assert part["retention"]["general"]["rise"]["over"] == "texts"
+    assert len((copied / "whole" / "cells.jsonl").read_text().splitlines()) == len(ARMS) * 2  # all are kept
 
 
 @pytest.mark.slow
