@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, prepare_repo
 
 
@@ -13,6 +14,11 @@ class HubTrainer(Trainer):
     Args:
         args, kwargs: those of the trainer that it goes in front of.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """As the parent's; the branch `hub_revision` is made where it does not exist.
