@@ -117,6 +117,11 @@ class NetworkedTrainer(RetainingTrainer):
         """What is trained and masked."""
         return self._run and self._run.plan
 
+    @property
+    def masks_reference(self) -> bool:
+        """Whether forward masks are on the reference model too; one that was given stays as it is."""
+        return self._run is not None and self._run.masks_reference
+
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
