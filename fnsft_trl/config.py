@@ -303,6 +303,8 @@ class FunctionalNetworkConfig:
             raise FNSFTError(f"ica_select={self.ica_select} takes no networks; drop ica_component_ids or ica_select")
         if self.ica_rank_by == "lowest" and self.ica_fraction is None:
             raise FNSFTError("ica_rank_by=lowest needs ica_fraction: the share of every layer to select")
+        if self.ica_rank_by == "lowest" and self.ica_select == "random":
+            raise FNSFTError("ica_rank_by=lowest has no effect on ica_select=random, which ranks nothing; drop one")
         if not self.mask_eval and self.mask_mode is None:
             raise FNSFTError("mask_eval=false has no effect without a mask_mode; drop it")
         if not self.anti_drift_row_param and (self.mask_mode is None or self.train_neurons != "auto"):

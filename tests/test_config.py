@@ -106,9 +106,10 @@ def test_threshold_fields_make_one_rule(fields, expected):
         {"ica_threshold": "zscore", "ica_percentile": 95},
         {"ica_threshold": "percentile", "ica_zscore": 2},
         {"ica_min_reliability": 0.5, "ica_component_ids": [0]},
+        {"ica_select": "random", "ica_fraction": 0.1, "ica_rank_by": "lowest"},
     ],
 )
-def test_thresholds_that_contradict_are_refused(fields):
+def test_selections_that_contradict_themselves_are_refused(fields):
     with pytest.raises(FNSFTError, match="drop"):
         FunctionalNetworkConfig(**fields)
 

@@ -139,18 +139,18 @@ def _revision(description: TemplateDescription) -> str:
 
 
 def _code(description: TemplateDescription, name: str | None) -> str:
-    """How to load and use the template, with the base model where it has an id on the Hub."""
-    imports, load_model = [], []
+    """How to load and use the template."""
+    model, revision = "path of the base model", ""
     where = name if name is not None and _is_model_id(name) else "path of this directory"
     if _is_model_id(description.base_model):
-        of = f', revision="{description.revision}"' if re.fullmatch("[0-9a-f]{40}", description.revision or "") else ""
-        imports = ["from transformers import AutoModelForCausalLM"]
-        load_model = [f'model = AutoModelForCausalLM.from_pretrained("{description.base_model}"{of})']
+        model = description.base_model
+        if re.fullmatch("[0-9a-f]{40}", description.revision or ""):
+            revision = f', revision="{description.revision}"'
     lines = [
         "from fnsft_trl import FunctionalNetworkTemplate, lesion, select_neurons",
-        *imports,
+        "from transformers import AutoModelForCausalLM",
         "",
-        *load_model,
+        f'model = AutoModelForCausalLM.from_pretrained("{model}"{revision})',
         f'template = FunctionalNetworkTemplate.from_pretrained("{where}")',
         "mask = select_neurons(template, component_ids=[0])",
         "with lesion(model, mask):",

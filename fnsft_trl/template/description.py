@@ -254,8 +254,9 @@ class TemplateDescription:
         if not {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
             return UNKNOWN
         scaled = {"center": "centred", "zscore": "z-scored"}.get(settings["ica_standardize"], UNKNOWN)
+        backend = " of scikit-learn" if settings.get("ica_backend") == "sklearn" else ""
         return (
-            f"{settings['ica_variant']} FastICA ({settings['ica_contrast']}) of {scaled} activations, rank "
+            f"{settings['ica_variant']} FastICA{backend} ({settings['ica_contrast']}) of {scaled} activations, rank "
             f"{settings['ica_rank']}, seed {settings['ica_seed']}"
         )
 

@@ -1,5 +1,6 @@
 """Cards of trained and of merged models; those of templates are tested where they are pushed."""
 
+import ast
 import html
 import re
 from dataclasses import replace
@@ -59,6 +60,23 @@ def test_metadata_end_where_the_hub_ends_them_and_keep_their_order():
         assert str(public).index("widget") < str(public).index("license")
         assert str(public).count("\r") == (0 if text == local else str(public).count("\n"))
     assert metadata(merged_card("org/model", local))["license"] == "mit"
+
+
+@pytest.mark.parametrize("base", ["org/model", "/home/me/model"])
+def test_the_code_of_a_card_loads_what_it_uses_and_its_table_says_how_networks_were_found(templates, base):
+    description = TemplateDescription.of(templates["llama"], "0" * 64)
+    found = replace(description, base_model=base, settings=description.settings | {"ica_backend": "sklearn"})
+    text = template_card(found)
+    code = ast.parse(text.split("```python\n")[1].split("```")[0])
+    loads = [name for name in ast.walk(code) if isinstance(name, ast.Name)]
+    made = {name.id for name in loads if isinstance(name.ctx, ast.Store)}
+    imported = {alias.name for line in ast.walk(code) if isinstance(line, ast.ImportFrom) for alias in line.names}
+    assert {name.id for name in loads} <= made | imported
+    assert (
+        f'AutoModelForCausalLM.from_pretrained("{base if base == "org/model" else "path of the base model"}")' in text
+    )
+    assert "FastICA of scikit-learn" in text
+    assert "FastICA (" in template_card(description)
 
 
 @pytest.mark.parametrize("front", ["a: [", "- a", "1: a", "a: b: c"])

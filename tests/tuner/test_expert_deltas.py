@@ -399,7 +399,7 @@ def test_experts_beside_quantised_layers(kind, ids, tmp_path):
     model = randomize(get_peft_model(base, NeuronTunerConfig(neurons=mask.to_ranges(), task_type="CAUSAL_LM")))
     expected = logits(model, ids)
     model.merge_adapter()
-    assert torch.equal(logits(model, ids), expected)
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=0)  # other products
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path, **load).train()
     with pytest.raises(FNSFTError, match="is quantised, so PEFT cannot adapt it as it does the experts"):
