@@ -235,6 +235,24 @@ def test_dpo_begins_at_ln_2(make, method, mode):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_a_reference_that_is_given_stays_as_it_is(make, model_dir, templates, tmp_path):
+    reference = load(model_dir)
+    before, hooks = state(reference), [len(m._forward_pre_hooks) for m in reference.modules()]
+    trainer = with_networks(trl.DPOTrainer)(
+        load(model_dir),
+        reference,
+        trl.DPOConfig(output_dir=str(tmp_path), max_length=40, **COMMON),
+        train_dataset=Dataset.from_list(PAIRS),
+        network_config=FunctionalNetworkConfig(train_method="full", mask_mode="preserve"),
+        network_template=templates["llama"],
+    )
+    trainer.train()
+    assert trainer.ref_model is reference
+    assert trainer.state.log_history[0]["loss"] != pytest.approx(math.log(2), abs=1e-5)
+    assert changed_entries(before, state(reference)) == {}
+    assert [len(m._forward_pre_hooks) for m in reference.modules()] == hooks
+
+
 def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, tmp_path):
     sft = FNSFTTrainer(
         model=str(model_dir),
