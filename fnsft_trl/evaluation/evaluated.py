@@ -220,7 +220,7 @@ def _path(place: str) -> str:
 def _check_answers(place: str, config: PretrainedConfig, adapter: PeftConfig | None = None) -> None:
     """See that a model is one that continues text, by its configuration."""
     kind = model_class(config, adapter)
-    has_head = not issubclass(kind, PreTrainedModel) or kind.can_generate()
+    has_head = kind is AutoModelForCausalLM or (issubclass(kind, PreTrainedModel) and kind.can_generate())
     if config.is_encoder_decoder or not has_head:
         raise FNSFTError(
             f"{place} is a {kind.__name__}, which has no generation config or continues no text; only causal language "
