@@ -22,7 +22,7 @@ def adapter(request, tmp_path, model_dir, tokenizer):
     options = {"neurons": {"1": "0-9"}} if request.param is NeuronTunerConfig else {"target_modules": ["up_proj"]}
     tuned = get_peft_model(tiny_model("llama"), request.param(task_type="CAUSAL_LM", **options)).eval()
     with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
+        for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.normal_()
     tuned.peft_config["default"].base_model_name_or_path = str(model_dir)
