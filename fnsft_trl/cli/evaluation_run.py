@@ -164,6 +164,8 @@ def _found(
         base = next((each for each in found if each.adapter is not None), None)
         if base is None:
             raise FNSFTError("base: none of the models is an adapter, whose base would be scored; drop it")
+        if "base" in models:
+            raise FNSFTError(f"base: {models['base']} is called so already; give it another name, as NAME=MODEL")
         found.insert(0, base.base())
     if args.masked:
         with_mask = [each for model in found for each in (model, model.masked()) if each is not None]

@@ -83,7 +83,7 @@ class EvaluatedModel:
         """The same under the mask that it trained under; `None` where it trained without one."""
         if self.record is None or not self.record.get("mask_mode"):
             return None
-        return replace(self, name=f"{self.name} ({self.record['mask_mode']})", is_masked=True)
+        return replace(self, name=f"{self.name} (masked)", is_masked=True)
 
     def outline(self) -> PreTrainedModel:
         """Its structure without weights (on the device `meta`)."""
