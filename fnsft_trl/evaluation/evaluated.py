@@ -83,7 +83,7 @@ class EvaluatedModel:
         """The same under the mask that it trained under; `None` where it trained without one."""
         if self.record is None or not self.record.get("mask_mode"):
             return None
-        return replace(self, name=f"{self.name} ({self.record['mask_mode']})", is_masked=True)
+        return replace(self, name=f"{self.name} (masked)", is_masked=True)
 
     def outline(self) -> PreTrainedModel:
         """Its structure without weights (on the device `meta`)."""
@@ -220,7 +220,7 @@ def _path(place: str) -> str:
 def _check_answers(place: str, config: PretrainedConfig, adapter: PeftConfig | None = None) -> None:
     """See that a model is one that continues text, by its configuration."""
     kind = model_class(config, adapter)
-    has_head = not issubclass(kind, PreTrainedModel) or kind.can_generate()
+    has_head = kind is AutoModelForCausalLM or (issubclass(kind, PreTrainedModel) and kind.can_generate())
     if config.is_encoder_decoder or not has_head:
         raise FNSFTError(
             f"{place} is a {kind.__name__}, which has no generation config or continues no text; only causal language "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 
 from ..data.cells import UnusableRow
@@ -52,6 +53,8 @@ class EvaluationData:
     @property
     def columns(self) -> list[str]:
         """The names of all columns."""
+        if isinstance(self.rows, Dataset):
+            return self.rows.column_names
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
     @property

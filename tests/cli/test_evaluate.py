@@ -8,8 +8,8 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers import instead, run_processes, sft_config, tiny_model, tiny_rows
+from lm_eval_tasks import write_tasks
 from peft import LoraConfig, get_peft_model
-from test_harness import write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import (
@@ -149,8 +149,8 @@ def test_the_base_has_the_prompts_of_its_adapter(place, tokenizer):
 def test_a_run_is_scored_as_it_is_saved_and_under_its_mask(place, masked_run, templates):
     data = ["--data", place / "text.jsonl", "--bootstrap_draws", 100]
     found = evaluate(place, masked_run, "--masked", *data)
-    assert list(found["scores"]) == ["run", "run (lesion)"]
-    assert found["models"]["run (lesion)"]["mask"] == "lesion"
+    assert list(found["scores"]) == ["run", "run (masked)"]
+    assert found["models"]["run (masked)"]["mask"] == "lesion"
     plain, masked = (each["text/perplexity"]["value"] for each in found["scores"].values())
     assert plain != masked
     template = place / "template"
@@ -211,6 +211,7 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "qa.jsonl", "--mask_mode", "lesion"], "mask_mode: no effect without ica_template_path"),
         (["tiny", "--data", "qa.jsonl", "--ica_layers", "0"], "ica_layers: no effect without mask_mode"),
         (["tiny", "--data", "qa.jsonl", "--base"], "base: none of the models is an adapter"),
+        (["base=tiny", "adapter", "--data", "qa.jsonl", "--base"], "base: tiny is called so already"),
         (["tiny", "--data", "qa.jsonl", "--masked"], "masked: none of the models was trained under a mask"),
         (["tiny", "--data", "none.jsonl"], "the dataset file none.jsonl does not exist"),
         (["tiny", "--data", "odd.jsonl"], "the dataset odd.jsonl has the columns 'a', 'b', which are no known format"),
