@@ -76,6 +76,9 @@ class _Page:
         header, rows = self._table()
         report.table(header, rows)
         report.text(self._note())
+        for cell in self.cells:
+            if cell["budget"] is not None:
+                report.text(f"Budget of retention, {cell['arm']}, seed {cell['seed']}: {cell['budget']}.")
         for name in self.series:
             report.figure(f"learning_and_forgetting_{name}", self._figure(name), self._caption(name))
         pairs = self._pairs(report)

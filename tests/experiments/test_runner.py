@@ -114,6 +114,19 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_finished(place, t
     assert [json.loads(text)["arm"] for text in (tmp_path / "out" / "cells.jsonl").open()] == ["lora"]
 
 
+def test_an_arm_that_is_held_to_a_budget_is_scored_as_what_it_comes_back_to(tmp_path, model_dir):
+    folder = make_folder(tmp_path, model_dir)
+    edit(folder / "lora.yaml", retention_budget=0.0, eval_strategy="steps", eval_steps=1, learning_rate=0.1)
+    assert run(folder / "lora.yaml", tmp_path / "out", "--data", str(tmp_path / "test.jsonl")) == 0
+    (cell,) = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").open()]
+    assert "the model is again what it was before" in cell["budget"]
+    first, last = cell["points"][0], cell["points"][-1]
+    assert last["step"] > 0
+    assert last["learning"] == pytest.approx(first["learning"], abs=1e-6)
+    assert last["retention"]["general"]["rise"] == pytest.approx(0, abs=1e-6)
+    assert cell["budget"] in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_arms_share_one_discovery_and_see_the_same_rows(place):
     cells = [json.loads(line) for line in (place / "whole" / "cells.jsonl").open()]
     assert len(list((place / "whole" / "templates").iterdir())) == 1
