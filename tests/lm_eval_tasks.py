@@ -18,14 +18,6 @@ def questions(count: int = 200) -> list[dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def tasks_dir(tmp_path_factory):
-    """A folder with one task of lm-eval's, of 200 multiple-choice questions, and one of text."""
-    folder = tmp_path_factory.mktemp("tasks")
-    write_tasks(folder)
-    return folder
-
-
 def write_tasks(folder) -> None:
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"]}) for row in tiny_rows(20)))

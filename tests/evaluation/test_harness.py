@@ -22,6 +22,14 @@ from fnsft_trl.evaluation.settings import EvaluationConfig
 
 
 @pytest.fixture(scope="module")
+def tasks_dir(tmp_path_factory):
+    """A folder with one task of lm-eval's, of 200 multiple-choice questions, and one of text."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def model():
     return tiny_model("llama").eval()
 
