@@ -28,13 +28,21 @@ def _entry(name: str) -> str:
     thing = getattr(fnsft_trl, name)
     parts = [f"## `{name}`\n", f"```text\n{name}{_signature(thing)}\n```\n", _markdown(thing.__doc__)]
     if inspect.isclass(thing):
-        for member, value in vars(thing).items():
+        for member, value in _members(thing).items():
             function = getattr(value, "__func__", getattr(value, "fget", value))
             if member.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
                 continue
             call = "" if isinstance(value, property) else _signature(getattr(thing, member))
             parts += [f"### `{name}.{member}`\n", f"```text\n{member}{call}\n```\n", _markdown(function.__doc__)]
     return "\n".join(parts)
+
+
+def _members(thing: type) -> dict:
+    """What a class has, and what it has from others of the package, the last ones first."""
+    found: dict = {}
+    for base in (base for base in thing.__mro__ if base.__module__.startswith("fnsft_trl.")):
+        found |= {member: value for member, value in vars(base).items() if member not in found}
+    return found
 
 
 def _signature(thing) -> str:

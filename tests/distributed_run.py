@@ -27,6 +27,7 @@ from fnsft_trl import (
     FNSFTTrainer,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
+    RetentionCallback,
     constrain_full,
     constrain_lora,
 )
@@ -109,7 +110,9 @@ def run_trainer(
         ),
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
+    trainer.add_callback(RetentionCallback(trainer, ["9876543210 is it"] * 5, max_tokens=50, batch_size=2))
     trainer.train()
+    trainer.save_model()
     if is_sharded:
         assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters())
         config = None if method == "full" else trainer.model.peft_config["default"]
@@ -119,6 +122,10 @@ def run_trainer(
         weights = whole(trainer.model if method == "full" else trainer.model.merge_and_unload())
     for layer, members in trainer.trainable_neurons.layers.items():
         weights[f"trainable.{layer}"] = members
+    measured = [entry for entry in trainer.state.log_history if "retention/kl" in entry]
+    names = ("retention/cross_entropy", "retention/rise", "retention/kl")
+    values = [[entry[name] for name in names] for entry in measured]
+    weights["retention"] = torch.tensor(values, dtype=torch.float64)  # (measurements, names)
     return weights
 
 

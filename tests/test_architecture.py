@@ -62,7 +62,16 @@ ORDER = {
     "training": [
         *("preparation", "loaded", "divergence", "batches", "full_eval", "hub", "watched", "ways", "guard"),
         *("run_record", "checkpoints", "same_run", "reference", "kinds", "run", "resumption", "schedule", "budget"),
-        *("retention_run", "retention", "retention_texts", "retained", "networked", "trainer", "any_trainer"),
+        *(
+            "retention_run",
+            "retention",
+            "retention_texts",
+            "retained",
+            "results",
+            "networked",
+            "trainer",
+            "any_trainer",
+        ),
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],

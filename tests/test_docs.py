@@ -37,8 +37,21 @@ CHATS = [
     {"source": "made here", "messages": [{"role": role, "content": row[key]} for role, key in ROLES.items()]}
     for row in tiny_rows(40)
 ]
+PAIRS = [
+    {
+        "chosen": row["messages"],
+        "rejected": [row["messages"][0], {"role": "assistant", "content": row["messages"][1]["content"][::-1]}],
+    }
+    for row in CHATS[:8]
+]
 # The data that the documentation names: their files below the working directory.
 FILES = {
+    "trl-lib/ultrafeedback_binarized/train.jsonl": PAIRS,
+    "trl-lib/kto-mix-14k/train.jsonl": [
+        {"prompt": row["messages"][:1], "completion": row["messages"][1:], "label": number % 2 == 0}
+        for number, row in enumerate(CHATS[:8])
+    ],
+    "trl-lib/DeepMath-103K/train.jsonl": [{"prompt": row["messages"][:1]} for row in CHATS[:4]],
     "trl-lib/Capybara/train.jsonl": CHATS[:30],
     "trl-lib/Capybara/test.jsonl": CHATS[30:],
     "roneneldan/TinyStories/train.jsonl": [{"text": row["prompt"] * 60} for row in tiny_rows(100)],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FNSFTError
-from .names import is_source_name
+from .names import is_source_name, one_line
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,39 @@ def card_text(metadata: dict[str, Any], body: str) -> str:
     from huggingface_hub import ModelCardData
 
     return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{body}"
+
+
+# What could begin Markdown or HTML in the middle of a line, and what makes a link of an address.
+_MARKUP = re.compile(r"[^\w ,;()+/%='.:-]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", flags=re.IGNORECASE)
+
+
+def plain(text: str) -> str:
+    """Text of somebody else as a card shows it, letter by letter on one line: nothing of it is Markdown or HTML."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+
+
+def with_section(card: str, section: str) -> str:
+    """A README with a section: in the place of the one with the same heading, or at its end.
+
+    Args:
+        card: the README.
+        section: begins with its heading, `## ...`.
+    """
+    section = section.strip() + "\n"
+    old = _section(section.partition("\n")[0])
+    if old.search(card):
+        return old.sub(lambda found: section + "\n" * (found.end() < len(card)), card, count=1)
+    return f"{card.rstrip()}\n\n{section}"
+
+
+def without_section(card: str, heading: str) -> str:
+    """A README without the section that has a heading, `## ...`."""
+    return _section(heading).sub("", card, count=1).rstrip() + "\n"
+
+
+def _section(heading: str) -> re.Pattern:
+    """A section of a README, up to the next one."""
+    return re.compile(rf"^{re.escape(heading)}$.*?(?=^##? |\Z)", flags=re.MULTILINE | re.DOTALL)
 
 
 def publishable_card(card: str) -> str:
@@ -71,7 +105,7 @@ def merged_card(base_model: str, adapter_card: str | None, *, pipeline: str | No
     paragraphs = [part.strip() for part in section.split("\n\n") if part.strip() not in ("", ADAPTER_NOTE)]
     name = PurePath(base_model).name if _is_path(base_model) else base_model
     told = "`fnsft_trl` merged a trained adapter into its weights: an ordinary checkpoint, which needs no adapter."
-    lead = [f"\n# {PurePath(name).name}, fine-tuned", f"`{name}`, fine-tuned. {told}"]
+    lead = [f"\n# {plain(PurePath(name).name)}, fine-tuned", f"{plain(name)}, fine-tuned. {told}"]
     return card_text(metadata, "\n\n".join([*lead, *paragraphs]) + "\n")
 
 

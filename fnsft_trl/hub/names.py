@@ -54,7 +54,7 @@ def source_names(sources: Sequence[str]) -> list[str]:
         sources: what each was called. Taken for a path is what is absolute, or has `..`, `.`, `~` or backslashes; see
             [`absolute_sources`]. A path that ends in `/` is a directory, and its name ends so, too.
     """
-    sources = [_one_line(source) for source in sources]
+    sources = [one_line(source) for source in sources]
     parts = [_parts(source) if _is_path(source) else (source,) for source in sources]
     names: list[str] = []
     for source, own in zip(sources, parts, strict=True):
@@ -84,7 +84,8 @@ def absolute_sources(sources: Sequence[str]) -> list[str]:
     return found
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Text with blanks in the place of line breaks and of all else that is not shown."""
     return "".join(char if char.isprintable() else " " for char in text).strip()
 
 

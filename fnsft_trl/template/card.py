@@ -4,7 +4,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from ..hub.card import TAGS, card_text
+from ..hub.card import TAGS, card_text, plain
 from ..hub.names import UNKNOWN
 from .description import TemplateDescription
 from .storage import FIGURE_FILE
@@ -38,7 +38,7 @@ def template_card(description: TemplateDescription, name: str | None = None) -> 
     widths = description.widths.values()
     found = f"found by independent component analysis of its activations at `{description.site}`"
     body = f"""
-# Functional networks of {model}
+# Functional networks of {plain(model)}
 
 {len(components)} groups of co-activating MLP neurons of `{model}` ({description.architecture}), {found}:
 {sum(widths)} neurons in {len(widths)} layers. This is a template for `fnsft_trl`: it holds no weights of the model.
@@ -63,12 +63,12 @@ To fine-tune only these neurons, name the template in a `FunctionalNetworkConfig
 
 | | |
 |---|---|
-| base model | {model}{_revision(description)} |
-| calibration text | {_cell(description.calibration_in_words())} |
+| base model | {plain(model + _revision(description))} |
+| calibration text | {plain(description.calibration_in_words())} |
 | token ids, SHA-256 | {description.calibration.sha256 or UNKNOWN} |
-| method | {_cell(description.method_in_words())} |
-| neurons of a network | {_cell(description.threshold_in_words())} |
-| made with | fnsft_trl {description.fnsft_trl_version} |
+| method | {plain(description.method_in_words())} |
+| neurons of a network | {plain(description.threshold_in_words())} |
+| made with | fnsft_trl {plain(description.fnsft_trl_version)} |
 
 ## What it must not be used for
 
@@ -129,7 +129,7 @@ def _recurrence(description: TemplateDescription) -> str:
         found = [component.recurrence[source] for source in sources if source in component.recurrence]
         cells = [f"{f['iou']:.2f}{' (recurs)' if f['recurs'] else ''}" for f in found]
         rows.append(f"| {' | '.join([str(number), *cells])} |")
-    header = f"| network | {' | '.join(map(_cell, sources))} |\n|{'---|' * (1 + len(sources))}"
+    header = f"| network | {' | '.join(map(plain, sources))} |\n|{'---|' * (1 + len(sources))}"
     told = "Overlap (IoU) of each network with its counterpart in each dataset alone; above 0.2 it counts as the same:"
     return "\n".join(["", told, "", header, *rows, ""])
 
@@ -138,14 +138,10 @@ def _revision(description: TemplateDescription) -> str:
     return f", revision {description.revision}" if description.revision else ""
 
 
-def _cell(text: str) -> str:
-    """Text in a cell of a table, which a bar would end."""
-    return text.replace("|", "\\|")
-
-
 def _code(description: TemplateDescription, name: str | None) -> str:
     """How to load and use the template."""
     model, revision = "path of the base model", ""
+    where = name if name is not None and _is_model_id(name) else "path of this directory"
     if _is_model_id(description.base_model):
         model = description.base_model
         if re.fullmatch("[0-9a-f]{40}", description.revision or ""):
@@ -155,7 +151,7 @@ def _code(description: TemplateDescription, name: str | None) -> str:
         "from transformers import AutoModelForCausalLM",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{model}"{revision})',
-        f'template = FunctionalNetworkTemplate.from_pretrained("{name or "path of this directory"}")',
+        f'template = FunctionalNetworkTemplate.from_pretrained("{where}")',
         "mask = select_neurons(template, component_ids=[0])",
         "with lesion(model, mask):",
         "    ...",

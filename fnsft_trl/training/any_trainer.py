@@ -21,16 +21,18 @@ def with_networks(trainer_class: type[Trainer]) -> type[NetworkedTrainer]:
     Example:
 
     ```python
+    >>> import torch
+    >>> from datasets import load_dataset
     >>> from fnsft_trl import FunctionalNetworkConfig, with_networks
     >>> from trl import DPOConfig, DPOTrainer
 
     >>> trainer = with_networks(DPOTrainer)(
     ...     model="meta-llama/Llama-3.2-1B-Instruct",
-    ...     args=DPOConfig(output_dir="output"),
-    ...     train_dataset=preferences,
+    ...     args=DPOConfig(output_dir="output", bf16=torch.accelerator.is_available()),
+    ...     train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
     ...     network_config=FunctionalNetworkConfig(ica_component_ids=[0, 3]),
-    ...     network_template="org/networks",
     ... )
+    >>> trainer.train()
     ```
 
     Args:

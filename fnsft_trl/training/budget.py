@@ -49,23 +49,20 @@ class Budget:
         """Keep a copy of what trains, on the CPU, in the place of the one kept before; only for a rollback."""
         if self.action != "rollback":
             return
-        for name, parameter in _trained(model):
+        for name, parameter in model.named_parameters():
             if name in self._kept:
                 self._kept[name].copy_(parameter.detach())
-            else:
+            elif parameter.requires_grad:
                 self._kept[name] = parameter.detach().to("cpu", copy=True)
         self.kept_step = step
 
     def restore(self, model: nn.Module) -> None:
         """Put the kept copy back, bit for bit."""
         with torch.no_grad():
-            for name, parameter in _trained(model):
-                parameter.copy_(self._kept[name])
+            for name, parameter in model.named_parameters():
+                if name in self._kept:  # an adapter that has been loaded again requires no gradients
+                    parameter.copy_(self._kept[name])
 
     def forget(self) -> None:
         """Free the copy."""
         self._kept.clear()
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""FrozenNeuronGuard: stops a run in which anything frozen has moved. It works with any SFTTrainer."""
+"""FrozenNeuronGuard: stops a run in which anything frozen has moved. It works with any Trainer."""
 
 import hashlib
 from collections.abc import Iterator
@@ -36,6 +36,9 @@ class FrozenNeuronGuard(TrainerCallback):
     Attributes:
         expected (`str` or `None`): the `fingerprint` that the next training must begin with, that of the run which it
             resumes.
+        neurons (`int`): how many frozen neurons are checked: those of which any weight is no quantised one.
+        others (`int`): how many other frozen parameters are checked (attention, norms, embeddings).
+        checked (`int` or `None`): the step of the last check, in which nothing had moved.
 
     Raises:
         FrozenNeuronMoved: from `check`, naming the parameter and the neuron.
@@ -46,10 +49,23 @@ class FrozenNeuronGuard(TrainerCallback):
         self.model = model
         self.trainable = trainable
         self.expected: str | None = None
+        self.neurons = self.others = 0
+        self.checked: int | None = None
         self._sums: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._sums = {name: _row_checksums(rows) for name, rows, _ in self._frozen()}
+        self._sums, self.checked, self.others = {}, None, 0
+        of_layers: dict[int, list[torch.Tensor]] = {}
+        for layer, name, rows, neurons in self._frozen():
+            self._sums[name] = _row_checksums(rows)
+            if neurons is None:
+                self.others += 1
+            else:
+                of_layers.setdefault(layer, []).append(neurons)
+        frozen = {site.layer: neurons for site, neurons in frozen_by_site(self.model, self.trainable)}
+        self.neurons = sum(
+            int(torch.isin(frozen[layer], torch.cat(found)).sum()) for layer, found in of_layers.items()
+        )
         if self.expected not in (None, self.fingerprint):
             raise FNSFTError(
                 "the weights that this run holds frozen are not those of the run that it resumes: another base model, "
@@ -74,7 +90,7 @@ class FrozenNeuronGuard(TrainerCallback):
 
     def check(self, *, step: int) -> None:
         """Compare all checksums with those taken when training began."""
-        for name, rows, neurons in self._frozen():
+        for _, name, rows, neurons in self._frozen():
             moved = (_row_checksums(rows) != self._sums[name]).nonzero().flatten()
             if len(moved):
                 first = int(moved[0])
@@ -84,9 +100,10 @@ class FrozenNeuronGuard(TrainerCallback):
                     "weights of this run are not what its config says. Check for a custom optimizer or a callback "
                     "that writes to weights"
                 )
+        self.checked = step
 
-    def _frozen(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """(name, frozen rows, the neuron of each row or `None` where rows are blocks of entries)."""
+    def _frozen(self) -> Iterator[tuple[int, str, torch.Tensor, torch.Tensor | None]]:
+        """(layer, name, frozen rows, the neuron of each row or `None` where rows are blocks of entries)."""
         watched: set[int] = set()
         for site, frozen in frozen_by_site(self.model, self.trainable):
             for part in site.layout.slices:
@@ -94,7 +111,7 @@ class FrozenNeuronGuard(TrainerCallback):
                 neurons = part.among(frozen if parameter.requires_grad else torch.arange(site.width))
                 if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
                     rows = part.select(_whole(parameter), part.indices(neurons).to(parameter.device))
-                    yield part.full_name, rows, neurons.repeat(len(part.offsets))
+                    yield site.layer, part.full_name, rows, neurons.repeat(len(part.offsets))
                     watched.add(id(parameter))
             for adapter in self.model.peft_config if isinstance(self.model, PeftModel) else ():
                 for found in factor_slices(self.model, site, adapter):
@@ -103,6 +120,7 @@ class FrozenNeuronGuard(TrainerCallback):
                         letter = "B" if found.part.side == "output" else "A"
                         name = f"{found.part.full_name.removesuffix('.weight')}.lora_{letter}.{adapter}"
                         yield (
+                            site.layer,
                             name,
                             found.rows(neurons, _whole(found.factor.weight)),
                             neurons.repeat(len(found.part.offsets)),
@@ -113,7 +131,7 @@ class FrozenNeuronGuard(TrainerCallback):
                 flat = _whole(parameter).flatten()
                 if len(flat) % _BLOCK:
                     flat = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
-                yield name, flat.view(-1, _BLOCK), None
+                yield -1, name, flat.view(-1, _BLOCK), None
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,9 @@ from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
+from .budget import RetentionBudgetExceeded
 from .kinds import TrainerKind
+from .results import RunResults, forget_results
 from .resumption import Resumption, check_plain
 from .retained import RetainingTrainer
 from .retention_texts import RetentionTexts
@@ -57,6 +59,7 @@ class NetworkedTrainer(RetainingTrainer):
     _trainer_class: type[Trainer] = Trainer
     _run: Run | None = None
     _resumption: Resumption | None = None
+    _results: RunResults | None = None
     _evaluation_name: str | None = None
 
     def __init__(
@@ -114,6 +117,11 @@ class NetworkedTrainer(RetainingTrainer):
         """What is trained and masked."""
         return self._run and self._run.plan
 
+    @property
+    def masks_reference(self) -> bool:
+        """Whether forward masks are on the reference model too; one that was given stays as it is."""
+        return self._run is not None and self._run.masks_reference
+
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -152,20 +160,18 @@ class NetworkedTrainer(RetainingTrainer):
         super().log(logs, *args, **kwargs)
 
     def _evaluate_with_and_without_mask(self) -> None:
-        found = {}
         try:
             for name, self._evaluate_masked in (("masked", True), ("unmasked", False)):
                 self._evaluation_name = name
-                found |= self.evaluate(metric_key_prefix=f"eval_{name}")
+                self.evaluate(metric_key_prefix=f"eval_{name}")
         finally:
             self._evaluation_name = None
             self._evaluate_masked = self.network_config.mask_eval
-        losses = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name.endswith("_loss"))
-        if self.is_world_process_zero():
-            logger.warning(f"evaluated with the mask and without it, as the saved model runs: {losses}")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As the parent's; with a forward mask, ends with one evaluation under it and one without it.
+        """As the parent's; with a forward mask, ends with one evaluation under it and one without it. With networks or
+        retention, a table of what was trained, learnt and lost is logged, which [`save_model`] writes beside the
+        weights as `results.json`.
 
         Args:
             resume_from_checkpoint: a checkpoint, or `True` for the newest complete one. `None`: that of
@@ -179,10 +185,23 @@ class NetworkedTrainer(RetainingTrainer):
             check_plain(resume_from_checkpoint, self.args.output_dir)
         else:
             resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.mask_handle is not None and self.eval_dataset is not None:
-            self._evaluate_with_and_without_mask()
+        self._results = None
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self.mask_handle is not None and self.eval_dataset is not None:
+                self._evaluate_with_and_without_mask()
+        except RetentionBudgetExceeded:  # in order, with the model as it was before
+            self._conclude()
+            raise
+        self._conclude()
         return result
+
+    def _conclude(self) -> None:
+        """Say at the end of a training what came of it."""
+        record, guard = (self._record, self._run.guard) if self._run is not None else (None, None)
+        self._results = RunResults.of(self, record, guard)
+        if self._results is not None and self.is_world_process_zero():
+            logger.warning(f"the run in short:\n{self._results.table()}")
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the parent's, with a section on what was trained, what was frozen and how to load the result.
@@ -194,8 +213,11 @@ class NetworkedTrainer(RetainingTrainer):
         if dataset is not None and (not is_hub_id(dataset) or Path(dataset).exists()):
             call.arguments["dataset_name"] = None
         super().create_model_card(*call.args, **call.kwargs)
+        directory = Path(self.args.output_dir)
         if self._run is not None and self.is_world_process_zero():
-            self._record.extend_card(Path(self.args.output_dir), self.model)
+            self._record.extend_card(directory, self.model)
+        if self._results is not None and self.is_world_process_zero():
+            self._results.extend_card(directory)
 
     @property
     def _record(self) -> RunRecord:
@@ -205,13 +227,20 @@ class NetworkedTrainer(RetainingTrainer):
         return RunRecord(run.config, run.plan, run.template, run.selected, run.trainable, phases)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the parent's, with the template and what was selected beside the weights.
+        """As the parent's, with the template, what was selected, and after a training its results beside the weights.
 
         Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
         """
         super().save_model(output_dir, _internal_call)
-        if self._run is None:
-            return
+        if self._run is not None:
+            self._save_networks(output_dir)
+        directory = Path(output_dir or self.args.output_dir)
+        if self._results is not None and self.args.should_save:
+            self._results.save(directory)
+        elif self.args.should_save:
+            forget_results(directory)
+
+    def _save_networks(self, output_dir: str | None) -> None:
         if self.is_fsdp_enabled and not self._resumption.is_writing and "FULL" not in fsdp_form(self):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         if self.args.should_save:

@@ -1,12 +1,15 @@
 """Resumption: what a run goes on from, and what another run will be able to go on from."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from ..compat.transformers import TRAINER_STATE_FILE
 from ..errors import FNSFTError
 from ..template.storage import NETWORK_DIR
 from .checkpoints import SCALER_FILE, find_checkpoint, mark, marked
@@ -56,6 +59,7 @@ class Resumption:
             raise FNSFTError(
                 f"{checkpoint} holds no state of the gradient scaler of fp16 ({SCALER_FILE}); name another one"
             )
+        _check_generation(checkpoint, self.trainer.args)
         if self.run.guard is not None:
             self.run.guard.expected = (marked(checkpoint) or {}).get("frozen")
         return str(checkpoint)
@@ -79,6 +83,25 @@ class Resumption:
 
     def _settings(self, mask_phases: list[dict]) -> dict[str, Any]:
         return run_settings(self.trainer, given=self.given, mask_phases=mask_phases)
+
+
+def _check_generation(checkpoint: Path, args: TrainingArguments) -> None:
+    """Refuse a checkpoint between two generations of GRPO or RLOO: the answers that are in use are not in it.
+
+    Raises:
+        FNSFTError: with the steps at which a run can be resumed.
+    """
+    batches = getattr(args, "steps_per_generation", None)
+    if batches is None:
+        return
+    batches *= args.num_iterations  # that are trained on the answers of one generation
+    step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE)).global_step
+    every = math.lcm(batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+    if step % every:
+        raise FNSFTError(
+            f"{checkpoint} was written while the answers of one generation were in use, which last {every} steps and "
+            f"are not in it; resume from the checkpoint of a step that is a multiple of {every} (set save_steps so)"
+        )
 
 
 def check_plain(asked: str | bool | None, output_dir: str) -> None:

@@ -45,5 +45,6 @@ class RetainingTrainer(WatchedTrainer):
         """As the parent's; a checkpoint holds what the base predicts on retention texts, where that is stored."""
         super().save_model(output_dir, _internal_call)
         run = retention_of(self)
-        if run is not None and _internal_call and self.args.should_save:
+        is_checkpoint = _internal_call and output_dir is not None  # a push names no directory
+        if run is not None and is_checkpoint and self.args.should_save:
             run.save(Path(output_dir))

@@ -1,14 +1,15 @@
 """RetentionCallback: how much general ability is left, while training goes on. It works with any Trainer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import FNSFTError
 from ..evaluation.config import MEASURES, TASK
 from ..evaluation.retention import RetentionText
 from ..evaluation.series import RetentionSeries
+from ..neurons.sites import base_model
 from .budget import Budget
 from .retention_run import BASE_FILE, RetentionRun
 
@@ -28,14 +29,14 @@ class RetentionCallback(TrainerCallback):
     The base and the number of tokens are logged once (`retention/wiki/base`, `/tokens`). All is measured with forward
     masks off, for the trained weights carry none; several processes share the sequences.
 
-    Each callback is one series. All of a trainer are measured together and logged in one entry. The first without a
-    name logs `retention/rise`, the second `retention/2/rise`, and so on.
+    A callback has one series, or several by name. All callbacks of a trainer are measured together and logged in one
+    entry. The first series without a name logs `retention/rise`, the second `retention/2/rise`, and so on.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer whose model is measured. Add the callback with `trainer.add_callback`.
-        texts (iterable of `str`, messages or rows, or `RetentionText`):
-            General text, disjoint from training and discovery.
+        texts (iterable of `str`, messages or rows, `RetentionText`, or `dict` of these by name):
+            General text, disjoint from training and discovery. With a `dict`, each is a series.
         name (`str`, *optional*):
             Of the series. `task` is that of the prompts that are trained on: of it only `kl` is logged.
         max_tokens (`int`, *optional*, defaults to `8192`):
@@ -43,13 +44,14 @@ class RetentionCallback(TrainerCallback):
         batch_size (`int`, *optional*, defaults to `8`):
             Sequences of up to 256 tokens in a forward pass; fewer of longer ones.
         budget (`float`, *optional*):
-            The rise, in nats per token, that this and every other series may not pass.
+            The rise, in nats per token, that no series of the trainer may pass.
         on_budget (`str`, *optional*, defaults to `"rollback"`):
             What is done when one passes it: `"rollback"`, `"stop"` or `"warn"`.
 
     Attributes:
-        text (`RetentionText`): the text.
-        base (`float` or `None`): cross-entropy of the base, in nats per token, once the training has begun.
+        series (`list[RetentionSeries]`): its series.
+        text (`RetentionText`): the text of the first.
+        base (`float` or `None`): cross-entropy of the base on it, in nats per token, once the training has begun.
         run (`RetentionRun` or `None`): what was measured in the last training; of the first callback of a trainer.
 
     Raises:
@@ -61,7 +63,7 @@ class RetentionCallback(TrainerCallback):
     def __init__(
         self,
         trainer,
-        texts: Iterable | RetentionText,
+        texts: Iterable | RetentionText | Mapping[str, Iterable | RetentionText],
         *,
         name: str | None = None,
         max_tokens: int = 8192,
@@ -69,39 +71,48 @@ class RetentionCallback(TrainerCallback):
         budget: float | None = None,
         on_budget: str = "rollback",
     ) -> None:
+        if isinstance(texts, Mapping) and (name is not None or not texts):
+            raise FNSFTError("texts by name are one or more, and have their own names; drop name, or give one text")
+        base = base_model(trainer.model)
+        if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None:
+            kind = type(base).__name__
+            raise FNSFTError(f"retention is measured by the next token, which a {kind} does not predict; drop it")
         self.trainer = trainer
         self.budget = None if budget is None else Budget(budget, on_budget)
-        if not isinstance(texts, RetentionText):
-            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-            texts = RetentionText.from_texts(
-                texts, tokenizer, max_tokens=max_tokens, name=f"the text {name or ''}".strip()
-            )
-        measures = ("kl",) if name == TASK else MEASURES
-        self.series = RetentionSeries(texts, name=name or "", batch_size=batch_size, measures=measures)
+        named = texts if isinstance(texts, Mapping) else {name or "": texts}
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        self.series = []
+        for label, text in named.items():
+            if not isinstance(text, RetentionText):
+                shown = f"the text {label}".strip()
+                text = RetentionText.from_texts(text, tokenizer, max_tokens=max_tokens, name=shown)
+            measures = ("kl",) if label == TASK else MEASURES
+            self.series.append(RetentionSeries(text, name=label, batch_size=batch_size, measures=measures))
         self.run: RetentionRun | None = None
         self.checkpoint: Path | None = None  # that a training is resumed from, where it is known
         self.raises = True  # whether it is this callback that ends a failed run
-        self._has_name = name is not None
+        self._has_names = name is not None or isinstance(texts, Mapping)
 
     @property
     def text(self) -> RetentionText:
-        """The text."""
-        return self.series.text
+        """The text of the first series."""
+        return self.series[0].text
 
     @property
     def base(self) -> float | None:
         """Cross-entropy of the base, in nats per token; `None` before the training has begun."""
-        return self.series.base
+        return self.series[0].base
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         callbacks = callbacks_of(self.trainer)
         self.run = None
         if callbacks[0] is not self:
             return
-        unnamed = [callback for callback in callbacks if not callback._has_name]
-        for number, callback in enumerate(unnamed, 1):
-            callback.series.name = "" if number == 1 else str(number)
-        self.run = RetentionRun(self.trainer, [callback.series for callback in callbacks], _common_budget(callbacks))
+        unnamed = [callback.series[0] for callback in callbacks if not callback._has_names]
+        for number, series in enumerate(unnamed, 1):
+            series.name = "" if number == 1 else str(number)
+        every = [series for callback in callbacks for series in callback.series]
+        self.run = RetentionRun(self.trainer, every, _common_budget(callbacks))
         # In front, so that what others look for among the metrics of an evaluation (early stopping) is there.
         all_callbacks = self.trainer.callback_handler.callbacks
         all_callbacks.remove(self)

@@ -220,6 +220,11 @@ class RetentionRun:
         if self.trainer.is_world_process_zero():
             logger.warning(line)
 
+    @property
+    def weights_step(self) -> int:
+        """The step at which the weights of now were trained."""
+        return self._weights_step
+
     def summary(self) -> str:
         """What was learnt, what was lost and what was done, in one line."""
         lost = [

@@ -117,16 +117,15 @@ class RetentionTexts:
             )
 
     def add_to(self, trainer) -> None:
-        """Add a callback for each series to a trainer, and one for the prompts of its task."""
+        """Add a callback with all series to a trainer, that of the prompts of its task among them."""
         config = self.config
-        texts = self._tokenized or self._tokenize(trainer.processing_class)
-        settings = {"batch_size": config.retention_batch_size, "budget": config.retention_budget}
-        settings["on_budget"] = config.retention_on_budget or "rollback"
-        for name, text in texts.items():
-            trainer.add_callback(RetentionCallback(trainer, text, name=name, **settings))
+        texts = dict(self._tokenized or self._tokenize(trainer.processing_class))
         prompts = task_prompts(trainer.train_dataset, tokens=config.retention_tokens, seed=trainer.args.seed)
         if prompts is not None:
-            trainer.add_callback(RetentionCallback(trainer, prompts, name=TASK, **settings))
+            texts[TASK] = prompts
+        settings = {"batch_size": config.retention_batch_size, "budget": config.retention_budget}
+        settings["on_budget"] = config.retention_on_budget or "rollback"
+        trainer.add_callback(RetentionCallback(trainer, texts, **settings))
 
 
 def task_prompts(dataset: Dataset | IterableDataset | None, *, tokens: int, seed: int) -> RetentionText | None:

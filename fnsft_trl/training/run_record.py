@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..hub.card import ADAPTER_NOTE, SECTION, publishable_card
+from ..hub.card import ADAPTER_NOTE, SECTION, plain, publishable_card, with_section
 from ..interventions.baking import lesion_note
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
@@ -70,12 +70,10 @@ class RunRecord:
         (networks / SELECTION_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def extend_card(self, directory: Path, model: nn.Module) -> None:
-        """Add the section on functional networks to a model card that has none yet."""
+        """Put the section on functional networks into the model card of a directory if there is one."""
         card = directory / CARD_FILE
-        if not card.exists() or SECTION in card.read_text(encoding="utf-8"):
-            return
-        with card.open("a", encoding="utf-8") as file:
-            file.write(self._section(model))
+        if card.exists():
+            card.write_text(with_section(card.read_text(encoding="utf-8"), self._section(model)), encoding="utf-8")
 
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
@@ -86,14 +84,14 @@ class RunRecord:
                 "are bit-identical to the base model."
             )
         origin = "were converted from lists of neurons"
-        if sources := ", ".join(template.calibration["sources"]):
+        if sources := plain(", ".join(template.calibration["sources"])):
             origin = f"were found on {template.calibration['tokens']} tokens of {sources}"
         if template.hub_id is not None:
-            origin += f", come from [{template.hub_id}](https://huggingface.co/{template.hub_id}) at commit "
-            origin += f"`{template.commit}`"
+            name = plain(template.hub_id)
+            origin += f", come from [{name}](https://huggingface.co/{name}) at commit `{plain(str(template.commit))}`"
         lines = [
             f"\n{SECTION}\n",
-            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} Selected were {self._selection()}. The "
+            f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} Selected were {self.selection()}. The "
             f"networks {origin}; they are in `{NETWORK_DIR}/`.",
         ]
         if self.plan.mask_mode is not None:
@@ -108,7 +106,7 @@ class RunRecord:
             lines.append(f"\n{ADAPTER_NOTE}")
         return "\n".join(lines) + "\n"
 
-    def _selection(self) -> str:
+    def selection(self) -> str:
         """Which neurons were selected, in words."""
         config, count = self.config, len(self.template.components)
         networks = f"all {count} networks"

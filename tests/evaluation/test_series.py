@@ -77,7 +77,7 @@ def test_heads_of_other_families_are_read_so_too(family, text):
 
 
 def test_a_whole_model_is_compared_with_what_is_stored(text):
-    """The tiny model has 120 tokens, of which 64 are stored: a lower bound, and a close one."""
+    """The tiny model has 120 tokens, nearly equally probable, of which 64 are stored: a lower bound."""
     base, model = tiny_model("llama"), tiny_model("llama")
     series = RetentionSeries(text, batch_size=3)
     series.begin(model)
@@ -86,7 +86,7 @@ def test_a_whole_model_is_compared_with_what_is_stored(text):
     move(model, 0.02)
     found, expected = series.measure(model), by_hand(base, model, text)
     assert found["rise"] == pytest.approx(expected["rise"], abs=1e-5)
-    assert 0.8 * expected["kl"] < found["kl"] <= expected["kl"] + 1e-6
+    assert 0.5 * expected["kl"] < found["kl"] <= expected["kl"] + 1e-6
 
 
 def test_the_base_of_an_adapter_that_was_trained_before_is_the_model_with_it(text):

@@ -1,14 +1,28 @@
 """Cards of trained and of merged models; those of templates are tested where they are pushed."""
 
 import ast
+import html
+import re
 from dataclasses import replace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.hub.card import ADAPTER_NOTE, SECTION, TAGS, merged_card, publishable_card
+from fnsft_trl.hub.card import (
+    ADAPTER_NOTE,
+    SECTION,
+    TAGS,
+    merged_card,
+    plain,
+    publishable_card,
+    with_section,
+    without_section,
+)
 from fnsft_trl.template.card import template_card
 from fnsft_trl.template.description import TemplateDescription
 
@@ -112,4 +126,74 @@ def test_a_template_of_several_datasets_says_where_its_networks_recur(templates)
     text = template_card(replace(description, components=components))
     table = text.split("counts as the same:\n\n")[1].split("\n\n## How to use it")[0].splitlines()
     rows = [f"| {number} | 0.50 (recurs) | 0.10 |" for number in range(3)]
-    assert table == [r"| network | a\|b.txt | c.txt |", "|---|---|---|", *rows]
+    assert table == ["| network | a&#124;b.txt | c.txt |", "|---|---|---|", *rows]
+
+
+INJECTIONS = [
+    "<img src=x onerror=alert(1)>",
+    "wiki. **Endorsed by Meta**, [download the fixed weights](https://evil.example/x)",
+    "x | y <script>alert(3)</script>",
+    "a\n\n## Another section\n\n- a list",
+    "`` ` `code` ``` and ~~~",
+    "![picture](https://evil.example/x.png) <https://evil.example> https://evil.example www.evil.example",
+    "&lt;b&gt; &#60;i&#62; \\<u\\> _all_ __of__ *it* ~~so~~ a_b_c",
+    '[one]: https://evil.example "title"',
+    "$x^2$ @somebody #1 {{ jinja }} {% raw %}",
+]
+RENDERED = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+
+@given(st.text(max_size=60) | st.text(alphabet="<>[]()!`*_~|&#;\\\n a1.:/w-", max_size=40))
+@example("".join(INJECTIONS))
+def test_text_of_others_is_shown_letter_by_letter(text):
+    """In a paragraph and in a table: what Markdown makes of it is that text, on one line, without a tag."""
+    shown = plain(text)
+    assert html.unescape(shown) == "".join(c if c.isprintable() else " " for c in text).strip()
+    page = RENDERED.render(f"Found on {shown}, no less.\n\n| a | b |\n|---|---|\n| x | {shown} |\n")
+    tags = re.findall(r"</?(\w+)", page)
+    assert set(tags) <= {"p", "table", "thead", "tbody", "tr", "th", "td"}
+    assert (tags.count("td"), tags.count("p")) == (4, 2)
+    expected = " ".join(html.unescape(shown).split())
+    assert expected in " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_addresses_are_no_links_on_the_hub(text):
+    """Which makes links of bare addresses too."""
+    assert "://" not in plain(text)
+    assert "www." not in plain(text)
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_a_template_says_nothing_in_markdown_of_its_own(templates, text):
+    """All of `config.json` that is text of somebody: sources, revision, settings, versions, recurrence."""
+    name = " ".join(text.split())
+    description = TemplateDescription.of(templates["llama"], "0" * 64)
+    found = {name: {"component": 0, "correlation": 0.9, "iou": 0.5, "recurs": True}}
+    settings = {**description.settings, "ica_variant": name, "ica_contrast": name, "ica_rank": name}
+    hostile = replace(
+        description,
+        revision=name,
+        fnsft_trl_version=name,
+        settings=settings,
+        calibration=replace(description.calibration, sources=[name]),
+        components=tuple(replace(each, recurrence=found) for each in description.components),
+    )
+    page = template_card(hostile, name=name)
+    assert name not in page
+    tags = set(re.findall(r"<(\w+)", RENDERED.render(page.split("---\n", 2)[2])))
+    usual = set(re.findall(r"<(\w+)", RENDERED.render(template_card(description).split("---\n", 2)[2])))
+    assert tags <= usual
+
+
+def test_a_section_is_put_in_the_place_of_the_one_before():
+    section = "## Results\n\ntwo\n"
+    assert with_section("# A\n\ntext\n", section) == "# A\n\ntext\n\n## Results\n\ntwo\n"
+    old = "# A\n\n## Results\n\none\n### more\n\n## Results of others\n\nthree\n"
+    new = with_section(old, section)
+    assert new == "# A\n\n## Results\n\ntwo\n\n## Results of others\n\nthree\n"
+    assert with_section(new, section) == new
+    assert with_section("# A\n\n## Results\n\none", section) == "# A\n\n## Results\n\ntwo\n"
+    assert without_section(new, "## Results") == "# A\n\n## Results of others\n\nthree\n"
+    assert without_section("# A\n\n## Results\n\none", "## Results") == "# A\n"
+    assert without_section("# A\n", "## Results") == "# A\n"

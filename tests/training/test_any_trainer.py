@@ -1,6 +1,7 @@
 """Networks in any trainer: what FNSFTTrainer promises holds for Trainer and for TRL's other trainers."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import transformers as tf
 import trl
 from datasets import Dataset
 from helpers import changed_entries, logits, sft_config, state, tiny_model, tiny_rows, tiny_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import fnsft_trl.tuner  # noqa: F401
@@ -20,7 +21,11 @@ from fnsft_trl import (
     FunctionalNetworkConfig,
     MaskPhase,
     MaskScheduleCallback,
+    NeuronTunerConfig,
+    RetentionCallback,
+    RetentionConfig,
     find_neuron_sites,
+    select_neurons,
     with_networks,
 )
 from fnsft_trl.export import changed_neurons
@@ -90,7 +95,7 @@ def reward_dir(tmp_path_factory, tokenizer):
 def make(model_dir, reward_dir, templates, tmp_path):
     """A trainer with networks: `make(name, method, model=..., network={...}, **arguments of its configuration)`."""
 
-    def make(name, method="neuron_delta", *, model=None, network=None, peft_config=None, template=True, **changes):
+    def make(name, method="neuron_delta", *, model=None, network=None, retention=None, template=True, **changes):
         trainer_class, config_class, rows, options, more = TRAINERS[name]
         if model is None:
             model = load(model_dir if name != "Reward" else reward_dir, name)
@@ -105,6 +110,7 @@ def make(model_dir, reward_dir, templates, tmp_path):
             **({"peft_config": lora} if method == "lora" and not isinstance(model, PeftModel) else {}),
             network_config=FunctionalNetworkConfig(train_method=method, **(network or {})),
             network_template=templates["llama"] if template else None,
+            retention=retention,
             **more,
         )
 
@@ -133,6 +139,18 @@ class Firsts(TrainerCallback):
 
     def _hook(self, silenced):
         return lambda module, args: self.seen.add(not args[0][..., silenced].any())
+
+
+class Note(TrainerCallback):
+    """What was silent in each step."""
+
+    def __init__(self, watched):
+        self.watched, self.steps = watched, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append([each.seen for each in self.watched])
+        for each in self.watched:
+            each.seen = set()
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
@@ -177,9 +195,10 @@ def test_the_mask_is_on_when_it_is_asked_for(make, name, method, mode):
     trainer = make(name, method, network={"mask_mode": mode, "ica_component_ids": [0]}, max_steps=1)
     silenced = trainer.neuron_mask if mode == "lesion" else ~trainer.neuron_mask
     models = [trainer.model] + ([trainer.ref_model] if method == "full" and name in WITH_REFERENCE else [])
-    watched = [Firsts(model, silenced) for model in models]
+    note = Note([Firsts(model, silenced) for model in models])
+    trainer.add_callback(note)
     trainer.train()
-    assert [each.seen for each in watched] == [{True}] * len(models), "silent in every pass, the reference's too"
+    assert note.steps == [[{True}] * len(models)], "silent in every pass, the reference's too"
     logged = [key for entry in trainer.state.log_history for key in entry]
     assert {"eval_masked_loss", "eval_unmasked_loss"} <= set(logged)
 
@@ -216,6 +235,24 @@ def test_dpo_begins_at_ln_2(make, method, mode):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_a_reference_that_is_given_stays_as_it_is(make, model_dir, templates, tmp_path):
+    reference = load(model_dir)
+    before, hooks = state(reference), [len(m._forward_pre_hooks) for m in reference.modules()]
+    trainer = with_networks(trl.DPOTrainer)(
+        load(model_dir),
+        reference,
+        trl.DPOConfig(output_dir=str(tmp_path), max_length=40, **COMMON),
+        train_dataset=Dataset.from_list(PAIRS),
+        network_config=FunctionalNetworkConfig(train_method="full", mask_mode="preserve"),
+        network_template=templates["llama"],
+    )
+    trainer.train()
+    assert trainer.ref_model is reference
+    assert trainer.state.log_history[0]["loss"] != pytest.approx(math.log(2), abs=1e-5)
+    assert changed_entries(before, state(reference)) == {}
+    assert [len(m._forward_pre_hooks) for m in reference.modules()] == hooks
+
+
 def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, tmp_path):
     sft = FNSFTTrainer(
         model=str(model_dir),
@@ -249,22 +286,10 @@ def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, 
 # What else a run with networks has
 
 
-class Note(TrainerCallback):
-    """What was silent in each step."""
-
-    def __init__(self, watched):
-        self.watched, self.steps = watched, []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append([each.seen for each in self.watched])
-        for each in self.watched:
-            each.seen = set()
-
-
 def test_a_schedule_switches_the_mask_of_the_reference_too(make):
     trainer = make("DPO", "full")
-    note = Note([Firsts(model, ~trainer.neuron_mask) for model in (trainer.model, trainer.ref_model)])
     trainer.add_callback(MaskScheduleCallback(trainer, [MaskPhase(1, "preserve")]))
+    note = Note([Firsts(model, ~trainer.neuron_mask) for model in (trainer.model, trainer.ref_model)])
     trainer.add_callback(note)
     trainer.train()
     assert note.steps == [[{False}, {False}], [{True}, {True}]]
@@ -274,7 +299,6 @@ def test_a_schedule_switches_the_mask_of_the_reference_too(make):
         MaskScheduleCallback(Trainer(tiny_model("llama")), [MaskPhase(1, "preserve")])
 
 
-@pytest.mark.parametrize("name", ["Trainer", "DPO", "KTO", "Reward"])
 @pytest.mark.parametrize("method", ["neuron_delta", "full"])
 def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
     def run(directory, **train):
@@ -292,6 +316,66 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
         make(name, method, max_steps=4, learning_rate=0.02, output_dir=str(tmp_path / "other")).train(
             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
         )
+
+
+@pytest.mark.parametrize("name", ["Trainer", "DPO", "GRPO"])
+@pytest.mark.parametrize("method", ["neuron_delta", "full"])
+def test_what_is_lost_is_measured(make, name, method, tmp_path):
+    """From the model before training, with the mask off, and with its reference as it is."""
+    trainer = make(name, method, network={"mask_mode": "preserve"})
+    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."] * 4, name="wiki", max_tokens=40))
+    trainer.train()
+    rises = [entry["retention/wiki/rise"] for entry in trainer.state.log_history if "retention/wiki/rise" in entry]
+    assert rises[0] == pytest.approx(0, abs=1e-6)
+    assert abs(rises[-1]) > 1e-5
+    trainer.save_model()
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["retention"]["series"]["wiki"]["rise"] == rises[-1]
+    assert found["networks"]["method"] == method
+    assert {"masked", "unmasked"} <= {key for key, values in found["evaluation"].items() if values}
+
+
+def test_retention_of_a_reward_model_is_refused(make, tmp_path):
+    (tmp_path / "wiki.txt").write_text("Say bako: okab.")
+    with pytest.raises(FNSFTError, match="next token"):
+        RetentionCallback(make("Reward"), ["Say bako: okab."])
+    with pytest.raises(FNSFTError, match="next token"):
+        make("Reward", retention=RetentionConfig(retention_datasets=[str(tmp_path / "wiki.txt")]))
+
+
+def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):
+    def run(directory, **train):
+        settings = {"steps_per_generation": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+        trainer = make("GRPO", output_dir=str(tmp_path / directory), **settings)
+        trainer.train(**train)
+        return trainer
+
+    whole = run("whole")
+    with pytest.raises(FNSFTError, match=r"last 2 steps .* multiple of 2"):
+        run("odd", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed = run("even", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert changed_entries(state(whole.model), state(resumed.model)) == {}
+
+
+def test_a_run_from_an_adapter_is_resumed_with_its_reference(make, templates, model_dir, tmp_path):
+    config = NeuronTunerConfig(neurons=select_neurons(templates["llama"]).to_ranges(), task_type="CAUSAL_LM")
+    tuned = get_peft_model(load(model_dir), config)
+    for name, parameter in tuned.named_parameters():
+        if "neuron_delta" in name:
+            parameter.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+    tuned.save_pretrained(tmp_path / "tuned")
+
+    def run(directory, **train):
+        model = PeftModel.from_pretrained(load(model_dir), tmp_path / "tuned", is_trainable=True)
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = make("DPO", model=model, output_dir=str(tmp_path / directory), **settings)
+        trainer.train(**train)
+        return trainer
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert changed_entries(state(whole.model), state(resumed.model)) == {}
+    assert whole.model.active_adapters == resumed.model.active_adapters == ["default"]
 
 
 @pytest.mark.parametrize("name", ["Trainer", "DPO", "GRPO"])

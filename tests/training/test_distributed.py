@@ -1,5 +1,6 @@
 """Two processes on a CPU (gloo): the same weights in each, frozen ones bit-identical, the result that of one."""
 
+import json
 import shlex
 
 import pytest
@@ -37,6 +38,11 @@ def test_two_processes_train_as_one_does(runs, method):
     masks = [NeuronMask({i: w.pop(f"trainable.{i}") for i in range(2)}) for w in (one, *two)]
     assert masks[0] == masks[1] == masks[2]
     assert 0 < masks[0].fraction < 0.6
+    retention = [w.pop("retention", None) for w in (one, *two)]
+    if retention[0] is not None:  # a run of FNSFTTrainer: at its start and its end, each process has measured a part
+        assert torch.equal(retention[1], retention[2])
+        torch.testing.assert_close(retention[1], retention[0], rtol=0, atol=1e-6)
+        assert (retention[0].shape, retention[0][1, 2] > 0) == ((2, 3), True)
 
     base = (medium_experts if method.endswith("experts") else medium_model)(torch.float64)
     before, sites = state(base), find_neuron_sites(base)
@@ -51,6 +57,9 @@ def test_two_processes_train_as_one_does(runs, method):
             assert (first / file).read_bytes() == (second / file).read_bytes()
         checkpoint = root / "2" / f"{method}-out-0" / "checkpoint-4" / "functional_networks"
         assert (checkpoint / "selection.json").is_file()
+        ended = [json.loads((root / n / f"{method}-out-0" / "results.json").read_text()) for n in ("1", "2")]
+        assert ended[0] == ended[1]
+        assert ended[0]["guard"]["neurons"] == (~masks[0]).count
         others = {p.name for p in (root / "2" / f"{method}-out-1").rglob("*") if p.is_file()}
         assert others == {"rng_state_1.pth"}  # which every process of a Trainer keeps of its own
 

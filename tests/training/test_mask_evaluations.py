@@ -98,9 +98,13 @@ def test_training_ends_with_both_under_names_of_their_own(make, rows, caplog, ma
     assert logged["eval_masked_mean_token_accuracy"] >= 0
     assert logged["eval_unmasked_mean_token_accuracy"] >= 0
 
-    (line,) = [record.getMessage() for record in caplog.records if "with the mask and without it" in record.message]
-    shown = dict(re.findall(r"(\S+) (\d+\.\d+)", line))
-    assert shown == {name: f"{value:.4f}" for name, value in logged.items() if name.endswith("_loss")}
+    (table,) = [record.getMessage() for record in caplog.records if "the run in short" in record.message]
+    for name, words in (("masked", "under the mask"), ("unmasked", "without the mask")):
+        (row,) = [line for line in table.splitlines() if f"evaluation {words}" in line]
+        shown = dict(re.findall(r"(\S*loss) (\d+\.\d+)", row))
+        beginning = f"eval_{name}_"
+        losses = {key.removeprefix(beginning): value for key, value in logged.items() if key.startswith(beginning)}
+        assert shown == {key: f"{value:.4f}" for key, value in losses.items() if key.endswith("loss")}
     # Evaluated again, they are what they were; an evaluation of the user's has its usual names.
     for masked in (True, False):
         trainer._evaluate_masked = masked
@@ -115,7 +119,7 @@ def test_nothing_is_evaluated_where_there_is_no_mask_or_no_data(make, caplog):
     for trainer in (make(None, mask_mode="lesion"), make()):
         trainer.train()
         assert not any("eval" in name for entry in trainer.state.log_history for name in entry)
-    assert "with the mask and without it" not in caplog.text
+    assert "evaluation" not in caplog.text
 
 
 def test_an_evaluation_that_fails_at_the_end_leaves_evaluations_as_they_were(make, monkeypatch):

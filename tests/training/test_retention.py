@@ -6,6 +6,7 @@ from datasets import Dataset
 from helpers import random_mask, sft_config, state, tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, Trainer
+from trl import SFTTrainer
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, RetentionCallback, RetentionConfig, lesion
 from fnsft_trl.evaluation.retention import RetentionText
@@ -22,7 +23,7 @@ SAVED = {**EACH, "save_strategy": "steps", "save_steps": 1}
 def texts(tmp_path):
     """Two files of general text."""
     (tmp_path / "wiki.txt").write_text("Say bako: okab.\nThe red fox went to the sea\n" * 9)
-    (tmp_path / "law.jsonl").write_text("\n".join(json.dumps({"text": f"Sumo {n}: 9876543210"}) for n in range(20)))
+    (tmp_path / "law.jsonl").write_text("\n".join(json.dumps({"text": f"{n} 9876543210"}) for n in range(20)))
     return [f"wiki={tmp_path / 'wiki.txt'}", str(tmp_path / "law.jsonl")]
 
 
@@ -30,7 +31,7 @@ def texts(tmp_path):
 def make(rows, tokenizer, templates, tmp_path):
     def make(name="out", *, method="neuron_delta", retention=None, data=rows, model=None, **args):
         networks = {
-            "network_config": FunctionalNetworkConfig(train_method=method),
+            "network_config": FunctionalNetworkConfig(train_method=method or "auto"),
             "network_template": templates["llama"],
             "peft_config": LoraConfig(r=2) if method == "lora" else None,
         }
@@ -233,7 +234,8 @@ def test_it_works_with_a_plain_trainer(rows, tokenizer, tmp_path):
 
     def plain(name, **settings):
         data = [
-            {"input_ids": ids, "labels": ids} for ids in (tokenizer(row["prompt"])["input_ids"][:4] for row in rows)
+            {"input_ids": ids, "labels": ids}
+            for ids in (tokenizer(row["prompt"] * 2)["input_ids"][:4] for row in rows)
         ]
         model = tiny_model("llama")
         args = sft_config(tmp_path / name, **SAVED)
@@ -255,115 +257,135 @@ def test_it_works_with_a_plain_trainer(rows, tokenizer, tmp_path):
 
 # The budget
 
-
-def rises_of(make, texts, **args) -> list[float]:
-    trainer = make("free", retention={"retention_datasets": texts}, **args)
-    trainer.train()
-    series = [[rise for _, rise in measured(trainer, f"retention/{name}/rise")] for name in ("wiki", "law")]
-    return [max(pair) for pair in zip(*series, strict=True)]
+# A run whose rise grows from step to step while its loss falls.
+GROWS = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": 6}
 
 
-class Weights:
-    """The weights after each step of an uninterrupted run."""
+def highest(trainer) -> list[tuple[int, float]]:
+    """The step of each measurement, and the higher rise of the two series."""
+    pairs = zip(measured(trainer, "retention/wiki/rise"), measured(trainer, "retention/law/rise"), strict=True)
+    return [(step, max(rise, other)) for (step, rise), (_, other) in pairs]
 
-    def __init__(self, make, **args):
-        from transformers import TrainerCallback
 
-        self.after = after = []
+@pytest.fixture
+def free(make, texts):
+    """Rises and losses of a run without a budget, by step, and a budget that steps 1 and 2 are within."""
 
-        class Note(TrainerCallback):
-            def on_step_end(self, args, state_, control, model=None, **kwargs):
-                after.append(state(model))
-
-        trainer = make("weights", **args)
-        trainer.add_callback(Note())
+    def free(**args):
+        trainer = make("free", retention={"retention_datasets": texts}, **{**GROWS, **SAVED, **args})
         trainer.train()
+        rises = dict(highest(trainer))
+        assert max(rises[1], rises[2]) < min(rises[step] for step in (3, 4, 5, 6))
+        losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+        return rises, losses, (max(rises[1], rises[2]) + rises[3]) / 2
+
+    return free
+
+
+def last_line(log) -> str:
+    (line,) = [line for line in log if line.startswith("learnt:")]
+    return line
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
-def test_a_rollback_brings_the_last_state_within_the_budget_back(make, texts, log, method):
-    args = {
-        **EACH,
-        "method": method,
-        "learning_rate": 3e-3 if method == "full" else 2e-2,
-        "lr_scheduler_type": "constant",
-        "max_steps": 6,
-    }
-    rises = rises_of(make, texts, **args)
-    budget = (rises[2] + min(rise for rise in rises[3:] if rise > rises[2])) / 2
-    over = next(step for step, rise in enumerate(rises) if rise > budget)
-    assert over > 1
+def test_a_rollback_brings_the_last_state_within_the_budget_back(make, texts, log, free, method):
+    args = {**GROWS, **EACH, "method": method, "learning_rate": 0.03 if method == "lora" else 0.1}
+    rises, losses, budget = free(**args)
     log.clear()
     trainer = make("out", retention={"retention_datasets": texts, "retention_budget": budget}, **args)
     trainer.train()
-    assert trainer.state.global_step == over
-    expected = Weights(make, **args).after[over - 2]
+    assert highest(trainer) == [*((step, rises[step]) for step in range(4)), (3, pytest.approx(rises[2], abs=1e-7))]
+    trainer.save_model()
+    short = make("short", **{**args, "max_steps": 2})
+    short.train()
+    expected = state(short.model)
     assert all(torch.equal(value, expected[name]) for name, value in state(trainer.model).items())
-    assert max(measured(trainer)[-1][1], measured(trainer, "retention/law/rise")[-1][1]) == pytest.approx(
-        rises[over - 1], abs=1e-6
-    )
-    (last,) = [line for line in log if line.startswith("learnt:")]
-    assert f"rolled back to step {over - 1}, the last within the budget" in last
+    line = last_line(log)
+    assert f"eval_loss {losses[1]:.4f} at step 1 -> {losses[2]:.4f} at step 2; lost" in line
+    assert f"done: rolled back to step 2, the last within the budget of {budget:g}; " in line
+    assert line.endswith("at step 3")
 
 
-def test_a_stop_keeps_the_state_that_passed_and_a_warning_goes_on(make, texts, log):
-    rises = rises_of(make, texts, **EACH)
-    budget = rises[2] * 0.999
-    over = next(step for step, rise in enumerate(rises) if rise > budget)
-    for action, end in (("stop", over), ("warn", 4)):
+def test_a_stop_keeps_the_state_that_passed_and_a_warning_goes_on(make, texts, log, free):
+    rises, _, budget = free()
+    for action, end in (("stop", 3), ("warn", 6)):
         log.clear()
         retention = {"retention_datasets": texts, "retention_budget": budget, "retention_on_budget": action}
-        trainer = make(action, retention=retention, **EACH)
+        trainer = make(action, retention=retention, **{**GROWS, **EACH})
         trainer.train()
-        assert trainer.state.global_step == end
-        assert any("the retention_budget of" in line and "is passed" in line for line in log)
-        (last,) = [line for line in log if line.startswith("learnt:")]
-        assert "rose by" in last
+        assert highest(trainer) == [(step, rises[step]) for step in range(end + 1)]
+        assert len([line for line in log if "is passed" in line]) == (1 if action == "stop" else 4)
+        assert f"done: {'stopped' if action == 'stop' else 'nothing'}, over {budget:g}; " in last_line(log)
 
 
 def test_where_no_state_is_within_the_budget_the_base_comes_back(make, texts):
-    trainer = make(retention={"retention_datasets": texts, "retention_budget": 0}, learning_rate=0.5, **SAVED)
+    trainer = make(retention={"retention_datasets": texts, "retention_budget": 0}, **{**GROWS, **SAVED})
     base = state(trainer.model)
     with pytest.raises(RetentionBudgetExceeded, match="no measurement of this training is within"):
         trainer.train()
     assert all(torch.equal(value, base[name]) for name, value in state(trainer.model).items())
-    assert measured(trainer)[-1][1] == 0
+    assert highest(trainer)[-1] == (1, 0)
     assert not trainer.is_in_train
 
 
-def test_the_best_checkpoint_within_the_budget_is_loaded(make, texts, log):
-    """By the loss of the task, a later one would be better."""
-    args = {**SAVED, "load_best_model_at_end": True, "max_steps": 6, "learning_rate": 2e-2}
-    rises = rises_of(make, texts, **args)[:7]
-    within = [step for step in range(1, 7) if rises[step] <= rises[2]]
-    retention = {"retention_datasets": texts, "retention_budget": rises[2], "retention_on_budget": "warn"}
-    trainer = make("out", retention=retention, **args)
+@pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
+def test_the_best_checkpoint_within_the_budget_is_loaded(make, texts, log, free, action):
+    """By the loss of the task alone, a later one would be better."""
+    best = {**GROWS, **SAVED, "load_best_model_at_end": True}
+    rises, losses, budget = free()
+    assert min(losses, key=losses.get) > 2
+    log.clear()
+    retention = {"retention_datasets": texts, "retention_budget": budget, "retention_on_budget": action}
+    trainer = make("out", retention=retention, **best)
     trainer.train()
-    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    assert min(losses, key=losses.get) not in within
-    assert trainer.state.best_global_step == min(within, key=losses.get)
-    assert max(measured(trainer)[-1][1], measured(trainer, "retention/law/rise")[-1][1]) <= rises[2] + 1e-6
-    assert any("the best checkpoint within the budget" in line for line in log)
+    assert trainer.state.best_global_step == min((1, 2), key=losses.get)
+    assert highest(trainer)[-1][1] == pytest.approx(rises[trainer.state.best_global_step], abs=1e-7)
+    assert "the best checkpoint within the budget" in last_line(log)
 
 
-def test_no_checkpoint_over_the_budget_is_written_or_resumed(make, texts, tmp_path):
-    args = {**SAVED, "learning_rate": 2e-2, "max_steps": 6}
-    rises = rises_of(make, texts, **args)
-    over = next(step for step, rise in enumerate(rises) if rise > rises[2])
-    trainer = make("out", retention={"retention_datasets": texts, "retention_budget": rises[2]}, **args)
+@pytest.mark.parametrize("method", [LoraConfig(r=2, target_modules=["up_proj"]), None])
+def test_a_plain_trainer_that_loads_a_best_model_over_the_budget_is_rolled_back(
+    rows, tokenizer, tmp_path, log, method
+):
+    """Its best model is chosen by the loss alone, and is the last one here."""
+    data = Dataset.from_list(rows)
+    settings = {**GROWS, **EACH, "save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": False}
+    settings |= {"load_best_model_at_end": True, "learning_rate": 0.03}
+    trainer = SFTTrainer(
+        tiny_model("llama"),
+        sft_config(tmp_path / "out", **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        peft_config=method,
+    )
+    base = state(trainer.model)
+    lines = ["9876543210 is it"] * 20
+    trainer.add_callback(RetentionCallback(trainer, lines, name="law", max_tokens=60, budget=0))
+    with pytest.raises(RetentionBudgetExceeded):
+        trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    assert all(torch.equal(value, base[name]) for name, value in state(trainer.model).items())
+
+
+def test_no_checkpoint_over_the_budget_is_written_or_resumed(make, texts, tmp_path, free):
+    _, _, budget = free()
+    trainer = make("out", retention={"retention_datasets": texts, "retention_budget": budget}, **{**GROWS, **SAVED})
     trainer.train()
-    steps = {int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")}
-    assert steps == set(range(1, over))
-    trainer = make("free", retention={"retention_datasets": texts, "retention_budget": rises[2]}, **args)
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    trainer = make("free", retention={"retention_datasets": texts, "retention_budget": budget}, **{**GROWS, **SAVED})
     with pytest.raises(FNSFTError, match=r"before this training: the budget of .* is passed; resume from an earlier"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "free" / f"checkpoint-{over}"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "free" / "checkpoint-3"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "free" / "checkpoint-1"))
+    assert [step for step, _ in highest(trainer)][-2:] == [3, 3]
 
 
 def test_a_rollback_of_sharded_weights_is_refused(make, texts):
     trainer = make(retention={"retention_datasets": texts, "retention_budget": 1.0})
     trainer.is_deepspeed_enabled = True
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, RetentionCallback))
     with pytest.raises(FNSFTError, match="which are sharded here"):
-        trainer.train()
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 # The texts
@@ -422,8 +444,7 @@ def test_the_prompts_of_the_task_end_with_the_first_token_that_is_learnt():
 
 def test_the_prompts_are_those_that_sft_trainer_learns_nothing_of(make, texts, rows, tokenizer):
     trainer = make(retention={"retention_datasets": texts, "retention_tokens": 10_000})
-    (task,) = [
-        c.text for c in trainer.callback_handler.callbacks if getattr(c, "series", None) and c.series.name == "task"
-    ]
+    (callback,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, RetentionCallback)]
+    (task,) = [series.text for series in callback.series if series.name == "task"]
     prompts = sorted(tokenizer(row["prompt"])["input_ids"] for row in rows)
     assert sorted(ids[:-1] for ids in task.sequences) == prompts

@@ -1,5 +1,8 @@
 """What a trained model's card says of the run."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from helpers import tiny_model
 
@@ -34,3 +37,18 @@ def test_the_card_says_which_neurons_were_selected(templates, tmp_path, options,
     (tmp_path / "README.md").write_text("# A model\n")
     record.save(tmp_path, tiny_model("llama"))
     assert f"Selected were {told} The networks" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["<img src=x onerror=alert(1)>", "[the fixed weights](https://evil.example/x) **now**", "a | b\n\n# c"]
+)
+def test_names_of_datasets_are_shown_as_they_are_called(templates, tmp_path, text):
+    template = templates["llama"]
+    hostile = replace(template, calibration={**template.calibration, "sources": [text]})
+    config, mask = FunctionalNetworkConfig(), select_neurons(template)
+    record = RunRecord(config, config.plan(lora_config=False), hostile, mask, mask, [])
+    (tmp_path / "README.md").write_text("# A model\n")
+    record.extend_card(tmp_path, tiny_model("llama"))
+    card = (tmp_path / "README.md").read_text()
+    assert text not in card
+    assert not re.search(r"<\w|\]\(|\*\*|^# c", card, flags=re.MULTILINE)
