@@ -97,7 +97,7 @@ class Report:
             elif kind == "table":
                 header, rows = content
                 lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-                blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+                blocks.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
             else:
                 blocks.append(f"![{content[2]}]({content[0]})\n\n*{content[2]}*")
         return "\n\n".join(blocks) + "\n"
@@ -123,6 +123,11 @@ class Report:
             f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
         )
+
+
+def _cell(text: str) -> str:
+    """Text in a table of Markdown: on one line, in one cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _image(png: bytes, caption: str) -> str:
