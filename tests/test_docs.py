@@ -29,9 +29,9 @@ ROLES = {"user": "prompt", "assistant": "completion"}
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
+    "evaluate": "--bootstrap_draws 100",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
-    "evaluate": "--bootstrap_draws 100",
     "train": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_rank 8 --max_length 32 --disable_tqdm true",
 }
 

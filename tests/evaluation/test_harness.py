@@ -10,7 +10,7 @@ from helpers import ROOT, random_mask, tiny_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval_tasks import questions
+from lm_eval_tasks import questions, write_tasks
 from peft import get_peft_model
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, lesion
