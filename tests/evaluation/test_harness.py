@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import ROOT, random_mask, tiny_model, tiny_rows
+from helpers import ROOT, logits, random_mask, tiny_model, tiny_rows
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, lesion
 from fnsft_trl.data.choices import find_choice_format, read_choices
@@ -119,6 +120,18 @@ def test_a_mask_and_an_adapter_count(model, tokenizer, tasks_dir):
             if "neuron_delta" in name:
                 parameter.normal_()
     assert tasks.run(tuned, tokenizer).others["sounds/bits_per_byte"] != pytest.approx(plain)
+
+
+def test_a_copy_of_a_tied_head_that_an_adapter_trains_stays_one(tokenizer, tasks_dir):
+    config = tiny_model("llama").config
+    config.tie_word_embeddings = True
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    tuned = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        tuned.get_output_embeddings().weight.normal_()
+    before = logits(tuned, torch.arange(3, 9)[None])
+    Tasks(["sounds"], str(tasks_dir)).run(tuned, tokenizer, limit=2)
+    assert torch.equal(logits(tuned, torch.arange(3, 9)[None]), before)
 
 
 def test_a_folder_that_is_not_there_is_named():
