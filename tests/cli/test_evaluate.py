@@ -8,8 +8,8 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers import instead, run_processes, sft_config, tiny_model, tiny_rows
+from lm_tasks import write_tasks
 from peft import LoraConfig, get_peft_model
-from test_harness import write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import (

@@ -1,17 +1,16 @@
 """lm-evaluation-harness: its tasks give what the same rows give here, with adapters and masks as they are."""
 
 import json
-import random
 import subprocess
 import sys
 
 import pytest
 import torch
-import yaml
-from helpers import ROOT, logits, random_mask, tiny_model, tiny_rows
+from helpers import ROOT, logits, random_mask, tiny_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_tasks import questions, write_tasks
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -23,45 +22,12 @@ from fnsft_trl.evaluation.harness import Tasks
 from fnsft_trl.evaluation.settings import EvaluationConfig
 
 
-def questions(count: int = 200) -> list[dict]:
-    """Questions of a few syllables, each with three to five answers of different lengths."""
-    draw = random.Random(0)
-    found = []
-    for row in tiny_rows(count, seed=7):
-        choices = [other["completion"].strip() for other in tiny_rows(draw.randint(3, 5), seed=draw.randint(0, 10**6))]
-        choices = [choice + " é" * draw.randint(0, 6) for choice in choices]  # bytes that are no characters
-        found.append({"question": row["prompt"], "choices": choices, "answer": draw.randrange(len(choices))})
-    return found
-
-
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory):
     """A folder with one task of lm-eval's, of 200 multiple-choice questions, and one of text."""
     folder = tmp_path_factory.mktemp("tasks")
     write_tasks(folder)
     return folder
-
-
-def write_tasks(folder) -> None:
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"]}) for row in tiny_rows(20)))
-    data = {"dataset_path": "json", "test_split": "test"}
-    mean = [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm", "acc_bytes")
-    ]
-    choosing = {
-        **{"task": "syllables", **data, "output_type": "multiple_choice", "metric_list": mean},
-        **{"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_target": "answer"},
-        **{"doc_to_choice": "{{choices}}", "metadata": {"version": 1.0}},
-        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
-    }
-    reading = {
-        **{"task": "sounds", **data, "output_type": "loglikelihood_rolling"},
-        **{"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]},
-        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
-    }
-    for task in (choosing, reading):
-        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
 
 
 @pytest.fixture(scope="module")
