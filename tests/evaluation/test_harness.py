@@ -108,9 +108,11 @@ def test_a_folder_that_is_not_there_is_named():
 WITHOUT = """
 import sys
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM
-adapter, sys.argv = sys.argv[1], ["lm_eval", *sys.argv[2:]]
-for load in (lambda: AutoPeftModelForCausalLM.from_pretrained(adapter), cli_evaluate):
+base, adapter, sys.argv = sys.argv[1], sys.argv[2], ["lm_eval", *sys.argv[3:]]
+of_lm_eval = lambda: HFLM(pretrained=base, peft=adapter, device="cpu")  # what the command makes
+for load in (lambda: AutoPeftModelForCausalLM.from_pretrained(adapter), of_lm_eval):
     try:
         load()
     except (KeyError, ValueError) as error:
@@ -136,7 +138,7 @@ def test_what_finds_the_deltas_and_what_does_not(model_dir, tokenizer, tasks_dir
     expected = Tasks(["sounds"], str(tasks_dir)).run(tuned.eval(), tokenizer).others["sounds/bits_per_byte"]
     common = ["--tasks", "sounds", "--include_path", str(tasks_dir), "--device", "cpu", "--output_path"]
     of_peft = ["--model", "hf", "--model_args", f"pretrained={model_dir},peft={adapter}"]
-    printed = python("-c", WITHOUT, str(adapter), *of_peft, *common, str(tmp_path / "peft"))
+    printed = python("-c", WITHOUT, str(model_dir), str(adapter), *of_peft, *common, str(tmp_path / "peft"))
     assert printed.count("refused: 'NEURON_DELTA'") == 2
     of_run = ["--model", "fnsft", "--model_args", f"pretrained={adapter}"]
     python("-m", "fnsft_trl.evaluation.harness", *of_run, *common, str(tmp_path / "run"))
