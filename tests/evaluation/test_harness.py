@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, random_mask, tiny_model
+from helpers import ROOT, logits, random_mask, tiny_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval_tasks import questions, write_tasks
-from peft import get_peft_model
+from lm_tasks import questions, write_tasks
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig, lesion
 from fnsft_trl.data.choices import find_choice_format, read_choices
@@ -87,6 +88,18 @@ def test_a_mask_and_an_adapter_count(model, tokenizer, tasks_dir):
     assert tasks.run(tuned, tokenizer).others["sounds/bits_per_byte"] != pytest.approx(plain)
 
 
+def test_a_copy_of_a_tied_head_that_an_adapter_trains_stays_one(tokenizer, tasks_dir):
+    config = tiny_model("llama").config
+    config.tie_word_embeddings = True
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    tuned = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        tuned.get_output_embeddings().weight.normal_()
+    before = logits(tuned, torch.arange(3, 9)[None])
+    Tasks(["sounds"], str(tasks_dir)).run(tuned, tokenizer, limit=2)
+    assert torch.equal(logits(tuned, torch.arange(3, 9)[None]), before)
+
+
 def test_a_folder_that_is_not_there_is_named():
     with pytest.raises(FNSFTError, match="include_path is nowhere, and there is no such folder"):
         Tasks(["syllables"], "nowhere")
@@ -95,9 +108,11 @@ def test_a_folder_that_is_not_there_is_named():
 WITHOUT = """
 import sys
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM
-adapter, sys.argv = sys.argv[1], ["lm_eval", *sys.argv[2:]]
-for load in (lambda: AutoPeftModelForCausalLM.from_pretrained(adapter), cli_evaluate):
+base, adapter, sys.argv = sys.argv[1], sys.argv[2], ["lm_eval", *sys.argv[3:]]
+of_lm_eval = lambda: HFLM(pretrained=base, peft=adapter, device="cpu")  # what the command makes
+for load in (lambda: AutoPeftModelForCausalLM.from_pretrained(adapter), of_lm_eval):
     try:
         load()
     except (KeyError, ValueError) as error:
@@ -123,7 +138,7 @@ def test_what_finds_the_deltas_and_what_does_not(model_dir, tokenizer, tasks_dir
     expected = Tasks(["sounds"], str(tasks_dir)).run(tuned.eval(), tokenizer).others["sounds/bits_per_byte"]
     common = ["--tasks", "sounds", "--include_path", str(tasks_dir), "--device", "cpu", "--output_path"]
     of_peft = ["--model", "hf", "--model_args", f"pretrained={model_dir},peft={adapter}"]
-    printed = python("-c", WITHOUT, str(adapter), *of_peft, *common, str(tmp_path / "peft"))
+    printed = python("-c", WITHOUT, str(model_dir), str(adapter), *of_peft, *common, str(tmp_path / "peft"))
     assert printed.count("refused: 'NEURON_DELTA'") == 2
     of_run = ["--model", "fnsft", "--model_args", f"pretrained={adapter}"]
     python("-m", "fnsft_trl.evaluation.harness", *of_run, *common, str(tmp_path / "run"))

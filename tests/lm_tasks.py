@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness that lie in a folder: questions with choices, and texts."""
+"""Two tasks of lm-evaluation-harness in a folder: multiple-choice questions, and text."""
 
 import json
 import random
+from pathlib import Path
 
 import yaml
 from helpers import tiny_rows
@@ -18,7 +19,8 @@ def questions(count: int = 200) -> list[dict]:
     return found
 
 
-def write_tasks(folder) -> None:
+def write_tasks(folder: Path) -> None:
+    """Write the tasks `syllables` and `sounds`, and their rows."""
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"]}) for row in tiny_rows(20)))
     data = {"dataset_path": "json", "test_split": "test"}
