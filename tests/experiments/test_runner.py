@@ -1,9 +1,14 @@
 """An experiment that is killed goes on where it was, and its report is that of an uninterrupted one."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -216,9 +221,28 @@ def test_one_seed_is_said_to_be_one(copied):
 
 
 @pytest.mark.slow
-def test_several_jobs_give_the_report_of_one(place, tmp_path):
-    assert run(place / "recipes", tmp_path / "two", "--jobs", "2") == 0
-    assert report(tmp_path / "two") == report(place / "whole")
+def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began_them(place, tmp_path):
+    output = tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "fnsft_trl.cli",
+        "experiment",
+        str(place / "recipes"),
+        "--output_dir",
+        str(output),
+    ]
+    with subprocess.Popen([*command, "--jobs", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while len(list(output.glob("arms/*/*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert run(place / "recipes", output, "--jobs", "2") == 0
+    assert report(output) == report(place / "whole")
 
 
 def test_each_process_has_an_accelerator_of_its_own():
