@@ -29,7 +29,18 @@ ORDER = {
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
-        *("cells", "messages", "formats", "left_out", "rendering", "dialects", "prompts", "config", "conversion"),
+        *(
+            "cells",
+            "messages",
+            "formats",
+            "left_out",
+            "choices",
+            "rendering",
+            "dialects",
+            "prompts",
+            "config",
+            "conversion",
+        ),
         *("together", "embedded", "sources", "sequences", "tokenized", "labels", "preparation"),
         "training",
     ],
@@ -44,7 +55,10 @@ ORDER = {
     "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
     "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
     "comparison": ["similarity", "fingerprint"],
-    "evaluation": ["config", "metrics", "reload", "retention", "kl", "series", "overlap"],
+    "evaluation": [
+        *("config", "settings", "share", "bootstrap", "measures", "rows", "metrics", "reload", "retention", "kl"),
+        *("series", "overlap", "general", "generation", "choices", "evaluated", "harness", "evaluation"),
+    ],
     "training": [
         *("preparation", "loaded", "divergence", "batches", "full_eval", "hub", "watched", "ways", "guard"),
         *("run_record", "checkpoints", "same_run", "reference", "kinds", "run", "resumption", "schedule", "budget"),
@@ -61,9 +75,11 @@ ORDER = {
     ],
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
+    "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
-        *("auth", "inspect", "env", "compare", "export", "discover", "demo_report", "demo", "fine_tuning", "train"),
+        *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run"),
+        *("evaluate", "fine_tuning", "train", "recipes", "experiment", "demo"),
         "__main__",
     ],
 }

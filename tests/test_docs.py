@@ -4,6 +4,7 @@ import doctest
 import json
 import re
 import shlex
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -28,6 +29,9 @@ ROLES = {"user": "prompt", "assistant": "completion"}
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
+    "evaluate": "--bootstrap_draws 100",
+    "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
+    "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "train": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_rank 8 --max_length 32 --disable_tqdm true",
 }
 
@@ -54,6 +58,7 @@ FILES = {
     "trl-lib/Capybara/test.jsonl": CHATS[30:],
     "roneneldan/TinyStories/train.jsonl": [{"text": row["prompt"] * 60} for row in tiny_rows(100)],
     "roneneldan/TinyStories/validation.jsonl": [{"text": row["completion"] * 40} for row in tiny_rows(200)],
+    "tasks/sky.jsonl": [{"question": "Sky?", "choices": ["ba", "ko ri"], "answer": n % 2} for n in range(9)],
     "first.jsonl": tiny_rows(24),
     "second.jsonl": tiny_rows(24, seed=1),
 }
@@ -98,6 +103,9 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     for file, rows in FILES.items():
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("\n".join(json.dumps(row) for row in rows))
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    shown = page.partition("where `tasks/sky.yaml` is\n\n")[2].partition("\n\nAdapters")[0]
+    Path("tasks/sky.yaml").write_text(textwrap.dedent(shown))
     Path("recipes").symlink_to(ROOT / "recipes")
     return tmp_path
 
@@ -115,9 +123,14 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
             arguments = [word.replace("--max_tokens", "--ica_max_tokens") for word in arguments]
         if verb == "export":
             arguments[0] = str(_adapter(model_dir, workplace / "adapter"))
+        if verb == "evaluate" and "--retention_datasets" in arguments:
+            arguments = instead(arguments, "--retention_tokens", "200")
         if verb == "train":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+        if verb == "experiment":
+            arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
+            arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
         if "--texts" in arguments:
             arguments = instead(arguments, "--texts", "roneneldan/TinyStories", "--model_a", str(model_dir))
             arguments += ["--model_b", str(model_dir)]
@@ -177,6 +190,10 @@ def yaml_blocks() -> list:
     """Every YAML file that is shown or brought; its first line says what it is for."""
     shown = {f"{page.name}-{n}": block for page in PAGES for n, block in enumerate(blocks(page, "yaml"))}
     brought = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    brought |= {
+        str(path.relative_to(ROOT)): path.read_text()
+        for path in sorted((ROOT / "recipes" / "peft_vs_peft_ica").rglob("*.yaml"))
+    }
     return [pytest.param(text, id=name) for name, text in (shown | brought).items()]
 
 
@@ -188,7 +205,7 @@ def test_every_yaml_file_is_one_that_its_command_takes(text, workplace):
     words[1] = "config.yaml"
     if verb == "train":
         asked = parse_options(words)
-        assert asked.network_config is not None
+        assert asked.network_config is not None or asked.values["use_peft"]
         assert not asked.notes
     else:
         assert read_arguments(words, import_module(f"fnsft_trl.cli.{verb}").options()).given

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks, lesion, preserve, select_neurons
 from fnsft_trl.cli import main
+from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.data.embedded import embedded_model, question_routing, wikipedia_passages
 from fnsft_trl.evaluation.retention import RetentionText
 
@@ -97,18 +98,22 @@ def test_the_demo_runs_to_its_report(tmp_path, capsys):
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), *sizes]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [arm["key"] for arm in results["arms"]] == ["lora", "outside", "random"]
-    assert [arm["frozen_bit_identical"] for arm in results["arms"]] == [None, True, True]
-    assert [arm["reload_difference"] for arm in results["arms"]] == [0, 0, 0]
-    assert [arm["changed_neurons"] for arm in results["arms"][1:]] == [154 * 30] * 2
-    assert results["discovery_sha256"] != results["retention_sha256"]
+    assert [arm["arm"] for arm in results["arms"]] == ["lora", "outside", "random"]
+    also = [cell["also"] for cell in results["cells"]]
+    assert [found["frozen_bit_identical"] for found in also] == [None, True, True]
+    assert [found["neurons_changed"] for found in also[1:]] == [f"{154 * 30:,} of {1536 * 30:,}"] * 2
+    assert printed.count("largest difference of the logits 0\n") == 3
+    discovery, retention = results["networks"][0]["sha256"], results["retention"]["wiki"]["sha256"]
+    assert discovery != retention
     page = (tmp_path / "demo" / "report.html").read_text()
-    for text in (results["discovery_sha256"], results["retention_sha256"], "proves nothing", "Forgot least"):
+    for text in (discovery, retention, "proves nothing", "Forgot least"):
         assert text in page
         assert text in (tmp_path / "demo" / "report.md").read_text()
     for arm in results["arms"]:
-        assert re.search(rf"{re.escape(arm['arm'])} .*{arm['trained_parameters']:,}", printed)
-    assert (tmp_path / "demo" / "template" / "config.json").exists()
+        assert re.search(rf"{arm['arm']} .*{arm['trained']['parameters']:,}", printed)
+    assert (tmp_path / "demo" / results["networks"][0]["directory"] / "config.json").exists()
+    for name in ("lora", "outside", "random"):  # recipes that run alone
+        assert parse_options(["--config", str(tmp_path / "demo" / "recipes" / f"{name}.yaml")]).notes == []
 
 
 def test_the_shipped_recipe_data_is_readable():

@@ -19,6 +19,8 @@ VERBS = {
     "discover": "find the functional networks of a model and save them as a template",
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
+    "evaluate": "score models on rows, general text and tasks, and compare them",
+    "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
     "env": "show versions, devices and settings, for a report of a fault",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
@@ -27,7 +29,7 @@ VERBS = {
 
 
 def _help() -> str:
-    lines = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    lines = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
     return (
         "usage: fnsft VERB [options]\n\nFunctional networks of language models: find them, mask them, fine-tune only "
         f"them.\n\nverbs:\n{lines}\n\n`fnsft VERB --help` shows the options of a verb."

@@ -1,48 +1,95 @@
-"""fnsft demo: discover, fine-tune three ways, measure what was learnt and forgotten, reload, report."""
+"""fnsft demo: an experiment that the package brings: one discovery, three ways to fine-tune, what each forgets."""
 
+import json
 import time
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import FunctionalNetworkConfig
 from ..report.figures import check_pyplot
-from .demo_report import TEMPLATE, write_report
+from ..writing import written_whole
 from .options.arguments import Arguments, read_arguments
-from .options.loading import LoadingConfig
 from .options.schema import Option, row
 from .output import check_writable
+from .recipes import find_recipes, read_arms
 
 
 ABOUT = (
-    "The whole way on a real model: discover its functional networks, fine-tune it on a new task in three ways, "
-    "measure what it learnt and what it forgot, and write a report."
+    "The whole way on a real model, as an experiment that is brought along: discover its functional networks, "
+    "fine-tune it on a new task in three ways, measure what it learnt and what it forgot, and write a report. Its "
+    "recipes and data are written to output_dir, for `fnsft train` and `fnsft experiment`."
 )
-FRACTION = 0.1
+LOGITS_FILE = (
+    "logits.safetensors"  # in the folder of a cell: what the trained model says, to be checked after reloading
+)
 
+_PROBES = (8, 8)  # rows whose logits are compared after reloading, and their tokens
 
-@dataclass
-class Arm:
-    """One way of fine-tuning.
+# The rows are trained as they are: question and answer, without a chat template.
+_RECIPE = """\
+# fnsft train --config {path}
+#
+# {about}
+model_name_or_path: {model}
+dataset_name: {data}
+template_format: basic
+prompt_template: "{{instruction}}{{response}}"
 
-    Attributes:
-        name (`str`): as it stands in the table.
-        key (`str`): name of its directory.
-        learning_rate (`float`): chosen so that all arms learn the task about equally well.
-        networks (`dict` or `None`): fields of its FunctionalNetworkConfig; `None` for plain LoRA.
-    """
+{own}
+retention_datasets: [wiki=embedded]
+retention_tokens: {retention_tokens}
 
-    name: str
-    key: str
-    learning_rate: float
-    networks: dict | None = field(default=None)
-
-
-ARMS = [
-    Arm("LoRA on the MLPs", "lora", 6e-4),
-    Arm("neurons outside the networks", "outside", 4e-4, {"ica_rank_by": "lowest"}),
-    Arm("random neurons", "random", 4e-4, {"ica_select": "random"}),
-]
+output_dir: {output}
+learning_rate: {learning_rate}
+lr_scheduler_type: cosine
+warmup_steps: 3
+weight_decay: 0.0
+num_train_epochs: 1
+per_device_train_batch_size: 8
+per_device_eval_batch_size: 16
+max_length: 64
+gradient_checkpointing: false
+logging_steps: 20
+save_strategy: "no"
+report_to: none
+use_cpu: true
+bf16: false
+"""
+_LORA = """\
+use_peft: true
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.0
+lora_target_modules: [gate_proj, up_proj, down_proj]
+"""
+_NETWORKS = """\
+ica_datasets: [embedded]
+ica_components: {components}
+ica_max_tokens: {discovery_tokens}
+ica_max_length: 256
+ica_rank: {rank}
+ica_fraction: 0.1
+"""
+# Name of the arm -> what it is, its learning rate (chosen so that all learn the task about equally well), its options.
+_ARMS = {
+    "lora": ("LoRA r 8 on the MLPs.", "6.0e-4", _LORA),
+    "outside": (
+        "Neuron deltas for the 10% of neurons in every layer that lie most outside the networks of general text.",
+        "4.0e-4",
+        _NETWORKS + "ica_rank_by: lowest\n",
+    ),
+    "random": ("Neuron deltas for 10% random neurons in every layer.", "4.0e-4", _NETWORKS + "ica_select: random\n"),
+}
+_REMARK = (
+    "This is one seed, one task and one control: it shows how the parts work together and proves nothing about "
+    "the method. Learning rates were chosen beforehand on this task so that the arms learn about equally well. "
+    "The arm lora trains LoRA on the MLPs; outside and random train 10% of the neurons of every layer as deltas: "
+    "those with the lowest loadings on all networks (outside the functional networks of general text), or as many "
+    "at random. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh process. New "
+    "task: name the desk a question belongs to (arithmetic, finance, health, household, science, trivia); real "
+    "questions of ASDiv, FiQA, HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English Wikipedia "
+    "passages (BoolQ), of other articles than those of the discovery."
+)
 
 
 def options() -> list[Option]:
@@ -63,207 +110,111 @@ def main(argv: list[str]) -> None:
     args = read_arguments(argv, options())
     output = check_writable(args.output_dir)
     check_pyplot()
-    discovery = FunctionalNetworkConfig(
-        ica_components=args.components,
-        ica_max_tokens=args.discovery_tokens,
-        ica_max_length=256,
-        ica_rank=max(128, args.components),
-    )
-    _run(args, discovery, output)
-
-
-def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
-@dataclass
-class _Start:
-    """The model before training, and what all arms are trained and scored on."""
-
-    model_path: str
-    tokenizer: Any
-    template: Any
-    train: list[dict]
-    test: list[dict]
-    retention: Any
-    task: Any  # scores of the new task
-    nll: Any  # of the sequences of the retention text
-    weights: dict[str, Any]
-    sites: list
-    probe: Any  # token ids whose logits are compared after reloading
-
-
-def _run(args: Arguments, discovery: FunctionalNetworkConfig, output: Path) -> None:
     started = time.monotonic()
-    start = _start(args, discovery, output)
-    results, nll = _train_all(args, start, output)
-    base = {
-        "exact_match": start.task.exact_match,
-        "nll": start.task.nll,
-        "cross_entropy": float(start.nll.sum()) / start.retention.tokens,
-    }
-    summary = {
-        "model": start.template.base_model,
-        "seeds": [args.seed],
-        "train_rows": len(start.train),
-        "test_rows": len(start.test),
-        "base": base,
-        "retention_tokens": start.retention.tokens,
-        "discovery_sha256": start.template.calibration["sha256"],
-        "retention_sha256": start.retention.sha256,
-        "discovery": asdict(discovery),
-        "arms": results,
-        "random_minus_outside": start.retention.rise(nll["outside"], nll["random"]),
-        "seconds": round(time.monotonic() - started),
-    }
-    write_report(summary, start.template, FRACTION, output)
 
+    from ..data.embedded import question_routing, resolve_model
+    from ..experiments import compare_arms, run_experiment
 
-def _start(args: Arguments, discovery: FunctionalNetworkConfig, output: Path) -> _Start:
-    """Discover the networks, and measure the model before training."""
-    import torch
-    from transformers.utils import logging
-
-    from ..data.embedded import question_routing, resolve_model, wikipedia_passages
-    from ..discovery import discover_networks
-    from ..evaluation.metrics import score_completions
-    from ..evaluation.retention import RetentionText
-    from ..neurons import find_neuron_sites
-    from .models import load_model_and_tokenizer
-
-    model_path = resolve_model(args.model_name_or_path)
-    logging.set_verbosity_error()  # from here on the demo says itself what it does
-    model, tokenizer = load_model_and_tokenizer(model_path, LoadingConfig())
     train, test = question_routing(args.train_rows, args.test_rows)
-    retention = RetentionText.from_texts(wikipedia_passages("retention"), tokenizer, max_tokens=args.retention_tokens)
+    model = resolve_model(args.model_name_or_path)
+    rows = {"question_routing": train, "question_routing_test": test}
+    data = [_written(output / "data" / f"{name}.jsonl", found) for name, found in rows.items()]
+    files, _ = find_recipes([str(_write_recipes(args, data[0], output))])
+    arms = read_arms(files, {}, data=[data[1]])
+    cells = run_experiment(
+        arms, [args.seed], output, restart=True, also=partial(_checked, model), say=lambda text: print(f"== {text}")
+    )
+    _show_networks(output, cells)
+    _check_reload(model, output, cells)
+    print(compare_arms(arms, cells, output, title=f"fnsft demo: {args.model_name_or_path}", remark=_REMARK))
+    seconds = round(time.monotonic() - started)
+    print(f"Report: {output / 'report.html'} (also report.md, results.json), {seconds} s")
 
-    _say(f"1/4 Discovering {args.components} functional networks on {args.discovery_tokens} tokens of Wikipedia text")
-    source = "English Wikipedia passages (BoolQ), discovery half"
-    template = discover_networks(model, tokenizer, {source: wikipedia_passages("discovery")}, discovery)
-    template.save_pretrained(output / TEMPLATE)
-    for number, component in enumerate(template.components):
-        layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]
-        print(
-            f"   network {number}: {component.neurons} neurons, most in layers {', '.join(map(str, layers))}; "
-            f"reliability {component.reliability:.2f}, above null {template.reliability_above_null(number):.2f}"
+
+def _written(path: Path, rows: list[dict[str, str]]) -> str:
+    """Write rows to a file, and give its path."""
+    with written_whole(path) as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def _write_recipes(args: Arguments, data: str, output: Path) -> Path:
+    """Write the recipe of every arm, and give their folder."""
+    folder = output / "recipes"
+    sizes = {"components": args.components, "rank": max(128, args.components)}
+    sizes["discovery_tokens"] = args.discovery_tokens
+    for name, (about, learning_rate, own) in _ARMS.items():
+        path = folder / f"{name}.yaml"
+        text = _RECIPE.format(
+            path=path,
+            about=about,
+            model=json.dumps(args.model_name_or_path),
+            data=json.dumps(data),
+            own=own.format(**sizes),
+            retention_tokens=args.retention_tokens,
+            output=json.dumps(str(output / "alone" / name)),
+            learning_rate=learning_rate,
         )
-
-    _say("2/4 Measuring the model before training: the new task, and general text (disjoint from the discovery's)")
-    task = score_completions(model, tokenizer, test)
-    nll = retention.sequence_nll(model)
-    print(
-        f"   exact match {task.exact_match:.2f}, NLL {task.nll:.2f} on {task.rows} rows; cross-entropy "
-        f"{float(nll.sum()) / retention.tokens:.3f} on {retention.tokens} tokens"
-    )
-    return _Start(
-        model_path=model_path,
-        tokenizer=tokenizer,
-        template=template,
-        train=train,
-        test=test,
-        retention=retention,
-        task=task,
-        nll=nll,
-        weights={name: value.clone() for name, value in model.state_dict().items()},
-        sites=find_neuron_sites(model),
-        probe=torch.tensor([tokenizer(row["prompt"])["input_ids"][:8] for row in test[:8]]),
-    )
+        with written_whole(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    return folder
 
 
-def _train_all(args: Arguments, start: _Start, output: Path) -> tuple[list[dict], dict[str, Any]]:
-    """Train, score and reload every arm: their results, and the NLL of the retention text by arm."""
-    from ..evaluation.reload import check_reload, last_logits
+def _checked(model_path: str, trainer, directory: Path) -> dict[str, Any]:
+    """Which neurons have changed, compared with the weights of the base, and whether they are those that were to."""
+    from safetensors.torch import save_file
+    from torch import tensor
 
-    results, adapters, expected, nll = [], {}, {}, {}
-    for arm in ARMS:
-        _say(f"3/4 Fine-tuning: {arm.name} ({len(start.train)} rows, learning rate {arm.learning_rate:g})")
-        trainer = _train(arm, args, start, output)
-        nll[arm.key] = start.retention.sequence_nll(trainer.model)
-        adapters[arm.key] = output / "arms" / arm.key
-        expected[arm.key] = last_logits(trainer.model, start.probe)
-        results.append(_score(arm, trainer, start, nll[arm.key]))
-        del trainer
+    from ..evaluation.reload import last_logits
+    from ..export import changed_neurons
+    from ..neurons import find_neuron_sites
+    from .models import load_model
+    from .options.loading import LoadingConfig
 
-    _say("4/4 Reloading every adapter in a fresh process")
-    differences = check_reload(start.model_path, adapters, start.probe, expected)
-    for result in results:
-        result["reload_difference"] = differences[result["key"]]
-        print(f"   {result['arm']}: largest difference of the logits {result['reload_difference']:g}")
+    rows, tokens = _PROBES
+    probe = tensor([row["input_ids"][:tokens] for row in trainer.eval_dataset.select(range(rows))])
+    logits = last_logits(trainer.model, probe)
+    save_file({"input_ids": probe, "logits": logits}, directory / LOGITS_FILE)
+    base = load_model(model_path, LoadingConfig())
+    sites = find_neuron_sites(base)
+    changed, others = changed_neurons(sites, base.state_dict(), trainer.model.merge_and_unload().state_dict())
+    frozen = None if trainer.network_config is None else changed == trainer.trainable_neurons and not others
+    if frozen is False:
+        raise RuntimeError(f"{directory}: the neurons that changed are not those that were selected")
+    return {
+        "neurons_changed": f"{changed.count:,} of {sum(site.width for site in sites):,}",
+        "frozen_bit_identical": frozen,
+    }
+
+
+def _show_networks(output: Path, cells: list[dict[str, Any]]) -> None:
+    """Say which networks the arms share."""
+    from ..experiments.runner import TEMPLATES
+    from ..template.template import FunctionalNetworkTemplate
+
+    for folder in dict.fromkeys(cell["template"] for cell in cells if cell["template"]):
+        template = FunctionalNetworkTemplate.from_pretrained(output / TEMPLATES / folder)
+        for number, component in enumerate(template.components):
+            layers = sorted(component.layers, key=component.layers.get, reverse=True)[:3]
+            print(
+                f"   network {number}: {component.neurons} neurons, most in layers {', '.join(map(str, layers))}; "
+                f"reliability {component.reliability:.2f}, above null {template.reliability_above_null(number):.2f}"
+            )
+
+
+def _check_reload(model_path: str, output: Path, cells: list[dict[str, Any]]) -> None:
+    """See that every adapter gives the logits that it was saved with, in a fresh process."""
+    from safetensors.torch import load_file
+
+    from ..evaluation.reload import check_reload
+    from ..experiments.runner import ARMS
+
+    print("== reloading every adapter in a fresh process", flush=True)
+    adapters = {cell["arm"]: output / ARMS / cell["arm"] / f"seed-{cell['seed']}" for cell in cells}
+    saved = {name: load_file(path / LOGITS_FILE) for name, path in adapters.items()}
+    probe = next(iter(saved.values()))["input_ids"]
+    differences = check_reload(model_path, adapters, probe, {name: file["logits"] for name, file in saved.items()})
+    for name, difference in differences.items():
+        print(f"   {name}: largest difference of the logits {difference:g}")
     if any(differences.values()):
         raise RuntimeError(f"a reloaded adapter does not give the logits it was saved with: {differences}")
-    return results, nll
-
-
-def _score(arm: Arm, trainer, start: _Start, nll) -> dict[str, Any]:
-    """What an arm has learnt and forgotten, and which neurons it has changed."""
-    from ..evaluation.metrics import score_completions
-    from ..export import changed_neurons
-
-    task = score_completions(trainer.model, start.tokenizer, start.test)
-    rise, *interval = start.retention.rise(start.nll, nll)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    changed, others = changed_neurons(start.sites, start.weights, trainer.model.merge_and_unload().state_dict())
-    frozen_ok = None if arm.networks is None else changed == trainer.trainable_neurons and not others
-    print(f"   exact match {task.exact_match:.2f}, NLL {task.nll:.2f}; general text {rise:+.4f} nats per token")
-    if frozen_ok is False:
-        raise RuntimeError(f"{arm.name}: the neurons that changed are not those that were selected")
-    return {
-        "arm": arm.name,
-        "key": arm.key,
-        "learning_rate": arm.learning_rate,
-        "trained_parameters": trained,
-        "changed_neurons": changed.count,
-        "neurons": sum(site.width for site in start.sites),
-        "frozen_bit_identical": frozen_ok,
-        "exact_match": task.exact_match,
-        "nll": task.nll,
-        "retention_rise": rise,
-        "retention_interval": interval,
-    }
-
-
-def _train(arm: Arm, args: Arguments, start: _Start, output: Path):
-    """Fine-tune one arm; all arms see the same rows in the same order."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig
-
-    from ..training.trainer import FNSFTTrainer
-
-    directory = output / "arms" / arm.key
-    networks = peft_config = None
-    if arm.networks is None:
-        mlp_modules = [name for site in start.sites for name in site.layout.modules()]
-        peft_config = LoraConfig(r=8, lora_alpha=16, target_modules=mlp_modules, task_type="CAUSAL_LM")
-    else:
-        seed = {"ica_seed": args.seed} if arm.networks.get("ica_select") == "random" else {}
-        networks = FunctionalNetworkConfig(ica_fraction=FRACTION, **seed, **arm.networks)
-    trainer = FNSFTTrainer(
-        model=start.model_path,
-        args=SFTConfig(
-            output_dir=str(directory),
-            per_device_train_batch_size=8,
-            num_train_epochs=1,
-            learning_rate=arm.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=3,
-            weight_decay=0.0,
-            max_length=64,
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=False,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=args.seed,
-        ),
-        train_dataset=Dataset.from_list(start.train),
-        processing_class=start.tokenizer,
-        peft_config=peft_config,
-        network_config=networks,
-        network_template=start.template if networks else None,
-    )
-    trainer.train()
-    trainer.save_model()
-    return trainer

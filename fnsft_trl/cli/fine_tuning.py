@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,6 @@ def fine_tune(asked: TrainOptions) -> None:
         FNSFTError: something that is asked for cannot be done, with what to do instead.
     """
     run = RunConfig(**asked.of(RunConfig))
-    if run.wandb_project:
-        os.environ["WANDB_PROJECT"] = run.wandb_project
     settings = _settings(asked)
     trainer = _trainer(asked, settings)
     args = trainer.args
@@ -86,8 +85,26 @@ def fine_tune(asked: TrainOptions) -> None:
     trainer.accelerator.end_training()  # a process that ends in a group it has not left can abort
 
 
+def make_trainer(
+    asked: TrainOptions, *, template: Path | None = None, held_out: Sequence[str] | None = None
+) -> FNSFTTrainer:
+    """The trainer of a run, which can still be trained.
+
+    Args:
+        asked: its options.
+        template: a directory with its networks, in the place of those that it would find.
+        held_out: datasets to evaluate on in the place of what it would hold out.
+
+    Raises:
+        FNSFTError: something that is asked for cannot be done, with what to do instead.
+    """
+    return _trainer(asked, _settings(asked), template=template, held_out=held_out)
+
+
 def _settings(asked: TrainOptions) -> _Settings:
     given = asked.values
+    if given.get("wandb_project"):
+        os.environ["WANDB_PROJECT"] = given["wandb_project"]
     precision = Precision.choose(use_cpu=given.get("use_cpu"), bf16=given.get("bf16"), fp16=given.get("fp16"))
     model_settings = asked.of(ModelConfig)
     if model_settings.get("dtype") == DEVICE_DTYPE:
@@ -128,7 +145,13 @@ def _checkpoint(training: SFTConfig, *, adapter: bool, has_networks: bool) -> st
     return str(checkpoint)
 
 
-def _trainer(asked: TrainOptions, settings: _Settings) -> FNSFTTrainer:
+def _trainer(
+    asked: TrainOptions,
+    settings: _Settings,
+    *,
+    template: Path | None = None,
+    held_out: Sequence[str] | None = None,
+) -> FNSFTTrainer:
     """Load data and model, and make the trainer."""
     training, peft, data_config = settings.training, settings.peft, DataConfig(**asked.of(DataConfig))
     given_name = asked.values["model_name_or_path"]
@@ -138,7 +161,9 @@ def _trainer(asked: TrainOptions, settings: _Settings) -> FNSFTTrainer:
         processing_class = AutoProcessor.from_pretrained(name, **source_arguments(settings.loading))
     if not data_config.tokenized_cache:
         disable_caching()  # of TRL's own steps too
-    data = load_training_data(settings.script, training, settings.mixture, data_config, processing_class)
+    data = load_training_data(
+        settings.script, training, settings.mixture, data_config, processing_class, held_out=held_out
+    )
     if peft is not None and asked.network_config is None and peft.target_modules is None:
         peft.target_modules = default_lora_targets(model_config)
     training.model_init_kwargs = settings.model_init_kwargs
@@ -161,6 +186,7 @@ def _trainer(asked: TrainOptions, settings: _Settings) -> FNSFTTrainer:
             quantization_config=settings.quantization,
             peft_config=peft,
             network_config=asked.network_config,
+            network_template=template,
             tokenized_cache=data_config.tokenized_cache,
             retention=asked.retention,
         )

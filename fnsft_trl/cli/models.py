@@ -91,11 +91,7 @@ def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.devic
     Raises:
         FNSFTError: it is not found, or is not a causal language model.
     """
-    arguments = loading_arguments(loading)
-    if loading.is_quantized:
-        arguments["quantization_config"] = _quantization(loading)
-        if device is not None:
-            arguments.setdefault("device_map", {"": device})
+    arguments = loading_arguments(loading) | quantization_arguments(loading, device)
     with model_errors(name_or_path):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), **arguments)
     if loading.load_in_4bit:
@@ -111,6 +107,14 @@ def load_model_and_tokenizer(name_or_path: str, loading: LoadingConfig, *, devic
     with model_errors(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, **source_arguments(loading))
     return load_model(name_or_path, loading, device=device), tokenizer
+
+
+def quantization_arguments(loading: LoadingConfig, device: torch.device | str | None) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for weights in 4 or 8 bits, which go onto a device as they are loaded."""
+    if not loading.is_quantized:
+        return {}
+    placed = {} if device is None or loading.device_map is not None else {"device_map": {"": device}}
+    return {"quantization_config": _quantization(loading), **placed}
 
 
 def _quantization(loading: LoadingConfig) -> BitsAndBytesConfig:

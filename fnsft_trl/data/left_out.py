@@ -35,6 +35,11 @@ class LeftOut:
             logger.warning(f"{self.name}: rows are left out where {reason}; the first is row {row}")
         self.add(row, reason)
 
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why rows are left out -> how many."""
+        return {reason: count for reason, (_, count) in self._reasons.items()}
+
     def check(self, rows: int) -> None:
         """Say how many of so many rows are left out.
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,15 @@ class TrainingData(NamedTuple):
     processing_class: object
 
 
-def load_training_data(script_args, training_args, mixture, data_config: DataConfig, processing_class) -> TrainingData:
+def load_training_data(
+    script_args,
+    training_args,
+    mixture,
+    data_config: DataConfig,
+    processing_class,
+    *,
+    held_out: Sequence[str] | None = None,
+) -> TrainingData:
     """Load, convert, sample and split the data of a run, and give the tokenizer its prompt format.
 
     Args:
@@ -51,13 +60,14 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
         mixture: TRL's `DatasetMixtureConfig`; the datasets of a mixture may each be in another format.
         data_config: the options of this package.
         processing_class: the tokenizer or processor of the model, changed in place.
+        held_out: datasets to evaluate on in the place of what the run would hold out, all rows of each.
 
     Raises:
         FNSFTError: no dataset, two ways of naming it, one that cannot be read, a split that is not there, rows that do
             not go together, or a prompt format that the tokenizer cannot follow.
     """
     _check_options(script_args, training_args, mixture, data_config)
-    evaluates = training_args.eval_strategy != "no"
+    evaluates = training_args.eval_strategy != "no" and held_out is None
     has_template_file = _read_template_file(processing_class, training_args)
     options = {
         "columns": data_config.columns,
@@ -72,19 +82,15 @@ def load_training_data(script_args, training_args, mixture, data_config: DataCon
             for name in _names(script_args.dataset_name)
         ]
         train = put_together([train for train, _ in parts])
-        held_out = [evaluation for _, evaluation in parts if evaluation is not None]
-        evaluation = put_together(held_out) if held_out else None
+        evaluation = _together(evaluation for _, evaluation in parts if evaluation is not None)
     else:
         raise FNSFTError("there is no dataset; give dataset_name (a Hub id or a file) or datasets (a mixture)")
+    if held_out is not None:
+        evaluation = _together(_held_out(name, options) for name in held_out)
     is_rendered = is_prompted(train) or "messages" in train.column_names
     _check_columns(train, evaluation, training_args, data_config, is_rendered)
-    _set_prompt_format(
-        processing_class,
-        training_args,
-        data_config,
-        is_rendered=is_rendered,
-        has_template_file=has_template_file,
-    )
+    known = {"is_rendered": is_rendered, "has_template_file": has_template_file}
+    _set_prompt_format(processing_class, training_args, data_config, **known)
     if is_rendered and training_args.chat_template_path is None:
         _check_rendered(train, processing_class)
     if training_args.dataset_text_field in train.column_names:
@@ -160,6 +166,19 @@ def _splits(name: str, script_args, data_config: DataConfig, seed: int, evaluate
             logger.warning(f"the dataset {name} has no split {eval_split!r}: evaluating on its split {held_out!r}")
         return train, _converted(data, held_out, name, data_config, seed, options)
     return _split(train, data_config.eval_fraction, seed, name)
+
+
+def _together(parts: Iterable[Dataset]) -> Dataset | None:
+    """The rows of all parts; `None` where there is none."""
+    parts = list(parts)
+    return put_together(parts) if parts else None
+
+
+def _held_out(name: str, options: dict) -> Dataset:
+    """All rows of a dataset that is evaluated on: of its split for that, if it has several."""
+    data = load_data(name)
+    split = next((split for split in _EVAL_SPLITS if split in data), next(iter(data)))
+    return convert(data[split], name=f"the split {split!r} of the dataset {name}", **options)
 
 
 def _converted(data: DatasetDict, split: str, name: str, data_config: DataConfig, seed: int, options: dict) -> Dataset:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import FNSFTError
 from .config import MEASURES, metric_name
 from .kl import AdapterOff, StoredBase, chunks, reference_of, switches_kept
+from .metrics import model_inputs
 from .retention import RetentionText
 
 
@@ -72,7 +73,7 @@ def _sums(
         with torch.no_grad(), switches_kept(model):
             for numbers in tqdm([*own, *idle], title, leave=False, disable=title is None):
                 sequences = [text.sequences[number] for number in numbers]
-                inputs = _inputs(sequences, device)
+                inputs = model_inputs(sequences, device)
                 logits, kls = read(inputs, numbers, [len(ids) for ids in sequences])
                 for row, number in enumerate(numbers):
                     targets = inputs["input_ids"][row, 1 : len(sequences[row])]
@@ -87,16 +88,6 @@ def _sums(
 def _of_all_processes(found: dict[int, Any]) -> dict[int, Any]:
     """The entries of all processes together."""
     return dict(gather_object(list(found.items()))) if PartialState().num_processes > 1 else found
-
-
-def _inputs(sequences: list[list[int]], device: torch.device) -> dict[str, Any]:
-    """What a model reads of a batch of sequences."""
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (sequences, positions)
-    present = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        present[row, : len(sequence)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": present.to(device), "use_cache": False}
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -122,6 +113,7 @@ class RetentionSeries:
         kl_kind (`str` or `None`): `exact`, from the base itself, the adapter being switched off; or `top-k`, from its
             64 most probable tokens and a rest at each position, a lower bound.
         values (`dict[str, float]`): what was measured last, by measure.
+        nll (`list[float]`): negative log-likelihood of each sequence when it was measured last, in nats.
     """
 
     def __init__(
@@ -133,6 +125,7 @@ class RetentionSeries:
         self.measures = tuple(measures)
         self.base: float | None = None
         self.values: dict[str, float] = {}
+        self.nll: list[float] = []
         self._reference: AdapterOff | StoredBase | None = None
         self._model: ref[nn.Module] | None = None
 
@@ -246,6 +239,7 @@ class RetentionSeries:
     def _means(self, model: nn.Module, read: Callable, title: str | None) -> list[float]:
         """Means over tokens; summed over sequences in their order, so that they are the same in any run."""
         sums = _sums(model, self.text, read, batch_size=self.batch_size, title=title)
+        self.nll = sums[:, 0].tolist()
         return (sums.sum(0) / self.text.tokens).tolist()
 
     def _values(self, cross_entropy: float, kl: float) -> dict[str, float]:

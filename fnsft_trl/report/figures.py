@@ -1,7 +1,7 @@
 """Figures of reports, as PNG. They need matplotlib."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 from ..errors import FNSFTError
@@ -54,22 +54,30 @@ def comparison_figure(values: Sequence[Sequence[float]], measure: str) -> bytes:
     return _png(figure)
 
 
-def trade_off_figure(points: Sequence[tuple[str, float, float]], *, learning: str, forgetting: str) -> bytes:
-    """Learning against forgetting, as PNG: one labelled point for each arm.
+def curves_figure(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, learning: str, forgetting: str
+) -> bytes:
+    """Learning against forgetting, as PNG: a colour for each arm, a line for each seed, its end marked.
 
     Args:
-        points: (name, what was learnt, what was forgotten).
+        curves: arm -> for each seed, the points (what was learnt, what was forgotten) in their order.
         learning, forgetting: labels of the axes.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     colors = ["#c0392b", "#3b6ea5", "#8a8f98", "#2e8b57", "#b8860b", "#7d3c98"]
-    for (name, x, y), color in zip(points, colors * len(points), strict=False):
-        axes.scatter(x, y, s=80, color=color, zorder=3, label=f"{name} ({x:.2f}, {y:+.3f})")
+    for (name, lines), color in zip(curves.items(), colors * len(curves), strict=False):
+        for line in lines:
+            axes.plot(*zip(*line, strict=True), color=color, linewidth=1.2, alpha=0.6, zorder=2)
+        ends = [line[-1] for line in lines]
+        x, y = (sum(values) / len(ends) for values in zip(*ends, strict=True))
+        axes.scatter(*zip(*ends, strict=True), s=70, color=color, zorder=3, label=f"{name} ({x:.2f}, {y:+.3f})")
     # Both axes hold their zero, so that distances can be compared by eye.
-    axes.set_xlim(0, 1.25 * max(x for _, x, _ in points))
-    lowest, highest = min(0, *(y for _, _, y in points)), max(0, *(y for _, _, y in points))
-    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.12 * (highest - lowest))
+    points = [point for lines in curves.values() for line in lines for point in line]
+    axes.set_xlim(0, 1.25 * (max(x for x, _ in points) or 1))
+    lowest, highest = min(0, *(y for _, y in points)), max(0, *(y for _, y in points))
+    margin = (highest - lowest) or 1
+    axes.set_ylim(lowest - 0.08 * margin, highest + 0.12 * margin)
     axes.axhline(0, color="#9fb0c0", linewidth=1, zorder=1)
     axes.set_xlabel(learning)
     axes.set_ylabel(forgetting)

@@ -26,6 +26,7 @@ CARD_FILE = "README.md"
 FIGURE_FILE = "networks.svg"
 FILES = (TENSOR_FILE, CARD_FILE, FIGURE_FILE, CONFIG_FILE)
 NETWORK_DIR = "functional_networks"  # where a trained model keeps its template
+SELECTION_FILE = "selection.json"  # in there: what its run selected, trained and masked
 
 _AGAIN = "save the template again, or fetch it again (`hf download --force-download`)"
 _READY = ".template.ready"  # a folder: what is in it is newer than what is beside it

@@ -12,11 +12,8 @@ from ..hub.card import ADAPTER_NOTE, SECTION, plain, publishable_card, with_sect
 from ..interventions.baking import lesion_note
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
-from ..template.storage import CARD_FILE, NETWORK_DIR
+from ..template.storage import CARD_FILE, NETWORK_DIR, SELECTION_FILE
 from ..template.template import FunctionalNetworkTemplate
-
-
-SELECTION_FILE = "selection.json"
 
 
 @dataclass(frozen=True)

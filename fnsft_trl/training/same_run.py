@@ -76,7 +76,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "mask_phases": mask_phases,
         "networks": networks_text(trainer.network_template),
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
-        "train_dataset": _data_text(trainer.train_dataset, _TOKENS if isinstance(trainer, SFTTrainer) else None),
+        "train_dataset": data_text(trainer.train_dataset, _TOKENS if isinstance(trainer, SFTTrainer) else None),
         "fsdp": fsdp_form(trainer),
         "deepspeed": trainer.is_deepspeed_enabled,
         **{name: _name(value) for name, value in given.items()},
@@ -203,7 +203,7 @@ def networks_text(template: FunctionalNetworkTemplate) -> str:
     return f"{len(template.components)} networks at {template.site} ({digest.hexdigest()[:16]})"
 
 
-def _data_text(dataset: Dataset | IterableDataset, columns: Sequence[str] | None) -> str | None:
+def data_text(dataset: Dataset | IterableDataset, columns: Sequence[str] | None) -> str | None:
     """What is in some columns of prepared data (`None`: in all), in the order of the rows; `None` of a stream."""
     if not isinstance(dataset, Dataset):
         return None

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from fnsft_trl.report.figures import comparison_figure, trade_off_figure
+from fnsft_trl.report.figures import comparison_figure, curves_figure
 from fnsft_trl.report.report import Report, format_table
 from fnsft_trl.template.description import TemplateDescription
 from fnsft_trl.template.figure import networks_svg
@@ -16,17 +16,20 @@ def test_report_is_saved_in_three_forms(templates, tmp_path):
     report = Report("A <title>")
     report.heading("Part & one")
     report.text("Some text.")
-    report.table(["arm", "score"], [["a", "0.5"], ["<b>", "0.6"]])
+    report.table(["arm", "score"], [["a", "0.5"], ["<b>", "0.6"], ["x|y\nz", ""]])
     svg = networks_svg(TemplateDescription.of(templates["llama"], "0" * 64))
     report.figure("networks", svg.encode(), "The networks.")
     report.figure(
-        "trade_off", trade_off_figure([("a", 0.1, 0.2), ("b", 0.3, -0.1)], learning="x", forgetting="y"), "Trade-off."
+        "curves",
+        curves_figure({"a": [[(0.3, 0.1), (0.1, 0.2)]], "b": [[(0.3, -0.1)]]}, learning="x", forgetting="y"),
+        "Trade-off.",
     )
     report.figure("comparison", comparison_figure([[0.1, 0.9]], "IoU"), "All <pairs>.")
     report.save(tmp_path, {"score": 0.5})
     markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert "| a | 0.5 |" in markdown
-    assert re.findall(r"\]\((.*?)\)", markdown) == ["networks.svg", "trade_off.png", "comparison.png"]
+    assert "| x\\|y z |" in markdown
+    assert re.findall(r"\]\((.*?)\)", markdown) == ["networks.svg", "curves.png", "comparison.png"]
     assert page.count("data:image/png;base64,") == 2
     assert f"<figure>{svg}<figcaption>The networks." in page
     assert "&lt;b&gt;" in page
@@ -35,7 +38,7 @@ def test_report_is_saved_in_three_forms(templates, tmp_path):
     assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")  # nothing is fetched
     assert json.loads((tmp_path / "results.json").read_text()) == {"score": 0.5}
     assert (tmp_path / "networks.svg").read_text() == svg
-    for name in ("trade_off", "comparison"):
+    for name in ("curves", "comparison"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

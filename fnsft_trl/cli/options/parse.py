@@ -24,7 +24,7 @@ _EXCLUSIVE = (
     ("dataset_name", "datasets"),
 )
 # Options that LoRA alone reads.
-_OF_LORA = (
+OF_LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
     *("lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
 )
@@ -85,7 +85,26 @@ def parse_options(argv: list[str]) -> TrainOptions:
             other.
     """
     options = training_options()
-    sources = read_sources(argv, options | original_options(options))
+    return _asked(read_sources(argv, options | original_options(options)))
+
+
+def parse_recipe(path: str, command_line: dict[str, Any]) -> TrainOptions:
+    """Read and check a YAML file of `fnsft train`.
+
+    Args:
+        path: of the file.
+        command_line: option -> its value, over what the file says.
+
+    Raises:
+        FNSFTError: as [`parse_options`].
+    """
+    options = training_options()
+    sources = read_sources(["--config", path], options | original_options(options))
+    return _asked({**sources, COMMAND_LINE: command_line})
+
+
+def _asked(sources: dict[str, dict[str, Any]]) -> TrainOptions:
+    """What the sources come to, the weakest first."""
     values: dict[str, Any] = {}
     notes: list[str] = []
     used: dict[str, str] = {}
@@ -103,7 +122,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
 
     networks = _network_options(values, sources, notes)
     notes += _drop_idle(values, sources)
-    for name in _OF_LORA:
+    for name in OF_LORA:
         if values.get(name) is not None and not values.get("use_peft"):
             raise FNSFTError(f"{name} has no effect without LoRA; add use_peft, or drop it")
     config = FunctionalNetworkConfig(**networks) if networks else None
@@ -129,7 +148,7 @@ def _check_contradictions(values: dict[str, Any], *, lora: bool) -> None:
     for a, b in _EXCLUSIVE:
         if values.get(a) and values.get(b):
             raise FNSFTError(f"{a} and {b} exclude each other; drop one of them")
-    idle = [name for name in _OF_LORA if values.get(name) is not None]
+    idle = [name for name in OF_LORA if values.get(name) is not None]
     if lora and values.get("use_peft") is False and idle:
         raise FNSFTError(f"{idle[0]} has no effect without LoRA (no_peft, or use_peft: false); drop one of them")
 
@@ -138,7 +157,7 @@ def _drop_overruled(values: dict[str, Any], command_line: dict[str, Any]) -> lis
     """Drop the values of the file that contradict a switch of the command line, and say so."""
     losers = [b for pair in _EXCLUSIVE for a, b in (pair, pair[::-1]) if command_line.get(a) and values.get(b)]
     if command_line.get("use_peft") is False:
-        losers += [name for name in _OF_LORA if values.get(name) is not None]
+        losers += [name for name in OF_LORA if values.get(name) is not None]
         losers += ["merge_adapter_with_base"] if values.get("merge_adapter_with_base") else []
     for name in losers:
         del values[name]
@@ -150,7 +169,7 @@ def _drop_idle(values: dict[str, Any], sources: dict[str, dict[str, Any]]) -> li
     files = [given for source, given in sources.items() if source != COMMAND_LINE]
     if values.get("use_peft") or not any(given.get("no_peft") for given in files):
         return []
-    idle = [name for name in _OF_LORA if values.get(name) is not None]
+    idle = [name for name in OF_LORA if values.get(name) is not None]
     idle += ["merge_adapter_with_base"] if values.get("merge_adapter_with_base") else []
     idle = [name for name in idle if name not in sources[COMMAND_LINE]]
     for name in idle:

@@ -1,0 +1,139 @@
+"""fnsft evaluate MODEL...: score models on rows, general text and tasks, and compare them row by row."""
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..config import FunctionalNetworkConfig
+from ..errors import FNSFTError
+from ..evaluation.config import RetentionConfig
+from ..evaluation.settings import EvaluationConfig
+from .options.arguments import Arguments, read_arguments
+from .options.loading import LoadingConfig, loading_options
+from .options.schema import Option, describe, row
+from .output import check_writable
+
+
+ABOUT = (
+    "Score models on rows, general text and tasks: base models, adapters, merged and baked models, what a run has "
+    "written. Several are compared with the first, row by row."
+)
+
+_TASKS, _MASK = "tasks of lm-evaluation-harness", "under a mask"
+# Fields of FunctionalNetworkConfig that say which neurons a mask silences.
+_MASK_FIELDS = (
+    *("ica_template_path", "ica_template_revision", "mask_mode", "ica_component_ids", "ica_min_reliability"),
+    *("ica_layers", "ica_site", "ica_threshold", "ica_percentile", "ica_zscore", "ica_select", "ica_fraction"),
+    *("ica_rank_by", "ica_seed"),
+)
+_RETENTION_FIELDS = ("retention_datasets", "retention_tokens", "retention_batch_size")
+_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # of files of rows
+_FILES = ("results.json", "report.md", "report.html", "scores.jsonl")
+_OF_MODELS = ("config.json", "adapter_config.json")  # what a directory with a model holds
+
+
+def options() -> list[Option]:
+    """The options of the verb."""
+    place = "Directory of a model, an adapter or a run, Hub id, or `embedded`; as NAME=MODEL with a name of its own."
+    data = (
+        "Rows to score: NAME=DATASET or DATASET, a Hub id, directory or file, of prompts and completions, "
+        "conversations, text, or multiple-choice questions."
+    )
+    names = "Names of tasks, groups or tags; patterns with * are allowed."
+    return [
+        row("models", place, many=True, positional=True, required=True, metavar="MODEL"),
+        row("data", data, many=True, metavar="DATASET"),
+        row("dataset_split", "Split of the data; by default that for tests or evaluations, or the only one."),
+        row("output_dir", "Where the report goes.", "evaluation", metavar="DIR"),
+        row("base", "Score the base model of the first adapter too, before all others, with its tokenizer.", False),
+        row("masked", "Score each model under the mask that it trained under too.", False),
+        *describe(EvaluationConfig),
+        row("tasks", names, many=True, metavar="TASK", group=_TASKS),
+        row("include_path", "Folder with tasks of your own (YAML).", metavar="DIR", group=_TASKS),
+        row("num_fewshot", "Examples before each question; what the task says by default.", kind="int", group=_TASKS),
+        row("limit", "Rows of each task, from its start; all by default.", kind="int", lowest=1, group=_TASKS),
+        *(option for option in describe(RetentionConfig) if option.name in _RETENTION_FIELDS),
+        *_mask_options(),
+        *loading_options(),
+    ]
+
+
+def _mask_options() -> list[Option]:
+    found = {option.name: option for option in describe(FunctionalNetworkConfig)}
+    return [replace(found[name], group=_MASK) for name in _MASK_FIELDS]
+
+
+def main(argv: list[str]) -> None:
+    args = read_arguments(argv, options())
+    settings = EvaluationConfig(**args.of(EvaluationConfig))
+    loading = LoadingConfig(**args.of(LoadingConfig))
+    _check(args)
+    retention = RetentionConfig(**_given(args, _RETENTION_FIELDS)) if args.retention_datasets else None
+    mask = FunctionalNetworkConfig(**_given(args, _MASK_FIELDS)) if args.mask_mode else None
+    output = check_writable(args.output_dir)
+    models = _named(args.models, "models")
+    data = _named(args.data or (), "data")
+    _check_output(output, [*models.values(), *data.values()])
+
+    from .evaluation_run import evaluate
+
+    evaluate(args, settings, loading, retention, mask, models, data, output)
+
+
+def _given(args: Arguments, names: tuple[str, ...]) -> dict:
+    return {name: vars(args)[name] for name in names if name in args.given}
+
+
+def _check(args: Arguments) -> None:
+    """What is asked for must be able to have an effect."""
+    if not (args.data or args.tasks or args.retention_datasets):
+        raise FNSFTError("there is nothing to score on; give data, tasks or retention_datasets")
+    of_data = {field.name for field in fields(EvaluationConfig)} - {
+        *("batch_size", "seed", "bootstrap_draws", "max_length", "apply_chat_template")
+    }
+    needs = {
+        "data": (*sorted(of_data), "dataset_split"),
+        "tasks": ("include_path", "num_fewshot", "limit"),
+        "retention_datasets": _RETENTION_FIELDS[1:],
+        "mask_mode": tuple(name for name in _MASK_FIELDS if name != "mask_mode"),
+        "ica_template_path": ("mask_mode",),
+        "generate": ("max_new_tokens",),
+    }
+    for name, dependent in needs.items():
+        idle = [each for each in dependent if each in args.given]
+        if idle and not vars(args)[name]:
+            raise FNSFTError(f"{', '.join(idle)}: no effect without {name}; give it, or drop them")
+    if args.apply_chat_template and not (args.data or args.tasks):
+        raise FNSFTError("apply_chat_template: no effect without data or tasks; drop it")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise FNSFTError(f"num_fewshot is {args.num_fewshot}; it must be at least 0")
+
+
+def _named(given: list[str], what: str) -> dict[str, str]:
+    """Name -> place, of what was given as `NAME=PLACE` or as a place, whose last part is then the name."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, separator, place = text.partition("=")
+        if not separator or os.path.exists(os.path.expanduser(text)):
+            name, place = "", text
+        if not place.strip() or "/" in name:
+            raise FNSFTError(f"{what} holds {text!r}; write NAME={'MODEL' if what == 'models' else 'DATASET'}")
+        short = Path(place).stem if Path(place).suffix in _ENDINGS else Path(place).name
+        name = name.strip() or (short if short and short not in found else place)
+        if name in found:
+            raise FNSFTError(
+                f"{what} names {name!r} twice ({found[name]} and {place}); write NAME=... for one of them"
+            )
+        found[name] = place
+    return found
+
+
+def _check_output(output: Path, sources: list[str]) -> None:
+    """Refuse to write over what is read, or into the directory of a model."""
+    target = output.resolve()
+    for source in sources:
+        path = Path(source).expanduser().resolve()
+        if target == path or (path.parent == target and path.name in _FILES):
+            raise FNSFTError(f"output_dir is {output}, where {source} is read from; name another directory")
+    if held := next((name for name in _OF_MODELS if (output / name).is_file()), None):
+        raise FNSFTError(f"output_dir is {output}, which holds a model ({held}); name another directory")

@@ -1,0 +1,243 @@
+"""evaluate_model: the scores of one model on rows, with what each row gives to them."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from ..data.cells import UnusableRow
+from ..data.choices import ChoiceFormat, chosen_choice_format, find_choice_format, read_choices
+from ..data.left_out import LeftOut
+from .choices import choice_measures, score_choices
+from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
+from .measures import Measure
+from .metrics import score_rows
+from .rows import EvaluationRow, RowReader, prompt_format, read_rows
+from .settings import EvaluationConfig
+from .share import ALONE, Share
+
+
+_LONGEST = 2048
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """
+    Rows to score.
+
+    Attributes:
+        name (`str`): of the data.
+        rows (`Sequence[Mapping]`): a dataset, or a list, in any format that `fnsft train` reads, or of multiple-choice
+            questions.
+        is_converted (`bool`): whether they are as SFTTrainer is given them in Python, where a prompt of text is no
+            turn of a conversation.
+    """
+
+    name: str
+    rows: Sequence[Mapping]
+    is_converted: bool = False
+
+    def sampled(self, count: int | None, seed: int) -> "EvaluationData":
+        """So many of the rows, by a seed, in their order."""
+        if count is None or count >= len(self.rows):
+            return self
+        numbers = sorted(random.Random(seed).sample(range(len(self.rows)), count))
+        return EvaluationData(self.name, [self.rows[number] for number in numbers], self.is_converted)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns."""
+        if isinstance(self.rows, Dataset):
+            return self.rows.column_names
+        return list(dict.fromkeys(column for row in self.rows for column in row))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the rows."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+    def choice_format(self, config: EvaluationConfig) -> ChoiceFormat | None:
+        """How multiple-choice questions are named in the rows; `None` if they hold none.
+
+        Raises:
+            FNSFTError: the columns that are asked for are not there.
+        """
+        if config.columns is not None:
+            return chosen_choice_format(config.columns, self.columns)
+        return None if self.is_converted else find_choice_format(self.columns)
+
+
+@dataclass
+class ModelScores:
+    """
+    The scores of one model.
+
+    Attributes:
+        measures (`dict[str, Measure]`): `data/measure` -> score.
+        about (`dict[str, dict]`): name of the data -> rows, tokens and what was left out, as JSON values.
+        rows (`dict[str, list[dict]]`): name of the data -> for each row its number, its scores and the answer.
+    """
+
+    measures: dict[str, Measure] = field(default_factory=dict)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values and counts, as JSON values."""
+        return {"scores": {name: measure.to_dict() for name, measure in self.measures.items()}, "data": self.about}
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer,
+    data: Sequence[EvaluationData],
+    config: EvaluationConfig | None = None,
+    *,
+    share: Share = ALONE,
+) -> ModelScores:
+    """
+    Score a model on rows, as they were trained: rendered by its chat template and tokenised as SFTTrainer does it.
+
+    Forward masks that are on the model stay on.
+
+    Args:
+        model: a causal language model, plain or with an adapter.
+        tokenizer: its tokenizer; it is not changed.
+        data: the rows.
+        config: how they are read and scored.
+        share: the part of this process, if there are several.
+
+    Returns:
+        Of text: `perplexity` and `bits_per_byte`. Of rows with answers: `exact_match` (the whole answer, its end
+        included, is the greedy one), `nll` (of the answer, nats) and `perplexity` (of the tokens that count in
+        training); with `generate` also `generated_exact_match`, `bleu`, `rouge1`, `rouge2`, `rougeL`. Of
+        multiple-choice questions: `acc`, `acc_norm`, `acc_bytes`.
+
+    Raises:
+        FNSFTError: rows that cannot be read, none that can be scored, or a model that cannot answer.
+    """
+    config = config or EvaluationConfig()
+    scores = ModelScores()
+    if config.generate:
+        check_scores_of_text()
+        check_generates(model, tokenizer)
+    length = config.max_length or min(_positions(model), _LONGEST)
+    for part in data:
+        part = part.sampled(config.max_samples, config.seed)
+        if (form := part.choice_format(config)) is not None:
+            _score_choices(model, tokenizer, part, form, config, length, share, scores)
+        else:
+            _score_rows(model, tokenizer, part, config, length, share, scores)
+    return scores
+
+
+def row_reader(tokenizer, config: EvaluationConfig, max_length: int | None = None) -> RowReader:
+    """What reads rows by a tokenizer with the prompt format that a config asks for.
+
+    Raises:
+        FNSFTError: the tokenizer cannot have it.
+    """
+    rendering = prompt_format(tokenizer, config.template_format, config.prompt_template)
+    return RowReader(rendering, assistant_only_loss=config.assistant_only_loss, max_length=max_length)
+
+
+def _positions(model: nn.Module) -> int:
+    config = model.config.get_text_config()
+    return next((config.to_dict()[name] for name in _POSITIONS if config.to_dict().get(name)), _LONGEST)
+
+
+def _add(scores: ModelScores, part: EvaluationData, measures: dict[str, Measure], left_out: LeftOut, **about) -> None:
+    """Note the measures of one part of the data, for all rows and for each."""
+    scores.measures |= {f"{part.name}/{name}": measure for name, measure in measures.items()}
+    counts = {"rows": len(part.rows), "scored": len(part.rows) - left_out.count, "left_out": left_out.reasons}
+    scores.about[part.name] = counts | about | {"sha256": part.sha256}
+    found: dict[int, dict[str, Any]] = {}
+    for name, measure in measures.items():
+        for number, value in zip(measure.numbers, measure.per_row, strict=True):
+            found.setdefault(number, {"row": number})[name] = value
+    scores.rows[part.name] = [found[number] for number in sorted(found)]
+
+
+def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, share: Share, scores: ModelScores):
+    reader = row_reader(tokenizer, config, length)
+    if part.is_converted:
+        rows, left_out = _converted(part, reader)
+    else:
+        rows, left_out = read_rows(part.rows, reader, columns=config.columns, name=part.name)
+    of_rows = score_rows(
+        model, rows, max_length=length, batch_size=config.batch_size, share=share, name=f"{part.name}: likelihood"
+    )
+    numbers = tuple(row.number for row in rows)
+    nll, tokens = [score.nll for score in of_rows], [score.tokens for score in of_rows]
+    measures = {"perplexity": Measure.of_sums(nll, tokens, numbers, rises=False, form="perplexity")}
+    answered = [place for place, row in enumerate(rows) if row.answer is not None]
+    about = {"tokens": sum(tokens)}
+    if answered:
+        with_answer = [numbers[place] for place in answered]
+        exact = [float(of_rows[place].is_exact) for place in answered]
+        of_answers = [of_rows[place].answer_nll for place in answered]
+        first = {"exact_match": Measure.of_rows(exact, with_answer, rises=True)}
+        first["nll"] = Measure.of_rows(of_answers, with_answer, rises=False)
+        measures = first | measures
+    else:
+        sizes = [len(row.reference.encode()) for row in rows]
+        measures["bits_per_byte"] = Measure.of_sums(nll, sizes, numbers, rises=False, form="bits")
+    answers = {}
+    if config.generate and answered:
+        answers = _generate(model, tokenizer, [rows[place] for place in answered], part, config, share)
+        texts = [answer.text for answer in answers.values()]
+        measures |= text_measures(texts, [rows[place].reference for place in answered], list(answers))
+        about["answers_cut"] = sum(answer.is_cut for answer in answers.values())
+    _add(scores, part, measures, left_out, **about)
+    references = {row.number: row.reference for row in rows if row.answer is not None}
+    for entry in scores.rows[part.name]:
+        if entry["row"] in answers:
+            entry |= {"expected": references[entry["row"]], "answer": answers[entry["row"]].text}
+
+
+def _converted(part: EvaluationData, reader: RowReader) -> tuple[list[EvaluationRow], LeftOut]:
+    left_out, rows = LeftOut(part.name, "score"), []
+    for number, row in enumerate(part.rows):
+        try:
+            rows.append(reader.read(row, number))
+        except UnusableRow as reason:
+            left_out.add(number, reason)
+    left_out.check(len(part.rows))
+    return rows, left_out
+
+
+def _generate(model, tokenizer, rows: list[EvaluationRow], part: EvaluationData, config: EvaluationConfig, share):
+    answers = generate_answers(
+        model,
+        tokenizer,
+        [row.prompt for row in rows],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        share=share,
+        name=f"{part.name}: answers",
+    )
+    return {row.number: answer for row, answer in zip(rows, answers, strict=True)}
+
+
+def _score_choices(model, tokenizer, part, form, config: EvaluationConfig, length: int, share, scores: ModelScores):
+    rows, left_out = read_choices(part.rows, form, prompt=config.choice_prompt, name=part.name)
+    likelihoods = score_choices(
+        model,
+        tokenizer,
+        rows,
+        apply_chat_template=config.apply_chat_template,
+        max_length=length,
+        batch_size=config.batch_size,
+        share=share,
+        name=f"{part.name}: choices",
+    )
+    _add(scores, part, choice_measures(rows, likelihoods), left_out)

@@ -1,0 +1,93 @@
+"""Cells: what an experiment has finished, one JSON line for each arm and seed, on disk whole at any moment."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import FNSFTError
+from ..writing import remove_leftovers, written_whole
+from .arms import Arm, versions
+
+
+Key = tuple[str, int]  # name of the arm, seed
+
+_MOST_SHOWN = 4
+
+
+class Cells:
+    """The finished cells of an experiment, in a file.
+
+    Args:
+        path (`str` or `os.PathLike`): of the file; this process must be the only one that writes it.
+
+    Attributes:
+        found (`dict`): (name of the arm, seed) -> cell.
+
+    Raises:
+        FNSFTError: it holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.found: dict[Key, dict[str, Any]] = {}
+        remove_leftovers(self.path)
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            for line in lines:
+                cell = json.loads(line)
+                self.found[cell["arm"], cell["seed"]] = cell
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise FNSFTError(
+                f"{self.path} holds no cells of an experiment ({error}); choose another output directory"
+            ) from error
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Add a finished cell, and bring all of them to the disk."""
+        self.found[cell["arm"], cell["seed"]] = cell
+        self._write()
+
+    def drop(self, keys: Sequence[Key]) -> None:
+        """Forget some cells."""
+        for key in keys:
+            del self.found[key]
+        self._write()
+
+    def _write(self) -> None:
+        lines = [json.dumps(cell) + "\n" for _, cell in sorted(self.found.items())]
+        with written_whole(self.path) as scratch:
+            scratch.write_text("".join(lines), encoding="utf-8")
+
+    def changed(self, arms: Sequence[Arm]) -> dict[Key, str]:
+        """The cells that arms of these names would not give now, with what has changed since, in words."""
+        by_name, now = {arm.name: arm for arm in arms}, versions()
+        found = {}
+        for (name, seed), cell in self.found.items():
+            if name not in by_name:
+                continue
+            arm = by_name[name]
+            said = [
+                *_differences(cell["settings"], arm.settings),
+                *_content(cell["sources"], arm.sources),
+                *(f"the version of {text}" for text in _differences(cell["versions"], now)),
+            ]
+            if said:
+                more = f" and {len(said) - _MOST_SHOWN} more" if said[_MOST_SHOWN:] else ""
+                found[name, seed] = "; ".join(said[:_MOST_SHOWN]) + more
+        return found
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, with both."""
+    names = [name for name in [*now, *(name for name in then if name not in now)] if then.get(name) != now.get(name)]
+    return [f"{name} was {_shown(then, name)} and is now {_shown(now, name)}" for name in names]
+
+
+def _content(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files whose content has changed; which files are read, the settings say."""
+    return [f"the content of {path} is not what it was" for path in now if then.get(path, now[path]) != now[path]]
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name]) if name in settings else "not given"
