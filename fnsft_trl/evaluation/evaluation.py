@@ -11,13 +11,13 @@ from datasets import Dataset
 from torch import nn
 
 from ..data.cells import UnusableRow
-from ..data.choices import ChoiceFormat, chosen_choice_format, find_choice_format, read_choices
+from ..data.choices import ChoiceFormat, check_choices, chosen_choice_format, find_choice_format, read_choices
 from ..data.left_out import LeftOut
 from .choices import choice_measures, score_choices
 from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
 from .measures import Measure
 from .metrics import score_rows
-from .rows import EvaluationRow, RowReader, prompt_format, read_rows
+from .rows import EvaluationRow, RowReader, check_rows, prompt_format, read_rows
 from .settings import EvaluationConfig
 from .share import ALONE, Share
 
@@ -138,6 +138,18 @@ def evaluate_model(
         else:
             _score_rows(model, tokenizer, part, config, length, share, scores)
     return scores
+
+
+def check_data(part: EvaluationData, tokenizer, config: EvaluationConfig) -> None:
+    """See, without a model, that one of the rows can be scored.
+
+    Raises:
+        FNSFTError: none can, or the tokenizer cannot have the prompt format.
+    """
+    if (form := part.choice_format(config)) is not None:
+        check_choices(part.rows, form, prompt=config.choice_prompt, name=part.name)
+    else:
+        check_rows(part.rows, row_reader(tokenizer, config), columns=config.columns, name=part.name)
 
 
 def row_reader(tokenizer, config: EvaluationConfig, max_length: int | None = None) -> RowReader:

@@ -215,7 +215,10 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "qa.jsonl", "--masked"], "masked: none of the models was trained under a mask"),
         (["tiny", "--data", "none.jsonl"], "the dataset file none.jsonl does not exist"),
         (["tiny", "--data", "odd.jsonl"], "the dataset odd.jsonl has the columns 'a', 'b', which are no known format"),
-        (["tiny", "--data", "empty.jsonl"], "empty has no row to score: 'answer' is empty in row 0"),
+        (
+            ["weightless", "--data", "empty.jsonl"],  # so that an error about its weights would come first
+            "empty has no row to score: 'answer' is empty in row 0",
+        ),
         (["tiny", "--data", "qa.jsonl", "--columns", "prompt=quest,completion=answer"], "no column 'quest'"),
         (
             ["tiny", "--data", "qa.jsonl", "--dataset_split", "dev"],
@@ -237,7 +240,7 @@ def refused(capsys, *words) -> str:
             ["tiny", "--data", "qa.jsonl", "--choice_prompt", "Say it"],
             "choice_prompt is 'Say it', the same for every row",
         ),
-        (["tiny", "endless", "--data", "qa.jsonl", "--generate"], "has no EOS token"),
+        (["weightless", "endless", "--data", "qa.jsonl", "--generate"], "has no EOS token"),
         (["headless", "--data", "qa.jsonl"], "headless is a LlamaModel, which has no generation config"),
         (["untold", "--data", "qa.jsonl"], "the model 'untold' has no tokenizer that can be loaded"),
     ],
@@ -254,6 +257,8 @@ def test_what_cannot_be_done_is_one_line(words, message, place, templates, capsy
     (place / "orphan" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}))
     if "other" in words:
         templates["gpt2"].save_pretrained(place / "other")
+    shutil.copytree(place / "tiny", place / "weightless", dirs_exist_ok=True)
+    (place / "weightless" / "model.safetensors").unlink()
     if "endless" in words:
         shutil.copytree(place / "tiny", place / "endless", dirs_exist_ok=True)
         settings = json.loads((place / "endless" / "tokenizer_config.json").read_text())
