@@ -233,7 +233,7 @@ def refused(capsys, *words) -> str:
         (["adapter", "--data", "qa.jsonl", "--output_dir", "merged"], "output_dir is merged, which holds a model"),
         (["tiny", "--data", "results.json", "--output_dir", "."], "output_dir is ., where results.json is read from"),
         (
-            ["tiny", "--data", "qa.jsonl", "--ica_template_path", "other", "--mask_mode", "lesion"],
+            ["weightless", "--data", "qa.jsonl", "--ica_template_path", "other", "--mask_mode", "lesion"],
             "the template was made from a model without a name (GPT2LMHeadModel), but the model is a LlamaForCausalLM",
         ),
         (
