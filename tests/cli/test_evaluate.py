@@ -1,6 +1,7 @@
 """fnsft evaluate: base, adapter, merged and plain LoRA in one call, and all that stands in its report."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -178,6 +179,8 @@ def test_what_is_sampled_repeats_with_its_seed(place):
     words = [place / "tiny", "--data", place / "qa.jsonl", "--max_samples", 5, "--bootstrap_draws", 100]
     first = evaluate(place, *words)
     assert first["data"]["tiny"]["qa"]["rows"] == 5
+    lines = [json.loads(line) for line in (place / "report" / "scores.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == sorted(random.Random(0).sample(range(24), 5))
     assert evaluate(place, *words) == first
     assert (
         evaluate(place, *words, "--seed", 1)["data"]["tiny"]["qa"]["sha256"] != first["data"]["tiny"]["qa"]["sha256"]
