@@ -17,7 +17,7 @@ from ..data.sources import load_data
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig, metric_name
 from ..evaluation.evaluated import EvaluatedModel
-from ..evaluation.evaluation import EvaluationData, ModelScores, evaluate_model, row_reader
+from ..evaluation.evaluation import EvaluationData, ModelScores, check_data, evaluate_model
 from ..evaluation.general import score_text
 from ..evaluation.generation import check_generates, check_scores_of_text
 from ..evaluation.harness import Tasks
@@ -181,8 +181,8 @@ def _found(
 def _check_model(each: EvaluatedModel, work: _Work) -> None:
     """See, before any model is loaded, that one can be scored as it is asked for."""
     tokenizer = each.load_tokenizer()
-    if any(part.choice_format(work.settings) is None for part in work.data):
-        row_reader(tokenizer, work.settings)
+    for part in work.data:
+        check_data(part.sampled(work.settings.max_samples, work.settings.seed), tokenizer, work.settings)
     if work.mask is not None:
         template = given_template(work.mask, None)
         replace(template, base_model="").check_model(each.outline())  # the names are compared when weights are there
