@@ -46,7 +46,6 @@ def options() -> list[Option]:
             "int",
             many=True,
             default=[0],
-            lowest=0,
             help="Seeds of the training; each arm is trained with each.",
         ),
         row(
