@@ -103,13 +103,15 @@ class EvaluatedModel:
         if self.adapter is not None:
             processor = self.adapter.load_processor(**_source(self.loading))
             return getattr(processor, "tokenizer", processor)
+        missing = f"the model {self.place!r} has no tokenizer that can be loaded"
+        remedy = "save it there (tokenizer.save_pretrained)"
         try:
-            return AutoTokenizer.from_pretrained(_path(self.place), **_source(self.loading))
+            tokenizer = AutoTokenizer.from_pretrained(_path(self.place), **_source(self.loading))
         except (OSError, ValueError, ImportError) as error:
-            raise FNSFTError(
-                f"the model {self.place!r} has no tokenizer that can be loaded ({first_line(error)}); save it there "
-                "(tokenizer.save_pretrained)"
-            ) from error
+            raise FNSFTError(f"{missing} ({first_line(error)}); {remedy}") from error
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a type without files
+            raise FNSFTError(f"{missing} (its vocabulary is empty); {remedy}")
+        return tokenizer
 
     def load(self, device: torch.device | str | None = None) -> PreTrainedModel:
         """Load it, in evaluation mode, under the mask if it is asked for.

@@ -1,18 +1,24 @@
-"""HubTrainer: a Trainer that says in one line what the Hub refuses."""
+"""HubTrainer: a Trainer that says in one line what the Hub refuses, and saves no token."""
 
 from pathlib import Path
 
 from transformers import Trainer
 
+from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, prepare_repo
 
 
 class HubTrainer(Trainer):
-    """Trainer, with the errors of the Hub as what to do about them.
+    """Trainer, with the errors of the Hub as what to do about them; its token is not saved with the arguments.
 
     Args:
         args, kwargs: those of the trainer that it goes in front of.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """As the parent's; the branch `hub_revision` is made where it does not exist.

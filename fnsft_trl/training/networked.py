@@ -12,7 +12,6 @@ from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
-from ..hub.credentials import UnsavedToken
 from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
@@ -86,8 +85,6 @@ class NetworkedTrainer(RetainingTrainer):
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
             super().__init__(**given, retention=retained)
-        if self.args.hub_token is not None:
-            self.args.hub_token = UnsavedToken(self.args.hub_token)
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
             self._resumption = Resumption(self, self._run, own)

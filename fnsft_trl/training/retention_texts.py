@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.embedded import EMBEDDED, wikipedia_passages
@@ -108,7 +109,8 @@ class RetentionTexts:
         if names is not None and set(names) <= {"input_ids", "labels", "attention_mask", "completion_mask"}:
             logger.warning("the training data is tokenised, so it is not known whether retention texts are among it")
             return
-        rows = train_dataset if formatting_func is None else map(formatting_func, train_dataset)
+        rows = tqdm(train_dataset, "comparing retention texts with the training data", leave=False, delay=5)
+        rows = rows if formatting_func is None else map(formatting_func, rows)
         shared = SharedRows(self.texts).among(rows, most=_LEAST if is_stream else None)
         for name, texts in shared.items():
             where = f"the first {_LEAST} rows of the training data" if is_stream else "the training data"

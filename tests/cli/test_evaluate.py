@@ -8,8 +8,8 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers import instead, run_processes, sft_config, tiny_model, tiny_rows
+from lm_tasks import write_tasks
 from peft import LoraConfig, get_peft_model
-from test_harness import write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import (
@@ -305,8 +305,8 @@ def test_a_real_model_its_adapter_merged_and_exported(tmp_path):
     to_merged(tmp_path / "adapter", tmp_path / "merged")
     to_plain_lora(tmp_path / "adapter", tmp_path / "lora")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "lora")
-    routing, _ = question_routing(6, 1)
-    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, _rows("OpenBookQA", "test.jsonl")[:4])))
+    routing, _ = question_routing(4, 1)
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, _rows("OpenBookQA", "test.jsonl")[:3])))
     words = [
         tmp_path / "adapter",
         tmp_path / "merged",
@@ -317,7 +317,7 @@ def test_a_real_model_its_adapter_merged_and_exported(tmp_path):
         4,
     ]
     words += ["--data", written(tmp_path / "routing.jsonl", routing), tmp_path / "choices.jsonl"]
-    words += ["--retention_datasets", "embedded", "--retention_tokens", 200]
+    words += ["--retention_datasets", "embedded", "--retention_tokens", 100]
     scores = evaluate(tmp_path, *words)["scores"]
     for name, value in scores["adapter"].items():
         for other in ("merged", "lora"):

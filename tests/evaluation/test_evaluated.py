@@ -33,14 +33,14 @@ def adapter(request, tmp_path, model_dir, tokenizer):
 
 def test_an_adapter_is_found_in_a_directory_and_on_the_hub(adapter, hub):
     directory, tuned = adapter
-    api = HfApi()
-    api.create_repo("alice/tuned")
-    api.upload_folder(repo_id="alice/tuned", folder_path=directory)
+    api, repo = HfApi(), f"alice/{tuned.peft_config['default'].peft_type.value}"
+    api.create_repo(repo)
+    api.upload_folder(repo_id=repo, folder_path=directory)
     api.create_repo("alice/whole")
     tiny_model("gpt2").save_pretrained(directory.parent / "whole")
     api.upload_folder(repo_id="alice/whole", folder_path=directory.parent / "whole")
-    for place in (str(directory), "alice/tuned"):
-        found = EvaluatedModel.find(place)
+    for place in (str(directory), repo):
+        found = EvaluatedModel.find(place, name="tuned")
         assert torch.equal(logits(found.load(), IDS), logits(tuned, IDS))
         assert found.load_tokenizer().chat_template
         assert torch.equal(logits(found.base().load(), IDS), logits(tiny_model("llama"), IDS))

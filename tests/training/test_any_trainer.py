@@ -29,6 +29,7 @@ from fnsft_trl import (
     with_networks,
 )
 from fnsft_trl.export import changed_neurons
+from fnsft_trl.neurons.sites import base_model
 
 
 ROWS = tiny_rows(16)
@@ -154,7 +155,7 @@ class Note(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
-def test_what_trains_is_what_was_selected(make, name, method, tmp_path):
+def test_what_trains_is_what_was_selected_and_what_is_saved(make, name, method, model_dir, reward_dir, tmp_path):
     trainer = make(name, method, network={"ica_component_ids": [0]})
     before, sites = merged_state(trainer.model), find_neuron_sites(trainer.model)
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -171,26 +172,23 @@ def test_what_trains_is_what_was_selected(make, name, method, tmp_path):
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, FrozenNeuronGuard)]
     assert len(guards) == 1
 
+    trainer.save_model(str(tmp_path / "saved"))
+    kind, directory = type(base_model(trainer.model)), reward_dir if name == "Reward" else model_dir
+    if method == "full":
+        loaded = kind.from_pretrained(tmp_path / "saved")
+    else:
+        loaded = PeftModel.from_pretrained(load(directory, name), tmp_path / "saved")
+    assert torch.equal(logits(loaded.eval(), IDS), logits(trainer.model.eval(), IDS))
+    assert (tmp_path / "saved" / "functional_networks" / "selection.json").is_file()
+    if method != "full":
+        assert "## Functional networks" in (tmp_path / "saved" / "README.md").read_text()
+
 
 def load_sites(model):
     return find_neuron_sites(copy.deepcopy(model).unload())
 
 
-@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
-def test_a_saved_adapter_gives_the_same_logits(make, name, method, model_dir, reward_dir, tmp_path):
-    trainer = make(name, method, network={"ica_component_ids": [0]})
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(load(reward_dir if name == "Reward" else model_dir, name), tmp_path / "saved")
-    ids = IDS.clone()
-    assert torch.equal(logits(loaded.eval(), ids), logits(trainer.model.eval(), ids))
-    assert (tmp_path / "saved" / "functional_networks" / "selection.json").is_file()
-    card = (tmp_path / "saved" / "README.md").read_text()
-    assert "## Functional networks" in card
-
-
-@pytest.mark.parametrize("method", ["neuron_delta", "full"])
-@pytest.mark.parametrize("mode", ["lesion", "preserve"])
+@pytest.mark.parametrize(("method", "mode"), [("neuron_delta", "lesion"), ("full", "preserve")])
 def test_the_mask_is_on_when_it_is_asked_for(make, name, method, mode):
     trainer = make(name, method, network={"mask_mode": mode, "ica_component_ids": [0]}, max_steps=1)
     silenced = trainer.neuron_mask if mode == "lesion" else ~trainer.neuron_mask
@@ -299,7 +297,9 @@ def test_a_schedule_switches_the_mask_of_the_reference_too(make):
         MaskScheduleCallback(Trainer(tiny_model("llama")), [MaskPhase(1, "preserve")])
 
 
-@pytest.mark.parametrize("method", ["neuron_delta", "full"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "neuron_delta") for name in TRAINERS), ("Trainer", "lora"), ("GRPO", "full")]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
     def run(directory, **train):
         trainer = make(
