@@ -26,8 +26,7 @@ from ..evaluation.settings import EvaluationConfig
 from ..evaluation.share import Share
 from ..interventions.masking import lesion, preserve
 from ..neurons.mask import NeuronMask
-from ..selection import select_neurons
-from ..training.loaded import check_template, chosen_layers, given_template
+from ..training.loaded import check_template, chosen_layers, given_template, select_as_configured
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from .evaluation_report import write_report
@@ -239,16 +238,7 @@ def _mask(config: FunctionalNetworkConfig, model: nn.Module) -> NeuronMask:
     if template.threshold is None and template.site != config.ica_site:
         config = replace(config, ica_site=template.site)  # as in training: the original's templates name no site
     template = check_template(config, model, template)
-    return select_neurons(
-        template,
-        config.ica_component_ids,
-        selector=config.ica_select,
-        fraction=config.ica_fraction,
-        rank=config.ica_rank_by,
-        min_reliability=config.ica_min_reliability,
-        seed=config.ica_seed,
-        layers=chosen_layers(config, model, template),
-    )
+    return select_as_configured(config, template, chosen_layers(config, model, template))
 
 
 def _score(
