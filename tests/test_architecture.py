@@ -23,6 +23,7 @@ ORDER = {
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
     "writing": [],
+    "occupied": [],
     "cache": [],
     "ranges": [],
     "fields": [],

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..occupied import REPORT
 from ..report.figures import check_pyplot
 from ..writing import written_whole
 from .options.arguments import Arguments, read_arguments
@@ -108,7 +109,7 @@ def options() -> list[Option]:
 
 def main(argv: list[str]) -> None:
     args = read_arguments(argv, options())
-    output = check_writable(args.output_dir)
+    output = check_writable(args.output_dir, REPORT)
     check_pyplot()
     started = time.monotonic()
 

@@ -1,11 +1,13 @@
 """fnsft discover MODEL DATASET...: find functional networks and save them as a template."""
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
+from ..occupied import TEMPLATE
 from .options.arguments import read_arguments
 from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, describe, row
@@ -69,8 +71,9 @@ def main(argv: list[str]) -> None:
     config = FunctionalNetworkConfig(**args.of(FunctionalNetworkConfig))
     data_config = DataConfig(**args.of(DataConfig))
     loading = LoadingConfig(**args.of(LoadingConfig))
-    output_dir = check_writable(args.output_dir)
-    push = push_arguments(args)
+    read = {f"the dataset {name}": name for name in args.datasets}
+    output_dir = check_writable(args.output_dir, TEMPLATE, {"the model": args.model_name_or_path, **read})
+    push = push_arguments(args, TEMPLATE)
 
     import torch
     from accelerate import PartialState
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> None:
     from ..compat.accelerate import parse_flag_from_env
     from ..data.prompts import set_chat_template
     from ..data.sources import load_texts
-    from ..discovery import discover_group
+    from ..discovery import clear_progress, discover_group
     from .models import check_loading, load_model_and_tokenizer
     from .templates import save_template
 
@@ -97,9 +100,8 @@ def main(argv: list[str]) -> None:
         )
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, loading, device=state.device)
     set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
-    template, of_datasets = discover_group(
-        model, tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
-    )
+    progress = output_dir / ".progress"
+    template, of_datasets = discover_group(model, tokenizer, texts, config, progress_dir=progress, resume=args.resume)
     # Nothing is exchanged from here on, and a process that ends in a group it has not left can abort.
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -109,6 +111,9 @@ def main(argv: list[str]) -> None:
     for number, (name, part) in enumerate(of_datasets.items()):
         part.save_pretrained(output_dir / "datasets" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
     save_template(template, output_dir)
+    clear_progress(progress)
+    with suppress(OSError):
+        progress.rmdir()
     _show(template)
     if push is not None:
         url = template.push_to_hub(**push)

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from ..errors import FNSFTError
+from ..occupied import REPORT
 from ..report.figures import check_pyplot
 from .options.arguments import read_arguments
 from .options.parse import training_options
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
     if shared is not None and not any(word.partition("=")[0] == "--config" for word in argv):
         argv = [*argv, "--config", str(shared)]
         args = read_arguments(argv, options())
-    output = check_writable(args.output_dir)
+    output = check_writable(args.output_dir, REPORT)
     if repeated := sorted({seed for seed in args.seeds if args.seeds.count(seed) > 1}):
         raise FNSFTError(f"seeds holds {repeated[0]} twice; give each once")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

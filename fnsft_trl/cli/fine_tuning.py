@@ -17,6 +17,7 @@ from ..data.config import DataConfig
 from ..data.embedded import resolve_model
 from ..data.training import load_training_data
 from ..errors import FNSFTError
+from ..occupied import ADAPTER, MODEL, TEMPLATE
 from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
 from ..training.trainer import FNSFTTrainer
@@ -130,17 +131,20 @@ def _settings(asked: TrainOptions) -> _Settings:
         peft=peft,
         quantization=quantization,
         precision=precision,
-        resume=_checkpoint(training, adapter=asked.has_adapter, has_networks=asked.network_config is not None),
+        resume=_checkpoint(training, asked),
     )
 
 
-def _checkpoint(training: SFTConfig, *, adapter: bool, has_networks: bool) -> str | None:
-    """The checkpoint to go on from; also checks the directory to write into."""
-    check_writable(training.output_dir)
-    checkpoint = find_checkpoint(training.resume_from_checkpoint, training, has_mark=has_networks)
+def _checkpoint(training: SFTConfig, asked: TrainOptions) -> str | None:
+    """The checkpoint to go on from; also checks the directories to write into."""
+    model = {"the model to train": asked.values["model_name_or_path"]}
+    check_writable(training.output_dir, ADAPTER if asked.has_adapter else MODEL, model)
+    if output := asked.values.get("ica_template_output"):
+        check_writable(output, TEMPLATE, {**model, "the trained model (output_dir)": training.output_dir})
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training, has_mark=asked.network_config is not None)
     if checkpoint is None:
         return None
-    check_checkpoint(checkpoint, adapter=adapter)
+    check_checkpoint(checkpoint, adapter=asked.has_adapter)
     training.resume_from_checkpoint = str(checkpoint)  # from which the trainer takes the networks
     return str(checkpoint)
 

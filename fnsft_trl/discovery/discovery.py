@@ -62,7 +62,8 @@ def discover_networks(
         texts: strings, conversations (lists of messages), or rows of a dataset (see
             [`~fnsft_trl.data.sequences.text_token_ids`]); or several such datasets by name, see [`discover_group`].
         config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
-        progress_dir: where to save the sketch ten times on the way. Emptied at the end.
+        progress_dir: where to save the sketch ten times on the way. The last save stays there until
+            [`~fnsft_trl.discovery.progress.clear_progress`] removes it: call that when the template is saved.
         resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.
             Refused for a model with other weights, whatever its name.
 
@@ -205,7 +206,6 @@ class _Discovery:
             template.calibration["curve"] = self.curve
             if point["above_null"] < config.ica_until_reliable:
                 logger.warning(self._not_reached(point, template.null))
-        progress.clear()
         return template, of_datasets
 
     def _not_reached(self, point: dict, null: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from ..evaluation.config import RetentionConfig
 from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
+from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
+from ..writing import disk_errors, files_written_whole
 from .budget import RetentionBudgetExceeded
+from .checkpoints import MARKER_FILE
 from .kinds import TrainerKind
-from .results import RunResults, forget_results
+from .results import RESULTS_FILE, RunResults, forget_results
 from .resumption import Resumption, check_plain
 from .retained import RetainingTrainer
 from .retention_texts import RetentionTexts
@@ -32,6 +36,10 @@ logger = logging.get_logger(__name__)
 
 # What may be given to a trainer in the place of its own optimizer, loss or data.
 _OWN = ("data_collator", "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "reward_funcs", "rollout_func")
+
+
+# Of an older run: what must not stay beside the weights of another one.
+_OWNED = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model*", NETWORK_DIR, RESULTS_FILE)
 
 
 class NetworkedTrainer(RetainingTrainer):
@@ -226,12 +234,35 @@ class NetworkedTrainer(RetainingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's, with the template, what was selected, and after a training its results beside the weights.
 
-        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
+        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same. Over an older run
+        in the same directory, all of it is the new one's or none.
+
+        Raises:
+            FNSFTError: the disk does not take it.
         """
-        super().save_model(output_dir, _internal_call)
-        if self._run is not None:
-            self._save_networks(output_dir)
         directory = Path(output_dir or self.args.output_dir)
+        if self._run is None:
+            super().save_model(output_dir, _internal_call)
+            self._save_results(directory)
+            return
+        # A checkpoint counts when it is marked, and what DeepSpeed shards is written by every process.
+        if self._resumption.is_writing or self.is_deepspeed_enabled or not self.args.should_save:
+            self._save_all(directory)
+        else:
+            with disk_errors(directory), files_written_whole(directory, owned=_OWNED) as scratch:
+                for name in (CARD_FILE, RESULTS_FILE):  # which are changed
+                    if (directory / name).is_file():
+                        shutil.copyfile(directory / name, scratch / name)
+                self._save_all(scratch)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_all(self, directory: Path) -> None:
+        super().save_model(str(directory), _internal_call=True)
+        self._save_networks(str(directory))
+        self._save_results(directory)
+
+    def _save_results(self, directory: Path) -> None:
         if self._results is not None and self.args.should_save:
             self._results.save(directory)
         elif self.args.should_save:
@@ -242,6 +273,13 @@ class NetworkedTrainer(RetainingTrainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         if self.args.should_save:
             self._record.save(Path(output_dir or self.args.output_dir), self.model)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        networks, pushed = Path(checkpoint_folder) / NETWORK_DIR, Path(self.args.output_dir)
+        if self._run is not None and self.is_world_process_zero() and networks.is_dir():  # as the card says
+            with files_written_whole(pushed) as scratch:
+                shutil.copytree(networks, scratch / NETWORK_DIR, ignore=shutil.ignore_patterns(MARKER_FILE))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         # A search over hyperparameters writes elsewhere.
