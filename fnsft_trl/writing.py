@@ -25,6 +25,7 @@ _OF_THE_DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE),
     *(errno.ENAMETOOLONG, errno.ENODEV, errno.ESTALE),
 }
+NATIVE_ERRORS = (SafetensorError, RuntimeError)  # of safetensors and of torch, where they write by themselves
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
@@ -280,7 +281,7 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         yield
     except FNSFTError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, *NATIVE_ERRORS) as error:
         told = disk_error(error)
         if told is None:
             raise

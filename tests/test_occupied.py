@@ -1,4 +1,4 @@
-"""Nothing is written over what is read, nor over a model, an adapter or a template: refused before anything happens."""
+"""Nothing is written over what is read, nor over a model, an adapter or a template: refused before it happens."""
 
 import json
 

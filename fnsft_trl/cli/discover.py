@@ -3,17 +3,21 @@
 import re
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
 from ..occupied import TEMPLATE
+from .endings import command
 from .options.arguments import read_arguments
 from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, describe, row
 from .output import check_writable
 from .pushing import PUSH_OPTIONS, push_arguments
 
+
+PROGRESS = ".progress"  # in output_dir
 
 ABOUT = "Find the functional networks of a model and save them as a template."
 
@@ -100,7 +104,7 @@ def main(argv: list[str]) -> None:
         )
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, loading, device=state.device)
     set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
-    progress = output_dir / ".progress"
+    progress = output_dir / PROGRESS
     template, of_datasets = discover_group(model, tokenizer, texts, config, progress_dir=progress, resume=args.resume)
     # Nothing is exchanged from here on, and a process that ends in a group it has not left can abort.
     state.wait_for_everyone()
@@ -118,6 +122,14 @@ def main(argv: list[str]) -> None:
     if push is not None:
         url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")
+
+
+def interrupted(argv: list[str]) -> str:
+    """What is saved of a discovery that was interrupted, and how to go on."""
+    progress = Path(read_arguments(argv, options()).output_dir).expanduser() / PROGRESS
+    if not any(progress.glob("batch-*/process-0.safetensors")):
+        return "interrupted; nothing was saved yet"
+    return f"interrupted; how far it was is saved, go on with {command('discover', argv, '--resume')}"
 
 
 def _show(template) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import FNSFTError
 from ..occupied import REPORT
 from ..report.figures import check_pyplot
+from .endings import command
 from .options.arguments import read_arguments
 from .options.parse import training_options
 from .options.schema import Option, by_name, row
@@ -95,6 +96,11 @@ def main(argv: list[str]) -> None:
     cells = run_experiment(arms, args.seeds, output, jobs=args.jobs, restart=args.restart, say=_say)
     print(compare_arms(arms, cells, output), flush=True)
     print(f"Report: {output / 'report.html'} (also report.md, results.json)")
+
+
+def interrupted(argv: list[str]) -> str:
+    """How to go on with one that was interrupted."""
+    return f"interrupted; what was finished is kept, go on with {command('experiment', argv)}"
 
 
 def _say(text: str) -> None:

@@ -89,7 +89,17 @@ class FrozenNeuronGuard(TrainerCallback):
         self.check(step=state.global_step)
 
     def check(self, *, step: int) -> None:
-        """Compare all checksums with those taken when training began."""
+        """Compare all checksums with those taken when training began.
+
+        Raises:
+            FrozenNeuronMoved: naming the parameter and the neuron.
+            FNSFTError: no training has begun.
+        """
+        if not self._sums:
+            raise FNSFTError(
+                "the guard compares frozen weights with what they were when a training began, and none has begun; "
+                "call check after train, or on_train_begin first"
+            )
         for _, name, rows, neurons in self._frozen():
             moved = (_row_checksums(rows) != self._sums[name]).nonzero().flatten()
             if len(moved):
