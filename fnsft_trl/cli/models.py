@@ -15,6 +15,7 @@ from ..data.embedded import resolve_model
 from ..errors import FNSFTError
 from ..hub.files import explain
 from ..neurons import find_neuron_sites
+from ..tuner.saved import first_line
 from .options.loading import LoadingConfig
 from .precision import check_quantization
 
@@ -47,7 +48,7 @@ def _reason(error: Exception, name: str) -> str:
         if cause is None or isinstance(cause, (EntryNotFoundError, RevisionNotFoundError))
         else explain(cause, name)
     )
-    return known or str(error).strip().splitlines()[0]
+    return known or first_line(error)
 
 
 def check_loading(loading: LoadingConfig, device: str) -> None:
@@ -77,7 +78,7 @@ def loading_arguments(loading: LoadingConfig) -> dict[str, Any]:
 def source_arguments(loading: LoadingConfig) -> dict[str, Any]:
     """The arguments of `from_pretrained` that a tokenizer and a configuration take too."""
     found = {"revision": loading.model_revision} if loading.model_revision is not None else {}
-    return found | ({"trust_remote_code": True} if loading.trust_remote_code else {})
+    return found | {"trust_remote_code": loading.trust_remote_code}  # without, transformers asks at the terminal
 
 
 def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.device | str | None = None):

@@ -11,13 +11,15 @@ from .options.arguments import Arguments
 from .options.schema import row
 
 
+TOKEN_HELP = "a token; all users of the machine can see it in the list of processes, so prefer HF_TOKEN."
+
 _GROUP = "pushing to the Hub"
 _WITH_IT = "With push_to_hub:"
 _REFINEMENTS = (
     row("private", f"{_WITH_IT} make the repository private.", False, group=_GROUP),
     row("hub_revision", f"{_WITH_IT} the branch to push to.", metavar="BRANCH", group=_GROUP),
     row("create_pr", f"{_WITH_IT} open a pull request.", False, group=_GROUP),
-    row("hub_token", f"{_WITH_IT} instead of HF_TOKEN or the token of `hf auth login`.", group=_GROUP),
+    row("hub_token", f"{_WITH_IT} {TOKEN_HELP}", group=_GROUP),
 )
 PUSH_OPTIONS = (
     row("push_to_hub", "Also push the result to this repository.", metavar="ORG/NAME", group=_GROUP),

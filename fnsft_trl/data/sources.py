@@ -22,6 +22,7 @@ from .embedded import EMBEDDED, wikipedia_passages
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".so", ".pyc"}  # which hold no rows, and are large
 _LONGEST_CELL = 2**31 - 1  # characters; the limit of Python's CSV reader is 131,072
 _READERS = ("datasets", "pandas", "pyarrow")
 _SAVED = ("state.json", "dataset_dict.json")  # what marks a directory written by `save_to_disk`
@@ -77,7 +78,7 @@ def load_data(
             saved = load_from_disk(str(path))
             return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            files = [file for file in sorted(path.rglob("*")) if _may_hold_rows(file.relative_to(path)) and file.is_file()]
             return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
         return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
 
@@ -132,6 +133,11 @@ def _json_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
+def _may_hold_rows(file: Path) -> bool:
+    """Whether `load_dataset` may read a file of a folder: none that is hidden, and no weights."""
+    return file.suffix not in _WEIGHTS and not any(part.startswith((".", "__")) for part in file.parts)
+
+
 def _options(files: Sequence[Path]) -> dict:
     """How `datasets` is to read files so that their text stays as it is written."""
     files = [file for file in files if file.suffix in _BUILDERS]
@@ -151,7 +157,8 @@ def _options(files: Sequence[Path]) -> dict:
 @contextmanager
 def _csv_rows(file: Path) -> Iterator:
     """The rows of a CSV file as they are written, whatever their length."""
-    limit = csv.field_size_limit(_LONGEST_CELL)
+    limit = csv.field_size_limit(_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".so", ".pyc"}  # which hold no rows, and are large
+_LONGEST_CELL)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             yield csv.reader(lines)

@@ -96,6 +96,7 @@ class SavedAdapter:
             loading: arguments of `from_pretrained`; `revision` is by default the one in the adapter's configuration.
         """
         name = self.config.base_model_name_or_path
+        loading = {"trust_remote_code": False, **loading}  # without, transformers asks at the terminal
         if base is None or str(base) == name:
             loading = {"revision": self.config.revision, **loading}
         return str(base or name), {key: loading[key] for key in _SOURCE if loading.get(key) is not None}
@@ -280,6 +281,7 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", **loading) -> Pr
     Raises:
         FNSFTError: it cannot be loaded.
     """
+    loading = {"trust_remote_code": False, **loading}
     with _loading_errors(name):
         config = AutoConfig.from_pretrained(name, **{key: loading[key] for key in _SOURCE if key in loading})
         return model_class(config).from_pretrained(name, dtype=dtype, **loading)
@@ -331,7 +333,9 @@ def _class_named(name: str) -> type[PreTrainedModel] | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error says; or that a model's own code was not run, and how it would be."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which runs only if that is asked for: trust_remote_code"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
