@@ -78,7 +78,7 @@ def load_data(
             saved = load_from_disk(str(path))
             return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if _may_hold_rows(file.relative_to(path)) and file.is_file()]
+            files = [file for file in sorted(path.rglob("*")) if _may_hold_rows(file, path)]
             return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
         return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
 
@@ -133,9 +133,10 @@ def _json_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
-def _may_hold_rows(file: Path) -> bool:
+def _may_hold_rows(file: Path, root: Path) -> bool:
     """Whether `load_dataset` may read a file of a folder: none that is hidden, and no weights."""
-    return file.suffix not in _WEIGHTS and not any(part.startswith((".", "__")) for part in file.parts)
+    is_hidden = any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
+    return not is_hidden and file.suffix not in _WEIGHTS and file.is_file()
 
 
 def _options(files: Sequence[Path]) -> dict:
@@ -157,8 +158,7 @@ def _options(files: Sequence[Path]) -> dict:
 @contextmanager
 def _csv_rows(file: Path) -> Iterator:
     """The rows of a CSV file as they are written, whatever their length."""
-    limit = csv.field_size_limit(_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".so", ".pyc"}  # which hold no rows, and are large
-_LONGEST_CELL)
+    limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             yield csv.reader(lines)
