@@ -24,6 +24,7 @@ ORDER = {
     ],
     "writing": [],
     "occupied": [],
+    "ranks": [],
     "cache": [],
     "ranges": [],
     "fields": [],

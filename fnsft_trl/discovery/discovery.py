@@ -23,6 +23,7 @@ from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.sites import base_model, find_neuron_sites
+from ..ranks import Ranks
 from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate
 from ..template.weights import weight_probes, weights_sha256
@@ -111,6 +112,11 @@ def _halves(parts: list[list[ActivationSketch]]) -> list[list[ActivationSketch]]
     return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
 
 
+def _compact(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same on the CPU without what tensors are views of, which would be sent too."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
 @dataclass
 class _Found:
     """What some sketches hold: their networks, and the null of these."""
@@ -159,7 +165,8 @@ class _Discovery:
             for name, texts in datasets.items()
         ]
         self.units = Units(config.ica_standardize, config.ica_drop_massive, tuple(self.reader.columns.values()))
-        self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.ranks = Ranks()
+        self.share = (self.ranks.index, self.ranks.count)
         self.parts = self._empty(self.share[0])
         self.ica = IcaSettings(
             config.ica_components,
@@ -196,10 +203,13 @@ class _Discovery:
         about |= config.discovery_settings() | {"processes": self.share[1]}
         if progress_dir is not None:
             about[WEIGHTS] = weights_sha256(self.whole_model)
-        progress = DiscoveryProgress(progress_dir, about, self.share, max_tokens=config.ica_max_tokens)
-        if resume:
-            self.curve = progress.resume(self.parts)["curve"]
-        self._read(progress)
+        progress = DiscoveryProgress(
+            progress_dir, about, self.share, max_tokens=config.ica_max_tokens, meet=self.ranks.meet
+        )
+        with self.ranks.together():
+            if resume:
+                self.curve = progress.resume(self.parts)["curve"]
+            self._read(progress)
         template, of_datasets, point = self._on_first_process(self._templates)
         if config.ica_until_reliable:
             self.curve.append(point)
@@ -278,9 +288,10 @@ class _Discovery:
             part.finish()
         if self.share[1] == 1:
             return work([[part] for part in self.parts])
-        gathered: list = [None] * self.share[1]
-        dist.all_gather_object(gathered, [part.state_dict() for part in self.parts])
-        outcome = [None]
+        self.ranks.meet()
+        gathered: list | None = [None] * self.share[1] if self.share[0] == 0 else None
+        dist.gather_object([_compact(part.state_dict()) for part in self.parts], gathered)
+        outcome, failure = [None], None
         if self.share[0] == 0:
             of_processes = []
             for process, states in enumerate(gathered):
@@ -289,11 +300,10 @@ class _Discovery:
                     part.load_state_dict(state)
             try:
                 outcome = [work([list(entries) for entries in zip(*of_processes, strict=True)])]
-            except FNSFTError as error:  # the others wait for an answer
-                outcome = [error]
+            except Exception as error:  # the others wait for an answer
+                failure = error
+        self.ranks.meet(failure)
         dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], FNSFTError):
-            raise outcome[0]
         return outcome[0]
 
     def _found(self, halves: list[list[ActivationSketch]]) -> _Found:

@@ -82,6 +82,7 @@ class DiscoveryProgress:
         about: what the discovery is of; another one cannot be resumed from here.
         share: (i, n): this is process i of n.
         max_tokens: that the discovery will read; it is saved ten times on the way, by each process.
+        meet: waits for all processes; a barrier by default.
 
     Attributes:
         first_batch (`int`): number of the first batch that was not read before the interruption.
@@ -89,7 +90,13 @@ class DiscoveryProgress:
     """
 
     def __init__(
-        self, directory: str | os.PathLike | None, about: dict[str, Any], share: tuple[int, int], *, max_tokens: int
+        self,
+        directory: str | os.PathLike | None,
+        about: dict[str, Any],
+        share: tuple[int, int],
+        *,
+        max_tokens: int,
+        meet: Callable[[], None] | None = None,
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.about = about
@@ -97,6 +104,7 @@ class DiscoveryProgress:
         self.first_batch = 0
         every = max(max_tokens / _SAVES, _LEAST_SAVED)
         self.marks = Milestones(every, lambda mark: mark + every)
+        self._meet = meet or dist.barrier
         self._sha256: str | None = None  # of the tokens read before the interruption
 
     def save(self, parts: Sequence[Stateful], *, batch: int, sha256: str, **notes: Any) -> None:
@@ -123,7 +131,7 @@ class DiscoveryProgress:
                 "would set it back to the save before, if there is one"
             )
         if self.count > 1:
-            dist.barrier()
+            self._meet()
         if self.index == 0 and self._is_complete(folder):
             _remove(other for other in _folders(self.directory) if other != folder)
 

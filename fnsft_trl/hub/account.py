@@ -56,7 +56,7 @@ def whose_token(token: HubToken) -> HubAccount:
 
     with hub_errors("your account", token=token.value):
         try:
-            answer = HfApi(library_name="fnsft_trl").whoami(token=token.value)
+            answer = HfApi(library_name="fnsft_trl").whoami(token=token.value, cache=True)  # which is rate limited
         except HfHubHTTPError as error:
             if error.response.status_code != 401:
                 raise

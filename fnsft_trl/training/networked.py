@@ -16,6 +16,7 @@ from ..evaluation.config import RetentionConfig
 from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
+from ..ranks import Ranks
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 from ..writing import disk_errors, files_written_whole
@@ -245,17 +246,23 @@ class NetworkedTrainer(RetainingTrainer):
             super().save_model(output_dir, _internal_call)
             self._save_results(directory)
             return
+        ranks = Ranks()
+        with ranks.together():
+            self._save_whole(directory)
+        ranks.meet()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, directory: Path) -> None:
         # A checkpoint counts when it is marked, and what DeepSpeed shards is written by every process.
         if self._resumption.is_writing or self.is_deepspeed_enabled or not self.args.should_save:
             self._save_all(directory)
-        else:
-            with disk_errors(directory), files_written_whole(directory, owned=_OWNED) as scratch:
-                for name in (CARD_FILE, RESULTS_FILE):  # which are changed
-                    if (directory / name).is_file():
-                        shutil.copyfile(directory / name, scratch / name)
-                self._save_all(scratch)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        with disk_errors(directory), files_written_whole(directory, owned=_OWNED) as scratch:
+            for name in (CARD_FILE, RESULTS_FILE):  # which are changed
+                if (directory / name).is_file():
+                    shutil.copyfile(directory / name, scratch / name)
+            self._save_all(scratch)
 
     def _save_all(self, directory: Path) -> None:
         super().save_model(str(directory), _internal_call=True)

@@ -129,7 +129,12 @@ class Run:
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
             given["model"] = load_base_model(
-                given["model"], self.args, self._model_init_kwargs, quantization, scores=kind.scores
+                given["model"],
+                self.args,
+                self._model_init_kwargs,
+                quantization,
+                scores=kind.scores,
+                frozen=self.plan.method != "full",
             )
         keep_4bit_layers_differentiable(given["model"])
         if given.get("processing_class") is None and kind.is_of_trl:
