@@ -13,13 +13,15 @@ from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
-from ..hub.files import is_hub_id
+from ..hub.card import named_card
+from ..hub.names import is_dataset_id, model_name
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
+from ..neurons.sites import base_model
 from ..ranks import Ranks
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
-from ..writing import disk_errors, files_written_whole
+from ..writing import disk_errors, files_written_whole, write_text_whole
 from .budget import RetentionBudgetExceeded
 from .checkpoints import MARKER_FILE
 from .kinds import TrainerKind
@@ -212,18 +214,28 @@ class NetworkedTrainer(RetainingTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """As the parent's, with a section on what was trained, what was frozen and how to load the result.
 
-        The Hub refuses cards that name a local file as their dataset, so such a name is left out.
+        The Hub refuses cards that name a local file as their dataset, so such a name is left out. What the parent's
+        has no name for (a base model that is here, a repository) is called by its directory.
         """
         call = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-        dataset = call.arguments.get("dataset_name")
-        if dataset is not None and (not is_hub_id(dataset) or Path(dataset).exists()):
+        dataset, directory = call.arguments.get("dataset_name"), Path(self.args.output_dir)
+        if dataset is not None and (not is_dataset_id(dataset) or Path(dataset).exists()):
             call.arguments["dataset_name"] = None
+        if "model_name" in inspect.signature(super().create_model_card).parameters:
+            call.arguments["model_name"] = call.arguments.get("model_name") or self._card_name
         super().create_model_card(*call.args, **call.kwargs)
-        directory = Path(self.args.output_dir)
+        if self.is_world_process_zero() and (directory / CARD_FILE).is_file():
+            card = (directory / CARD_FILE).read_text(encoding="utf-8")
+            base = model_name(base_model(self.model)) or "a model made in memory"
+            write_text_whole(directory / CARD_FILE, named_card(card, self._card_name, base))
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
+
+    @property
+    def _card_name(self) -> str:
+        return (self.hub_model_id or os.path.abspath(self.args.output_dir)).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def _record(self) -> RunRecord:
