@@ -210,3 +210,24 @@ def test_the_fields_are_the_words_of_the_design():
         *("dtype", "device_map", "load_in_4bit", "load_in_8bit", "model_revision", "trust_remote_code"),
         "attn_implementation",
     }
+
+
+def test_no_verb_asks_whether_to_run_the_code_of_a_model(tmp_path, capsys, monkeypatch):
+    """A model that brings code is refused in one line, unless it is asked for."""
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "code.py").write_text("raise SystemExit('ran')\n")
+    about = {"model_type": "own", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "code.Own")}
+    (home / "config.json").write_text(json.dumps(about))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(home), "task_type": "CAUSAL_LM", "r": 1}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "rows.txt").write_text("some text\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    for argv in (
+        ["discover", home, tmp_path / "rows.txt", "--output_dir", tmp_path / "out"],
+        ["export", tmp_path / "adapter", "--to", "merged", "--output_dir", tmp_path / "out"],
+        ["evaluate", home, "--data", tmp_path / "rows.txt", "--output_dir", tmp_path / "out"],
+    ):
+        assert main([str(part) for part in argv]) == 2, argv
+        assert "trust_remote_code" in capsys.readouterr().err
