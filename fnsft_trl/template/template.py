@@ -216,33 +216,12 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         Raises:
             FNSFTError: the directory holds a model, an adapter or the like, or the disk does not take the template.
         """
-        from safetensors.torch import save
-
-        check_target(save_directory, TEMPLATE)
-
         push_to_hub_kwargs.pop("config", None)  # what the mixin would write, were it not written here
-        tensors = {}
-        for layer in self.loadings:
-            tensors[f"layers.{layer}.loadings"] = self.loadings[layer].contiguous()
-            if self.mean:
-                tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
-                tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
-        # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
-        data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
-        description = TemplateDescription.of(self, hashlib.sha256(data).hexdigest())
+        check_target(save_directory, TEMPLATE)
         directory = Path(save_directory)
         name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
-        files = {
-            TENSOR_FILE: data,
-            CARD_FILE: template_card(description, name).encode(),
-            FIGURE_FILE: networks_svg(description).encode(),
-            CONFIG_FILE: description.to_bytes(),
-        }
-        if with_lists:
-            has_room = len(set(self.widths.values())) == 1
-            files[LEGACY_FILE] = legacy_bytes(self.listed(), self.widths, self.site) if has_room else None
         with disk_errors(directory):
-            write_files(directory, files)
+            write_files(directory, _files_of(self, name, with_lists=with_lists))
         return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs) if push_to_hub else None
 
     @classmethod
@@ -347,6 +326,31 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             members = self.members(number).items()
             networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
         return networks
+
+
+def _files_of(template: FunctionalNetworkTemplate, name: str | None, *, with_lists: bool) -> dict[str, bytes | None]:
+    """What a template is on disk: name of each file -> its content, `None` for one that it has not."""
+    from safetensors.torch import save
+
+    tensors = {}
+    for layer in template.loadings:
+        tensors[f"layers.{layer}.loadings"] = template.loadings[layer].contiguous()
+        if template.mean:
+            tensors[f"layers.{layer}.mean"] = template.mean[layer].contiguous()
+            tensors[f"layers.{layer}.rms"] = template.rms[layer].contiguous()
+    # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
+    data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
+    description = TemplateDescription.of(template, hashlib.sha256(data).hexdigest())
+    files: dict[str, bytes | None] = {
+        TENSOR_FILE: data,
+        CARD_FILE: template_card(description, name).encode(),
+        FIGURE_FILE: networks_svg(description).encode(),
+        CONFIG_FILE: description.to_bytes(),
+    }
+    if with_lists:
+        has_room = len(set(template.widths.values())) == 1
+        files[LEGACY_FILE] = legacy_bytes(template.listed(), template.widths, template.site) if has_room else None
+    return files
 
 
 def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescription, where: str | os.PathLike) -> None:
