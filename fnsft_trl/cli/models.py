@@ -1,8 +1,7 @@
 """Loading a model by name, with errors that say what to do."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..compat.peft import has_lora_targets
 from ..data.embedded import resolve_model
-from ..errors import FNSFTError
+from ..errors import FNSFTError, library_errors
 from ..hub.files import explain
 from ..neurons import find_neuron_sites
 from ..tuner.saved import first_line
@@ -24,18 +23,14 @@ from .precision import check_quantization
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-@contextmanager
-def model_errors(name_or_path: str) -> Iterator[None]:
+def model_errors(name_or_path: str) -> AbstractContextManager[None]:
     """Say in one line that a model cannot be loaded, and what to give instead."""
-    try:
-        yield
-    except FNSFTError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise FNSFTError(
+    return library_errors(
+        lambda error: (
             f"the model {name_or_path!r} cannot be loaded ({_reason(error, name_or_path)}); give a directory with a "
             "causal language model and its tokenizer, a Hub id, or `embedded`"
-        ) from error
+        )
+    )
 
 
 def _reason(error: Exception, name: str) -> str:
