@@ -20,7 +20,7 @@ from .errors import FNSFTError
 
 _READY = ".fnsft.ready"  # a folder in a folder: files that are whole, and are to move into their places
 _OLD = ".fnsft.old"  # what they take the place of, until all of them are there
-_ENTRIES = ("config.json", "adapter_config.json", "results.json")  # without which the others are not found
+_ENTRIES = ("results.json", "config.json", "adapter_config.json")  # without which the others are not found
 _OF_THE_DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE),
     *(errno.ENAMETOOLONG, errno.ENODEV, errno.ESTALE),
@@ -228,7 +228,8 @@ def _unlink(folder: Path, names: Sequence[str]) -> None:
 
 def _in_order(folder: Path) -> list[str]:
     """What is in a folder, and last of all the file by which others are found."""
-    return sorted((found.name for found in folder.iterdir()), key=lambda name: (name in _ENTRIES, name))
+    names = (found.name for found in folder.iterdir())
+    return sorted(names, key=lambda name: (_ENTRIES.index(name) if name in _ENTRIES else -1, name))
 
 
 def _is_any(name: str, patterns: Sequence[str]) -> bool:

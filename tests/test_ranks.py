@@ -71,7 +71,7 @@ def test_an_error_of_one_process_is_that_of_all(tmp_path):
     assert told["0", "0"] == told["1", "0"] == "FNSFTError: the disk is full"
     assert told["1", "1"] == "ZeroDivisionError: a defect"
     assert told["0", "1"] == "FNSFTError: process 1 of 2 failed: ZeroDivisionError: a defect"
-    assert "not finite" in told["1", "discovery"]
+    assert "NaN or infinite" in told["1", "discovery"]
     assert told["0", "discovery"] == told["1", "discovery"]
 
 

@@ -83,7 +83,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, Ended) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"fnsft {verb}: {_interrupted(verb, argv)}", file=sys.stderr)
+            print(f"\nfnsft {verb}: {_interrupted(verb, argv)}", file=sys.stderr)  # below a bar
         return 143 if isinstance(error, Ended) else 130
 
 

@@ -89,6 +89,8 @@ def network_time_courses(
     ids = [text_token_ids(passage, tokenizer)[:512] for passage in passages]
     sequences = [[TokenSequence(passage, 0)] for passage in ids]
     for block in reader.read(sequences, max_tokens=max(1, *map(len, ids)), description="reading passages"):
+        if len(block.parts) == 0:
+            continue
         scores = (block.rows.cpu() - mean.float()) @ fit  # (tokens, networks)
         passage = int(block.parts[0]) // 2
         sums[passage] += scores.sum(0)

@@ -27,8 +27,8 @@ def dialect_of(tokenizer) -> Dialect:
 def _writes_call(tokenizer, arguments: dict | str) -> bool:
     call = {"id": "123456789", "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    try:
-        with rendering():
+    with rendering():
+        try:
             return _PROBE in tokenizer.apply_chat_template(turns, tokenize=False)
-    except RENDER_ERRORS:
-        return False
+        except RENDER_ERRORS:
+            return False

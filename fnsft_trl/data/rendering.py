@@ -21,6 +21,10 @@ RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeErr
 _LONGEST = 30.0  # seconds that a conversation may take
 
 
+class _TooLong(BaseException):  # which nobody takes for a row that the template refuses
+    pass
+
+
 @contextmanager
 def rendering() -> Iterator[None]:
     """Bound the time of a chat template, which may loop for hours; where that can be done, in the main thread.
@@ -34,15 +38,17 @@ def rendering() -> Iterator[None]:
         return
 
     def stop(number, frame):
-        raise FNSFTError(
-            f"the chat template took more than {_LONGEST:g} s for one conversation; it may loop without end: set "
-            "another one (template_format, prompt_template)"
-        )
+        raise _TooLong
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, _LONGEST)
     try:
         yield
+    except _TooLong as error:
+        raise FNSFTError(
+            f"the chat template took more than {_LONGEST:g} s for one conversation; it may loop without end: set "
+            "another one (template_format, prompt_template)"
+        ) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -101,12 +107,12 @@ def refusal(row: Mapping, processing_class, chat_template: str | None = None) ->
         whole = prompt + row["completion"] if isinstance(prompt, list) else None
     if not isinstance(whole, list) or isinstance(processing_class, ProcessorMixin):
         return None
-    try:
-        arguments = {"tokenize": False, "chat_template": chat_template, **template_arguments(row)}
-        with rendering():
+    with rendering():
+        try:
+            arguments = {"tokenize": False, "chat_template": chat_template, **template_arguments(row)}
             if "prompt" in row:
                 processing_class.apply_chat_template(prompt, add_generation_prompt=True, **arguments)
             processing_class.apply_chat_template(whole, **arguments)
-    except RENDER_ERRORS as error:
-        return f"the chat template refuses the conversation ({error})"
+        except RENDER_ERRORS as error:
+            return f"the chat template refuses the conversation ({error})"
     return None

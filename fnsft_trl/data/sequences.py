@@ -110,11 +110,11 @@ def _conversation_ids(messages, name: str, row: Mapping, tokenizer, dialect: Dia
     if not messages:
         raise UnusableRow(f"{name!r} has no message")
     arguments = template_arguments(row)
-    try:
-        with rendering():
+    with rendering():
+        try:
             return tokenizer.apply_chat_template(messages, return_dict=True, **arguments)["input_ids"]
-    except RENDER_ERRORS as error:
-        raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
+        except RENDER_ERRORS as error:
+            raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
 
 
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = "the text") -> Iterator[TokenSequence]:

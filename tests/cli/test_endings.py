@@ -96,7 +96,7 @@ def test_an_interrupted_training_goes_on_by_the_command_that_it_says(files, temp
     templates["llama"].save_pretrained(tmp_path / "template")
     argv = ["train", "--model_name_or_path", files / "model", "--dataset_name", files / "rows.txt", "--max_steps", 4]
     argv += ["--save_steps", 1, "--learning_rate", 0.01, "--report_to", "none", "--output_dir", tmp_path / "out"]
-    argv += ["--ica_template_path", tmp_path / "template", "--no_peft", "--per_device_train_batch_size", 2]
+    argv += ["--ica_template_path", tmp_path / "template", "--per_device_train_batch_size", 2]
     argv = [str(part) for part in argv]
     step = FNSFTTrainer.training_step
 

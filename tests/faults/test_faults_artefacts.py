@@ -28,12 +28,11 @@ def adapters(tmp_path_factory):
     tiny_model("llama").save_pretrained(home / "base")
     tiny_tokenizer().save_pretrained(home / "base")
     for number, neurons in enumerate(({"0": "0-3"}, {"1": "2"})):
-        model = tiny_model("llama")
-        model.config.name_or_path = str(home / "base")
-        peft = get_peft_model(model, NeuronTunerConfig(neurons=neurons, task_type="CAUSAL_LM"))
+        peft = get_peft_model(tiny_model("llama"), NeuronTunerConfig(neurons=neurons, task_type="CAUSAL_LM"))
         for name, parameter in peft.named_parameters():
             if "neuron_delta_" in name:
                 parameter.data.fill_(0.5)
+        peft.peft_config["default"].base_model_name_or_path = str(home / "base")
         peft.save_pretrained(home / str(number))
     return home
 
