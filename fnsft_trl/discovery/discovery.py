@@ -263,6 +263,8 @@ class _Discovery:
         if sum(reader.tokens) == 0:
             raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
         for name, count in zip(self.names, reader.tokens, strict=True):
+            if count == 0:
+                raise FNSFTError(f"the texts of {name} hold no token to read; give others, or leave {name} out")
             if count < each and not config.ica_until_reliable:
                 of = "the texts" if len(self.names) == 1 else f"the texts of {name}"
                 logger.warning(f"{of} ended after {count} of {each} tokens (ica_max_tokens)")
