@@ -4,11 +4,13 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
 from ..occupied import TEMPLATE
+from ..writing import disk_errors, files_written_whole
 from .endings import command
 from .options.arguments import read_arguments
 from .options.loading import LoadingConfig, loading_options
@@ -112,9 +114,8 @@ def main(argv: list[str]) -> None:
     if not state.is_main_process:
         return
     template.license = args.license
-    for number, (name, part) in enumerate(of_datasets.items()):
-        part.save_pretrained(output_dir / "datasets" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
     save_template(template, output_dir)
+    _save_parts(of_datasets, output_dir / "datasets")
     clear_progress(progress)
     with suppress(OSError):
         progress.rmdir()
@@ -122,6 +123,16 @@ def main(argv: list[str]) -> None:
     if push is not None:
         url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")
+
+
+def _save_parts(templates: dict[str, Any], directory: Path) -> None:
+    """Save the templates of the single datasets, in the place of those of an older discovery."""
+    if not templates and not any(directory.glob("[0-9]*-*/template.safetensors")):
+        return
+    older = ("[0-9]-*", "[0-9][0-9]-*")
+    with disk_errors(directory), files_written_whole(directory, owned=older, exchanged=True) as scratch:
+        for number, (name, template) in enumerate(templates.items()):
+            template.save_pretrained(scratch / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
 
 
 def interrupted(argv: list[str]) -> str:

@@ -5,13 +5,12 @@ from typing import Any
 
 from ..errors import FNSFTError
 from ..hub.account import check_upload
+from ..hub.credentials import TOKEN_HELP
 from ..hub.files import hub_errors, is_hub_id
 from ..occupied import check_repository
 from .options.arguments import Arguments
 from .options.schema import row
 
-
-TOKEN_HELP = "a token; all users of the machine can see it in the list of processes, so prefer HF_TOKEN."
 
 _GROUP = "pushing to the Hub"
 _WITH_IT = "With push_to_hub:"
@@ -19,7 +18,7 @@ _REFINEMENTS = (
     row("private", f"{_WITH_IT} make the repository private.", False, group=_GROUP),
     row("hub_revision", f"{_WITH_IT} the branch to push to.", metavar="BRANCH", group=_GROUP),
     row("create_pr", f"{_WITH_IT} open a pull request.", False, group=_GROUP),
-    row("hub_token", f"{_WITH_IT} {TOKEN_HELP}", group=_GROUP),
+    row("hub_token", f"{_WITH_IT} the token. {TOKEN_HELP}", group=_GROUP),
 )
 PUSH_OPTIONS = (
     row("push_to_hub", "Also push the result to this repository.", metavar="ORG/NAME", group=_GROUP),
