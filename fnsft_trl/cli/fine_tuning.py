@@ -108,7 +108,9 @@ def _settings(asked: TrainOptions) -> _Settings:
         os.environ["WANDB_PROJECT"] = given["wandb_project"]
     precision = Precision.choose(use_cpu=given.get("use_cpu"), bf16=given.get("bf16"), fp16=given.get("fp16"))
     model_settings = asked.of(ModelConfig)
-    if model_settings.get("dtype") in (None, DEVICE_DTYPE):
+    if model_settings.get("dtype") is None:
+        model_settings["dtype"] = precision.default_dtype(frozen=asked.has_adapter)
+    elif model_settings["dtype"] == DEVICE_DTYPE:
         model_settings["dtype"] = precision.dtype(frozen=asked.has_adapter)
     with refusals():
         training = SFTConfig(**asked.of(SFTConfig) | precision.training_arguments)

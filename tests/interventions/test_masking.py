@@ -381,3 +381,14 @@ def test_a_mask_that_went_with_a_merged_adapter_is_said_to_be_gone_and_comes_bac
         assert torch.allclose(logits(merged, ids), expected, atol=1e-5)
         handle.remove()
         assert torch.equal(logits(merged, ids), plain)
+
+
+def test_a_mask_is_moved_once_to_where_its_model_is(templates):
+    handle = lesion(tiny_model("llama"), select_neurons(templates["llama"], component_ids=[0]))
+    silence = next(f for f in tapping(handle._model()) if f.members.any())
+    values, places = torch.zeros(1, 2, len(silence.members), device="meta"), []
+    for _ in range(2):
+        silence(values, slice(None), None)
+        places.append(silence.members)
+    assert places[0].device == values.device
+    assert places[0] is places[1]
