@@ -52,9 +52,10 @@ class FrozenNeuronGuard(TrainerCallback):
         self.neurons = self.others = 0
         self.checked: int | None = None
         self._sums: dict[str, torch.Tensor] = {}
+        self._has_begun = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._sums, self.checked, self.others = {}, None, 0
+        self._sums, self.checked, self.others, self._has_begun = {}, None, 0, True
         of_layers: dict[int, list[torch.Tensor]] = {}
         for layer, name, rows, neurons in self._frozen():
             self._sums[name] = _row_checksums(rows)
@@ -95,7 +96,7 @@ class FrozenNeuronGuard(TrainerCallback):
             FrozenNeuronMoved: naming the parameter and the neuron.
             FNSFTError: no training has begun.
         """
-        if not self._sums:
+        if not self._has_begun:
             raise FNSFTError(
                 "the guard compares frozen weights with what they were when a training began, and none has begun; "
                 "call check after train, or on_train_begin first"
