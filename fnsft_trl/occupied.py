@@ -94,6 +94,12 @@ def check_repository(
     _refuse(f"the repository {repo_id}", kind, names, read)
 
 
+def kind_of(directory: str | os.PathLike) -> str | None:
+    """What lies in a directory, if it is something that can be pushed."""
+    found = _kinds(set(os.listdir(directory)), lambda name: _read(Path(directory) / name))
+    return next((kind for kind, _ in found if kind in _DESTROYED), None)
+
+
 def write_export_mark(directory: Path, form: str) -> None:
     """Mark what an export has written, so that another one may replace it."""
     content = {"format": "fnsft_trl.export", "format_version": 1, "form": form}

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, NeuronTunerConfig
 from fnsft_trl.cli import main
 from fnsft_trl.export import to_merged, to_plain_lora
+from fnsft_trl.hub.files import push_directory
 from fnsft_trl.occupied import ADAPTER, EXPORTED_ADAPTER, EXPORTED_MODEL, MODEL, REPORT, TEMPLATE, check_target
 
 
@@ -157,6 +158,8 @@ def test_repositories_are_held_to_the_same(hub, home, templates, monkeypatch, ca
     templates["llama"].push_to_hub("alice/data")
     templates["llama"].push_to_hub("alice/data")
     assert "holds a template" in refused(capsys, *argv, "alice/data")
+    with pytest.raises(FNSFTError, match="holds a template"):
+        push_directory(home / "merged", "alice/data", commit_message="merged")
     assert "holds a template" in refused(
         capsys,
         "train",

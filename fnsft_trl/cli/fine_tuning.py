@@ -17,7 +17,8 @@ from ..data.config import DataConfig
 from ..data.embedded import resolve_model
 from ..data.training import load_training_data
 from ..errors import FNSFTError
-from ..occupied import ADAPTER, MODEL, TEMPLATE
+from ..export.gguf import check_gguf_target, to_gguf
+from ..occupied import ADAPTER, EXPORTED_MODEL, MODEL, TEMPLATE
 from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
 from ..training.trainer import FNSFTTrainer
@@ -35,6 +36,8 @@ from .templates import save_template
 
 
 logger = logging.get_logger("fnsft_trl")
+
+MERGED, GGUF = "merged", "model.gguf"  # in the output directory
 
 
 @dataclass
@@ -141,6 +144,11 @@ def _checkpoint(training: SFTConfig, asked: TrainOptions) -> str | None:
     """The checkpoint to go on from; also checks the directories to write into."""
     model = {"the model to train": asked.values["model_name_or_path"]}
     check_writable(training.output_dir, ADAPTER if asked.has_adapter else MODEL, model)
+    output_dir = Path(training.output_dir).expanduser()
+    if asked.values.get("merge_adapter_with_base"):
+        check_writable(output_dir / MERGED, EXPORTED_MODEL, model)
+    if asked.values.get("convert_to_gguf"):
+        check_gguf_target(output_dir / GGUF)
     if output := asked.values.get("ica_template_output"):
         check_writable(output, TEMPLATE, {**model, "the trained model (output_dir)": training.output_dir})
     checkpoint = find_checkpoint(training.resume_from_checkpoint, training, has_mark=asked.network_config is not None)
@@ -211,10 +219,8 @@ def _export(run: RunConfig, output_dir: Path) -> None:
     if run.merge_adapter_with_base:
         from ..export import to_merged
 
-        model = output_dir / "merged"
+        model = output_dir / MERGED
         to_merged(output_dir, model)
         print(f"Merged model saved to: {model}")
     if run.convert_to_gguf:
-        from ..export.gguf import to_gguf
-
-        print(f"GGUF file saved to: {to_gguf(model, output_dir / 'model.gguf', outtype=run.gguf_quantization)}")
+        print(f"GGUF file saved to: {to_gguf(model, output_dir / GGUF, outtype=run.gguf_quantization)}")
