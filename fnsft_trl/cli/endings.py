@@ -58,11 +58,13 @@ def disk_refusals() -> Iterator[None]:
 
 
 def command(verb: str, argv: Sequence[str], *more: str) -> str:
-    """A command to go on with, as it can be copied; without a token that was among its options."""
-    kept, is_token = [], False
+    """A command to go on with, as it can be copied: with some options in the place of what was given of them, and
+    without a token."""
+    dropped = {"--hub_token", *(part for part in more if part.startswith("--"))}
+    kept, is_dropped = [], False
     for part in argv:
-        is_token, was_token = part in ("--hub_token", "--hub-token"), is_token
-        if not (is_token or was_token or part.startswith(("--hub_token=", "--hub-token="))):
+        if part.startswith("--"):
+            is_dropped = part.partition("=")[0].replace("-", "_").replace("__", "--", 1) in dropped
+        if not is_dropped:
             kept.append(part)
-    added = [part for part in more if part not in kept] if not set(more) <= set(kept) else []
-    return f"`fnsft {verb} {shlex.join([*kept, *added])}`"
+    return f"`fnsft {verb} {shlex.join([*kept, *more])}`"

@@ -14,6 +14,7 @@ from helpers import tiny_model, tiny_rows, tiny_tokenizer
 
 from fnsft_trl import FunctionalNetworkTemplate
 from fnsft_trl.cli import main
+from fnsft_trl.cli.endings import command
 from fnsft_trl.discovery.activations import ActivationReader
 from fnsft_trl.training.trainer import FNSFTTrainer
 
@@ -165,6 +166,13 @@ def test_what_a_disk_refuses_is_one_line(monkeypatch, capsys, number):
     monkeypatch.setattr("fnsft_trl.cli.auth.main", refuse)
     (line,) = said(capsys, ["auth"], 2)
     assert f"/mnt/full/file: {os.strerror(number)}" in line
+
+
+def test_the_command_that_goes_on_has_each_option_once_and_no_token():
+    argv = ["m", "--hub_token", "secret", "--hub-token=secret", "--resume-from-checkpoint", "out/a b", "--seed", "1"]
+    told = command("train", argv, "--resume_from_checkpoint", "true")
+    assert told == "`fnsft train m --seed 1 --resume_from_checkpoint true`"
+    assert command("discover", ["m", "--resume", "--seed", "1"], "--resume") == "`fnsft discover m --seed 1 --resume`"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
