@@ -75,7 +75,7 @@ def test_what_is_read_is_not_written_over_by_any_way_to_it(home, tmp_path, monke
 
 def refused(capsys, *argv):
     assert main([str(part) for part in argv]) == 2, argv
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     return line
 
 
