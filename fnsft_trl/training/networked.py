@@ -1,5 +1,6 @@
 """NetworkedTrainer: a Trainer with the trainable neurons and the forward mask of a FunctionalNetworkConfig."""
 
+import filecmp
 import inspect
 import os
 import shutil
@@ -296,8 +297,11 @@ class NetworkedTrainer(RetainingTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         networks, pushed = Path(checkpoint_folder) / NETWORK_DIR, Path(self.args.output_dir)
         if self._run is not None and self.is_world_process_zero() and networks.is_dir():  # as the card says
-            with files_written_whole(pushed) as scratch:
-                shutil.copytree(networks, scratch / NETWORK_DIR, ignore=shutil.ignore_patterns(MARKER_FILE))
+            names = set(os.listdir(networks)) - {MARKER_FILE}
+            same, *_ = filecmp.cmpfiles(networks, pushed / NETWORK_DIR, names, shallow=False)
+            if names != set(same):  # or an upload that is under way would see files come and go
+                with files_written_whole(pushed) as scratch:
+                    shutil.copytree(networks, scratch / NETWORK_DIR, ignore=shutil.ignore_patterns(MARKER_FILE))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
