@@ -23,6 +23,8 @@ ORDER = {
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
     "writing": [],
+    "occupied": [],
+    "ranks": [],
     "cache": [],
     "ranges": [],
     "fields": [],
@@ -77,7 +79,7 @@ ORDER = {
     "report": ["report", "figures"],
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
     "cli": [
-        *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
+        *("endings", "output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
         *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "fine_tuning", "train", "recipes", "experiment", "demo"),
         "__main__",

@@ -90,6 +90,9 @@ PRIVATE_METHODS = (
     ),
     PrivateMethod(*_TRAINER, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when it is whole"),
     PrivateMethod(
+        *_TRAINER, "_push_from_checkpoint", ("checkpoint_folder",), "networks go along with weights that are pushed"
+    ),
+    PrivateMethod(
         *_TRAINER,
         "_save",
         ("output_dir", "state_dict"),

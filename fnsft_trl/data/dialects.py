@@ -3,7 +3,7 @@
 import re
 
 from .messages import PLAIN, TURN_KEYS, Dialect
-from .rendering import RENDER_ERRORS
+from .rendering import RENDER_ERRORS, rendering
 
 
 _PROBE = "probe_of_a_call"
@@ -27,7 +27,8 @@ def dialect_of(tokenizer) -> Dialect:
 def _writes_call(tokenizer, arguments: dict | str) -> bool:
     call = {"id": "123456789", "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    try:
-        return _PROBE in tokenizer.apply_chat_template(turns, tokenize=False)
-    except RENDER_ERRORS:
-        return False
+    with rendering():
+        try:
+            return _PROBE in tokenizer.apply_chat_template(turns, tokenize=False)
+        except RENDER_ERRORS:
+            return False

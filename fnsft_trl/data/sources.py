@@ -22,6 +22,7 @@ from .embedded import EMBEDDED, wikipedia_passages
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".so", ".pyc"}  # which hold no rows, and are large
 _LONGEST_CELL = 2**31 - 1  # characters; the limit of Python's CSV reader is 131,072
 _READERS = ("datasets", "pandas", "pyarrow")
 _SAVED = ("state.json", "dataset_dict.json")  # what marks a directory written by `save_to_disk`
@@ -77,7 +78,7 @@ def load_data(
             saved = load_from_disk(str(path))
             return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            files = [file for file in sorted(path.rglob("*")) if _may_hold_rows(file, path)]
             return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
         return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
 
@@ -130,6 +131,12 @@ def _json_rows(path: Path) -> list[dict]:
     if text.lstrip().startswith("["):
         return json.loads(text)
     return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _may_hold_rows(file: Path, root: Path) -> bool:
+    """Whether `load_dataset` may read a file of a folder: none that is hidden, and no weights."""
+    is_hidden = any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
+    return not is_hidden and file.suffix not in _WEIGHTS and file.is_file()
 
 
 def _options(files: Sequence[Path]) -> dict:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 from transformers.utils import logging
@@ -22,8 +23,11 @@ from ..template.template import FunctionalNetworkTemplate
 logger = logging.get_logger(__name__)
 
 
-def load_base_model(name: str, args, model_init_kwargs: dict | None, quantization_config, *, scores: bool = False):
-    """Load a model as the trainers of TRL do.
+def load_base_model(
+    name: str, args, model_init_kwargs: dict | None, quantization_config, *, scores: bool = False, frozen: bool = False
+):
+    """Load a model as the trainers of TRL do; a frozen one, of which no precision is asked for, in that of the
+    arithmetic on an accelerator.
 
     Args:
         name: of the model.
@@ -31,6 +35,7 @@ def load_base_model(name: str, args, model_init_kwargs: dict | None, quantizatio
         model_init_kwargs: as in its arguments.
         quantization_config: as it is given to the trainer.
         scores: whether it is a reward model, which gives one score for a text.
+        frozen: whether none of its own weights is to train.
     """
     options = dict(model_init_kwargs or {})
     if quantization_config is not None:
@@ -38,6 +43,8 @@ def load_base_model(name: str, args, model_init_kwargs: dict | None, quantizatio
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
         options["device_map"] = None
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    if frozen and args.bf16 and args.device.type not in ("cpu", "mps"):
+        options.setdefault("dtype", torch.bfloat16)
     if scores:
         return create_model_from_path(name, AutoModelForSequenceClassification, num_labels=1, **options)
     return create_model_from_path(name, **options)

@@ -19,6 +19,7 @@ from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle
 from ..neurons.mask import NeuronMask
+from ..occupied import ADAPTER, MODEL, check_target
 from ..ranges import format_ranges
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
@@ -79,6 +80,7 @@ class Run:
         self.args = args = given["args"] = kind.args_of(given)
         self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)
         self.way.check(model, args)
+        _check_output(args.output_dir, model, is_full=self.plan.method == "full")
         if self.plan.mask_mode is not None:
             check_maskable(args)
         if args.push_to_hub and args.process_index == 0:
@@ -127,7 +129,12 @@ class Run:
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
             given["model"] = load_base_model(
-                given["model"], self.args, self._model_init_kwargs, quantization, scores=kind.scores
+                given["model"],
+                self.args,
+                self._model_init_kwargs,
+                quantization,
+                scores=kind.scores,
+                frozen=self.plan.method != "full",
             )
         keep_4bit_layers_differentiable(given["model"])
         if given.get("processing_class") is None and kind.is_of_trl:
@@ -257,6 +264,16 @@ class Run:
                 "leave target_modules out"
             )
         self.trainable = reached
+
+
+def _check_output(directory: str, model: str | PreTrainedModel | PeftModel, *, is_full: bool) -> None:
+    """Refuse to save the trained model over the one that it is made from, or over something else.
+
+    Raises:
+        FNSFTError: the output directory is that of the model, or holds a template or the other kind of a model.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "name_or_path", None)
+    check_target(directory, MODEL if is_full else ADAPTER, sources={"the model to train": name or None})
 
 
 def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None) -> PeftConfig | None:
