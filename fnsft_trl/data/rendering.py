@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
+from trl import get_training_chat_template
 
+from ..errors import FNSFTError
 from .cells import UnusableRow, is_empty, without_nulls
 
 
@@ -51,6 +53,28 @@ def template_arguments(row: Mapping) -> dict:
     """What `apply_chat_template` is given for a row beside its messages, as SFTTrainer does."""
     tools = tools_of(row.get("tools"))
     return {"tools": None if tools is None else json.loads(tools), **kwargs_of(row.get("chat_template_kwargs"))}
+
+
+def answers_template(processing_class) -> str | None:
+    """The chat template that TRL trains answers alone with (`assistant_only_loss`), where it is another one than that
+    of the tokenizer, which does not mark them.
+
+    Args:
+        processing_class: a tokenizer or a processor.
+
+    Raises:
+        FNSFTError: it does not mark them, and TRL knows none that does.
+    """
+    if "endgeneration" in str(processing_class.chat_template):
+        return None
+    try:
+        return get_training_chat_template(processing_class)
+    except ValueError as error:
+        raise FNSFTError(
+            "assistant_only_loss needs a chat template that marks the answers (by generation), which the tokenizer's "
+            "does not, and TRL has none in its place; set template_format to alpaca, chatml or basic, whose templates "
+            "do, give such a template with chat_template_path, or drop assistant_only_loss"
+        ) from error
 
 
 def refusal(row: Mapping, processing_class, chat_template: str | None = None) -> str | None:

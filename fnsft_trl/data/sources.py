@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob
@@ -19,6 +20,7 @@ from ..cache import make_private
 from ..errors import FNSFTError
 from .conversion import to_trl_format
 from .embedded import EMBEDDED, wikipedia_passages
+from .left_out import LeftOut
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -93,6 +95,12 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
     except FNSFTError:
         raise
     except (ValueError, OSError, DatasetsError) as error:
+        if "Config name is missing" in str(error):
+            configs = re.search(r"configs: \[(.*)\]", str(error))
+            raise FNSFTError(
+                f"the dataset {name_or_path} has the configurations {configs[1] if configs else '...'}; name one with "
+                "dataset_config (in a mixture: name)"
+            ) from error
         if "corresponds to no data" in str(error):
             raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
         if isinstance(error, DatasetGenerationError):  # which only says that it failed
@@ -115,9 +123,14 @@ def _load_file(path: Path, split: str | None) -> Dataset | DatasetDict:
         raise FNSFTError(f"the ending of {path} is not known; expected one of: {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise FNSFTError(f"the dataset {path} is empty; at least one row was expected")
-    data = load_dataset(
-        _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=_cache_of([path]), **_options([path])
-    )
+    try:
+        data = load_dataset(
+            _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=_cache_of([path]), **_options([path])
+        )
+    except (ValueError, DatasetsError) as error:
+        if "surrogate" not in f"{error} {error.__cause__}":
+            raise
+        return _of_splits(DatasetDict(train=_encodable(path)), split)
     features = data["train"].features if split is None else data.features
     if path.suffix != ".parquet" and "timestamp" in str(features):
         # Texts that look like dates were taken for dates, and would come back in another spelling.
@@ -130,6 +143,21 @@ def _json_rows(path: Path) -> list[dict]:
     if text.lstrip().startswith("["):
         return json.loads(text)
     return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _encodable(path: Path) -> Dataset:
+    """The rows of a JSON file without those that no table can hold: half a surrogate pair is no text."""
+    rows, left_out = _json_rows(path), LeftOut(str(path), "read")
+    usable = []
+    for number, row in enumerate(rows):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            left_out.add(number, "a text holds half a surrogate pair")
+        else:
+            usable.append(row)
+    left_out.check(len(rows))
+    return Dataset.from_list(usable)
 
 
 def _options(files: Sequence[Path]) -> dict:

@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -9,14 +7,6 @@ from fnsft_trl.data import conversion
 
 QUESTIONS = [{"question": f"q{i}", "answer": "" if i % 4 == 1 else f"a{i}"} for i in range(12)]
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What the package logs."""
-    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
-    caplog.set_level("WARNING")
-    return caplog
 
 
 def contents(rows) -> list[str]:
