@@ -135,7 +135,7 @@ class _Reader:
         self.images = [column for column in kept if column not in _GIVEN]
         self.dialect = replace(dialect, keeps_parts=bool(self.images))
         self.columns = sorted(set().union(*(match.used for match in matches)))
-        self.texts_of_turns = {name for m in matches if m.format.becomes == MESSAGES for name in m.names.values()}
+        self.conversations = {name for m in matches if m.format.becomes == MESSAGES for name in m.names.values()}
         self.left_out = LeftOut(name)
         self.unread: set[str] = set()
 
@@ -148,8 +148,9 @@ class _Reader:
         """(number, row, converted row) of the rows that can be read."""
         for number, row in numbered:
             for column in self.columns:
-                if isinstance(row.get(column), list | Mapping) or column in self.texts_of_turns:
-                    self.unread |= unread_keys(row[column], self.dialect)
+                cell = row.get(column)
+                if isinstance(cell, list | Mapping) or (cell is not None and column in self.conversations):
+                    self.unread |= unread_keys(cell, self.dialect)
             try:
                 yield number, row, self.read(row)
             except UnusableRow as reason:

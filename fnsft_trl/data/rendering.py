@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
-from trl import get_training_chat_template
 
 from ..errors import FNSFTError
 from .cells import UnusableRow, is_empty, without_nulls
@@ -65,6 +64,8 @@ def answers_template(processing_class) -> str | None:
     Raises:
         FNSFTError: it does not mark them, and TRL knows none that does.
     """
+    from trl import get_training_chat_template
+
     if "endgeneration" in str(processing_class.chat_template):
         return None
     try:

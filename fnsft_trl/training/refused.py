@@ -10,8 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
-from trl import SFTConfig
-from trl.data_utils import is_conversational, is_conversational_from_value
+from trl import SFTConfig, is_conversational, is_conversational_from_value
 
 from ..data.rendering import answers_template
 from ..errors import FNSFTError

@@ -63,14 +63,13 @@ def test_what_is_refused_or_left_out_is_read_where_that_can_be_asked_for():
     assert any(math.isnan(entry["row"].get("answer") or 0) for entry in CATALOGUE if "left_out" in entry)
 
 
-def test_any_two_conversational_shapes_are_trained_together(log):
-    """As parts of a mixture and as rows of one list."""
+def test_any_two_conversational_shapes_are_trained_together():
     shapes = {}
     for entry in READ:
         if "text" not in entry["becomes"]:
             data = to_trl_format(Dataset.from_list([entry["row"]]))
             shapes.setdefault((tuple(sorted(data.column_names)), str(data.features)), (entry["becomes"], data))
-    assert len(shapes) > 8
+    assert len(shapes) > 5
     for (one, first), (other, second) in itertools.combinations(shapes.values(), 2):
         both = put_together([first, second]).to_list()
         alike = one.keys() >= {"prompt"} and other.keys() >= {"prompt"}
@@ -78,6 +77,14 @@ def test_any_two_conversational_shapes_are_trained_together(log):
             rest = {name: value for name, value in becomes.items() if name not in ("prompt", "completion")}
             whole = becomes if alike or "prompt" not in becomes else conversation(becomes) | rest
             assert {name: value for name, value in row.items() if value} == whole
+
+
+def test_any_two_conversations_may_stand_in_one_file():
+    conversations = [entry for entry in READ if "messages" in entry["becomes"]]
+    assert len(conversations) > 20
+    for first, second in itertools.combinations(conversations, 2):
+        both = to_trl_format([first["row"], second["row"]])
+        assert both["messages"] == [first["becomes"]["messages"], second["becomes"]["messages"]]
 
 
 def conversation(row: dict) -> dict:

@@ -10,6 +10,7 @@ from helpers import changed_entries, sft_config, state
 from peft import LoraConfig, PeftModel
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, discover_networks, to_trl_format
+from fnsft_trl.cli import main
 from fnsft_trl.export import changed_neurons
 
 
@@ -105,6 +106,19 @@ def test_a_model_of_images_trains_under_a_mask(method, model, processor, seen, t
     others = {name for name, kept in changed_entries(state(model), state(trained)).items() if kept.any()}
     assert others
     assert all(".language_model." in name and ".mlp." in name for name in others)
+
+
+def test_the_command_line_trains_it_too(model, processor, seen, template, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    template.save_pretrained(tmp_path / "template")
+    Dataset.from_list(seen).to_parquet(tmp_path / "seen.parquet")
+    words = f"--model_name_or_path {tmp_path}/llava --dataset_name {tmp_path}/seen.parquet --output_dir {tmp_path}/out "
+    words += f"--ica_template_path {tmp_path}/template --ica_component_ids 0 --max_steps 2 --report_to none "
+    words += "--max_length null --use_cpu true --per_device_train_batch_size 4 --dtype float32"
+    assert main(["train", *words.split()]) == 0
+    trained = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out").merge_and_unload()
+    assert changed_neurons(model, trained).count
 
 
 def test_networks_are_not_discovered_on_images(model, processor, seen, tmp_path):
