@@ -13,7 +13,18 @@ from itertools import chain, count
 from pathlib import Path
 from textwrap import shorten
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, config, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    config,
+    get_dataset_config_names,
+    get_dataset_default_config_name,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 
 from ..cache import make_private
@@ -79,6 +90,8 @@ def load_data(
             saved = load_from_disk(str(path))
             return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
         if path.is_dir():
+            if config_name is None and get_dataset_default_config_name(str(path)) is None:
+                raise _of_configurations(name_or_path, ", ".join(map(repr, get_dataset_config_names(str(path)))))
             files = [file for file in sorted(path.rglob("*")) if file.is_file()]
             return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
         return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
@@ -96,11 +109,8 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
         raise
     except (ValueError, OSError, DatasetsError) as error:
         if "Config name is missing" in str(error):
-            configs = re.search(r"configs: \[(.*)\]", str(error))
-            raise FNSFTError(
-                f"the dataset {name_or_path} has the configurations {configs[1] if configs else '...'}; name one with "
-                "dataset_config (in a mixture: name)"
-            ) from error
+            found = re.search(r"configs: \[(.*)\]", str(error))
+            raise _of_configurations(name_or_path, found[1] if found else "of several names") from error
         if "corresponds to no data" in str(error):
             raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
         if isinstance(error, DatasetGenerationError):  # which only says that it failed
@@ -108,6 +118,12 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
         else:
             reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
+
+
+def _of_configurations(name: str, found: str) -> FNSFTError:
+    return FNSFTError(
+        f"the dataset {name} has the configurations {found}; name one with dataset_config (in a mixture: name)"
+    )
 
 
 def _of_splits(data: DatasetDict, split: str | None) -> Dataset | DatasetDict:

@@ -113,7 +113,9 @@ def test_the_command_line_trains_it_too(model, processor, seen, template, tmp_pa
     processor.save_pretrained(tmp_path / "llava")
     template.save_pretrained(tmp_path / "template")
     Dataset.from_list(seen).to_parquet(tmp_path / "seen.parquet")
-    words = f"--model_name_or_path {tmp_path}/llava --dataset_name {tmp_path}/seen.parquet --output_dir {tmp_path}/out "
+    words = (
+        f"--model_name_or_path {tmp_path}/llava --dataset_name {tmp_path}/seen.parquet --output_dir {tmp_path}/out "
+    )
     words += f"--ica_template_path {tmp_path}/template --ica_component_ids 0 --max_steps 2 --report_to none "
     words += "--max_length null --use_cpu true --per_device_train_batch_size 4 --dtype float32"
     assert main(["train", *words.split()]) == 0
