@@ -33,11 +33,13 @@ ORDER = {
     "data": [
         *(
             "cells",
+            "turns",
             "messages",
             "formats",
             "left_out",
             "choices",
             "rendering",
+            "notes",
             "dialects",
             "prompts",
             "config",
@@ -63,7 +65,18 @@ ORDER = {
     ],
     "training": [
         *("preparation", "loaded", "divergence", "batches", "full_eval", "hub", "watched", "ways", "guard"),
-        *("run_record", "checkpoints", "same_run", "reference", "kinds", "run", "resumption", "schedule", "budget"),
+        *(
+            "run_record",
+            "checkpoints",
+            "same_run",
+            "reference",
+            "kinds",
+            "refused",
+            "run",
+            "resumption",
+            "schedule",
+            "budget",
+        ),
         *(
             "retention_run",
             "retention",

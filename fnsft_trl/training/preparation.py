@@ -1,7 +1,7 @@
 """What a run needs before PEFT wraps its model: the base model, its tokenizer, and the template."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,17 +50,17 @@ def load_base_model(
     return create_model_from_path(name, **options)
 
 
-def load_processing_class(model, args, model_init_kwargs: dict | None, *, generates: bool = False):
+def load_processing_class(name: str, args, model_init_kwargs: dict | None, *, generates: bool = False):
     """Load the tokenizer or processor of a model as the trainers of TRL do.
 
     Args:
-        model: the model.
+        name: of the model.
         args: of the trainer.
         model_init_kwargs: as in its arguments.
         generates: whether the trainer generates answers (GRPO, RLOO), which are to follow right on their prompts.
     """
     return AutoProcessor.from_pretrained(
-        model.config.name_or_path,
+        name,
         revision=(model_init_kwargs or {}).get("revision"),
         trust_remote_code=getattr(args, "trust_remote_code", False),
         **({"truncation_side": "left", "padding_side": "left"} if generates else {}),
@@ -122,6 +122,12 @@ def discover_template(
             raise FNSFTError(
                 "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
                 "a template"
+            )
+        first = next(iter(texts), None)
+        if isinstance(first, Mapping) and first.keys() & {"image", "images"}:
+            raise FNSFTError(
+                "the rows of the training data hold images, and networks are discovered on text; give ica_datasets, "
+                "or a template (ica_template_path)"
             )
         datasets = {"the training data": map(text_of, texts)}
     # Discovery is slow on another device than the trainer's; with `None` the Trainer places the model, but later.

@@ -34,6 +34,7 @@ from .preparation import (
     load_processing_class,
 )
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
+from .refused import check_refused
 from .same_run import networks_text
 from .ways import WAYS, Way, is_sharded
 
@@ -125,6 +126,10 @@ class Run:
     def _load(self) -> None:
         """Load what was given by name: networks must be known before PEFT wraps the model."""
         given, kind = self.given, self.kind
+        if given.get("processing_class") is None and kind.is_of_trl:
+            given["processing_class"] = self._processing_class()
+        if kind.is_sft:
+            check_refused(given, self.args)
         set_seed(self.args.seed)  # as the trainers of TRL do before they load a model
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
@@ -137,12 +142,11 @@ class Run:
                 frozen=self.plan.method != "full",
             )
         keep_4bit_layers_differentiable(given["model"])
-        if given.get("processing_class") is None and kind.is_of_trl:
-            given["processing_class"] = self._processing_class()
 
     def _processing_class(self):
-        kwargs, generates = self._model_init_kwargs, self.kind.generates
-        return load_processing_class(self.given["model"], self.args, kwargs, generates=generates)
+        model = self.given["model"]
+        name = model if isinstance(model, str) else model.config.name_or_path
+        return load_processing_class(name, self.args, self._model_init_kwargs, generates=self.kind.generates)
 
     def _text_of(self, row):
         """The text of a row of the training data that networks are discovered on."""
