@@ -119,6 +119,7 @@ UNUSABLE = {
     "no text": {"question": "q", "answer": {"a": 1}},
     "refused": {"messages": [{"role": "system", "content": "s"}, *CHAT]},
     "no JSON": {"messages": CHAT, "tools": "{"},
+    "no text at all": {"question": "q", "answer": {"a": 1}},
 }
 
 

@@ -58,6 +58,7 @@ CASES = {
     ),
     "images": ([{**row, "image": 1} for row in CHATS], {}, {}, "reads text alone; take the processor"),
     "formatting": (PAIRS, {}, {"formatting_func": str}, "drop formatting_func"),
+    "no loss": (PAIRS, {"loss_type": "l2"}, {}, "loss_type is 'l2'; expected one of: .*dft"),
     "loss": (PAIRS, {"loss_type": "dft"}, {"compute_loss_func": sum}, "drop one of them"),
     "checkpointing": (PAIRS, {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"selective": True}},
                       {}, "drop selective"),
