@@ -4,6 +4,7 @@ import doctest
 import json
 import re
 import shlex
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ROLES = {"user": "prompt", "assistant": "completion"}
 QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
+    "evaluate": "--bootstrap_draws 100",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4 --tolerance 0.5",
@@ -58,6 +60,7 @@ FILES = {
     "trl-lib/Capybara/test.jsonl": CHATS[30:],
     "roneneldan/TinyStories/train.jsonl": [{"text": row["prompt"] * 60} for row in tiny_rows(100)],
     "roneneldan/TinyStories/validation.jsonl": [{"text": row["completion"] * 40} for row in tiny_rows(200)],
+    "tasks/sky.jsonl": [{"question": "Sky?", "choices": ["ba", "ko ri"], "answer": n % 2} for n in range(9)],
     "first.jsonl": tiny_rows(24),
     "second.jsonl": tiny_rows(24, seed=1),
 }
@@ -131,6 +134,9 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     for file, rows in FILES.items():
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("\n".join(json.dumps(row) for row in rows))
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    shown = page.partition("where `tasks/sky.yaml` is\n\n")[2].partition("\n\nAdapters")[0]
+    Path("tasks/sky.yaml").write_text(textwrap.dedent(shown))
     Path("recipes").symlink_to(ROOT / "recipes")
     return tmp_path
 
@@ -151,6 +157,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
         if verb == "restore":
             tuned = "--base" in arguments
             arguments[0] = str((_tuned if tuned else _lora)(model_dir, workplace / f"lora-{tuned}"))
+        if verb == "evaluate" and "--retention_datasets" in arguments:
+            arguments = instead(arguments, "--retention_tokens", "200")
         if verb == "train":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]

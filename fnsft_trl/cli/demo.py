@@ -117,7 +117,8 @@ def main(argv: list[str]) -> None:
 
     train, test = question_routing(args.train_rows, args.test_rows)
     model = resolve_model(args.model_name_or_path)
-    data = [_written(output / "data" / f"{name}.jsonl", rows) for name, rows in (("train", train), ("test", test))]
+    rows = {"question_routing": train, "question_routing_test": test}
+    data = [_written(output / "data" / f"{name}.jsonl", found) for name, found in rows.items()]
     files, _ = find_recipes([str(_write_recipes(args, data[0], output))])
     arms = read_arms(files, {}, data=[data[1]])
     cells = run_experiment(

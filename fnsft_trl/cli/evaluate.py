@@ -27,6 +27,7 @@ _MASK_FIELDS = (
     *("ica_rank_by", "ica_seed"),
 )
 _RETENTION_FIELDS = ("retention_datasets", "retention_tokens", "retention_batch_size")
+_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # of files of rows
 _FILES = ("results.json", "report.md", "report.html", "scores.jsonl")
 _OF_MODELS = ("config.json", "adapter_config.json")  # what a directory with a model holds
 
@@ -117,7 +118,7 @@ def _named(given: list[str], what: str) -> dict[str, str]:
             name, place = "", text
         if not place.strip() or "/" in name:
             raise FNSFTError(f"{what} holds {text!r}; write NAME={'MODEL' if what == 'models' else 'DATASET'}")
-        short = Path(place).name if what == "models" else Path(place).stem
+        short = Path(place).stem if Path(place).suffix in _ENDINGS else Path(place).name
         name = name.strip() or (short if short and short not in found else place)
         if name in found:
             raise FNSFTError(

@@ -70,7 +70,8 @@ def write_report(results: list, settings: EvaluationConfig, output: Path, about:
 
 def _summary(results: list, settings: EvaluationConfig) -> str:
     masked = [each.name for each in results if each.about.get("mask")]
-    text = f"{len(results)} models; seed {settings.seed}. Forward masks are off"
+    count = "one model" if len(results) == 1 else f"{len(results)} models"
+    text = f"Scores of {count}; seed {settings.seed}. Forward masks are off"
     return f"{text}, but for {', '.join(masked)}." if masked else f"{text}."
 
 

@@ -17,7 +17,7 @@ from ..data.sources import load_data
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig, metric_name
 from ..evaluation.evaluated import EvaluatedModel
-from ..evaluation.evaluation import EvaluationData, ModelScores, evaluate_model
+from ..evaluation.evaluation import EvaluationData, ModelScores, evaluate_model, row_reader
 from ..evaluation.general import score_text
 from ..evaluation.generation import check_generates, check_scores_of_text
 from ..evaluation.harness import Tasks
@@ -28,6 +28,7 @@ from ..interventions.masking import lesion, preserve
 from ..neurons.mask import NeuronMask
 from ..selection import select_neurons
 from ..training.loaded import check_template, chosen_layers, given_template
+from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from .evaluation_report import write_report
 from .logs import hush_repetitions
@@ -121,6 +122,8 @@ def evaluate(
     texts = None if retention is None else RetentionTexts(retention)
     found = _found(models, args, loading, state.device)
     work = _Work(args, settings, parts, tasks, texts, mask, Share.of_launch(), state.device)
+    for each in found:
+        _check_model(each, work)
     results, about = _scored(found, work)
     state.wait_for_everyone()
     state.destroy_process_group()  # a process that ends in a group it has not left can abort
@@ -171,6 +174,8 @@ def _found(
         base = next((each for each in found if each.adapter is not None), None)
         if base is None:
             raise FNSFTError("base: none of the models is an adapter, whose base would be scored; drop it")
+        if "base" in models:
+            raise FNSFTError(f"base: {models['base']} is called so already; give it another name, as NAME=MODEL")
         found.insert(0, base.base())
     if args.masked:
         with_mask = [each for model in found for each in (model, model.masked()) if each is not None]
@@ -183,6 +188,16 @@ def _found(
     return found
 
 
+def _check_model(each: EvaluatedModel, work: _Work) -> None:
+    """See, before any model is loaded, that one can be scored as it is asked for."""
+    tokenizer = each.load_tokenizer()
+    if any(part.choice_format(work.settings) is None for part in work.data):
+        row_reader(tokenizer, work.settings)
+    if work.mask is not None:
+        template = given_template(work.mask, None)
+        replace(template, base_model="").check_model(each.outline())  # the names are compared when weights are there
+
+
 def _scored(found: list[EvaluatedModel], work: _Work) -> tuple[list[Evaluated], dict[str, Any]]:
     """Score each model in turn; the first one stays in memory where others are compared with it token by token."""
     results: list[Evaluated] = []
@@ -192,6 +207,8 @@ def _scored(found: list[EvaluatedModel], work: _Work) -> tuple[list[Evaluated], 
         logger.warning(f"scoring {each.name} ({number + 1} of {len(found)}): {each.place}")
         tokenizer = each.load_tokenizer()
         model = each.load(work.device)
+        if work.args.load_in_4bit:
+            keep_4bit_layers_differentiable(model)  # packed layers refuse some widths
         if work.settings.generate:
             check_generates(model, tokenizer, each.name)
         texts = _texts(work, tokenizer)
@@ -258,6 +275,11 @@ def _score(
         result.scores = evaluate_model(model, tokenizer, work.data, settings, share=work.share)
     for name, text in texts.items():
         is_same = reference is not None and reference.texts[name].sha256 == text.sha256
+        if reference is not None and not is_same:
+            logger.warning(
+                f"{result.name} has another tokenizer than {reference.name}, which makes other tokens of the text "
+                f"{name}: there is no KL between them, and their cross-entropies are of different tokens"
+            )
         measures = score_text(
             model,
             text,

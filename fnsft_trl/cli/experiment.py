@@ -47,6 +47,7 @@ def options() -> list[Option]:
             many=True,
             default=[0],
             lowest=0,
+            highest=2**32 - 1,
             help="Seeds of the training; each arm is trained with each.",
         ),
         row(
@@ -75,8 +76,6 @@ def main(argv: list[str]) -> None:
     output = check_writable(args.output_dir)
     if repeated := sorted({seed for seed in args.seeds if args.seeds.count(seed) > 1}):
         raise FNSFTError(f"seeds holds {repeated[0]} twice; give each once")
-    if unusable := [seed for seed in args.seeds if not 0 <= seed < 2**32]:
-        raise FNSFTError(f"seeds holds {unusable[0]}; a seed must be from 0 to {2**32 - 1}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FNSFTError("an experiment starts its processes itself; run fnsft experiment alone, with jobs")
     check_pyplot()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import FunctionalNetworkConfig
+from ..data.embedded import EMBEDDED
 from ..errors import FNSFTError
+from .options.loading import LoadingConfig
 from .options.parse import OF_LORA, TrainOptions, parse_recipe
 
 
@@ -61,8 +64,8 @@ def find_recipes(given: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
     files: list[Path] = []
     shared = []
     for name in given:
-        path = Path(name).expanduser()
-        if path.is_dir():
+        path = Path(os.path.expanduser(name))
+        if os.path.isdir(path):
             inside = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS and file.is_file())
             shared += [file for file in inside if file.name == SHARED_FILE]
             inside = [file for file in inside if file.name != SHARED_FILE]
@@ -71,7 +74,7 @@ def find_recipes(given: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
                     f"the folder {name} holds no recipe; put a YAML file of fnsft train there for each arm"
                 )
             files += inside
-        elif path.is_file():
+        elif os.path.isfile(path):
             files.append(path)
         else:
             raise FNSFTError(
@@ -112,6 +115,7 @@ def read_arms(
     asked = {name: _parsed(file, command_line) for name, file in files.items()}
     _check_used(asked, command_line)
     _check_comparable(asked, data)
+    _check_model(next(iter(asked.values())))
     for notes in dict.fromkeys(tuple(options.notes) for options in asked.values()):
         for note in notes:
             print(f"fnsft experiment: note: {note}", file=sys.stderr)
@@ -173,6 +177,18 @@ def _check_comparable(asked: Mapping[str, TrainOptions], data: Sequence[str] | N
             )
 
 
+def _check_model(asked: TrainOptions) -> None:
+    """The model of all arms must be there."""
+    from transformers import AutoConfig
+
+    from ..data.embedded import resolve_model
+    from .models import model_errors, source_arguments
+
+    name = asked.values["model_name_or_path"]
+    with model_errors(name):
+        AutoConfig.from_pretrained(resolve_model(name), **source_arguments(LoadingConfig(**asked.of(LoadingConfig))))
+
+
 def _arm(name: str, asked: TrainOptions, data: Sequence[str] | None, hashes: dict[str, str]) -> "Arm":
     from ..experiments.arms import Arm
 
@@ -229,7 +245,7 @@ def _names(values: Mapping[str, Any]) -> list[str]:
     if values.get("datasets"):
         return [part["path"] for part in values["datasets"]]
     name = values["dataset_name"]
-    return [name] if Path(name).expanduser().exists() else [part.strip() for part in name.split(",")]
+    return [name] if os.path.exists(os.path.expanduser(name)) else [part.strip() for part in name.split(",")]
 
 
 def _task(values: Mapping[str, Any]) -> str:
@@ -245,9 +261,9 @@ def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]
     found = {}
     for name in dict.fromkeys(names):
-        path = Path(name).expanduser()
-        if path.exists():
-            hashes[name] = hashes.get(name) or _content_hash(path)
+        path = os.path.expanduser(name)
+        if name != EMBEDDED and os.path.exists(path):  # is false for a name that is no path at all
+            hashes[name] = hashes.get(name) or _content_hash(Path(path))
             found[name] = hashes[name]
     return found
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..data.embedded import resolve_model
 from ..errors import FNSFTError
@@ -18,7 +19,7 @@ from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..template.storage import NETWORK_DIR, SELECTION_FILE
 from ..template.stored import StoredTemplate
-from ..tuner.saved import SavedAdapter, first_line, load_model
+from ..tuner.saved import SavedAdapter, first_line, load_model, model_class
 
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -61,15 +62,15 @@ class EvaluatedModel:
         Raises:
             FNSFTError: nothing is there, it is no model, or an adapter whose base cannot be had.
         """
-        found = str(Path(place).expanduser()) if Path(place).expanduser().exists() else resolve_model(place)
-        name = name or Path(place).name or place
+        found = _path(place)
+        name = name or Path(found).name or place
         record = _read_record(found, loading.get("revision"))
         if (directory := _adapter_directory(found, loading.get("revision"))) is not None:
             adapter = SavedAdapter.read(directory)
             loading = {key: value for key, value in loading.items() if key != "revision"}
-            adapter.base_config(**_source(loading))
+            _check_answers(place, adapter.base_config(**_source(loading)), adapter.config)
             return cls(name, place, adapter, loading, record=record)
-        _check_model(found, place, loading)
+        _check_answers(place, _model_config(found, place, loading))
         return cls(name, place, None, loading, record=record)
 
     def base(self) -> "EvaluatedModel | None":
@@ -82,7 +83,16 @@ class EvaluatedModel:
         """The same under the mask that it trained under; `None` where it trained without one."""
         if self.record is None or not self.record.get("mask_mode"):
             return None
-        return replace(self, name=f"{self.name} ({self.record['mask_mode']})", is_masked=True)
+        return replace(self, name=f"{self.name} (masked)", is_masked=True)
+
+    def outline(self) -> PreTrainedModel:
+        """Its structure without weights (on the device `meta`)."""
+        if self.adapter is not None:
+            return self.adapter.outline(**_source(self.loading))
+        config = _model_config(_path(self.place), self.place, self.loading)
+        with torch.device("meta"):
+            trusts = self.loading.get("trust_remote_code", False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
 
     def load_tokenizer(self):
         """Its tokenizer: that beside an adapter, with the prompt format of its training.
@@ -93,13 +103,15 @@ class EvaluatedModel:
         if self.adapter is not None:
             processor = self.adapter.load_processor(**_source(self.loading))
             return getattr(processor, "tokenizer", processor)
+        missing = f"the model {self.place!r} has no tokenizer that can be loaded"
+        remedy = "save it there (tokenizer.save_pretrained)"
         try:
-            return AutoTokenizer.from_pretrained(resolve_model(self.place), **_source(self.loading))
+            tokenizer = AutoTokenizer.from_pretrained(_path(self.place), **_source(self.loading))
         except (OSError, ValueError, ImportError) as error:
-            raise FNSFTError(
-                f"the model {self.place!r} has no tokenizer that can be loaded ({first_line(error)}); save it there "
-                "(tokenizer.save_pretrained)"
-            ) from error
+            raise FNSFTError(f"{missing} ({first_line(error)}); {remedy}") from error
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a type without files
+            raise FNSFTError(f"{missing} (its vocabulary is empty); {remedy}")
+        return tokenizer
 
     def load(self, device: torch.device | str | None = None) -> PreTrainedModel:
         """Load it, in evaluation mode, under the mask if it is asked for.
@@ -111,7 +123,7 @@ class EvaluatedModel:
             FNSFTError: it cannot be loaded, or its record does not fit it.
         """
         if self.adapter is None:
-            model = load_model(resolve_model(self.place), **self.loading)
+            model = load_model(_path(self.place), **self.loading)
         else:
             model = self.adapter.load_base(**self.loading)
         if device is not None and "device_map" not in self.loading:
@@ -201,8 +213,25 @@ def _adapter_directory(place: str, revision: str | None) -> Path | None:
         return Path(snapshot_download(place, revision=revision, library_name="fnsft_trl"))
 
 
-def _check_model(found: str, place: str, loading: dict[str, Any]) -> None:
-    """See that a whole model is there, by its configuration."""
+def _path(place: str) -> str:
+    """Where a model is, for `from_pretrained`."""
+    path = Path(place).expanduser()
+    return str(path) if path.exists() else resolve_model(place)
+
+
+def _check_answers(place: str, config: PretrainedConfig, adapter: PeftConfig | None = None) -> None:
+    """See that a model is one that continues text, by its configuration."""
+    kind = model_class(config, adapter)
+    has_head = kind is AutoModelForCausalLM or (issubclass(kind, PreTrainedModel) and kind.can_generate())
+    if config.is_encoder_decoder or not has_head:
+        raise FNSFTError(
+            f"{place} is a {kind.__name__}, which has no generation config or continues no text; only causal language "
+            "models are scored"
+        )
+
+
+def _model_config(found: str, place: str, loading: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a whole model."""
     path = Path(found)
     if path.is_dir() and not (path / "config.json").is_file():
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
@@ -211,7 +240,7 @@ def _check_model(found: str, place: str, loading: dict[str, Any]) -> None:
     if path.is_file():
         raise FNSFTError(f"{place} is a file; give the directory of a model, an adapter or a run, or an id on the Hub")
     try:
-        AutoConfig.from_pretrained(found, **_source(loading))
+        return AutoConfig.from_pretrained(found, **_source(loading))
     except (OSError, ValueError, ImportError) as error:
         raise FNSFTError(
             f"the model {place!r} cannot be loaded ({first_line(error)}); give the directory of a model, an adapter "

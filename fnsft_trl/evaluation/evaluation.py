@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 
 from ..data.cells import UnusableRow
@@ -52,6 +53,8 @@ class EvaluationData:
     @property
     def columns(self) -> list[str]:
         """The names of all columns."""
+        if isinstance(self.rows, Dataset):
+            return self.rows.column_names
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
     @property
@@ -128,14 +131,23 @@ def evaluate_model(
         check_scores_of_text()
         check_generates(model, tokenizer)
     length = config.max_length or min(_positions(model), _LONGEST)
-    rendering = prompt_format(tokenizer, config.template_format, config.prompt_template)
     for part in data:
         part = part.sampled(config.max_samples, config.seed)
         if (form := part.choice_format(config)) is not None:
             _score_choices(model, tokenizer, part, form, config, length, share, scores)
         else:
-            _score_rows(model, rendering, part, config, length, share, scores)
+            _score_rows(model, tokenizer, part, config, length, share, scores)
     return scores
+
+
+def row_reader(tokenizer, config: EvaluationConfig, max_length: int | None = None) -> RowReader:
+    """What reads rows by a tokenizer with the prompt format that a config asks for.
+
+    Raises:
+        FNSFTError: the tokenizer cannot have it.
+    """
+    rendering = prompt_format(tokenizer, config.template_format, config.prompt_template)
+    return RowReader(rendering, assistant_only_loss=config.assistant_only_loss, max_length=max_length)
 
 
 def _positions(model: nn.Module) -> int:
@@ -156,7 +168,7 @@ def _add(scores: ModelScores, part: EvaluationData, measures: dict[str, Measure]
 
 
 def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, share: Share, scores: ModelScores):
-    reader = RowReader(tokenizer, assistant_only_loss=config.assistant_only_loss, max_length=length)
+    reader = row_reader(tokenizer, config, length)
     if part.is_converted:
         rows, left_out = _converted(part, reader)
     else:

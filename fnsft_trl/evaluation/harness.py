@@ -181,7 +181,12 @@ def _shared_model(model: nn.Module, tokenizer, share: Share, *, batch_size: int,
             return share.in_parts(lambda own: super(SharedModel, self).generate_until(own, not share.shows), requests)
 
     own = copy.deepcopy(tokenizer)  # which gets a padding token
-    return SharedModel(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=max_length)
+    # HFLM ties the weights of what it is given once more, and would fail at a copy of them that an adapter trains.
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        return SharedModel(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=max_length)
+    finally:
+        del model.tie_weights
 
 
 def _scores(found: dict[str, Any]) -> TaskScores:

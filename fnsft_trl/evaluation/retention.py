@@ -9,6 +9,8 @@ from torch import nn
 
 from ..data.sequences import token_sequences
 from ..errors import FNSFTError
+from .bootstrap import DRAWS, Interval
+from .measures import Measure
 from .metrics import score_tokens
 
 
@@ -72,7 +74,7 @@ class RetentionText:
         """Mean cross-entropy of the scored tokens under a model, in nats."""
         return float(self.sequence_nll(model, batch_size=batch_size).sum()) / self.tokens
 
-    def rise(self, before: torch.Tensor, after: torch.Tensor, *, draws: int = 2000) -> tuple[float, float, float]:
+    def rise(self, before: torch.Tensor, after: torch.Tensor, *, draws: int = DRAWS) -> Interval:
         """Rise of the cross-entropy between two models, with its 95% interval over texts.
 
         A paired bootstrap over sequences: it says how much the choice of texts matters, not how much the seed of a
@@ -85,10 +87,7 @@ class RetentionText:
         Returns:
             The rise, and the lower and upper end of the interval, in nats per token.
         """
-        tokens = torch.tensor([len(ids) - 1 for ids in self.sequences], dtype=torch.float64)
-        difference = after - before
-        generator = torch.Generator().manual_seed(0)
-        chosen = torch.randint(len(tokens), (draws, len(tokens)), generator=generator)
-        samples = difference[chosen].sum(1) / tokens[chosen].sum(1)  # (draws,)
-        low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return float(difference.sum() / tokens.sum()), low, high
+        tokens = [len(ids) - 1 for ids in self.sequences]
+        sums = (before.tolist(), after.tolist())
+        base, trained = (Measure.of_sums(nll, tokens, range(len(tokens)), rises=False) for nll in sums)
+        return trained.minus(base, draws=draws)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import FNSFTError
 from .config import MEASURES, metric_name
 from .kl import AdapterOff, StoredBase, chunks, reference_of, switches_kept
+from .metrics import model_inputs
 from .retention import RetentionText
 
 
@@ -72,7 +73,7 @@ def _sums(
         with torch.no_grad(), switches_kept(model):
             for numbers in tqdm([*own, *idle], title, leave=False, disable=title is None):
                 sequences = [text.sequences[number] for number in numbers]
-                inputs = _inputs(sequences, device)
+                inputs = model_inputs(sequences, device)
                 logits, kls = read(inputs, numbers, [len(ids) for ids in sequences])
                 for row, number in enumerate(numbers):
                     targets = inputs["input_ids"][row, 1 : len(sequences[row])]
@@ -87,16 +88,6 @@ def _sums(
 def _of_all_processes(found: dict[int, Any]) -> dict[int, Any]:
     """The entries of all processes together."""
     return dict(gather_object(list(found.items()))) if PartialState().num_processes > 1 else found
-
-
-def _inputs(sequences: list[list[int]], device: torch.device) -> dict[str, Any]:
-    """What a model reads of a batch of sequences."""
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (sequences, positions)
-    present = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        present[row, : len(sequence)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": present.to(device), "use_cache": False}
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:

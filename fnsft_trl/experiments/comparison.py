@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from ..evaluation.config import TASK
 from ..report.figures import curves_figure
 from ..report.report import Report, format_table
 from ..template.storage import FIGURE_FILE
@@ -75,6 +76,9 @@ class _Page:
         header, rows = self._table()
         report.table(header, rows)
         report.text(self._note())
+        for cell in self.cells:
+            if cell["budget"] is not None:
+                report.text(f"Budget of retention, {cell['arm']}, seed {cell['seed']}: {cell['budget']}.")
         for name in self.series:
             report.figure(f"learning_and_forgetting_{name}", self._figure(name), self._caption(name))
         pairs = self._pairs(report)
@@ -119,7 +123,10 @@ class _Page:
     def _note(self) -> str:
         scored, count = self.first["scored"], len(self.seeds)
         unit = "nats per answer" if scored["answers"] else "nats per token"
-        texts = ", ".join(f"{text['tokens']:,} tokens of {name}" for name, text in self.first["retention"].items())
+        named = {TASK: "the prompts of the task"}
+        texts = " and ".join(
+            f"{text['tokens']:,} tokens of {named.get(name, name)}" for name, text in self.first["retention"].items()
+        )
         if count > 1:
             intervals = f"Means over n = {count} seeds, with 95% intervals over them (Student's t)."
         else:
@@ -128,7 +135,7 @@ class _Page:
                 "texts (bootstrap)."
             )
         return (
-            f"n = {scored['rows']} rows that were held out and {texts}. {intervals} NLL: {unit} (lower is better). "
+            f"n = {scored['rows']} rows that were held out, and {texts}. {intervals} NLL: {unit} (lower is better). "
             "Rise: of the cross-entropy on general text; KL: of the model before training to the trained "
             "one; both in nats per token, without forward masks, as the saved model runs."
         )

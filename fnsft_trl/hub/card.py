@@ -50,11 +50,20 @@ def with_section(card: str, section: str) -> str:
         section: begins with its heading, `## ...`.
     """
     section = section.strip() + "\n"
-    heading = section.partition("\n")[0]
-    old = re.compile(rf"^{re.escape(heading)}$.*?(?=^##? |\Z)", flags=re.MULTILINE | re.DOTALL)
+    old = _section(section.partition("\n")[0])
     if old.search(card):
         return old.sub(lambda found: section + "\n" * (found.end() < len(card)), card, count=1)
     return f"{card.rstrip()}\n\n{section}"
+
+
+def without_section(card: str, heading: str) -> str:
+    """A README without the section that has a heading, `## ...`."""
+    return _section(heading).sub("", card, count=1).rstrip() + "\n"
+
+
+def _section(heading: str) -> re.Pattern:
+    """A section of a README, up to the next one."""
+    return re.compile(rf"^{re.escape(heading)}$.*?(?=^##? |\Z)", flags=re.MULTILINE | re.DOTALL)
 
 
 def publishable_card(card: str) -> str:

@@ -74,7 +74,7 @@ def curves_figure(
         axes.scatter(*zip(*ends, strict=True), s=70, color=color, zorder=3, label=f"{name} ({x:.2f}, {y:+.3f})")
     # Both axes hold their zero, so that distances can be compared by eye.
     points = [point for lines in curves.values() for line in lines for point in line]
-    axes.set_xlim(0, 1.25 * max(x for x, _ in points))
+    axes.set_xlim(0, 1.25 * (max(x for x, _ in points) or 1))
     lowest, highest = min(0, *(y for _, y in points)), max(0, *(y for _, y in points))
     margin = (highest - lowest) or 1
     axes.set_ylim(lowest - 0.08 * margin, highest + 0.12 * margin)

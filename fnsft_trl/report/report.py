@@ -13,7 +13,8 @@ from typing import Any
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2733; max-width: 56rem; margin: 3rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
+td { font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #9fb0c0; }
 img { max-width: 100%; } figcaption { color: #55636f; font-size: .9rem; }
@@ -97,7 +98,7 @@ class Report:
             elif kind == "table":
                 header, rows = content
                 lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-                blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+                blocks.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
             else:
                 blocks.append(f"![{content[2]}]({content[0]})\n\n*{content[2]}*")
         return "\n\n".join(blocks) + "\n"
@@ -123,6 +124,11 @@ class Report:
             f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
         )
+
+
+def _cell(text: str) -> str:
+    """Text in a table of Markdown: on one line, in one cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _image(png: bytes, caption: str) -> str:

@@ -18,7 +18,7 @@ from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
 from .budget import RetentionBudgetExceeded
 from .kinds import TrainerKind
-from .results import RunResults
+from .results import RunResults, forget_results
 from .resumption import Resumption, check_plain
 from .retained import RetainingTrainer
 from .retention_texts import RetentionTexts
@@ -113,6 +113,11 @@ class NetworkedTrainer(RetainingTrainer):
     def plan(self) -> TrainingPlan | None:
         """What is trained and masked."""
         return self._run and self._run.plan
+
+    @property
+    def masks_reference(self) -> bool:
+        """Whether forward masks are on the reference model too; one that was given stays as it is."""
+        return self._run is not None and self._run.masks_reference
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
@@ -226,8 +231,11 @@ class NetworkedTrainer(RetainingTrainer):
         super().save_model(output_dir, _internal_call)
         if self._run is not None:
             self._save_networks(output_dir)
+        directory = Path(output_dir or self.args.output_dir)
         if self._results is not None and self.args.should_save:
-            self._results.save(Path(output_dir or self.args.output_dir))
+            self._results.save(directory)
+        elif self.args.should_save:
+            forget_results(directory)
 
     def _save_networks(self, output_dir: str | None) -> None:
         if self.is_fsdp_enabled and not self._resumption.is_writing and "FULL" not in fsdp_form(self):

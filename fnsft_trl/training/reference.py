@@ -82,11 +82,11 @@ def match_reference(trainer: Trainer) -> None:
         value.copy_(own[name])
 
 
-def mask_trainer(trainer: Trainer, mode: str, mask: NeuronMask) -> MaskHandle:
-    """Put a forward mask on the model of a trainer, and on its reference.
+def mask_trainer(trainer, mode: str, mask: NeuronMask) -> MaskHandle:
+    """Put a forward mask on the model of a trainer, and on the reference that it has made of it.
 
     Args:
-        trainer: with its model as it is trained.
+        trainer ([`NetworkedTrainer`]): with its model as it is trained.
         mode: `"lesion"` or `"preserve"`.
         mask: the neurons.
 
@@ -95,6 +95,6 @@ def mask_trainer(trainer: Trainer, mode: str, mask: NeuronMask) -> MaskHandle:
     """
     handle = (lesion if mode == "lesion" else preserve)(trainer.model, mask)
     reference = reference_of(trainer)
-    if reference is not None:
+    if reference is not None and trainer.masks_reference:
         handle.extend(reference)
     return handle

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerState
 
 from .. import __version__
-from ..hub.card import plain, with_section
+from ..hub.card import plain, with_section, without_section
 from ..hub.names import one_line
 from ..template.storage import CARD_FILE
 from ..writing import written_whole
@@ -24,6 +24,7 @@ from .run_record import RunRecord
 RESULTS_FILE = "results.json"
 RESULTS_SECTION = "## Results of the run"
 
+_FORMAT = "fnsft_trl.run"
 _LIBRARIES = ("torch", "transformers", "trl", "peft")
 _MASKS = {"masked": "under the mask", "unmasked": "without the mask"}
 # Of the machine and the moment, and TRL's count of the tokens of the training.
@@ -56,7 +57,7 @@ class RunResults:
         best = state.best_global_step if trainer.args.load_best_model_at_end else None
         weights = retention.weights_step if retention is not None else best or state.global_step
         content = {
-            "format": "fnsft_trl.run",
+            "format": _FORMAT,
             "format_version": 1,
             "versions": {"fnsft_trl": __version__, **{name: version(name) for name in _LIBRARIES}},
             "steps": state.global_step,
@@ -87,7 +88,9 @@ class RunResults:
         if networks is not None:
             selected, trained = networks["selected"], networks["trained"]
             rows.append(("selected", f"{selected['count']:,} neurons: {selected['what']}"))
-            rows.append(("trained", f"{trained['count']:,} neurons ({trained['fraction']:.1%}), {networks['method']}"))
+            others = ", and all weights of no neuron" if networks["other_weights_train"] else ""
+            share = f"{trained['count']:,} neurons ({trained['fraction']:.1%})"
+            rows.append(("trained", f"{share}, {networks['method']}{others}"))
             if networks["mask_mode"] is not None or networks["mask_phases"]:
                 rows.append(("mask", f"{networks['mask_mode'] or 'by phases'}, in training; not part of the weights"))
         rows += [(f"evaluation{where}", told) for where, told in self._evaluated()]
@@ -136,14 +139,28 @@ class RunResults:
             card.write_text(with_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
+def forget_results(directory: Path) -> None:
+    """Take the results of an earlier run away from weights that they are not of; other files of that name stay."""
+    file, card = directory / RESULTS_FILE, directory / CARD_FILE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(found, dict) and found.get("format") == _FORMAT:
+        file.unlink()
+        if card.exists():
+            card.write_text(without_section(card.read_text(encoding="utf-8"), RESULTS_SECTION), encoding="utf-8")
+
+
 def _networks(record: RunRecord) -> dict[str, Any]:
     """What was selected, trained and masked."""
-    trained, about = record.trainable, record.to_dict()
+    trained, about, plan = record.trainable, record.to_dict(), record.plan
     kept = ("mask_mode", "mask_phases", "template")
     selected = {**about["selected"], "fraction": record.selected.fraction, "what": record.selection()}
     return {
-        "method": record.plan.method,
-        "train_neurons": record.plan.train,
+        "method": plan.method,
+        "train_neurons": plan.train,
+        "other_weights_train": plan.method == "full" and plan.train != "selected" and record.config.train_other,
         **{name: about[name] for name in kept},
         "selected": selected,
         "trained": {**about["trainable"], "fraction": trained.fraction},

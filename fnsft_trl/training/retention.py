@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import FNSFTError
 from ..evaluation.config import MEASURES, TASK
 from ..evaluation.retention import RetentionText
 from ..evaluation.series import RetentionSeries
+from ..neurons.sites import base_model
 from .budget import Budget
 from .retention_run import BASE_FILE, RetentionRun
 
@@ -72,6 +73,10 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         if isinstance(texts, Mapping) and (name is not None or not texts):
             raise FNSFTError("texts by name are one or more, and have their own names; drop name, or give one text")
+        base = base_model(trainer.model)
+        if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None:
+            kind = type(base).__name__
+            raise FNSFTError(f"retention is measured by the next token, which a {kind} does not predict; drop it")
         self.trainer = trainer
         self.budget = None if budget is None else Budget(budget, on_budget)
         named = texts if isinstance(texts, Mapping) else {name or "": texts}

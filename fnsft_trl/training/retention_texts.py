@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.embedded import EMBEDDED, wikipedia_passages
+from ..data.rendering import template_arguments
 from ..data.sources import load_texts
 from ..errors import FNSFTError
 from ..evaluation.config import TASK, RetentionConfig
@@ -107,7 +109,8 @@ class RetentionTexts:
         if names is not None and set(names) <= {"input_ids", "labels", "attention_mask", "completion_mask"}:
             logger.warning("the training data is tokenised, so it is not known whether retention texts are among it")
             return
-        rows = train_dataset if formatting_func is None else map(formatting_func, train_dataset)
+        rows = tqdm(train_dataset, "comparing retention texts with the training data", leave=False, delay=5)
+        rows = rows if formatting_func is None else map(formatting_func, rows)
         shared = SharedRows(self.texts).among(rows, most=_LEAST if is_stream else None)
         for name, texts in shared.items():
             where = f"the first {_LEAST} rows of the training data" if is_stream else "the training data"
@@ -120,36 +123,49 @@ class RetentionTexts:
         """Add a callback with all series to a trainer, that of the prompts of its task among them."""
         config = self.config
         texts = dict(self._tokenized or self._tokenize(trainer.processing_class))
-        prompts = task_prompts(trainer.train_dataset, tokens=config.retention_tokens, seed=trainer.args.seed)
+        prompts = task_prompts(
+            trainer.train_dataset,
+            trainer.processing_class,
+            tokens=config.retention_tokens,
+            seed=trainer.args.seed,
+        )
         if prompts is not None:
             texts[TASK] = prompts
+        elif trainer.is_world_process_zero():
+            logger.warning("the rows to train on have no prompts that are known, so retention/task/kl is not measured")
         settings = {"batch_size": config.retention_batch_size, "budget": config.retention_budget}
         settings["on_budget"] = config.retention_on_budget or "rollback"
         trainer.add_callback(RetentionCallback(trainer, texts, **settings))
 
 
-def task_prompts(dataset: Dataset | IterableDataset | None, *, tokens: int, seed: int) -> RetentionText | None:
+def task_prompts(
+    dataset: Dataset | IterableDataset | None, processing_class, *, tokens: int, seed: int
+) -> RetentionText | None:
     """The prompts of a task: of its rows, as they are trained, all before the first token that is learnt, and it.
 
     So the last distribution of each is that over the beginning of the answer. A row of which every token is learnt
     (plain text, or a conversation without `assistant_only_loss`) has no prompt and counts as a whole.
 
     Args:
-        dataset: prepared rows, with `input_ids` and perhaps `labels`; packed ones (`seq_lengths`) are taken apart.
+        dataset: rows with `input_ids` and perhaps `labels`, packed ones (`seq_lengths`) too, as SFTTrainer prepares
+            them; with `prompt_ids`, as DPO and KTO do; or with a `prompt` as it is, as GRPO and RLOO do.
+        processing_class: the tokenizer or processor.
         tokens: number of tokens to score.
         seed: of the order in which rows are drawn; of a stream, the first ones are taken.
 
     Returns:
-        `None` where the rows are not tokenised, or hold no token that is learnt.
+        `None` where the rows have none of these columns, or hold no token that is learnt.
     """
     if dataset is None:
         return None
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     prompts, found = [], 0
-    for ids in _prompts(_drawn(dataset, tokens, seed)):
-        ids = ids[: tokens - found + 1]
-        if len(ids) > 1:
-            prompts.append(ids)
-            found += len(ids) - 1
+    for row in _drawn(dataset, tokens, seed):
+        for ids in _prompts(row, tokenizer):
+            ids = ids[: tokens - found + 1]
+            if len(ids) > 1:
+                prompts.append(ids)
+                found += len(ids) - 1
         if found >= tokens:
             break
     return RetentionText.of_sequences(prompts) if prompts else None
@@ -162,15 +178,28 @@ def _drawn(dataset: Dataset | IterableDataset, tokens: int, seed: int) -> Iterat
     return (dataset[number] for number in order)
 
 
-def _prompts(rows: Iterable[dict]) -> Iterator[list[int]]:
-    for row in rows:
-        if "input_ids" not in row:
-            return
-        ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
-        start = 0
-        for length in row.get("seq_lengths") or [len(ids)]:
-            part, own = ids[start : start + length], labels[start : start + length]
-            learnt = next((place for place, label in enumerate(own) if label != _IGNORED), None)
-            start += length
-            if learnt is not None:
-                yield list(part[: learnt + 1]) if learnt else list(part)
+def _prompts(row: dict, tokenizer) -> Iterator[list[int]]:
+    """The prompts of one row, each with the token after it."""
+    if "input_ids" in row:
+        yield from _not_learnt(row)
+    elif "prompt_ids" in row:
+        answer = row.get("completion_ids") or row.get("chosen_ids") or row["prompt_ids"]
+        yield [*row["prompt_ids"], answer[0]]
+    elif isinstance(row.get("prompt"), str):
+        ids = tokenizer(row["prompt"])["input_ids"]
+        yield [*ids, ids[-1]] if ids else []  # whatever comes after it: its distribution is compared, not its token
+    elif isinstance(row.get("prompt"), list):
+        arguments = template_arguments(row)
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True, **arguments)
+        yield [*ids["input_ids"], ids["input_ids"][-1]]
+
+
+def _not_learnt(row: dict) -> Iterator[list[int]]:
+    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    start = 0
+    for length in row.get("seq_lengths") or [len(ids)]:
+        part, own = ids[start : start + length], labels[start : start + length]
+        learnt = next((place for place, label in enumerate(own) if label != _IGNORED), None)
+        start += length
+        if learnt is not None:
+            yield list(part[: learnt + 1]) if learnt else list(part)

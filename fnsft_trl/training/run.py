@@ -56,6 +56,7 @@ class Run:
         args: the training arguments.
         checkpoint (`Path` or `None`): what the run goes on from, as far as the arguments say so.
         guard (`FrozenNeuronGuard` or `None`): what watches the frozen weights.
+        masks_reference (`bool`): whether a forward mask is on the trainer's reference too: not on one that was given.
         template (`FunctionalNetworkTemplate`): the networks.
         layers (`list[int]` or `None`): the layers to select in; all of the template's by default.
         selected (`NeuronMask`): the selected neurons, over these layers.
@@ -69,6 +70,7 @@ class Run:
     layers: list[int] | None = None
     selected: NeuronMask
     trainable: NeuronMask
+    masks_reference = True
 
     def __init__(self, config: FunctionalNetworkConfig, given: dict[str, Any], kind: TrainerKind) -> None:
         self.config, self.given, self.kind = config, given, kind
@@ -104,6 +106,7 @@ class Run:
         self._find_networks(template, model)
         adapter = self._select(model, given.get("peft_config"))
         kind, is_full = self.kind, self.plan.method == "full"
+        self.masks_reference = given.get("ref_model") is None
         if is_full and kind.takes_reference and given.get("ref_model") is None:
             given["ref_model"] = copy_for_reference(model, self.args)
         has_reference = kind.takes_reference or kind.generates

@@ -88,7 +88,7 @@ class RunRecord:
             origin = f"were found on {template.calibration['tokens']} tokens of {sources}"
         if template.hub_id is not None:
             name = plain(template.hub_id)
-            origin += f", come from [{name}](https://huggingface.co/{name}) at commit {plain(str(template.commit))}"
+            origin += f", come from [{name}](https://huggingface.co/{name}) at commit `{plain(str(template.commit))}`"
         lines = [
             f"\n{SECTION}\n",
             f"Trained with `fnsft_trl`, method `{self.plan.method}`: {what} Selected were {self.selection()}. The "

@@ -191,6 +191,9 @@ def other_verbs(draw) -> Call:
             (["export", "a", "--to", draw.choice(["merge", "gguff", "ggml"])], "to is"),
             (["export", "a", "--to", "merged"], "output_dir"),
             (["export", "a", "--to", "gguf", "--output_dir", "o"], "output_dir"),
+            (["experiment"], "recipes is missing"),
+            (["experiment", "nowhere"], "no folder or file nowhere"),
+            (["experiment", "rows.jsonl", f"--{name}", "1"], name),
             (["demo", f"--{name}", "1"], name),
             (["demo", "--test_rows", "0"], "at least 1"),
         ]

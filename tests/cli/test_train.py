@@ -65,7 +65,7 @@ def test_precision_that_is_given_is_kept(base, networks, log, tmp_path):
 def test_the_original_dtype_auto_is_that_of_the_device_for_frozen_weights(base, words, dtype, monkeypatch):
     loaded = []
 
-    def load(name, args, options, quantization_config):
+    def load(name, args, options, quantization_config, *, scores):
         loaded.append(options["dtype"])
         raise KeyboardInterrupt
 
@@ -88,7 +88,7 @@ def test_an_adapter_as_the_model_is_told_to_be_merged_first(base, networks, tmp_
 def test_the_attention_implementation_reaches_the_model(base, networks, monkeypatch):
     loaded = []
 
-    def load(name, args, options, quantization_config):
+    def load(name, args, options, quantization_config, *, scores):
         loaded.append(options["attn_implementation"])
         raise KeyboardInterrupt
 

@@ -76,10 +76,13 @@ def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     assert torch.equal(resampled_sums(rows, draws=300), whole)
 
 
-def test_a_rise_of_retention_has_the_same_interval():
+def test_a_rise_of_retention_is_a_paired_bootstrap_over_sequences():
     text = RetentionText.of_sequences([[1] * (3 + number % 5) for number in range(40)])
     generator = torch.Generator().manual_seed(0)
     before, after = torch.rand(2, 40, generator=generator, dtype=torch.float64)
-    tokens = [len(ids) - 1 for ids in text.sequences]
-    measures = [Measure.of_sums(nll.tolist(), tokens, range(40), rises=False) for nll in (before, after)]
-    assert measures[1].minus(measures[0]) == pytest.approx(text.rise(before, after), abs=1e-12)
+    tokens = torch.tensor([len(ids) - 1 for ids in text.sequences], dtype=torch.float64)
+    chosen = torch.randint(40, (2000, 40), generator=torch.Generator().manual_seed(0))
+    samples = (after - before)[chosen].sum(1) / tokens[chosen].sum(1)
+    ends = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    expected = [float((after - before).sum() / tokens.sum()), *ends]
+    assert text.rise(before, after) == pytest.approx(expected, abs=1e-12)

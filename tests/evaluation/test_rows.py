@@ -16,9 +16,10 @@ from fnsft_trl.evaluation.rows import RowReader, common_prefix, prompt_format, r
 TEMPLATE = (
     "{% if tools %}tools: {% for t in tools %}{{ t['function']['name'] }} {% endfor %}{% endif %}"
     "{% if loud %}LOUD {% endif %}"
-    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
-    "{% endgeneration %}{% else %}{{ m['content'] }}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m['role'] }}:"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("koba", "riri")]
 
@@ -120,7 +121,7 @@ def test_what_is_asked_is_what_stands_before_the_answer(marking):
     reader = RowReader(marking)
     one = reader.read({"messages": turns("Say ba:", "ab", "Say ko:", "ok.")})
     start, end = one.answer
-    assert marking.decode(one.prompt) == "user: Say ba:<eos>assistant: ab<eos>user: Say ko:<eos>assistant: "
+    assert marking.decode(one.prompt) == "user:Say ba:<eos>assistant:ab<eos>user:Say ko:<eos>assistant:"
     assert (start, end) == (len(one.prompt), len(one.ids))
     assert (marking.decode(one.ids[start:end]), one.reference) == ("ok.<eos>", "ok.")
     open_end = reader.read({"messages": turns("Say ba:", "ab", "Say ko:")})
@@ -158,7 +159,7 @@ def test_completions_are_scored_however_they_are_given(marking, model):
     scores = score_completions(model, marking, asked)
     assert score_completions(model, marking, talked) == scores
     rendered = [
-        {"prompt": f"user: {r['prompt']}<eos>assistant: ", "completion": r["completion"] + "<eos>"} for r in ROWS
+        {"prompt": f"user:{r['prompt']}<eos>assistant:", "completion": r["completion"] + "<eos>"} for r in ROWS
     ]
     assert score_completions(model, marking, rendered).nll == pytest.approx(scores.nll, rel=1e-5)
     with pytest.raises(FNSFTError, match="row 0 has no answer"):

@@ -1,8 +1,14 @@
 """An experiment that is killed goes on where it was, and its report is that of an uninterrupted one."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -113,6 +119,19 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_finished(place, t
     assert [json.loads(text)["arm"] for text in (tmp_path / "out" / "cells.jsonl").open()] == ["lora"]
 
 
+def test_an_arm_that_is_held_to_a_budget_is_scored_as_what_it_comes_back_to(tmp_path, model_dir):
+    folder = make_folder(tmp_path, model_dir)
+    edit(folder / "lora.yaml", retention_budget=0.0, eval_strategy="steps", eval_steps=1, learning_rate=0.1)
+    assert run(folder / "lora.yaml", tmp_path / "out", "--data", str(tmp_path / "test.jsonl")) == 0
+    (cell,) = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").open()]
+    assert "the model is again what it was before" in cell["budget"]
+    first, last = cell["points"][0], cell["points"][-1]
+    assert last["step"] > 0
+    assert last["learning"] == pytest.approx(first["learning"], abs=1e-6)
+    assert last["retention"]["general"]["rise"] == pytest.approx(0, abs=1e-6)
+    assert cell["budget"] in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_arms_share_one_discovery_and_see_the_same_rows(place):
     cells = [json.loads(line) for line in (place / "whole" / "cells.jsonl").open()]
     assert len(list((place / "whole" / "templates").iterdir())) == 1
@@ -171,10 +190,59 @@ def test_a_file_of_cells_that_is_none_is_one_line(copied, capsys):
     assert "holds no cells" in refused(capsys, copied / "recipes", "--output_dir", copied / "whole")
 
 
+def test_the_report_says_what_was_compared_and_on_how_much(place):
+    markdown = (place / "whole" / "report.md").read_text()
+    results = json.loads((place / "whole" / "results.json").read_text())
+    for name in ARMS:
+        assert re.search(rf"^\| {name} \| [\d,]+ \| .* \[", markdown, flags=re.MULTILINE)
+    assert "| before training |" in markdown
+    assert "n = 8 rows that were held out, and 60 tokens of general" in markdown
+    assert "over n = 2 seeds" in markdown
+    assert "| lora - deltas |" in markdown
+    assert "| `lora_r` | - | 2 | - |" in markdown
+    assert "learning_rate" not in markdown.partition("What differs")[2].partition("## ")[0]  # it is the same
+    for part in results["arms"]:
+        assert part["nll"]["over"] == part["retention"]["general"]["rise"]["over"] == "seeds"
+    for cell in results["cells"]:
+        assert f"{cell['eval_data']}" in markdown
+    assert str(place / "whole") not in markdown
+
+
+def test_one_seed_is_said_to_be_one(copied):
+    assert run(copied / "recipes", copied / "whole", "--seeds", "1") == 0
+    markdown = (copied / "whole" / "report.md").read_text()
+    results = json.loads((copied / "whole" / "results.json").read_text())
+    assert "One seed, so nothing is known of what another seed would give" in markdown
+    assert results["seeds"] == [1]
+    for part in results["arms"]:
+        assert part["nll"]["over"] is None
+        assert part["retention"]["general"]["rise"]["over"] == "texts"
+    assert len((copied / "whole" / "cells.jsonl").read_text().splitlines()) == len(ARMS) * 2  # all are kept
+
+
 @pytest.mark.slow
-def test_several_jobs_give_the_report_of_one(place, tmp_path):
-    assert run(place / "recipes", tmp_path / "two", "--jobs", "2") == 0
-    assert report(tmp_path / "two") == report(place / "whole")
+def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began_them(place, tmp_path):
+    output = tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "fnsft_trl.cli",
+        "experiment",
+        str(place / "recipes"),
+        "--output_dir",
+        str(output),
+    ]
+    with subprocess.Popen([*command, "--jobs", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while len(list(output.glob("arms/*/*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert run(place / "recipes", output, "--jobs", "2") == 0
+    assert report(output) == report(place / "whole")
 
 
 def test_each_process_has_an_accelerator_of_its_own():

@@ -16,7 +16,7 @@ def test_report_is_saved_in_three_forms(templates, tmp_path):
     report = Report("A <title>")
     report.heading("Part & one")
     report.text("Some text.")
-    report.table(["arm", "score"], [["a", "0.5"], ["<b>", "0.6"]])
+    report.table(["arm", "score"], [["a", "0.5"], ["<b>", "0.6"], ["x|y\nz", ""]])
     svg = networks_svg(TemplateDescription.of(templates["llama"], "0" * 64))
     report.figure("networks", svg.encode(), "The networks.")
     report.figure(
@@ -28,6 +28,7 @@ def test_report_is_saved_in_three_forms(templates, tmp_path):
     report.save(tmp_path, {"score": 0.5})
     markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert "| a | 0.5 |" in markdown
+    assert "| x\\|y z |" in markdown
     assert re.findall(r"\]\((.*?)\)", markdown) == ["networks.svg", "curves.png", "comparison.png"]
     assert page.count("data:image/png;base64,") == 2
     assert f"<figure>{svg}<figcaption>The networks." in page

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.hub.card import ADAPTER_NOTE, SECTION, TAGS, merged_card, plain, publishable_card, with_section
+from fnsft_trl.hub.card import (
+    ADAPTER_NOTE,
+    SECTION,
+    TAGS,
+    merged_card,
+    plain,
+    publishable_card,
+    with_section,
+    without_section,
+)
 from fnsft_trl.template.card import template_card
 from fnsft_trl.template.description import TemplateDescription
 
@@ -185,3 +194,6 @@ def test_a_section_is_put_in_the_place_of_the_one_before():
     assert new == "# A\n\n## Results\n\ntwo\n\n## Results of others\n\nthree\n"
     assert with_section(new, section) == new
     assert with_section("# A\n\n## Results\n\none", section) == "# A\n\n## Results\n\ntwo\n"
+    assert without_section(new, "## Results") == "# A\n\n## Results of others\n\nthree\n"
+    assert without_section("# A\n\n## Results\n\none", "## Results") == "# A\n"
+    assert without_section("# A\n", "## Results") == "# A\n"

@@ -1,6 +1,7 @@
 """Networks in any trainer: what FNSFTTrainer promises holds for Trainer and for TRL's other trainers."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -21,11 +22,14 @@ from fnsft_trl import (
     MaskPhase,
     MaskScheduleCallback,
     NeuronTunerConfig,
+    RetentionCallback,
+    RetentionConfig,
     find_neuron_sites,
     select_neurons,
     with_networks,
 )
 from fnsft_trl.export import changed_neurons
+from fnsft_trl.neurons.sites import base_model
 
 
 ROWS = tiny_rows(16)
@@ -92,7 +96,7 @@ def reward_dir(tmp_path_factory, tokenizer):
 def make(model_dir, reward_dir, templates, tmp_path):
     """A trainer with networks: `make(name, method, model=..., network={...}, **arguments of its configuration)`."""
 
-    def make(name, method="neuron_delta", *, model=None, network=None, peft_config=None, template=True, **changes):
+    def make(name, method="neuron_delta", *, model=None, network=None, retention=None, template=True, **changes):
         trainer_class, config_class, rows, options, more = TRAINERS[name]
         if model is None:
             model = load(model_dir if name != "Reward" else reward_dir, name)
@@ -107,6 +111,7 @@ def make(model_dir, reward_dir, templates, tmp_path):
             **({"peft_config": lora} if method == "lora" and not isinstance(model, PeftModel) else {}),
             network_config=FunctionalNetworkConfig(train_method=method, **(network or {})),
             network_template=templates["llama"] if template else None,
+            retention=retention,
             **more,
         )
 
@@ -150,7 +155,7 @@ class Note(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
-def test_what_trains_is_what_was_selected(make, name, method, tmp_path):
+def test_what_trains_is_what_was_selected_and_what_is_saved(make, name, method, model_dir, reward_dir, tmp_path):
     trainer = make(name, method, network={"ica_component_ids": [0]})
     before, sites = merged_state(trainer.model), find_neuron_sites(trainer.model)
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -167,26 +172,23 @@ def test_what_trains_is_what_was_selected(make, name, method, tmp_path):
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, FrozenNeuronGuard)]
     assert len(guards) == 1
 
+    trainer.save_model(str(tmp_path / "saved"))
+    kind, directory = type(base_model(trainer.model)), reward_dir if name == "Reward" else model_dir
+    if method == "full":
+        loaded = kind.from_pretrained(tmp_path / "saved")
+    else:
+        loaded = PeftModel.from_pretrained(load(directory, name), tmp_path / "saved")
+    assert torch.equal(logits(loaded.eval(), IDS), logits(trainer.model.eval(), IDS))
+    assert (tmp_path / "saved" / "functional_networks" / "selection.json").is_file()
+    if method != "full":
+        assert "## Functional networks" in (tmp_path / "saved" / "README.md").read_text()
+
 
 def load_sites(model):
     return find_neuron_sites(copy.deepcopy(model).unload())
 
 
-@pytest.mark.parametrize("method", ["neuron_delta", "lora"])
-def test_a_saved_adapter_gives_the_same_logits(make, name, method, model_dir, reward_dir, tmp_path):
-    trainer = make(name, method, network={"ica_component_ids": [0]})
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(load(reward_dir if name == "Reward" else model_dir, name), tmp_path / "saved")
-    ids = IDS.clone()
-    assert torch.equal(logits(loaded.eval(), ids), logits(trainer.model.eval(), ids))
-    assert (tmp_path / "saved" / "functional_networks" / "selection.json").is_file()
-    card = (tmp_path / "saved" / "README.md").read_text()
-    assert "## Functional networks" in card
-
-
-@pytest.mark.parametrize("method", ["neuron_delta", "full"])
-@pytest.mark.parametrize("mode", ["lesion", "preserve"])
+@pytest.mark.parametrize(("method", "mode"), [("neuron_delta", "lesion"), ("full", "preserve")])
 def test_the_mask_is_on_when_it_is_asked_for(make, name, method, mode):
     trainer = make(name, method, network={"mask_mode": mode, "ica_component_ids": [0]}, max_steps=1)
     silenced = trainer.neuron_mask if mode == "lesion" else ~trainer.neuron_mask
@@ -229,6 +231,24 @@ def test_dpo_begins_at_ln_2(make, method, mode):
     trainer = make("DPO", method, network={"mask_mode": mode}, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_reference_that_is_given_stays_as_it_is(make, model_dir, templates, tmp_path):
+    reference = load(model_dir)
+    before, hooks = state(reference), [len(m._forward_pre_hooks) for m in reference.modules()]
+    trainer = with_networks(trl.DPOTrainer)(
+        load(model_dir),
+        reference,
+        trl.DPOConfig(output_dir=str(tmp_path), max_length=40, **COMMON),
+        train_dataset=Dataset.from_list(PAIRS),
+        network_config=FunctionalNetworkConfig(train_method="full", mask_mode="preserve"),
+        network_template=templates["llama"],
+    )
+    trainer.train()
+    assert trainer.ref_model is reference
+    assert trainer.state.log_history[0]["loss"] != pytest.approx(math.log(2), abs=1e-5)
+    assert changed_entries(before, state(reference)) == {}
+    assert [len(m._forward_pre_hooks) for m in reference.modules()] == hooks
 
 
 def test_after_sft_the_reference_is_the_tuned_model(make, model_dir, templates, tmp_path):
@@ -277,7 +297,9 @@ def test_a_schedule_switches_the_mask_of_the_reference_too(make):
         MaskScheduleCallback(Trainer(tiny_model("llama")), [MaskPhase(1, "preserve")])
 
 
-@pytest.mark.parametrize("method", ["neuron_delta", "full"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "neuron_delta") for name in TRAINERS), ("Trainer", "lora"), ("GRPO", "full")]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
     def run(directory, **train):
         trainer = make(
@@ -294,6 +316,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
         make(name, method, max_steps=4, learning_rate=0.02, output_dir=str(tmp_path / "other")).train(
             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
         )
+
+
+@pytest.mark.parametrize("name", ["Trainer", "DPO", "GRPO"])
+@pytest.mark.parametrize("method", ["neuron_delta", "full"])
+def test_what_is_lost_is_measured(make, name, method, tmp_path):
+    """From the model before training, with the mask off, and with its reference as it is."""
+    trainer = make(name, method, network={"mask_mode": "preserve"})
+    trainer.add_callback(RetentionCallback(trainer, ["Say bako: okab."] * 4, name="wiki", max_tokens=40))
+    trainer.train()
+    rises = [entry["retention/wiki/rise"] for entry in trainer.state.log_history if "retention/wiki/rise" in entry]
+    assert rises[0] == pytest.approx(0, abs=1e-6)
+    assert abs(rises[-1]) > 1e-5
+    trainer.save_model()
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["retention"]["series"]["wiki"]["rise"] == rises[-1]
+    assert found["networks"]["method"] == method
+    assert {"masked", "unmasked"} <= {key for key, values in found["evaluation"].items() if values}
+
+
+def test_retention_of_a_reward_model_is_refused(make, tmp_path):
+    (tmp_path / "wiki.txt").write_text("Say bako: okab.")
+    with pytest.raises(FNSFTError, match="next token"):
+        RetentionCallback(make("Reward"), ["Say bako: okab."])
+    with pytest.raises(FNSFTError, match="next token"):
+        make("Reward", retention=RetentionConfig(retention_datasets=[str(tmp_path / "wiki.txt")]))
 
 
 def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):

@@ -5,6 +5,7 @@ from datasets import Dataset
 from helpers import tiny_model
 
 from fnsft_trl import FunctionalNetworkConfig
+from fnsft_trl.data.sequences import trained_part
 from fnsft_trl.training.preparation import discover_template
 
 
@@ -16,5 +17,5 @@ def test_a_discovery_runs_where_the_trainer_will_place_the_model(rows, tokenizer
     monkeypatch.setattr(model, "to", moved.append)
     args = SimpleNamespace(place_model_on_device=place, device="the accelerator", dataset_text_field="text")
     config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
-    discover_template(config, model, tokenizer, args, Dataset.from_list(rows), None)
+    discover_template(config, model, tokenizer, args, Dataset.from_list(rows), trained_part)
     assert moved == ["the accelerator"] * is_placed

@@ -177,6 +177,18 @@ def test_a_saved_card_is_renewed(make):
     assert card.count("## Functional networks") == 1
 
 
+def test_results_of_an_earlier_run_do_not_stay_beside_other_weights(make):
+    trainer = make(network={"ica_component_ids": [0]})
+    finish(trainer)
+    directory = Path(trainer.args.output_dir)
+    make(networks=False, retention=False, lora=True).save_model()
+    assert not (directory / RESULTS_FILE).exists()
+    assert RESULTS_SECTION not in (directory / "README.md").read_text()
+    (directory / RESULTS_FILE).write_text('{"format": "of somebody else"}')
+    make(networks=False, retention=False, lora=True).save_model()
+    assert (directory / RESULTS_FILE).exists()
+
+
 def test_what_was_done_about_the_budget_is_told(make, caplog):
     """A run that no measurement of keeps to its budget ends in an error, and says it all too."""
     trainer = make(retention=False, learning_rate=0.3, eval_strategy="steps", eval_steps=1)

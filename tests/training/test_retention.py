@@ -426,20 +426,32 @@ def test_a_text_with_too_few_tokens_is_said(make, texts, log):
     assert [line for line in log if line.startswith("the retention text 'law' holds ") and "not the 100000" in line]
 
 
-def test_the_prompts_of_the_task_end_with_the_first_token_that_is_learnt():
+def prompts_of(rows, tokenizer, tokens=100):
+    text = task_prompts(Dataset.from_list(rows), tokenizer, tokens=tokens, seed=0)
+    return text and sorted(text.sequences)
+
+
+def test_the_prompts_of_the_task_end_with_the_first_token_that_is_learnt(tokenizer):
     rows = [
         {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
         {"input_ids": [5, 9, 9], "labels": [5, 9, 9]},
         {"input_ids": [4, 4], "labels": [-100, -100]},
     ]
-    text = task_prompts(Dataset.from_list(rows), tokens=100, seed=0)
-    assert sorted(text.sequences) == [[5, 6, 7], [5, 9, 9]]
-    assert text.tokens == 4
-    assert task_prompts(Dataset.from_list(rows), tokens=3, seed=0).tokens == 3
-    assert task_prompts(Dataset.from_list(rows[2:]), tokens=3, seed=0) is None
-    assert task_prompts(Dataset.from_list([{"text": "a"}]), tokens=3, seed=0) is None
+    assert prompts_of(rows, tokenizer) == [[5, 6, 7], [5, 9, 9]]
+    assert sum(len(ids) - 1 for ids in prompts_of(rows, tokenizer, 3)) == 3
+    assert prompts_of(rows[2:], tokenizer) is None
+    assert prompts_of([{"text": "a"}], tokenizer) is None
     packed = [{"input_ids": [5, 6, 7, 1, 2, 3], "labels": [-100, 6, 7, -100, -100, 3], "seq_lengths": [3, 3]}]
-    assert task_prompts(Dataset.from_list(packed), tokens=9, seed=0).sequences == [[5, 6], [1, 2, 3]]
+    assert prompts_of(packed, tokenizer) == [[1, 2, 3], [5, 6]]
+
+
+def test_the_prompts_of_preferences_and_of_rows_as_they_are(tokenizer):
+    assert prompts_of([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}], tokenizer) == [[5, 6, 7]]
+    assert prompts_of([{"prompt_ids": [5, 6], "completion_ids": [9], "label": True}], tokenizer) == [[5, 6, 9]]
+    turn = [{"role": "user", "content": "ba"}]
+    for prompt, text in (("Say ba:", "Say ba:"), (turn, "user: ba<eos>assistant: ")):
+        (ids,) = prompts_of([{"prompt": prompt}], tokenizer)
+        assert ids[:-1] == tokenizer(text)["input_ids"]
 
 
 def test_the_prompts_are_those_that_sft_trainer_learns_nothing_of(make, texts, rows, tokenizer):

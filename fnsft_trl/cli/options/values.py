@@ -46,12 +46,13 @@ def read_value(option: Option, written: Any, spelt: str) -> Any:
     if isinstance(written, tuple):
         written = _from_words(option, written, spelt)
     value = _convert(option, written, spelt)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and option.lowest is not None:
-        highest = math.inf if option.highest is None else option.highest
-        if not option.lowest <= value <= highest:
-            allowed = f"at least {option.lowest}" if highest == math.inf else f"from {option.lowest} to {highest}"
-            raise FNSFTError(f"{spelt} is {value}; it must be {allowed}")
+    for number in value if isinstance(value, list) else [value]:
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if is_number and option.lowest is not None:
+            highest = math.inf if option.highest is None else option.highest
+            if not option.lowest <= number <= highest:
+                allowed = f"at least {option.lowest}" if highest == math.inf else f"from {option.lowest} to {highest}"
+                raise FNSFTError(f"{spelt} is {number}; it must be {allowed}")
     return value
 
 
