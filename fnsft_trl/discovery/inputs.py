@@ -111,6 +111,8 @@ def shared_inputs(model: nn.Module, modules: Sequence[str], ids: list[int]) -> l
     Raises:
         FNSFTError: one is not linear, or is not reached.
     """
+    if not modules:
+        raise FNSFTError("no linear module is named whose inputs could have directions; name at least one")
     for name in modules:
         if linear_shape(module_named(model, name)) is None:
             kind = type(module_named(model, name)).__name__

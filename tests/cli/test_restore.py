@@ -66,7 +66,7 @@ def place(tmp_path_factory, model_dir, tokenizer):
     saved(taught(full, tokenizer, learning_rate=3e-3), tokenizer, root / "full")
     written(root / "task.jsonl", tiny_rows(24))
     for name, seed in (("first", 5), ("second", 6)):
-        texts = [{"text": f"{row['completion']}\n{row['prompt']}" * 6} for row in tiny_rows(30, seed=seed)]
+        texts = [{"text": f"{row['prompt']}{row['completion']}\n" * 6} for row in tiny_rows(30, seed=seed)]
         written(root / f"{name}.jsonl", texts)
     return root
 
@@ -155,8 +155,7 @@ def test_a_restored_lora_is_a_plain_one_of_the_same_rank_that_answers_position_0
             float((layer.lora_B["default"].weight @ layer.lora_A["default"].weight @ vector).norm())
             for layer in (restored, trained)
         ]
-        # What is left comes of the passages: the mean of those that are read here is another one.
-        assert sizes[0] < 0.05 * sizes[1]
+        assert sizes[0] < 1e-5 * sizes[1]  # all texts begin with one token, so all passages give the same vector
 
 
 @pytest.mark.parametrize("kind", ["deltas", "full"])
@@ -304,9 +303,9 @@ def test_a_call_that_cannot_be_meant_is_refused_before_anything_is_loaded(place,
     assert not (place / "nothing").exists()
 
 
-def test_rows_on_which_nothing_was_learnt_are_refused(place, capsys):
-    written(place / "other.jsonl", [{"prompt": "xyz", "completion": "qqq kkk vvv"}] * 4)
-    words = [place / "lora", "--keep", f"first={place / 'first.jsonl'}", "--task", place / "other.jsonl", *TASK]
+def test_rows_on_which_nothing_was_learnt_are_refused(place, model_dir, tokenizer, capsys):
+    saved(lora(model_dir), tokenizer, place / "untrained")
+    words = [place / "untrained", "--keep", f"first={place / 'first.jsonl'}", "--task", place / "task.jsonl", *TASK]
     line = refused(capsys, *words, *SMALL, "--output_dir", place / "nothing")
     assert "nothing was learnt that could be kept" in line
     assert not (place / "nothing").exists()

@@ -1,5 +1,7 @@
 """Directions of the inputs of modules: what they are, and what a change off them does, on every architecture."""
 
+import re
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -19,8 +21,7 @@ def sequences(count=6, seed=0, shortest=5):
 
 def linears(model):
     """All linear modules of the text model's blocks that text reaches."""
-    names = [name for site in find_neuron_sites(model) for name in (site.down_name, *site.up_names) if name]
-    blocks = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+    blocks = {re.match(r".*?\.\d+(?=\.)", site.name)[0] for site in find_neuron_sites(model)}
     return sorted(
         {
             name
@@ -159,6 +160,8 @@ def test_what_cannot_be_read_is_said():
     model, text = tiny_model("llama"), {"a": KeptText(sequences())}
     with pytest.raises(FNSFTError, match=r"model.norm is a LlamaRMSNorm; only inputs of linear layers"):
         KeptDirections.find(model, ["model.norm"], text, leading=1, title=None)
+    with pytest.raises(FNSFTError, match=r"no linear module"):
+        KeptDirections.find(model, [], text, leading=1, title=None)
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight[0, 0] = torch.nan
     with pytest.raises(FNSFTError, match=r"an input of model.layers.1.mlp.down_proj is NaN"):
