@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist lo
 
 .PHONY: demo test test-quick quality install clean
 
-demo: install  ## discover, fine-tune three ways, measure, report (about 8 minutes on 2 cores)
+demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
 
 test: install  ## the whole test suite

@@ -17,7 +17,7 @@ from ..data.sources import load_data
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig, metric_name
 from ..evaluation.evaluated import EvaluatedModel
-from ..evaluation.evaluation import EvaluationData, ModelScores, evaluate_model, row_reader
+from ..evaluation.evaluation import EvaluationData, ModelScores, check_data, evaluate_model
 from ..evaluation.general import score_text
 from ..evaluation.generation import check_generates, check_scores_of_text
 from ..evaluation.harness import Tasks
@@ -26,8 +26,7 @@ from ..evaluation.settings import EvaluationConfig
 from ..evaluation.share import Share
 from ..interventions.masking import lesion, preserve
 from ..neurons.mask import NeuronMask
-from ..selection import select_neurons
-from ..training.loaded import check_template, chosen_layers, given_template
+from ..training.loaded import check_template, chosen_layers, given_template, select_as_configured
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from .evaluation_report import write_report
@@ -191,8 +190,8 @@ def _found(
 def _check_model(each: EvaluatedModel, work: _Work) -> None:
     """See, before any model is loaded, that one can be scored as it is asked for."""
     tokenizer = each.load_tokenizer()
-    if any(part.choice_format(work.settings) is None for part in work.data):
-        row_reader(tokenizer, work.settings)
+    for part in work.data:
+        check_data(part.sampled(work.settings.max_samples, work.settings.seed), tokenizer, work.settings)
     if work.mask is not None:
         template = given_template(work.mask, None)
         replace(template, base_model="").check_model(each.outline())  # the names are compared when weights are there
@@ -249,16 +248,7 @@ def _mask(config: FunctionalNetworkConfig, model: nn.Module) -> NeuronMask:
     if template.threshold is None and template.site != config.ica_site:
         config = replace(config, ica_site=template.site)  # as in training: the original's templates name no site
     template = check_template(config, model, template)
-    return select_neurons(
-        template,
-        config.ica_component_ids,
-        selector=config.ica_select,
-        fraction=config.ica_fraction,
-        rank=config.ica_rank_by,
-        min_reliability=config.ica_min_reliability,
-        seed=config.ica_seed,
-        layers=chosen_layers(config, model, template),
-    )
+    return select_as_configured(config, template, chosen_layers(config, model, template))
 
 
 def _score(

@@ -1,7 +1,7 @@
 """ChoiceRow: a question with its possible answers, and the shapes that published sets of such questions have."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import FNSFTError
@@ -122,16 +122,34 @@ def read_choices(
         FNSFTError: no question can be used.
     """
     rows = list(rows)
-    left_out, found = LeftOut(name, "score"), []
+    left_out = LeftOut(name, "score")
+    found = list(_usable(rows, form, prompt, left_out))
+    left_out.check(len(rows))
+    return found, left_out
+
+
+def check_choices(
+    rows: Iterable[Mapping], form: ChoiceFormat, *, prompt: str | None = None, name: str = "the data"
+) -> None:
+    """See that one of the questions can be used, as [`read_choices`] does it.
+
+    Raises:
+        FNSFTError: none can.
+    """
+    rows = list(rows)
+    left_out = LeftOut(name, "score")
+    if next(_usable(rows, form, prompt, left_out), None) is None:
+        left_out.check(len(rows))
+
+
+def _usable(rows: list[Mapping], form: ChoiceFormat, prompt: str | None, left_out: LeftOut) -> Iterator[ChoiceRow]:
     for number, row in enumerate(rows):
         try:
-            found.append(_choice_row(row, number, form, prompt or form.question))
+            yield _choice_row(row, number, form, prompt or form.question)
         except UnusableRow as reason:
             left_out.add(number, reason)
         except FNSFTError as error:
-            raise FNSFTError(f"{name}, row {number}: {error}") from error
-    left_out.check(len(rows))
-    return found, left_out
+            raise FNSFTError(f"{left_out.name}, row {number}: {error}") from error
 
 
 def _choice_row(row: Mapping, number: int, form: ChoiceFormat, prompt: str) -> ChoiceRow:

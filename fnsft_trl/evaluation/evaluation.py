@@ -11,13 +11,13 @@ from datasets import Dataset
 from torch import nn
 
 from ..data.cells import UnusableRow
-from ..data.choices import ChoiceFormat, chosen_choice_format, find_choice_format, read_choices
+from ..data.choices import ChoiceFormat, check_choices, chosen_choice_format, find_choice_format, read_choices
 from ..data.left_out import LeftOut
 from .choices import choice_measures, score_choices
 from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
 from .measures import Measure
 from .metrics import score_rows
-from .rows import EvaluationRow, RowReader, prompt_format, read_rows
+from .rows import EvaluationRow, RowReader, check_rows, prompt_format, read_rows
 from .settings import EvaluationConfig
 from .share import ALONE, Share
 
@@ -37,18 +37,20 @@ class EvaluationData:
             questions.
         is_converted (`bool`): whether they are as SFTTrainer is given them in Python, where a prompt of text is no
             turn of a conversation.
+        numbers (`Sequence[int]`, *optional*): of the rows in their dataset; from 0 by default.
     """
 
     name: str
     rows: Sequence[Mapping]
     is_converted: bool = False
+    numbers: Sequence[int] | None = None
 
     def sampled(self, count: int | None, seed: int) -> "EvaluationData":
         """So many of the rows, by a seed, in their order."""
         if count is None or count >= len(self.rows):
             return self
         numbers = sorted(random.Random(seed).sample(range(len(self.rows)), count))
-        return EvaluationData(self.name, [self.rows[number] for number in numbers], self.is_converted)
+        return EvaluationData(self.name, [self.rows[number] for number in numbers], self.is_converted, numbers)
 
     @property
     def columns(self) -> list[str]:
@@ -140,6 +142,18 @@ def evaluate_model(
     return scores
 
 
+def check_data(part: EvaluationData, tokenizer, config: EvaluationConfig) -> None:
+    """See, without a model, that one of the rows can be scored.
+
+    Raises:
+        FNSFTError: none can, or the tokenizer cannot have the prompt format.
+    """
+    if (form := part.choice_format(config)) is not None:
+        check_choices(part.rows, form, prompt=config.choice_prompt, name=part.name)
+    else:
+        check_rows(part.rows, row_reader(tokenizer, config), columns=config.columns, name=part.name)
+
+
 def row_reader(tokenizer, config: EvaluationConfig, max_length: int | None = None) -> RowReader:
     """What reads rows by a tokenizer with the prompt format that a config asks for.
 
@@ -155,16 +169,24 @@ def _positions(model: nn.Module) -> int:
     return next((config.to_dict()[name] for name in _POSITIONS if config.to_dict().get(name)), _LONGEST)
 
 
-def _add(scores: ModelScores, part: EvaluationData, measures: dict[str, Measure], left_out: LeftOut, **about) -> None:
-    """Note the measures of one part of the data, for all rows and for each."""
+def _add(
+    scores: ModelScores,
+    part: EvaluationData,
+    measures: dict[str, Measure],
+    left_out: LeftOut,
+    texts: dict[int, dict[str, str]],
+    **about,
+) -> None:
+    """Note the measures of one part of the data, for all rows and for each, with its texts."""
     scores.measures |= {f"{part.name}/{name}": measure for name, measure in measures.items()}
     counts = {"rows": len(part.rows), "scored": len(part.rows) - left_out.count, "left_out": left_out.reasons}
     scores.about[part.name] = counts | about | {"sha256": part.sha256}
     found: dict[int, dict[str, Any]] = {}
     for name, measure in measures.items():
         for number, value in zip(measure.numbers, measure.per_row, strict=True):
-            found.setdefault(number, {"row": number})[name] = value
-    scores.rows[part.name] = [found[number] for number in sorted(found)]
+            in_dataset = number if part.numbers is None else part.numbers[number]
+            found.setdefault(number, {"row": in_dataset})[name] = value
+    scores.rows[part.name] = [found[number] | texts.get(number, {}) for number in sorted(found)]
 
 
 def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, share: Share, scores: ModelScores):
@@ -197,11 +219,12 @@ def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, s
         texts = [answer.text for answer in answers.values()]
         measures |= text_measures(texts, [rows[place].reference for place in answered], list(answers))
         about["answers_cut"] = sum(answer.is_cut for answer in answers.values())
-    _add(scores, part, measures, left_out, **about)
-    references = {row.number: row.reference for row in rows if row.answer is not None}
-    for entry in scores.rows[part.name]:
-        if entry["row"] in answers:
-            entry |= {"expected": references[entry["row"]], "answer": answers[entry["row"]].text}
+    texts = {
+        row.number: {"expected": row.reference, "answer": answers[row.number].text}
+        for row in rows
+        if row.number in answers
+    }
+    _add(scores, part, measures, left_out, texts, **about)
 
 
 def _converted(part: EvaluationData, reader: RowReader) -> tuple[list[EvaluationRow], LeftOut]:
@@ -240,4 +263,4 @@ def _score_choices(model, tokenizer, part, form, config: EvaluationConfig, lengt
         share=share,
         name=f"{part.name}: choices",
     )
-    _add(scores, part, choice_measures(rows, likelihoods), left_out)
+    _add(scores, part, choice_measures(rows, likelihoods), left_out, {})

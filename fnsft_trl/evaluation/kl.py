@@ -11,7 +11,9 @@ from torch import nn
 
 TOP_K = 64  # tokens of each stored distribution
 
-_CHUNK = 2**24  # float32 numbers of a distribution over the vocabulary that are held at once
+# Numbers of distributions over the vocabulary that are held in float32 at once: on a CPU what its cache holds,
+# elsewhere enough to be busy.
+_CHUNK, _CHUNK_ELSEWHERE = 2**18, 2**24
 # Parts of the names of an adapter's parameters: whole weights of its own, and what may stand beside its method.
 _OF_WHOLE = ("modules_to_save.", "trainable_tokens_")
 _OF_ADAPTERS = ("lora_", *_OF_WHOLE)
@@ -23,7 +25,8 @@ def chunks(logits: torch.Tensor) -> Iterator[slice]:
     Args:
         logits: shape (positions, vocabulary).
     """
-    length = max(1, _CHUNK // logits.shape[-1])
+    numbers = _CHUNK if logits.device.type == "cpu" else _CHUNK_ELSEWHERE
+    length = max(1, numbers // logits.shape[-1])
     for start in range(0, len(logits), length):
         yield slice(start, start + length)
 
@@ -48,7 +51,8 @@ def divergences(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
 
 def _weighted(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """`exp(p) * (p - q)` of log-probabilities; 0 where the first probability is 0."""
-    return (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0)
+    found = (p - q).mul_(p.exp())
+    return found.masked_fill_(p == -torch.inf, 0) if p.amin() == -torch.inf else found
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """EvaluationRow: a row of a dataset as it is trained, and what a model is asked to answer in it."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trl import get_training_chat_template
@@ -230,6 +230,32 @@ def read_rows(
         FNSFTError: no known format, or no row that can be scored.
     """
     rows = list(rows)
+    left_out = LeftOut(name, "score")
+    converted = list(_converted(rows, reader, columns, left_out))
+    scored = list(_read(_of_one_kind(converted), reader, left_out))
+    left_out.check(len(rows))
+    return scored, left_out
+
+
+def check_rows(
+    rows: Iterable[Mapping], reader: RowReader, *, columns: str | None = None, name: str = "the data"
+) -> None:
+    """See that one of the rows can be read, as [`read_rows`] does it.
+
+    Raises:
+        FNSFTError: no known format, or no row that can be scored.
+    """
+    rows = list(rows)
+    left_out = LeftOut(name, "score")
+    if next(_read(_converted(rows, reader, columns, left_out), reader, left_out), None) is None:
+        left_out.check(len(rows))
+
+
+def _converted(
+    rows: list[Mapping], reader: RowReader, columns: str | None, left_out: LeftOut
+) -> Iterator[tuple[int, dict]]:
+    """Numbers and rows as SFTTrainer is given them."""
+    name = left_out.name
     names = list(dict.fromkeys(column for row in rows for column in row))
     if not names:
         raise FNSFTError(f"{name} is empty; at least one row was expected")
@@ -239,25 +265,24 @@ def read_rows(
         matches = find_formats(names, chosen=columns, text_field=reader.text_field)
     except FNSFTError as error:
         raise FNSFTError(f"{name} {error}" if str(error).startswith("has ") else str(error)) from error
-    dialect, left_out = dialect_of(reader.tokenizer), LeftOut(name, "score")
-    converted: list[tuple[int, dict]] = []
+    dialect = dialect_of(reader.tokenizer)
     for number, row in enumerate(rows):
         try:
             given = {"tools": tools_of(row.get("tools"))}
             given["chat_template_kwargs"] = kwargs_of(row.get("chat_template_kwargs"))
-            converted.append((number, (convert_row(row, matches, dialect) or dict(row)) | given))
+            yield number, (convert_row(row, matches, dialect) or dict(row)) | given
         except UnusableRow as reason:
             left_out.add(number, reason)
         except FNSFTError as error:
             raise FNSFTError(f"{name}, row {number}: {error}") from error
-    scored = []
-    for number, row in _of_one_kind(converted):
+
+
+def _read(numbered: Iterable[tuple[int, dict]], reader: RowReader, left_out: LeftOut) -> Iterator[EvaluationRow]:
+    for number, row in numbered:
         try:
-            scored.append(reader.read(row, number))
+            yield reader.read(row, number)
         except UnusableRow as reason:
             left_out.add(number, reason)
-    left_out.check(len(rows))
-    return scored, left_out
 
 
 def _of_one_kind(numbered: list[tuple[int, dict]]) -> list[tuple[int, dict]]:

@@ -9,8 +9,10 @@ from transformers.utils import logging
 from ..config import FunctionalNetworkConfig
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, source_names
+from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..ranges import format_ranges
+from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 
 
@@ -68,6 +70,26 @@ def chosen_layers(
             "again"
         )
     return None if len(layers) == len(template.widths) else layers
+
+
+def select_as_configured(
+    config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate, layers: list[int] | None
+) -> NeuronMask:
+    """The neurons that a config selects.
+
+    Args:
+        layers: of the template, to select in; `None` for all of them.
+    """
+    return select_neurons(
+        template,
+        config.ica_component_ids,
+        selector=config.ica_select,
+        fraction=config.ica_fraction,
+        rank=config.ica_rank_by,
+        min_reliability=config.ica_min_reliability,
+        seed=config.ica_seed,
+        layers=layers,
+    )
 
 
 def _check_settings(config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate) -> None:

@@ -20,13 +20,12 @@ from ..hub.account import check_upload
 from ..interventions import MaskHandle
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges
-from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
 from .checkpoints import find_checkpoint
 from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
-from .loaded import check_template, chosen_layers, given_template
+from .loaded import check_template, chosen_layers, given_template, select_as_configured
 from .preparation import (
     discover_template,
     keep_4bit_layers_differentiable,
@@ -194,16 +193,7 @@ class Run:
             What PEFT is to wrap the model with.
         """
         config = self.config
-        self.selected = select_neurons(
-            self.template,
-            config.ica_component_ids,
-            selector=config.ica_select,
-            fraction=config.ica_fraction,
-            rank=config.ica_rank_by,
-            min_reliability=config.ica_min_reliability,
-            seed=config.ica_seed,
-            layers=self.layers,
-        )
+        self.selected = select_as_configured(config, self.template, self.layers)
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
         logger.info(f"selected {self.selected}; to be trained {self.trainable}; method {self.plan.method}")
         peft_config = self.way.peft_config(model, self.trainable, peft_config)

@@ -1,6 +1,7 @@
 """fnsft evaluate: base, adapter, merged and plain LoRA in one call, and all that stands in its report."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -178,6 +179,8 @@ def test_what_is_sampled_repeats_with_its_seed(place):
     words = [place / "tiny", "--data", place / "qa.jsonl", "--max_samples", 5, "--bootstrap_draws", 100]
     first = evaluate(place, *words)
     assert first["data"]["tiny"]["qa"]["rows"] == 5
+    lines = [json.loads(line) for line in (place / "report" / "scores.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == sorted(random.Random(0).sample(range(24), 5))
     assert evaluate(place, *words) == first
     assert (
         evaluate(place, *words, "--seed", 1)["data"]["tiny"]["qa"]["sha256"] != first["data"]["tiny"]["qa"]["sha256"]
@@ -215,7 +218,10 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "qa.jsonl", "--masked"], "masked: none of the models was trained under a mask"),
         (["tiny", "--data", "none.jsonl"], "the dataset file none.jsonl does not exist"),
         (["tiny", "--data", "odd.jsonl"], "the dataset odd.jsonl has the columns 'a', 'b', which are no known format"),
-        (["tiny", "--data", "empty.jsonl"], "empty has no row to score: 'answer' is empty in row 0"),
+        (
+            ["weightless", "--data", "empty.jsonl"],  # so that an error about its weights would come first
+            "empty has no row to score: 'answer' is empty in row 0",
+        ),
         (["tiny", "--data", "qa.jsonl", "--columns", "prompt=quest,completion=answer"], "no column 'quest'"),
         (
             ["tiny", "--data", "qa.jsonl", "--dataset_split", "dev"],
@@ -230,14 +236,14 @@ def refused(capsys, *words) -> str:
         (["adapter", "--data", "qa.jsonl", "--output_dir", "merged"], "output_dir is merged, which holds a model"),
         (["tiny", "--data", "results.json", "--output_dir", "."], "output_dir is ., where results.json is read from"),
         (
-            ["tiny", "--data", "qa.jsonl", "--ica_template_path", "other", "--mask_mode", "lesion"],
+            ["weightless", "--data", "qa.jsonl", "--ica_template_path", "other", "--mask_mode", "lesion"],
             "the template was made from a model without a name (GPT2LMHeadModel), but the model is a LlamaForCausalLM",
         ),
         (
             ["tiny", "--data", "qa.jsonl", "--choice_prompt", "Say it"],
             "choice_prompt is 'Say it', the same for every row",
         ),
-        (["tiny", "endless", "--data", "qa.jsonl", "--generate"], "has no EOS token"),
+        (["weightless", "endless", "--data", "qa.jsonl", "--generate"], "has no EOS token"),
         (["headless", "--data", "qa.jsonl"], "headless is a LlamaModel, which has no generation config"),
         (["untold", "--data", "qa.jsonl"], "the model 'untold' has no tokenizer that can be loaded"),
     ],
@@ -254,6 +260,8 @@ def test_what_cannot_be_done_is_one_line(words, message, place, templates, capsy
     (place / "orphan" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}))
     if "other" in words:
         templates["gpt2"].save_pretrained(place / "other")
+    shutil.copytree(place / "tiny", place / "weightless", dirs_exist_ok=True)
+    (place / "weightless" / "model.safetensors").unlink()
     if "endless" in words:
         shutil.copytree(place / "tiny", place / "endless", dirs_exist_ok=True)
         settings = json.loads((place / "endless" / "tokenizer_config.json").read_text())

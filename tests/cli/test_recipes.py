@@ -115,7 +115,7 @@ def test_arms_that_hold_no_rows_out(folder, refused):
     ("words", "message"),
     [
         (["--seeds", "1", "1"], "seeds holds 1 twice"),
-        (["--seeds", "-1"], "seeds holds -1; a seed must be from 0"),
+        (["--seeds", "-1"], "seeds is -1; it must be from 0 to"),
         (["--jobs", "0"], "jobs is 0"),
         (["--max_new_tokens", "5"], "max_new_tokens has no effect without generate"),
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),

@@ -58,7 +58,10 @@ def test_two_processes_train_as_one_does(runs, method):
         checkpoint = root / "2" / f"{method}-out-0" / "checkpoint-4" / "functional_networks"
         assert (checkpoint / "selection.json").is_file()
         ended = [json.loads((root / n / f"{method}-out-0" / "results.json").read_text()) for n in ("1", "2")]
+        lost = [end.pop("retention")["series"] for end in ended]
         assert ended[0] == ended[1]
+        for name, series in lost[0].items():
+            assert lost[1][name]["rise"] == pytest.approx(series["rise"], abs=1e-5)
         assert ended[0]["guard"]["neurons"] == (~masks[0]).count
         others = {p.name for p in (root / "2" / f"{method}-out-1").rglob("*") if p.is_file()}
         assert others == {"rng_state_1.pth"}  # which every process of a Trainer keeps of its own
