@@ -26,6 +26,8 @@ ORDER = {
     "cache": [],
     "ranges": [],
     "fields": [],
+    "threshold": [],
+    "combinations": [],
     "config": [],
     "hub": ["names", "credentials", "files", "account", "card"],
     "data": [
@@ -47,10 +49,10 @@ ORDER = {
     "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
-        *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
-        *("progress", "discovery", "inputs", "sinks", "directions"),
+        *("activations", "moments", "units", "sketch", "ica", "matching", "components", "decomposition", "null"),
+        *("recurrence", "progress", "surrogate", "discovery", "scale", "inputs", "sinks", "directions"),
     ],
-    "selection": [],
+    "selection": ["evidence", "select"],
     "interventions": ["masking", "baking", "restoring"],
     "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
     "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
