@@ -255,7 +255,9 @@ def _task(values: Mapping[str, Any]) -> str:
 def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -> dict[str, str]:
     """The local files and folders that an arm reads, with the hash of what is in them."""
     values, config, retention = asked.values, asked.network_config, asked.retention
-    names = [values["model_name_or_path"], *_names(values), *data, *retention.sources().values()]
+    read = [config for config in (retention, asked.replay, asked.anchor) if config is not None]
+    names = [values["model_name_or_path"], *_names(values), *data]
+    names += [source for config in read for source in config.sources().values()]
     names += [values["chat_template_path"]] if values.get("chat_template_path") else []
     if config is not None:
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]
