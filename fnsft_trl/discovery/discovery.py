@@ -211,7 +211,7 @@ class _Discovery:
         return template, of_datasets
 
     def _not_reached(self, point: dict, null: dict[str, float]) -> str:
-        centred = self.config.ica_standardize == "center"
+        centred = self.config.ica_standardize != "zscore"
         return (
             f"the mean reliability above null is {point['above_null']:.2f} after {sum(self.reader.tokens)} tokens "
             f"(reliability {point['reliability']:.2f}; without co-activation {null['reliability']:.2f}, at most "

@@ -154,7 +154,7 @@ def _reliable(template, ids: list[int], least: float) -> list[int]:
     reliable = [number for number in ids if known[number] >= least]
     if not reliable:
         best = max(ids, key=lambda number: (known[number], bare[number]))
-        centred = template.null is not None and template.settings.get("ica_standardize") == "center"
+        centred = template.null is not None and template.settings.get("ica_standardize") in ("center", "layer")
         raise FNSFTError(
             f"no network has a {what} of {least:g}; the highest is {known[best]:.2f} (its reliability is "
             f"{bare[best]:.2f}): lower min_reliability, or discover on more tokens"
