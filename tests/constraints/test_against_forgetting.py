@@ -10,7 +10,7 @@ from peft import EvaConfig, LoraConfig, OSFConfig, get_peft_model, initialize_lo
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
-from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, lesion
+from fnsft_trl import AnchorConfig, FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, ReplayConfig, lesion
 
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
@@ -58,6 +58,25 @@ def test_a_lesion_beside_the_method_is_that_of_the_merged_model_and_it_trains_on
     torch.testing.assert_close(logits(merged, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lesioned, logits(zeroed(merged, mask), IDS), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(lesioned, logits(model, IDS), atol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "base"), [("eva", "exact"), ("corda", "top-k"), ("osf", "top-k")])
+def test_beside_replay_and_kl_to_the_base_the_method_trains_from_its_base_on(kind, base, rows, tokenizer, tmp_path):
+    (tmp_path / "wiki.txt").write_text("The red fox went to the sea\n" * 5)
+    text = [f"wiki={tmp_path / 'wiki.txt'}"]
+    trainer = FNSFTTrainer(
+        model=made(kind),
+        args=sft_config(tmp_path, max_steps=2),
+        train_dataset=Dataset.from_list(rows[:8]),
+        processing_class=tokenizer,
+        replay=ReplayConfig(replay_datasets=text, replay_share=0.5),
+        anchor=AnchorConfig(kl_to_base=1.0, kl_datasets=text, kl_tokens=50),
+    )
+    trainer.train()
+    assert trainer.anchor.kind == base
+    kl = [entry["kl_to_base"] for entry in trainer.state.log_history if "kl_to_base" in entry]
+    assert kl[0] == pytest.approx(0, abs=1e-4)
+    assert kl[1] > 1e-5
 
 
 @pytest.mark.parametrize(
