@@ -81,7 +81,7 @@ class Replay:
             prepare: of rows in TRL's format and their name, what is trained of them.
 
         Raises:
-            FNSFTError: the task has rows without tokens (images).
+            FNSFTError: the task has rows without tokens (images), or too few of them for the share.
         """
         if "input_ids" not in task.column_names:
             raise FNSFTError(
@@ -96,9 +96,13 @@ class Replay:
         ]
         self.replayed = sum(map(len, prepared))
         shown = ", ".join(f"{name} {len(rows)}" for name, rows in zip(self.rows, prepared, strict=True))
-        share, times = self.config.replay_share, self.sampler(0).replays / self.replayed
+        share, replays = self.config.replay_share, self.sampler(0).replays
+        if replays == 0:
+            raise FNSFTError(
+                f"replay_share is {share:g}, of which an epoch of {len(task)} rows of the task replays none; raise it"
+            )
         logger.warning(
-            f"replay: {share:.0%} of each batch are rows of {shown}, {times:.1f} times each in an epoch of "
+            f"replay: {share:.0%} of each batch are rows of {shown}, {replays / self.replayed:.1f} times each in an epoch of "
             f"{len(task)} rows of the task"
         )
         return concatenate_datasets([self.task, *prepared])
@@ -160,8 +164,8 @@ class ReplaySampler(Sampler[int]):
         self._epoch = epoch
 
     def _until(self, place: int) -> int:
-        """How many of the first rows are replayed."""
-        return int(place * self.share)
+        """How many of the first rows are replayed, to the nearest number."""
+        return int(place * self.share + Fraction(1, 2))
 
 
 def _order(count: int, seed: int, turn: int) -> list[int]:

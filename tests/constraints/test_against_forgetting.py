@@ -19,7 +19,7 @@ IDS = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_s
 
 def corda_config() -> LoraConfig:
     """Knowledge-preserving mode."""
-    return LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig("kpm"))
+    return LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
 
 
 def made(kind):
@@ -60,7 +60,7 @@ def test_a_lesion_beside_the_method_is_that_of_the_merged_model_and_it_trains_on
     assert not torch.allclose(lesioned, logits(model, IDS), atol=1e-2)
 
 
-@pytest.mark.parametrize(("kind", "base"), [("eva", "exact"), ("corda", "top-k"), ("osf", "top-k")])
+@pytest.mark.parametrize(("kind", "base"), [("eva", "exact"), ("corda", "top-k"), ("osf", "exact")])
 def test_beside_replay_and_kl_to_the_base_the_method_trains_from_its_base_on(kind, base, rows, tokenizer, tmp_path):
     (tmp_path / "wiki.txt").write_text("The red fox went to the sea\n" * 5)
     text = [f"wiki={tmp_path / 'wiki.txt'}"]
