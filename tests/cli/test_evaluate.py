@@ -214,8 +214,10 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "qa.jsonl", "--mask_mode", "lesion"], "mask_mode: no effect without ica_template_path"),
         (["tiny", "--data", "qa.jsonl", "--ica_layers", "0"], "ica_layers: no effect without mask_mode"),
         (
-            [*("tiny --data qa.jsonl --mask_mode lesion --ica_template_path t --ica_fraction .1".split())]
-            + ["--ica_select", "contrast"],
+            [
+                *("tiny", "--data", "qa.jsonl", "--mask_mode", "lesion", "--ica_template_path", "t"),
+                *("--ica_fraction", ".1", "--ica_select", "contrast"),
+            ],
             "ica_select=contrast is measured on the rows of a training",
         ),
         (["tiny", "--data", "qa.jsonl", "--base"], "base: none of the models is an adapter"),

@@ -19,7 +19,9 @@ IDS = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_s
 
 def corda_config() -> LoraConfig:
     """Knowledge-preserving mode."""
-    return LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    return LoraConfig(
+        r=2, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm")
+    )
 
 
 def made(kind):
@@ -28,7 +30,7 @@ def made(kind):
         return get_peft_model(model, OSFConfig(target_modules=TARGETS, effective_rank=4))
     if kind == "corda":
         config = corda_config()
-        preprocess_corda(model, config, run_model=lambda: logits(model, IDS))
+        preprocess_corda(model, config, run_model=lambda: [logits(model, row[None]) for row in IDS])
         return get_peft_model(model, config)
     config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     model = get_peft_model(model, config)

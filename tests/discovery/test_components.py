@@ -51,7 +51,7 @@ def test_a_control_replicates_less_on_less_text_and_is_the_same_twice(decomposit
 def test_more_clusters_than_neurons_that_vary_is_an_error():
     data, _ = planted(neurons=80)
     data[:, 8:] = 1.0
-    with pytest.raises(FNSFTError, match="8 neurons vary, fewer than the 9 clusters"):
+    with pytest.raises(FNSFTError, match="span 8 directions, fewer than ica_components=9"):
         decompose(halves(data), IcaSettings(9, decomposition="kmeans"))
 
 
