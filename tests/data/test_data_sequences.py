@@ -116,7 +116,6 @@ UNUSABLE = {
     "a null turn": {"messages": [{"role": "user", "content": None}, CHAT[1]]},
     "an odd role": {"conversations": [{"from": "bing", "value": "a"}]},
     "no answer": {"question": "q", "answer": ""},
-    "no text": {"question": "q", "answer": {"a": 1}},
     "refused": {"messages": [{"role": "system", "content": "s"}, *CHAT]},
     "no JSON": {"messages": CHAT, "tools": "{"},
     "no text at all": {"question": "q", "answer": {"a": 1}},

@@ -57,13 +57,13 @@ class Option:
     family: bool = False
 
 
-def row(name: str, help: str, default: bool | int | str | None = None, **more: Any) -> Option:
+def row(name: str, help: str, default: bool | int | float | str | None = None, **more: Any) -> Option:
     """An option that belongs to no dataclass: of the kind of its default, text if it has none.
 
     Args:
         more: further fields of [`Option`].
     """
-    kind = "str" if default is None else {bool: "bool", int: "int", str: "str"}[type(default)]
+    kind = "str" if default is None else _PLAIN[type(default)]
     settings = {"group": "options", "kind": kind, "nullable": default is None and not more.get("required")} | more
     return Option(name, default=default, help=help, **settings)
 
