@@ -52,7 +52,10 @@ ANTI_DRIFT_ERRORS: dict[tuple[str, str], str] = {
 
 
 def check_combinations(config) -> None:
-    """Check that the fields of a config, each by itconfig valid, have an effect together.
+    """Check that the fields of a config, each valid by itself, have an effect together.
+
+    Args:
+        config (`FunctionalNetworkConfig`): the config.
 
     Raises:
         FNSFTError: they do not, with what to drop.
