@@ -24,6 +24,7 @@ VERBS = {
     "compare": "find the networks of one template in another",
     "evaluate": "score models on rows, general text and tasks, and compare them",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
+    "restore": "take a fine-tune back where it touches text that is to be kept, without training",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
     "env": "show versions, devices and settings, for a report of a fault",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",

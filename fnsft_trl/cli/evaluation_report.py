@@ -127,11 +127,12 @@ def _describe(report: Report, results: list, about: dict[str, Any]) -> None:
     for task, found in results[0].tasks.items():
         shots = f"{found['num_fewshot']} examples before each question"
         report.text(f"Task {task} of lm-eval, version {found['version']}: {found['rows']} rows, {shots}.")
-    versions = ", ".join(f"{package} {number}" for package, number in _versions().items())
-    report.text(f"Versions: {versions}.")
+    found = ", ".join(f"{package} {number}" for package, number in versions().items())
+    report.text(f"Versions: {found}.")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Package -> its version, as it is installed."""
     found = {"fnsft-trl": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -157,7 +158,7 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
         {
             "format": "fnsft_trl.evaluation",
             "format_version": 1,
-            "versions": _versions(),
+            "versions": versions(),
             "settings": vars(settings),
             "sources": about["sources"],
             "models": {each.name: each.about for each in results},

@@ -21,6 +21,7 @@ from ..export.gguf import check_gguf_target, to_gguf
 from ..occupied import ADAPTER, EXPORTED_MODEL, MODEL, TEMPLATE
 from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
+from ..training.refused import check_refused
 from ..training.trainer import FNSFTTrainer
 from .checks import check_checkpoint, check_training_arguments
 from .logs import hush_repetitions
@@ -190,19 +191,25 @@ def _trainer(
     )
     if asked.network_config is None:
         logger.warning("no functional networks were asked for: this is plain supervised fine-tuning")
+    given = {
+        "model": name,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": data.processing_class,
+        "quantization_config": settings.quantization,
+        "peft_config": peft,
+    }
+    check_refused(given, training)
     with refusals():
         trainer = FNSFTTrainer(
-            model=name,
             args=training,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            processing_class=data.processing_class,
-            quantization_config=settings.quantization,
-            peft_config=peft,
+            **given,
             network_config=asked.network_config,
             network_template=template,
             tokenized_cache=data_config.tokenized_cache,
             retention=asked.retention,
+            replay=asked.replay,
+            anchor=asked.anchor,
         )
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:

@@ -94,6 +94,30 @@ def template_arguments(row: Mapping) -> dict:
     return {"tools": None if tools is None else json.loads(tools), **kwargs_of(row.get("chat_template_kwargs"))}
 
 
+def answers_template(processing_class) -> str | None:
+    """The chat template that TRL trains answers alone with (`assistant_only_loss`), where it is another one than that
+    of the tokenizer, which does not mark them.
+
+    Args:
+        processing_class: a tokenizer or a processor.
+
+    Raises:
+        FNSFTError: it does not mark them, and TRL knows none that does.
+    """
+    from trl import get_training_chat_template
+
+    if "endgeneration" in str(processing_class.chat_template):
+        return None
+    try:
+        return get_training_chat_template(processing_class)
+    except ValueError as error:
+        raise FNSFTError(
+            "assistant_only_loss needs a chat template that marks the answers (by generation), which the tokenizer's "
+            "does not, and TRL has none in its place; set template_format to alpaca, chatml or basic, whose templates "
+            "do, give such a template with chat_template_path, or drop assistant_only_loss"
+        ) from error
+
+
 def refusal(row: Mapping, processing_class, chat_template: str | None = None) -> str | None:
     """Why the chat template cannot render a row, as SFTTrainer gives it; `None` if it can.
 

@@ -85,3 +85,40 @@ def curves_figure(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
     return _png(figure)
+
+
+def tradeoff_figure(
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    loss: str,
+    divergence: str,
+    limit: float | None = None,
+    chosen: tuple[float, float] | None = None,
+) -> bytes:
+    """What ways to restore a fine-tune cost and give, as PNG: a colour for each kind of way, each point with its name.
+
+    Args:
+        points: kind of way -> loss on the task, divergence (on a logarithmic axis) and name of each.
+        loss, divergence: labels of the axes.
+        limit: loss up to which a way may be chosen.
+        chosen: the point that is marked.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    colors = ["#8a8f98", "#3b6ea5", "#c0392b", "#2e8b57", "#b8860b"]
+    for (kind, of_kind), color in zip(points.items(), colors, strict=False):
+        x, y, names = zip(*of_kind, strict=True)
+        axes.plot(x, [max(value, 1e-6) for value in y], "o-", color=color, linewidth=1, markersize=5, label=kind)
+        for place in zip(x, y, names, strict=True):
+            axes.annotate(place[2], place[:2], fontsize=7, xytext=(4, 4), textcoords="offset points", color="#55636f")
+    if chosen is not None:
+        axes.scatter(*chosen, s=160, facecolors="none", edgecolors="#1c2733", linewidths=1.4, zorder=4, label="chosen")
+    if limit is not None:
+        axes.axvline(limit, color="#9fb0c0", linewidth=1, linestyle="--", label="most that may be lost of the task")
+    axes.set_yscale("log")
+    axes.set_xlabel(loss)
+    axes.set_ylabel(divergence)
+    axes.grid(color="#e6ebf0", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=3)
+    return _png(figure)
