@@ -16,6 +16,7 @@ from ..hub.names import one_line
 from ..template.storage import CARD_FILE
 from ..writing import written_whole
 from .guard import FrozenNeuronGuard
+from .protection import Protection
 from .retention import retention_of
 from .retention_run import RetentionRun
 from .run_record import RunRecord
@@ -42,17 +43,24 @@ class RunResults:
     content: dict[str, Any]
 
     @classmethod
-    def of(cls, trainer: Trainer, record: RunRecord | None, guard: FrozenNeuronGuard | None) -> "RunResults | None":
+    def of(
+        cls,
+        trainer: Trainer,
+        record: RunRecord | None,
+        guard: FrozenNeuronGuard | None,
+        protection: Protection | None = None,
+    ) -> "RunResults | None":
         """What the last training of a trainer ended with; `None` where there is nothing to say beyond its log: neither
-        networks nor retention.
+        networks nor retention nor protection.
 
         Args:
             trainer: after training.
             record: what it trained, of a run with networks.
             guard: what watched the frozen weights, if anything did.
+            protection: in which directions its layers were kept.
         """
         retention, state = retention_of(trainer), trainer.state
-        if record is None and retention is None:
+        if record is None and retention is None and protection is None:
             return None
         best = state.best_global_step if trainer.args.load_best_model_at_end else None
         weights = retention.weights_step if retention is not None else best or state.global_step
@@ -64,6 +72,7 @@ class RunResults:
             "epoch": state.epoch,
             "weights_of_step": weights,
             "networks": record and _networks(record),
+            "protection": protection and protection.to_dict() | {"in_words": protection.in_words()},
             "evaluation": _evaluations(
                 state, weights, has_mask=record is not None and trainer.mask_handle is not None
             ),
@@ -98,6 +107,8 @@ class RunResults:
             rows += [(f"retention {name}".strip(), _lost(s)) for name, s in found["retention"]["series"].items()]
             if found["retention"]["budget"] is not None or weights != found["steps"]:
                 rows.append(("done", found["retention"]["done"]))
+        if (protected := found["protection"]) is not None:
+            rows.append(("protected", f"{protected['in_words']}; left along them {protected['left']:.1e}"))
         if networks is not None:
             rows.append(("guard", self._guarded()))
         return rows

@@ -24,6 +24,7 @@ from ..data.tokenized import TokenizedCache
 from ..evaluation.config import RetentionConfig
 from ..template.template import FunctionalNetworkTemplate
 from .networked import NetworkedTrainer
+from .protection_config import ProtectionConfig
 
 
 class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
@@ -68,6 +69,9 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             lengths and versions are the same.
         retention ([`RetentionConfig`], *optional*):
             The general texts on which it is measured what the model loses, with networks and without, and a budget.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -103,6 +107,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         tokenized_cache: bool = False,
         retention: RetentionConfig | None = None,
+        protection: ProtectionConfig | None = None,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         super().__init__(
@@ -124,6 +129,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             network_config=network_config,
             network_template=network_template,
             retention=retention,
+            protection=protection,
         )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
