@@ -48,7 +48,7 @@ ORDER = {
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
-        *("progress", "discovery", "inputs", "sinks", "directions", "saved_directions"),
+        *("inputs", "sinks", "directions", "basis", "progress", "discovery", "saved_directions"),
         "network_directions",
     ],
     "selection": [],
@@ -82,7 +82,7 @@ ORDER = {
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
-        *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run"),
+        *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "restoring_asked", "restoring_report", "restoring_run", "restore", "fine_tuning", "train"),
         *("recipes", "experiment", "demo"),
         "__main__",

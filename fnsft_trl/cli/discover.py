@@ -6,6 +6,7 @@ from dataclasses import replace
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
+from ..training.protection_config import DIMS
 from .options.arguments import read_arguments
 from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, describe, row
@@ -46,6 +47,12 @@ def options() -> list[Option]:
         row("license", "Id of a license for the model card, for instance mit."),
         row("dataset_split", "Split of the datasets to read.", "train"),
         row("resume", "Go on with an interrupted discovery in output_dir.", False),
+        row(
+            "basis_only",
+            "Find no networks, but the leading directions of the inputs of all linear layers, for `protect_basis`; "
+            f"{DIMS} of each, or as many as ica_store_basis says.",
+            False,
+        ),
         *PUSH_OPTIONS,
         *(option for option in describe(DataConfig) if option.name in _DATA_FIELDS),
         *loading_options(),
@@ -70,6 +77,8 @@ def main(argv: list[str]) -> None:
     data_config = DataConfig(**args.of(DataConfig))
     loading = LoadingConfig(**args.of(LoadingConfig))
     output_dir = check_writable(args.output_dir)
+    if args.basis_only:
+        _check_basis_only(args)
     push = push_arguments(args)
 
     import torch
@@ -97,6 +106,11 @@ def main(argv: list[str]) -> None:
         )
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, loading, device=state.device)
     set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
+    if args.basis_only:
+        from .basis import find_basis
+
+        find_basis(model, tokenizer, texts, config, output_dir, push=push, is_main=state.is_main_process)
+        return
     template, of_datasets = discover_group(
         model, tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
     )
@@ -113,6 +127,15 @@ def main(argv: list[str]) -> None:
     if push is not None:
         url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")
+
+
+def _check_basis_only(args) -> None:
+    """Refuse what has no effect where no networks are found."""
+    read = {"ica_store_basis", "ica_max_tokens", "ica_max_length", "ica_batch_size", "ica_template_samples_per_ds"}
+    idle = [name for name in args.given if name.startswith("ica_") and name not in read]
+    idle += [name for name in ("resume", "license") if name in args.given]
+    if idle:
+        raise FNSFTError(f"{min(idle)} has no effect with basis_only, which finds no networks; drop one of them")
 
 
 def _show(template) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..data.embedded import resolve_model
 from ..data.sequences import token_sequences
 from ..discovery.directions import LEADING, KeptDirections, KeptText
+from ..discovery.network_directions import network_directions
 from ..errors import FNSFTError
 from ..evaluation.evaluated import EvaluatedModel
 from ..evaluation.metrics import score_rows
@@ -193,7 +194,7 @@ class _Run:
         leading = {}
         for site in find_neuron_sites(self.model):
             if site.layer in template.loadings and site.down_name in self.changes.modules:
-                leading[site.down_name] = directions_of(template, site.layer, numbers)
+                leading[site.down_name] = network_directions(template, site.layer, numbers)
         if not leading:
             raise FNSFTError("none of the modules that were trained reads the neurons of the template's networks")
         self.kept[format_ranges(numbers)] = kept.with_leading(leading)
@@ -358,20 +359,6 @@ def network_numbers(config, template: FunctionalNetworkTemplate) -> list[int]:
     """The networks that are asked for; all by default."""
     count = len(template.components)
     return parse_ranges("all" if config.ica_component_ids is None else config.ica_component_ids, count, what="network")
-
-
-def directions_of(template: FunctionalNetworkTemplate, layer: int, numbers: list[int]) -> torch.Tensor:
-    """The directions of networks among a layer's activations, shape (networks, neurons).
-
-    Loadings of a z-scored template are in standard deviations of each neuron.
-    """
-    loadings = template.loadings[layer][numbers].double()
-    if template.settings.get("ica_standardize") != "zscore":
-        return loadings
-    if layer not in template.rms:
-        raise FNSFTError("the template is z-scored and holds no scale of its neurons; discover it again")
-    variance = template.rms[layer].double().square() - template.mean[layer].double().square()
-    return loadings * variance.clamp_min(0).sqrt()
 
 
 def _check_beside(output: Path, *, is_adapter: bool) -> None:

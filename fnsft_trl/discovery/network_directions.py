@@ -1,4 +1,4 @@
-"""The directions of networks among the inputs of down projections."""
+"""The directions of networks among the inputs of down projections, and those that a template holds of all inputs."""
 
 import torch
 from torch import nn
@@ -6,6 +6,7 @@ from torch import nn
 from ..errors import FNSFTError
 from ..neurons.sites import find_neuron_sites
 from ..template.template import FunctionalNetworkTemplate
+from .directions import InputDirections, KeptDirections
 
 
 def network_directions(
@@ -52,3 +53,21 @@ def directions_of_modules(
         for site in find_neuron_sites(model)
         if site.layer in template.loadings and not site.experts
     }
+
+
+def template_basis(template: FunctionalNetworkTemplate, model: nn.Module) -> KeptDirections | None:
+    """The directions that a template holds of the inputs of MLPs' projections (`ica_store_basis`); `None` without.
+
+    Args:
+        template: of the model.
+        model: plain or in a `PeftModel`.
+    """
+    if not template.basis:
+        return None
+    inputs = []
+    for site in find_neuron_sites(model, kind=template.site):
+        if site.layer in template.basis:
+            for side, modules in (("basis", (site.down_name,)), ("input_basis", site.up_names)):
+                basis = template.basis[site.layer][side].double().T
+                inputs.append(InputDirections(modules, basis, torch.zeros(len(basis), dtype=torch.float64)))
+    return KeptDirections(tuple(inputs))

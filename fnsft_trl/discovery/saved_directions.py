@@ -10,11 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import FNSFTError
+from ..hub.files import MissingFileError, fetch_file, is_hub_id
 from ..writing import written_whole
 from .directions import InputDirections, KeptDirections
 
 
 FORMAT = "fnsft_trl.directions"
+PROTECTION_DIR = "protection"  # beside the weights of a run that protected them
 ABOUT_FILE, TENSORS_FILE = "directions.json", "directions.safetensors"
 
 
@@ -78,6 +80,29 @@ def load_directions(directory: str | os.PathLike) -> tuple[KeptDirections, dict[
             "--basis_only), or name another directory"
         ) from error
     return KeptDirections(tuple(inputs)), about
+
+
+def find_directions(reference: str, *, revision: str | None = None) -> Path | None:
+    """Where saved directions lie; `None` where there are none, but perhaps a template.
+
+    Args:
+        reference: their directory, that of a model trained with `protect`, or their id on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FNSFTError: the Hub cannot be asked for them.
+    """
+    path = Path(os.path.expanduser(reference))
+    if path.exists() or not is_hub_id(reference):
+        places = (path, path / PROTECTION_DIR)
+        return next((place for place in places if (place / ABOUT_FILE).is_file()), None)
+    for folder in ("", f"{PROTECTION_DIR}/"):
+        try:
+            file = fetch_file(reference, folder + ABOUT_FILE, revision=revision)
+        except MissingFileError:
+            continue
+        return fetch_file(reference, folder + TENSORS_FILE, revision=file.commit).path.parent
+    return None
 
 
 def rounded(kept: KeptDirections) -> KeptDirections:

@@ -19,10 +19,10 @@ from ..hub.card import TAGS
 from ..hub.files import hub_errors, prepare_repo
 from ..hub.names import UNKNOWN, model_name
 from .card import template_card
-from .description import Component, NullReliability, TemplateDescription, reliability_above_null
+from .description import Component, NullReliability, TemplateDescription, reliability_above_null, version_of
 from .figure import networks_svg
 from .legacy import Members
-from .schema import FORMAT, FORMAT_VERSION
+from .schema import FORMAT
 from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
 from .stored import StoredTemplate
 
@@ -57,6 +57,9 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
             calibration text. Empty where they are unknown.
         weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
+        basis (`dict[int, dict]`): layer -> directions of what its MLP's projections are given: `basis`, of the
+            neurons, and `input_basis`, of the MLP's input, both orthonormal, shape (directions, width), position 0 and
+            the mean first. Empty without `ica_store_basis`.
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
@@ -76,6 +79,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     rms: dict[int, torch.Tensor] = field(repr=False)
     weights: dict[int, dict] | None = field(default=None, repr=False)
     license: str | None = None
+    basis: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     hub_id: str | None = None
     commit: str | None = None
 
@@ -217,8 +221,9 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             if self.mean:
                 tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
                 tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
+            tensors |= {f"layers.{layer}.{side}": rows for side, rows in self.basis.get(layer, {}).items()}
         # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
-        data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
+        data = save(tensors, metadata={FORMAT: str(version_of(self))})
         description = TemplateDescription.of(self, hashlib.sha256(data).hexdigest())
         directory = Path(save_directory)
         name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
@@ -277,6 +282,10 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             commit=stored.commit,
             **{name: getattr(found, name) for name in same},
             **parts,
+            basis={
+                layer: {side: tensors[f"layers.{layer}.{side}"] for side in ("basis", "input_basis")}
+                for layer in found.basis
+            },
         )
         _check_counts(template, found, pretrained_model_name_or_path)
         return template

@@ -23,9 +23,16 @@ from transformers.utils import logging
 from ..constraints import check_optimizer_name, plain_optimizer
 from ..constraints.protection import ProtectedWeights, protect_weights
 from ..constraints.trained_maps import TrainedMap, check_adapter, trained_maps
-from ..discovery.directions import KeptText
+from ..discovery.directions import KeptDirections, KeptText
 from ..discovery.inputs import reached_linears
-from ..discovery.saved_directions import bits, load_directions, save_directions
+from ..discovery.network_directions import template_basis
+from ..discovery.saved_directions import (
+    PROTECTION_DIR,
+    bits,
+    find_directions,
+    load_directions,
+    save_directions,
+)
 from ..errors import FNSFTError
 from ..hub.card import plain, with_section
 from ..neurons.mask import NeuronMask
@@ -41,7 +48,6 @@ from .ways import is_sharded
 
 logger = logging.get_logger(__name__)
 
-PROTECTION_DIR = "protection"  # beside weights
 PROTECTION_SECTION = "## Protected directions"
 
 
@@ -105,7 +111,10 @@ class Protection:
                 "data parallelism"
             )
         model, config = trainer.model, self.config
-        template = self.template or template
+        stored = self.stored
+        if self.template is not None:
+            self.template.check_model(model)
+            template, stored = self.template, template_basis(self.template, model)
         if config.protect == "networks" and template is None:
             raise FNSFTError(
                 "protect=networks needs a template: give protect_basis, or train with networks (ica_template_path)"
@@ -123,7 +132,7 @@ class Protection:
             modules = list(dict.fromkeys(each.module for each in self._maps))
             self.bases = _agreed(
                 trainer,
-                lambda: find_bases(config, model, modules, texts, stored=self.stored, template=template, title=title),
+                lambda: find_bases(config, model, modules, texts, stored=stored, template=template, title=title),
             )
             if (task := _task(trainer, tokenizer)) is not None:
                 self.task_energy = held(self.bases.kept, model, task, title and "energy of the task")
@@ -267,9 +276,23 @@ def check_unprotected(asked: str | bool | None, output_dir: str) -> None:
         )
 
 
-def _stored(config: ProtectionConfig):
-    """The template and the directions that `protect_basis` names."""
-    return None, None
+def _stored(config: ProtectionConfig) -> tuple[FunctionalNetworkTemplate | None, KeptDirections | None]:
+    """The template or the directions that `protect_basis` names.
+
+    Raises:
+        FNSFTError: it names neither.
+    """
+    if config.protect_basis is None:
+        return None, None
+    if (directory := find_directions(config.protect_basis, revision=config.protect_basis_revision)) is not None:
+        return None, load_directions(directory)[0]
+    template = FunctionalNetworkTemplate.from_pretrained(config.protect_basis, revision=config.protect_basis_revision)
+    if not template.basis and config.protect != "networks":
+        raise FNSFTError(
+            f"protect_basis is {config.protect_basis}, a template without directions of its inputs; discover it again "
+            "with ica_store_basis, or find directions alone (fnsft discover --basis_only)"
+        )
+    return template, None
 
 
 @contextmanager

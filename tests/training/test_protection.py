@@ -4,19 +4,17 @@ import copy
 import json
 
 import pytest
-import torch
 from datasets import Dataset
 from helpers import sft_config, state, tiny_model, tiny_rows, tiny_tokenizer
 from peft import LoraConfig, PeftModel
 
 from fnsft_trl import (
-    FNSFTError,
     FNSFTTrainer,
     FunctionalNetworkConfig,
     ProtectionConfig,
 )
 from fnsft_trl.discovery.saved_directions import load_directions
-from fnsft_trl.neurons.sites import find_neuron_sites, linear_shape
+from fnsft_trl.neurons.sites import linear_shape
 from fnsft_trl.training.protection import PROTECTION_DIR
 
 
@@ -99,4 +97,5 @@ def test_nothing_of_the_change_lies_along_the_directions(way, text, tmp_path):
     assert changed >= (6 if way == "deltas" else 9) - 3
     assert (tmp_path / "results.json").is_file()
     told = json.loads((tmp_path / "results.json").read_text())["protection"]
-    assert 0 < told["energy"]["kept"] <= 1 and 0 < told["task_energy"] <= 1
+    assert 0 < told["energy"]["kept"] <= 1
+    assert 0 < told["task_energy"] <= 1
