@@ -2,13 +2,13 @@
 
     python benchmarks/protection.py --output benchmarks/results/protection.json
 
-On blocks of SmolLM2-135M's shape, 4,096 tokens a step, 202 directions (random ones, which cost the same) at the inputs of
-all linear layers that train. The arms are those of benchmarks/training_step.py: `full mlp`, `lora` (rank 16 on the
+On blocks of SmolLM2-135M's shape, 4,096 tokens a step, 202 directions (random ones, which cost the same) at the inputs
+of all linear layers that train. The arms are those of benchmarks/training_step.py: `full mlp`, `lora` (rank 16 on the
 MLPs) and `delta 30%`; each is built with and without protection in one process, and stepped by turns in random order.
 `step` is the median over rounds of the ratio of CPU seconds, protected to unprotected, in the same round, with
-quartiles; `held_mib` is what the directions and the kept products of the base weights take, as a share of what the
-unprotected step holds (`peak_mib`, the highest resident memory of a step) `held`; `peak` the ratio of the two peaks.
-The projection happens once a step of the optimizer, so accumulation makes it cheaper.
+quartiles. `held_mib` is what the directions and the kept products of the base weights take, `held` its share of
+`peak_mib`, the highest resident memory of an unprotected step, and `peak` the ratio of the two peaks. The projection
+happens once a step of the optimizer, so accumulation makes it cheaper.
 """
 
 import argparse

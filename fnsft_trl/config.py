@@ -204,11 +204,7 @@ class FunctionalNetworkConfig:
         above=1,
     )
     ica_store_basis: int | None = option(
-        None,
-        "Keep this many leading directions of the inputs of each MLP's projections, too, found in the same pass, for "
-        "`protect`.",
-        least=1,
-        most=2000,
+        None, "Keep this many leading directions of MLP inputs, too, for `protect`.", least=1, most=2000
     )
     ica_batch_size: int = option(4, "Sequences per forward pass of the discovery.", least=1)
     ica_max_length: int = option(512, "Longest sequence of the discovery, in tokens.", least=2)

@@ -37,7 +37,7 @@ class ProtectedWeight:
 
     Attributes:
         map ([`TrainedMap`]): the map.
-        basis (`torch.Tensor`): orthonormal columns, shape (inputs that train, m), float32, on its device.
+        basis (`torch.Tensor`): orthonormal columns, shape (inputs that train, m), on its device, float32 or that of the parameter.
         whole (`torch.Tensor`): all of them, shape (in, m), float64, on the CPU, by which the result is measured.
         reference (`torch.Tensor`, *optional*): W0 U where the parameter holds the base, shape (rows, m).
     """
@@ -61,14 +61,14 @@ class ProtectedWeight:
         if found.inputs is None:
             key = (id(whole), device)
             if key not in shared:
-                shared[key] = whole.to(device, torch.float32)
+                shared[key] = whole.to(device, _precision(found.parameter)).contiguous()
             basis = shared[key]
         else:
             left, singular, _ = torch.linalg.svd(whole[found.inputs.cpu()], full_matrices=False)
-            basis = left[:, singular > _RANK].to(device, torch.float32)
+            basis = left[:, singular > _RANK].to(device, _precision(found.parameter)).contiguous()
         protected = cls(found, basis, whole)
         if found.holds_base:
-            protected.reference = protected.exact_along().float()
+            protected.reference = protected.exact_along().to(basis.dtype)
         return protected
 
     @property
@@ -96,7 +96,7 @@ class ProtectedWeight:
         values = self.map.parameter.detach()
         of_inputs, of_rows = self._dims
         partial_inputs = self.map.inputs is not None and not self.map.is_subset
-        if values.dtype == torch.float32 and not partial_inputs and self.map.rows is None:
+        if values.dtype == self.basis.dtype and not partial_inputs and self.map.rows is None:
             (values.T if self.map.is_transposed else values).addmm_(amount, self.basis.T, alpha=-scale)
             return
         part = self._part().to(amount.dtype).addmm(amount, self.basis.T.to(amount), alpha=-scale).to(values.dtype)
@@ -110,9 +110,7 @@ class ProtectedWeight:
 
     def _along(self) -> torch.Tensor:
         """What the entries that train have along the directions, shape (rows, m)."""
-        part = self._part()
-        part = part if part.dtype == torch.float64 else part.float()
-        return part @ self.basis.to(part)
+        return self._part().to(self.basis.dtype) @ self.basis
 
     def exact_along(self) -> torch.Tensor:
         """The same in float64, on the CPU where the device knows no float64."""
@@ -146,6 +144,11 @@ class ProtectedWeight:
         if self.reference is not None:
             along = along - self.reference.double()
         return float(along.norm()), float(values.norm(dtype=torch.float64 if values.device.type != "mps" else None))
+
+
+def _precision(parameter: torch.Tensor) -> torch.dtype:
+    """In which a parameter is projected."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 class ProtectedWeights:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..errors import FNSFTError
-from ..neurons.sites import find_neuron_sites
+from ..neurons.sites import base_model, find_neuron_sites
 from ..template.template import FunctionalNetworkTemplate
 from .directions import InputDirections, KeptDirections
 
@@ -50,7 +50,7 @@ def directions_of_modules(
         raise FNSFTError(f"the template is of {template.site}; one of neurons (mlp_intermediate) is needed")
     return {
         site.down_name: network_directions(template, site.layer, numbers, with_mean=with_mean)
-        for site in find_neuron_sites(model)
+        for site in find_neuron_sites(base_model(model))
         if site.layer in template.loadings and not site.experts
     }
 
@@ -65,7 +65,7 @@ def template_basis(template: FunctionalNetworkTemplate, model: nn.Module) -> Kep
     if not template.basis:
         return None
     inputs = []
-    for site in find_neuron_sites(model, kind=template.site):
+    for site in find_neuron_sites(base_model(model), kind=template.site):
         if site.layer in template.basis:
             for side, modules in (("basis", (site.down_name,)), ("input_basis", site.up_names)):
                 basis = template.basis[site.layer][side].double().T

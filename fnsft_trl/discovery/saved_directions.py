@@ -72,7 +72,7 @@ def load_directions(directory: str | os.PathLike) -> tuple[KeptDirections, dict[
             basis, mean = tensors[f"inputs.{number}.basis"], tensors[f"inputs.{number}.mean"]
             if basis.shape != (each["directions"], each["width"]) or mean.shape != (each["width"],):
                 raise ValueError(f"input {number} has {tuple(basis.shape)} instead of what {ABOUT_FILE} says")
-            inputs.append(InputDirections(tuple(each["modules"]), basis.T.double(), mean.double()))
+            inputs.append(InputDirections(tuple(each["modules"]), basis.T.double().contiguous(), mean.double()))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         told = " ".join(str(error).split())
         raise FNSFTError(
@@ -109,7 +109,7 @@ def rounded(kept: KeptDirections) -> KeptDirections:
     """Directions as they are after saving and loading."""
     return KeptDirections(
         tuple(
-            InputDirections(each.modules, each.basis.float().double(), each.mean.float().double())
+            InputDirections(each.modules, each.basis.float().double().contiguous(), each.mean.float().double())
             for each in kept.inputs
         ),
         kept.sinks,

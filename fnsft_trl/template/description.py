@@ -13,6 +13,8 @@ from ..hub.names import UNKNOWN, clean_model_name, source_names
 from .schema import FORMAT, FORMAT_VERSION, PLAIN_VERSION, check_config, signed
 
 
+SIDES = ("basis", "input_basis")  # of an MLP, of whose inputs a template may hold directions
+
 _STATISTICS = ("mean", "rms")
 
 

@@ -19,7 +19,7 @@ from ..hub.card import TAGS
 from ..hub.files import hub_errors, prepare_repo
 from ..hub.names import UNKNOWN, model_name
 from .card import template_card
-from .description import Component, NullReliability, TemplateDescription, reliability_above_null, version_of
+from .description import SIDES, Component, NullReliability, TemplateDescription, reliability_above_null, version_of
 from .figure import networks_svg
 from .legacy import Members
 from .schema import FORMAT
@@ -57,9 +57,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
             calibration text. Empty where they are unknown.
         weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
-        basis (`dict[int, dict]`): layer -> directions of what its MLP's projections are given: `basis`, of the
-            neurons, and `input_basis`, of the MLP's input, both orthonormal, shape (directions, width), position 0 and
-            the mean first. Empty without `ica_store_basis`.
+        basis (`dict[int, dict]`): layer -> `basis` of its neurons and `input_basis` of its MLP's input (orthonormal,
+            shape (directions, width); position 0, the mean, then leading ones). Empty without `ica_store_basis`.
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
@@ -282,10 +281,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             commit=stored.commit,
             **{name: getattr(found, name) for name in same},
             **parts,
-            basis={
-                layer: {side: tensors[f"layers.{layer}.{side}"] for side in ("basis", "input_basis")}
-                for layer in found.basis
-            },
+            basis={layer: {side: tensors[f"layers.{layer}.{side}"] for side in SIDES} for layer in found.basis},
         )
         _check_counts(template, found, pretrained_model_name_or_path)
         return template

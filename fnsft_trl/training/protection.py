@@ -126,9 +126,8 @@ class Protection:
         texts = self.texts.tokenized(tokenizer)
         self._sha256 = texts_sha256(texts)
         title = "directions to protect" if trainer.is_world_process_zero() else None
+        self._maps, self.untrained = trained_maps(model, trainable, reached_linears(model, [1, 2, 3, 4]))
         with _adapters_off(model):
-            reached = reached_linears(model, [1, 2, 3, 4])
-            self._maps, self.untrained = trained_maps(model, trainable, reached)
             modules = list(dict.fromkeys(each.module for each in self._maps))
             self.bases = _agreed(
                 trainer,

