@@ -37,7 +37,8 @@ class ProtectedWeight:
 
     Attributes:
         map ([`TrainedMap`]): the map.
-        basis (`torch.Tensor`): orthonormal columns, shape (inputs that train, m), on its device, float32 or that of the parameter.
+        basis (`torch.Tensor`): orthonormal columns, shape (inputs that train, m), on its device, in float32 or
+            the precision of the parameter.
         whole (`torch.Tensor`): all of them, shape (in, m), float64, on the CPU, by which the result is measured.
         reference (`torch.Tensor`, *optional*): W0 U where the parameter holds the base, shape (rows, m).
     """
