@@ -27,6 +27,7 @@ from fnsft_trl import (
     FNSFTTrainer,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
+    ProtectionConfig,
     RetentionCallback,
     constrain_full,
     constrain_lora,
@@ -108,6 +109,9 @@ def run_trainer(
             ica_select="random",  # the same neurons however the discovery is shared among processes
             ica_fraction=0.5,
         ),
+        protection=None
+        if is_sharded or method.endswith(EXPERTS)
+        else ProtectionConfig(protect="random", protect_dims=8),
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.add_callback(RetentionCallback(trainer, ["9876543210 is it"] * 5, max_tokens=50, batch_size=2))

@@ -269,9 +269,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         found = stored.description
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
         for layer in found.widths:
-            for part, values in parts.items():
-                if part == "loadings" or found.statistics:
-                    values[layer] = tensors[f"layers.{layer}.{part}"]
+            for part in parts if found.statistics else ("loadings",):
+                parts[part][layer] = tensors[f"layers.{layer}.{part}"]
         same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
         template = cls(
             calibration=found.calibration.to_json(),

@@ -46,7 +46,7 @@ def test_directions_found_alone_protect_a_run(model_dir, rows, tmp_path, monkeyp
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:16]))
     (tmp_path / "wiki.txt").write_text("The red fox went to the sea\nSay nothing.\n" * 9)
     find = ["discover", str(model_dir), "wiki.txt", "--basis_only", "--output_dir", "found"]
-    assert main([*find, "--ica_components", "3"]) == 1
+    assert main([*find, "--ica_components", "3"]) == 2
     assert "ica_components has no effect with basis_only" in capsys.readouterr().err
     assert main([*find, "--ica_store_basis", "3"]) == 0
     kept, about = load_directions("found")
