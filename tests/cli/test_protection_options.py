@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from hub import ORG
 
 from fnsft_trl.cli import main
 from fnsft_trl.cli.options.parse import parse_options
@@ -41,20 +42,30 @@ def test_misuse_is_refused_before_anything_is_loaded(words, message):
         parse_options([*WORDS, *words])
 
 
-def test_directions_found_alone_protect_a_run(model_dir, rows, tmp_path, monkeypatch, capsys):
+def test_directions_found_alone_are_pushed_and_protect_a_run(model_dir, rows, tmp_path, monkeypatch, capsys, hub):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", ORG)
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:16]))
     (tmp_path / "wiki.txt").write_text("The red fox went to the sea\nSay nothing.\n" * 9)
     find = ["discover", str(model_dir), "wiki.txt", "--basis_only", "--output_dir", "found"]
     assert main([*find, "--ica_components", "3"]) == 2
     assert "ica_components has no effect with basis_only" in capsys.readouterr().err
-    assert main([*find, "--ica_store_basis", "3"]) == 0
+    assert main([*find, "--ica_store_basis", "3", "--push_to_hub", "org/basis"]) == 0
+    assert "Pushed to" in capsys.readouterr().out
     kept, about = load_directions("found")
     assert about["leading"] == 3
     assert {each.basis.shape[1] for each in kept.inputs} == {5}
     train = ["train", "--model_name_or_path", str(model_dir), "--dataset_name", "data.jsonl", "--max_steps", "1"]
     train += ["--output_dir", "out", "--max_length", "32", "--use_cpu", "--bf16", "false", "--report_to", "none"]
-    train += ["--use_peft", "--lora_target_modules", "all-linear", "--protect", "subspace", "--protect_basis", "found"]
+    train += [
+        "--use_peft",
+        "--lora_target_modules",
+        "all-linear",
+        "--protect",
+        "subspace",
+        "--protect_basis",
+        "org/basis",
+    ]
     assert main(train) == 0
     told = json.loads((tmp_path / "out" / "results.json").read_text())["protection"]
     assert (told["protect"], told["most"]) == ("subspace", 5)
