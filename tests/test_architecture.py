@@ -48,7 +48,7 @@ ORDER = {
     "template": ["schema", "description", "storage", "legacy", "stored", "figure", "card", "weights", "template"],
     "discovery": [
         *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
-        *("progress", "discovery", "inputs", "sinks", "directions"),
+        *("progress", "discovery", "inputs", "sinks", "directions", "network_directions"),
     ],
     "selection": [],
     "interventions": ["masking", "baking", "restoring"],
@@ -79,7 +79,8 @@ ORDER = {
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
         *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run"),
-        *("evaluate", "restoring_asked", "restoring_report", "restoring_run", "restore", "fine_tuning", "train"),
+        *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
+        *("fine_tuning", "train"),
         *("recipes", "experiment", "demo"),
         "__main__",
     ],
