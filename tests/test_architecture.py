@@ -49,7 +49,7 @@ ORDER = {
     "discovery": [
         *("activations", "moments", "units", "sketch", "ica", "matching", "decomposition", "null", "recurrence"),
         *("inputs", "sinks", "directions", "basis", "progress", "discovery", "saved_directions"),
-        "network_directions",
+        *("network_directions", "module_directions"),
     ],
     "selection": [],
     "interventions": ["masking", "baking", "restoring"],
@@ -83,7 +83,8 @@ ORDER = {
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
         *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
-        *("evaluate", "restoring_asked", "restoring_report", "restoring_run", "restore", "fine_tuning", "train"),
+        *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
+        *("fine_tuning", "train"),
         *("recipes", "experiment", "demo"),
         "__main__",
     ],

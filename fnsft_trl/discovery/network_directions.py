@@ -1,73 +1,38 @@
-"""The directions of networks among the inputs of down projections, and those that a template holds of all inputs."""
+"""The directions of a template's networks among the activations that they were found in."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from ..errors import FNSFTError
-from ..neurons.sites import base_model, find_neuron_sites
 from ..template.template import FunctionalNetworkTemplate
-from .directions import InputDirections, KeptDirections
 
 
-def network_directions(
-    template: FunctionalNetworkTemplate, layer: int, numbers: list[int], *, with_mean: bool = False
-) -> torch.Tensor:
-    """The directions of networks among a layer's activations, shape (networks, neurons), of any length.
+def network_directions(template: FunctionalNetworkTemplate, numbers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Where networks send activations: their loadings, in units of the activations.
 
-    Loadings of a z-scored template are in standard deviations of each neuron, and are brought back to activations.
+    Loadings of a z-scored template are in standard deviations of each neuron.
 
     Args:
-        template: of neurons.
-        layer: one of its layers.
-        numbers: of the networks.
-        with_mean: put the mean activations in front of them.
+        template: of the site `mlp_intermediate`, whose activations are the inputs of the down projections.
+        numbers: of networks.
+
+    Returns:
+        Layer -> directions, shape (networks, neurons), float64.
 
     Raises:
-        FNSFTError: the template does not hold what is needed for that.
-    """
-    loadings = template.loadings[layer][numbers].double()
-    is_scaled = template.settings.get("ica_standardize") == "zscore"
-    if (is_scaled or with_mean) and layer not in template.mean:
-        raise FNSFTError(
-            "the template holds neither means nor scales of its neurons, so its networks have no directions; discover "
-            "it again"
-        )
-    if is_scaled:
-        variance = template.rms[layer].double().square() - template.mean[layer].double().square()
-        loadings = loadings * variance.clamp_min(0).sqrt()
-    return torch.cat([template.mean[layer].double()[None], loadings]) if with_mean else loadings
-
-
-def directions_of_modules(
-    template: FunctionalNetworkTemplate, model: nn.Module, numbers: list[int], *, with_mean: bool = False
-) -> dict[str, torch.Tensor]:
-    """Name of a down projection -> [`network_directions`] of its input.
-
-    Raises:
-        FNSFTError: the template is of another site, or has experts.
+        FNSFTError: the template is of another site; or it is z-scored and holds no scales.
     """
     if template.site != "mlp_intermediate":
         raise FNSFTError(f"the template is of {template.site}; one of neurons (mlp_intermediate) is needed")
-    return {
-        site.down_name: network_directions(template, site.layer, numbers, with_mean=with_mean)
-        for site in find_neuron_sites(base_model(model))
-        if site.layer in template.loadings and not site.experts
-    }
-
-
-def template_basis(template: FunctionalNetworkTemplate, model: nn.Module) -> KeptDirections | None:
-    """The directions that a template holds of the inputs of MLPs' projections (`ica_store_basis`); `None` without.
-
-    Args:
-        template: of the model.
-        model: plain or in a `PeftModel`.
-    """
-    if not template.basis:
-        return None
-    inputs = []
-    for site in find_neuron_sites(base_model(model), kind=template.site):
-        if site.layer in template.basis:
-            for side, modules in (("basis", (site.down_name,)), ("input_basis", site.up_names)):
-                basis = template.basis[site.layer][side].double().T
-                inputs.append(InputDirections(modules, basis, torch.zeros(len(basis), dtype=torch.float64)))
-    return KeptDirections(tuple(inputs))
+    found = {layer: loadings[list(numbers)].double() for layer, loadings in template.loadings.items()}
+    if template.settings.get("ica_standardize") != "zscore":
+        return found
+    if missing := found.keys() - template.rms.keys():
+        raise FNSFTError(
+            f"the template is z-scored and holds no scale of the neurons of layer {min(missing)}; discover it again"
+        )
+    for layer, directions in found.items():
+        variance = template.rms[layer].double().square() - template.mean[layer].double().square()
+        directions *= variance.clamp_min(0).sqrt()
+    return found

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data.sequences import two_parts
 from ..discovery.directions import LEADING, InputDirections, KeptDirections, KeptText, orthonormal
 from ..discovery.inputs import module_named, shared_inputs
-from ..discovery.network_directions import directions_of_modules
+from ..discovery.module_directions import directions_of_modules
 from ..discovery.saved_directions import rounded
 from ..errors import FNSFTError
 from ..neurons.sites import linear_shape
@@ -216,7 +216,7 @@ def _of_networks(
     count = len(template.components)
     asked = "all" if config.protect_component_ids is None else config.protect_component_ids
     numbers = parse_ranges(asked, count, what="network")
-    at_site = directions_of_modules(template, model, numbers, with_mean=True)
+    at_site = directions_of_modules(template, model, numbers)
     inputs = []
     for each in kept.inputs:
         rows = [at_site[name].T for name in each.modules if name in at_site]

@@ -25,7 +25,7 @@ from ..constraints.protection import ProtectedWeights, protect_weights
 from ..constraints.trained_maps import TrainedMap, check_adapter, trained_maps
 from ..discovery.directions import KeptDirections, KeptText
 from ..discovery.inputs import reached_linears
-from ..discovery.network_directions import template_basis
+from ..discovery.module_directions import template_basis
 from ..discovery.saved_directions import (
     PROTECTION_DIR,
     bits,

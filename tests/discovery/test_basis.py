@@ -7,7 +7,7 @@ from helpers import tiny_model, tiny_rows, tiny_tokenizer
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
 from fnsft_trl.data.sequences import token_sequences
 from fnsft_trl.discovery.directions import InputSums, KeptDirections, KeptText
-from fnsft_trl.discovery.network_directions import template_basis
+from fnsft_trl.discovery.module_directions import template_basis
 from fnsft_trl.neurons.sites import find_neuron_sites
 
 

@@ -23,7 +23,7 @@ from fnsft_trl import (
 )
 from fnsft_trl.constraints.protection import ProtectedWeights
 from fnsft_trl.discovery.decomposition import IcaSettings, decompose
-from fnsft_trl.discovery.network_directions import directions_of_modules, template_basis
+from fnsft_trl.discovery.module_directions import directions_of_modules, template_basis
 from fnsft_trl.discovery.saved_directions import load_directions
 from fnsft_trl.discovery.sketch import ActivationSketch
 from fnsft_trl.export import changed_neurons, to_merged, to_plain_lora
@@ -121,7 +121,7 @@ def test_nothing_of_the_change_lies_along_the_directions(way, kind, text, templa
     assert left <= MERGED
     assert {"model.layers.0.mlp.up_proj", "model.layers.2.mlp.down_proj"} <= changed
     if kind == "networks":
-        for name, rows in directions_of_modules(template[0], model, [0, 1, 2], with_mean=True).items():
+        for name, rows in directions_of_modules(template[0], model, [0, 1, 2]).items():
             base, rows = before[f"{name}.weight"].double(), rows / rows.norm(dim=1, keepdim=True)
             change = model.get_submodule(name).weight.detach().double() - base
             assert (change @ rows.T).norm() / base.norm() < 4 * MERGED
