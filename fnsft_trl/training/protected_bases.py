@@ -17,6 +17,7 @@ from ..discovery.inputs import module_named, shared_inputs
 from ..discovery.module_directions import directions_of_modules
 from ..discovery.saved_directions import rounded
 from ..errors import FNSFTError
+from ..hub.names import absolute_sources, source_names
 from ..neurons.sites import linear_shape
 from ..ranges import format_ranges, parse_ranges
 from ..template.template import FunctionalNetworkTemplate
@@ -127,7 +128,7 @@ def find_bases(
     elif config.protect == "networks":
         kept, what = _of_networks(config, kept, model, template)
     else:
-        what = "the subspace of " + (", ".join(giving) or str(config.protect_basis))
+        what = "the subspace of " + (", ".join(giving) or source_names(absolute_sources([config.protect_basis]))[0])
     kept = rounded(kept)
     found = ProtectedBases(kept, what)
     for name, (text, measured) in texts.items():

@@ -35,6 +35,7 @@ from ..discovery.saved_directions import (
 )
 from ..errors import FNSFTError
 from ..hub.card import plain, with_section
+from ..hub.names import model_name
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import base_model
 from ..template.storage import CARD_FILE
@@ -79,9 +80,12 @@ class Protection:
         check_adapter(given.get("peft_config"))
         for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
             check_adapter(adapter)
-        if (optimizer := getattr(given.get("args"), "optim", None)) is not None:
+        args = given.get("args")
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise _sharded()
+        if (optimizer := getattr(args, "optim", None)) is not None:
             check_optimizer_name(OptimizerNames(optimizer).value)
-        self.template, self.stored = _stored(config)
+        self.template, self.stored, self._found_on = _stored(config)
         self.texts = KeptTexts(config)
         self.untrained: list[str] = []
         self._optimizer: Optimizer | None = None
@@ -106,12 +110,14 @@ class Protection:
             FNSFTError: the run is sharded, or trains what has no directions.
         """
         if is_sharded(trainer):
-            raise FNSFTError(
-                "protect does not run sharded (FSDP, DeepSpeed), where no process has a weight as a whole; use plain "
-                "data parallelism"
-            )
+            raise _sharded()
         model, config = trainer.model, self.config
-        stored = self.stored
+        stored, name = self.stored, model_name(base_model(model))
+        if self._found_on not in (None, "", name):
+            logger.warning(
+                f"the directions of protect_basis were found on {self._found_on}, and this model is called "
+                f"{name or 'by no name'}: the shapes agree, but other weights have other directions"
+            )
         if self.template is not None:
             self.template.check_model(model)
             template, stored = self.template, template_basis(self.template, model)
@@ -275,23 +281,31 @@ def check_unprotected(asked: str | bool | None, output_dir: str) -> None:
         )
 
 
-def _stored(config: ProtectionConfig) -> tuple[FunctionalNetworkTemplate | None, KeptDirections | None]:
-    """The template or the directions that `protect_basis` names.
+def _sharded() -> FNSFTError:
+    return FNSFTError(
+        "protect does not run sharded (FSDP, DeepSpeed), where no process has a weight as a whole; use plain data "
+        "parallelism"
+    )
+
+
+def _stored(config: ProtectionConfig) -> tuple[FunctionalNetworkTemplate | None, KeptDirections | None, str | None]:
+    """The template or the directions that `protect_basis` names, and the name of the model that these are of.
 
     Raises:
         FNSFTError: it names neither.
     """
     if config.protect_basis is None:
-        return None, None
+        return None, None, None
     if (directory := find_directions(config.protect_basis, revision=config.protect_basis_revision)) is not None:
-        return None, load_directions(directory)[0]
+        kept, about = load_directions(directory)
+        return None, kept, about.get("base_model")
     template = FunctionalNetworkTemplate.from_pretrained(config.protect_basis, revision=config.protect_basis_revision)
     if not template.basis and config.protect != "networks":
         raise FNSFTError(
             f"protect_basis is {config.protect_basis}, a template without directions of its inputs; discover it again "
             "with ica_store_basis, or find directions alone (fnsft discover --basis_only)"
         )
-    return template, None
+    return template, None, None
 
 
 @contextmanager
