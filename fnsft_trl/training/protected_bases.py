@@ -166,11 +166,6 @@ def _counts(config, kept: KeptDirections, model, texts, title) -> list[int] | No
 def _count(config: ProtectionConfig, each: InputDirections) -> int:
     """How many stored directions of an input are taken."""
     has = each.basis.shape[1]
-    if config.is_share:
-        raise FNSFTError(
-            f"protect_dims is {config.protect_dims}, a share of the energy of texts, which directions found before "
-            "don't say; give a number, or protect_datasets in the place of protect_basis"
-        )
     wanted = config.leading + LEADING
     if config.protect_dims is not None and has < min(wanted, each.width):
         raise FNSFTError(

@@ -127,7 +127,12 @@ class ProtectionConfig:
                 "protect=subspace needs texts to keep: give protect_datasets (name=source, or embedded), or "
                 "protect_basis"
             )
-        if self.protect == "random" and self.is_share and not has_source:
+        if self.is_share and self.protect_basis is not None:
+            raise FNSFTError(
+                f"protect_dims is {self.protect_dims}, a share of the energy of texts, which directions found before "
+                "don't say; give a number, or protect_datasets in the place of protect_basis"
+            )
+        if self.protect == "random" and self.is_share and not has_texts:
             raise FNSFTError(
                 f"protect_dims is {self.protect_dims}, a share of the energy of texts, and protect=random was given "
                 "none; give protect_datasets, or a number of directions"

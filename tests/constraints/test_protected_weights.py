@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from helpers import VOCABULARY, random_mask, state, tiny_model
+from helpers import VOCABULARY, medium_experts, random_mask, state, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -183,6 +183,8 @@ def test_what_an_adapter_trains_without_directions_is_refused():
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
     with pytest.raises(FNSFTError, match=r"embed_tokens.* trains, and is no weight of a linear layer"):
         protected(model)
+    with pytest.raises(FNSFTError, match=r"experts.* trains, and is no weight of a linear layer"):
+        protected(deltas(medium_experts()))
     brought = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=MLP))
     for module in brought.modules():
         if isinstance(module, nn.ModuleDict) and "default" in module and hasattr(module["default"], "weight"):

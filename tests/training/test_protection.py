@@ -9,7 +9,8 @@ import torch
 import trl
 from datasets import Dataset
 from helpers import changed_entries, sft_config, state, tiny_model, tiny_rows, tiny_tokenizer
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 from fnsft_trl import (
     FNSFTError,
@@ -225,22 +226,59 @@ def test_it_holds_after_saving_loading_merging_and_exporting(way, text, template
         assert left_of(before, model, kept)[0] <= MERGED
 
 
-def test_other_trainers_protect_too(text, tmp_path):
-    rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "no"} for r in tiny_rows(16)]
-    trainer = with_networks(trl.DPOTrainer)(
-        model=tiny_model("llama"),
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=2, learning_rate=1e-2
-        ),
+def padded():
+    ids = [tiny_tokenizer()(row["prompt"] + row["completion"])["input_ids"][:12] for row in tiny_rows(16)]
+    there = [[1] * len(each) + [0] * (12 - len(each)) for each in ids]
+    ids = [each + [0] * (12 - len(each)) for each in ids]
+    return [{"input_ids": each, "labels": each, "attention_mask": m} for each, m in zip(ids, there, strict=True)]
+
+
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "no"} for r in tiny_rows(16)]
+GENERATED = {"num_generations": 2, "max_completion_length": 6}
+TRAINERS = {
+    "Trainer": (Trainer, TrainingArguments, padded(), {}, {}),
+    "DPO": (trl.DPOTrainer, trl.DPOConfig, PAIRS, {}, {}),
+    "GRPO": (
+        *(trl.GRPOTrainer, trl.GRPOConfig, PAIRS, {**GENERATED, "per_device_train_batch_size": 4}),
+        {"reward_funcs": lambda completions, **kwargs: [float(len(each)) for each in completions]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_other_trainers_protect_too(name, text, tmp_path):
+    kind, config, rows, settings, arguments = TRAINERS[name]
+    model = tiny_model("llama")
+    if name == "Trainer":  # which wraps no model
+        model = get_peft_model(model, LoraConfig(**LORA))
+    else:
+        arguments = {**arguments, "peft_config": LoraConfig(**LORA)}
+    common = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "learning_rate": 1e-2}
+    trainer = with_networks(kind)(
+        model=model,
+        args=config(output_dir=str(tmp_path), **common, **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(**LORA),
         protection=protection(text),
+        **arguments,
     )
     trainer.train()
     assert trainer.protection.left() <= EXACT
     assert trainer.protection.task_energy is not None
     assert left_of(state(tiny_model("llama")), merged(trainer.model), trainer.protection.bases.kept)[0] <= MERGED
+
+
+def test_chosen_networks_alone_are_protected(template, tmp_path):
+    before = state(tiny_model("llama"))
+    config = ProtectionConfig(protect="networks", protect_basis=template[1], protect_component_ids="0,2")
+    trainer = trainer_of("full, some neurons", tmp_path, config, template)
+    trainer.train()
+    for name, rows in directions_of_modules(template[0], trainer.model, [0, 1, 2]).items():
+        base = before[f"{name}.weight"].double()
+        change = trainer.model.get_submodule(name).weight.detach().double() - base
+        left = (change @ (rows / rows.norm(dim=1, keepdim=True)).T).norm(dim=0) / base.norm()
+        assert left[[0, 1, 3]].max() < 4 * MERGED
+        assert left[2] > 1e3 * MERGED
 
 
 def test_stored_directions_are_those_of_the_text_and_protect_as_they_do(text, template, tmp_path):
@@ -305,6 +343,10 @@ def test_all_components_span_the_principal_components_of_the_same_sketch():
         ({"protect": "networks"}, "protect_dims has no effect with protect=networks"),
         ({"protect_basis": "x"}, "drop one of them"),
         ({"protect_strength": 0.0}, "protect_strength is 0.0"),
+        (
+            {"protect_datasets": None, "protect_basis": "x", "protect_dims": 0.9},
+            "directions found before don't say",
+        ),
         ({"protect_seed": 1}, "protect_seed has no effect with protect=subspace"),
         ({"protect_datasets": ["a=x", "a=y"]}, "protect_datasets names 'a' twice"),
         ({"protect": "random", "protect_datasets": None, "protect_dims": 0.5}, "a share of the energy of texts"),
