@@ -120,12 +120,21 @@ class ProtectedWeight:
         basis = self.basis.to(device, torch.float64)
         return torch.cat([rows.to(device, torch.float64) @ basis for rows in part.split(_ROWS)]).to(part.device)
 
+    def _follow(self) -> None:
+        """Bring what is kept to where the parameter is by now."""
+        device = self.map.parameter.device
+        if self.basis.device != device:
+            self.basis = self.basis.to(device)
+            self.reference = None if self.reference is None else self.reference.to(device)
+
     def note(self) -> None:
         """Note what there is along the directions before a step, of which a part is left."""
+        self._follow()
         self._before = self._along()
 
     def project(self, strength: float) -> None:
         """Take out what was added along the directions since the base, or with a strength below 1 since `note`."""
+        self._follow()
         for other in self.map.others:
             other.detach().zero_()
         if self.is_closed:

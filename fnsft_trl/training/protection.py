@@ -77,6 +77,8 @@ class Protection:
     def __init__(self, config: ProtectionConfig, given: dict[str, Any]) -> None:
         self.config = config
         model = given.get("model")
+        if model is None:
+            raise FNSFTError("protect needs the model itself, and no model_init, which makes others later; give model")
         check_adapter(given.get("peft_config"))
         for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
             check_adapter(adapter)
@@ -162,13 +164,27 @@ class Protection:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Have every step of an optimizer followed by the projection; once, however often it is called. What puts
-        frozen values back is to be attached after this."""
+        frozen values back is to be attached after this.
+
+        Raises:
+            FNSFTError: it steps other tensors than those that are protected.
+        """
         optimizer = plain_optimizer(optimizer)
         if optimizer is not self._optimizer:
+            self._check_steps(optimizer)
             # Not those of `weights`, which a resumed run replaces.
             optimizer.register_step_pre_hook(lambda *_: self.weights.before_step())
             optimizer.register_step_post_hook(lambda *_: self.weights.after_step())
             self._optimizer = optimizer
+
+    def _check_steps(self, optimizer: Optimizer) -> None:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for each in self._maps:
+            if each.parameter.requires_grad and id(each.parameter) not in stepped:
+                raise FNSFTError(
+                    f"the optimizer does not step the tensor of {each.module} that is protected (the model was made "
+                    "or wrapped anew since, or the optimizer before); let the trainer make the optimizer"
+                )
 
     def begin(self, asked: str | bool | None, output_dir: str) -> None:
         """Take the directions of a checkpoint that a training goes on from.

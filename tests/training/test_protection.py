@@ -361,3 +361,10 @@ def test_a_sharded_run_is_refused_by_name(text, tmp_path, monkeypatch):
     monkeypatch.setattr("fnsft_trl.training.protection.is_sharded", lambda trainer: True)
     with pytest.raises(FNSFTError, match=r"protect does not run sharded \(FSDP, DeepSpeed\)"):
         trainer_of("LoRA", tmp_path, protection(text))
+
+
+def test_an_optimizer_of_other_tensors_is_refused(text, tmp_path):
+    trainer = trainer_of("LoRA", tmp_path, protection(text))
+    other = torch.optim.SGD(tiny_model("llama").parameters(), lr=0.1)
+    with pytest.raises(FNSFTError, match="does not step the tensor of .* that is protected"):
+        trainer.protection.attach(other)
