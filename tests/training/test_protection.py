@@ -366,5 +366,5 @@ def test_a_sharded_run_is_refused_by_name(text, tmp_path, monkeypatch):
 def test_an_optimizer_of_other_tensors_is_refused(text, tmp_path):
     trainer = trainer_of("LoRA", tmp_path, protection(text))
     other = torch.optim.SGD(tiny_model("llama").parameters(), lr=0.1)
-    with pytest.raises(FNSFTError, match="does not step the tensor of .* that is protected"):
+    with pytest.raises(FNSFTError, match=r"does not step the tensor of .* that is protected"):
         trainer.protection.attach(other)
