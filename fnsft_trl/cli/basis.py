@@ -18,6 +18,7 @@ from ..hub.files import push_directory
 from ..hub.names import UNKNOWN, absolute_sources, model_name, source_names
 from ..template.storage import CARD_FILE
 from ..training.protection_config import DIMS
+from ..writing import write_text_whole
 
 
 def find_basis(
@@ -73,7 +74,7 @@ def find_basis(
     if not is_main:
         return
     save_directions(kept, output_dir, about)
-    (output_dir / CARD_FILE).write_text(_card(about, len(modules)), encoding="utf-8")
+    write_text_whole(output_dir / CARD_FILE, _card(about, len(modules)))
     print(f"Directions of {len(kept.inputs)} inputs of {len(modules)} linear layers saved to: {output_dir}")
     if push is not None:
         arguments = {"commit_message": "Upload directions of inputs", **push}

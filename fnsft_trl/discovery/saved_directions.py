@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import FNSFTError
 from ..hub.files import MissingFileError, fetch_file, is_hub_id
-from ..writing import written_whole
+from ..writing import write_text_whole, written_whole
 from .directions import InputDirections, KeptDirections
 
 
@@ -45,8 +45,7 @@ def save_directions(kept: KeptDirections, directory: str | os.PathLike, about: d
     }
     with written_whole(directory / TENSORS_FILE) as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})
-    with written_whole(directory / ABOUT_FILE) as scratch:
-        scratch.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text_whole(directory / ABOUT_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def load_directions(directory: str | os.PathLike) -> tuple[KeptDirections, dict[str, Any]]:

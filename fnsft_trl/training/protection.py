@@ -40,6 +40,7 @@ from ..neurons.mask import NeuronMask
 from ..neurons.sites import base_model
 from ..template.storage import CARD_FILE
 from ..template.template import FunctionalNetworkTemplate
+from ..writing import write_text_whole
 from .preparation import keep_4bit_layers_differentiable
 from .protected_bases import KeptTexts, ProtectedBases, as_json, find_bases, held, texts_sha256
 from .protection_config import ENERGY_TOKENS, ProtectionConfig
@@ -279,7 +280,7 @@ class Protection:
                 f"inputs along {plain(self.in_words())}. At most {self.left():.1e} {measured} lies along them. They "
                 f"are in `{PROTECTION_DIR}/`.\n"
             )
-            card.write_text(with_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")
+            write_text_whole(card, with_section(card.read_text(encoding="utf-8"), section))
 
 
 def check_unprotected(asked: str | bool | None, output_dir: str) -> None:
@@ -340,7 +341,7 @@ def _agreed(trainer: Trainer, find) -> ProtectedBases:
 
 def _task(trainer: Trainer, tokenizer) -> KeptText | None:
     """Some tokens of the rows that are trained; `None` where their form is not known."""
-    dataset, seed = trainer.train_dataset, trainer.args.seed
+    dataset, seed = trainer.task_dataset, trainer.args.seed
     if dataset is None:
         return None
     if isinstance(dataset, Dataset):

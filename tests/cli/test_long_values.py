@@ -18,7 +18,7 @@ MOST = 2200  # letters of a message, with the name of its verb
 def values(option: Option) -> list[str]:
     """What to write in YAML: a long text, a path of long names, a long list and a long mapping, deep nesting."""
     long = "9" * 20_000 if option.kind in ("int", "float") else "x" * 20_000
-    listed = f"[{', '.join(map(str, range(400)))}]"
+    listed = f"[{', '.join(str(10**20 + n) for n in range(120))}]"
     return [long, f"{'y' * 300}/{'z' * 300}", listed, f"{{a: {listed}, {'k' * 1000}: 1}}", "[" * 45 + "]" * 45]
 
 

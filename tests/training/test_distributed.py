@@ -64,6 +64,10 @@ def test_two_processes_train_as_one_does(runs, method):
             assert max(each.pop("left") for each in protected) < 1e-6
             assert protected[0]["inputs"] > 0
         assert protected[0] == protected[1]
+        for end in ended:
+            assert ((end.pop("kl_to_base") is None), end["replay"] is None) == 2 * (
+                kind != "ddp" or "experts" in method,
+            )
         assert ended[0] == ended[1]
         for name, series in lost[0].items():
             assert lost[1][name]["rise"] == pytest.approx(series["rise"], abs=1e-5)

@@ -8,6 +8,7 @@ from ...data.config import DataConfig
 from ...errors import FNSFTError
 from ...evaluation.config import RetentionConfig
 from ...export.gguf import check_outtype, find_converter
+from ...training.config import AnchorConfig, ReplayConfig
 from ...training.protection_config import ProtectionConfig
 from ..output import check_writable
 from .loading import LoadingConfig
@@ -47,12 +48,16 @@ class TrainOptions:
         network_config (`FunctionalNetworkConfig` or `None`): `None` is plain fine-tuning.
         retention (`RetentionConfig` or `None`): what is measured of what the model loses.
         protection (`ProtectionConfig` or `None`): the directions in which what trains answers as before.
+        replay (`ReplayConfig` or `None`): what is trained beside the task.
+        anchor (`AnchorConfig` or `None`): where the model is kept near its base.
         notes (`list[str]`): what the user should know of how the options were read.
     """
 
     values: dict[str, Any]
     network_config: FunctionalNetworkConfig | None
     retention: RetentionConfig | None
+    replay: ReplayConfig | None
+    anchor: AnchorConfig | None
     protection: ProtectionConfig | None
     notes: list[str]
 
@@ -72,7 +77,10 @@ def training_options() -> dict[str, Option]:
     """All options of `fnsft train`, by name, ours first."""
     ours = [
         option
-        for kind in (FunctionalNetworkConfig, ProtectionConfig, DataConfig, RetentionConfig, RunConfig)
+        for kind in (
+            *(FunctionalNetworkConfig, ProtectionConfig, DataConfig),
+            *(RetentionConfig, ReplayConfig, AnchorConfig, RunConfig),
+        )
         for option in describe(kind)
     ]
     known = by_name([*ours, *trl_options()])
@@ -133,7 +141,8 @@ def _asked(sources: dict[str, dict[str, Any]]) -> TrainOptions:
         config.plan(lora_config=bool(values.get("use_peft")))
         if config.ica_template_path is None:
             config.check_named_networks()
-    result = TrainOptions(values, config, _config_of(RetentionConfig, values), _protection(values, config), notes)
+    kept = (_given(kind, values) for kind in (RetentionConfig, ReplayConfig, AnchorConfig))
+    result = TrainOptions(values, config, *kept, _protection(values, config), notes)
     _check_effects(result)
     if values.get("push_to_hub") and not values.get("hub_model_id"):
         if _is_original(sources):
@@ -194,15 +203,15 @@ def _switch_words(values: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _config_of(kind: type, values: dict[str, Any]):
-    """A config of the options that are given; `None` where none of them is."""
+def _given(kind: type, values: dict[str, Any]) -> Any:
+    """A config of this kind; `None` where no option of it is given."""
     given = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
     return kind(**given) if given else None
 
 
 def _protection(values: dict[str, Any], networks: FunctionalNetworkConfig | None) -> ProtectionConfig | None:
     """The directions in which what trains answers as before; `None` without `protect`."""
-    found = _config_of(ProtectionConfig, values)
+    found = _given(ProtectionConfig, values)
     if found is None or not found.is_on:
         return None
     if found.protect == "networks" and found.protect_basis is None and networks is None:
