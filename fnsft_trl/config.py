@@ -141,6 +141,9 @@ class FunctionalNetworkConfig:
         "they get no loading.",
         above=1,
     )
+    ica_store_basis: int | None = option(
+        None, "Keep this many leading directions of MLP inputs, too, for `protect`.", least=1, most=2000
+    )
     ica_batch_size: int = option(4, "Sequences per forward pass of the discovery.", least=1)
     ica_max_length: int = option(512, "Longest sequence of the discovery, in tokens.", least=2)
     ica_seed: int = option(0, "Seed of the reservoir, of FastICA's start and of random selections.", least=0)
@@ -305,6 +308,7 @@ class FunctionalNetworkConfig:
         )
         kept += ("max_tokens", "until_reliable", "template_samples_per_ds", "reservoir", "skip_tokens", "skip_special")
         kept += ("drop_massive", "batch_size", "max_length", "seed")
+        kept += () if self.ica_store_basis is None else ("store_basis",)
         return {f"ica_{name}": getattr(self, f"ica_{name}") for name in kept}
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from fnsft_trl import (
     FNSFTTrainer,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
+    ProtectionConfig,
     ReplayConfig,
     RetentionCallback,
     constrain_full,
@@ -118,6 +119,9 @@ def run_trainer(
             ica_select="random",  # the same neurons however the discovery is shared among processes
             ica_fraction=0.5,
         ),
+        protection=None
+        if is_sharded or method.endswith(EXPERTS)
+        else ProtectionConfig(protect="random", protect_dims=8),
         **({} if is_sharded or method.endswith(EXPERTS) else kept_near(folder / f"kept-{rank}.jsonl", 4 // processes)),
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")

@@ -10,6 +10,7 @@ from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
 from ..occupied import TEMPLATE
+from ..training.protection_config import DIMS
 from ..writing import disk_errors, files_written_whole
 from .endings import command
 from .options.arguments import read_arguments
@@ -54,6 +55,12 @@ def options() -> list[Option]:
         row("license", "Id of a license for the model card, for instance mit."),
         row("dataset_split", "Split of the datasets to read.", "train"),
         row("resume", "Go on with an interrupted discovery in output_dir.", False),
+        row(
+            "basis_only",
+            "Find no networks, but the leading directions of the inputs of all linear layers, for `protect_basis`; "
+            f"{DIMS} of each, or as many as ica_store_basis says.",
+            False,
+        ),
         *PUSH_OPTIONS,
         *(option for option in describe(DataConfig) if option.name in _DATA_FIELDS),
         *loading_options(),
@@ -79,6 +86,8 @@ def main(argv: list[str]) -> None:
     loading = LoadingConfig(**args.of(LoadingConfig))
     read = {f"the dataset {name}": name for name in args.datasets}
     output_dir = check_writable(args.output_dir, TEMPLATE, {"the model": args.model_name_or_path, **read})
+    if args.basis_only:
+        _check_basis_only(args)
     push = push_arguments(args, TEMPLATE)
 
     import torch
@@ -106,6 +115,11 @@ def main(argv: list[str]) -> None:
         )
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, loading, device=state.device)
     set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
+    if args.basis_only:
+        from .basis import find_basis
+
+        find_basis(model, tokenizer, texts, config, output_dir, push=push, is_main=state.is_main_process)
+        return
     progress = output_dir / PROGRESS
     template, of_datasets = discover_group(model, tokenizer, texts, config, progress_dir=progress, resume=args.resume)
     # Nothing is exchanged from here on, and a process that ends in a group it has not left can abort.
@@ -123,6 +137,15 @@ def main(argv: list[str]) -> None:
     if push is not None:
         url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")
+
+
+def _check_basis_only(args) -> None:
+    """Refuse what has no effect where no networks are found."""
+    read = {"ica_store_basis", "ica_max_tokens", "ica_max_length", "ica_batch_size", "ica_template_samples_per_ds"}
+    idle = [name for name in args.given if name.startswith("ica_") and name not in read]
+    idle += [name for name in ("resume", "license") if name in args.given]
+    if idle:
+        raise FNSFTError(f"{min(idle)} has no effect with basis_only, which finds no networks; drop one of them")
 
 
 def _save_parts(templates: dict[str, Any], directory: Path) -> None:

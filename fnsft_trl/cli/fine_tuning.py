@@ -208,6 +208,7 @@ def _trainer(
             network_template=template,
             tokenized_cache=data_config.tokenized_cache,
             retention=asked.retention,
+            protection=asked.protection,
             replay=asked.replay,
             anchor=asked.anchor,
         )

@@ -35,7 +35,7 @@ def options() -> list[Option]:
         row("output_dir", "Where the restored one and the report go.", "restored", metavar="DIR"),
         row("base", "The base of a fine-tuned model, or another place of that of an adapter.", metavar="MODEL"),
         row("tolerance", "Share of the task's gain that may be lost.", 0.05, kind="float", lowest=0, highest=1),
-        row("energy", energy, 0.9, lowest=0, highest=1),
+        row("energy", energy, 0.3, lowest=0, highest=1),
         row("choose", choose, metavar="WAY"),
         row("leading", "Numbers of leading directions that are tried: 2 8 32 100 by default.", many=True, kind="int"),
         row("scales", "Factors on the change that are tried: 0.7 0.5 by default.", many=True, kind="float"),

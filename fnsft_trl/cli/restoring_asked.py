@@ -108,9 +108,11 @@ def _shares(given: list[float] | None, names: list[str]) -> dict[str, float]:
 
 
 def _check_output(output: Path, sources: list[str | None]) -> None:
-    """Refuse to write over what is read."""
-    target = output.resolve()
+    """Refuse to write over what is read, or over anything else."""
+    target = output.expanduser().resolve()
     for source in filter(None, sources):
         path = Path(source).expanduser().resolve()
         if target == path or target in path.parents or (path.is_dir() and path in target.parents):
             raise FNSFTError(f"output_dir is {output}, where {source} is read from; name another directory")
+    if target.is_dir() and any(target.iterdir()):
+        raise FNSFTError(f"output_dir is {output}, which holds files already; name a directory that is new or empty")

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.card import with_section
+from ..interventions.restoring import Restoration
 from ..report import Report, format_table
 from ..report.figures import tradeoff_figure
 from ..template.storage import CARD_FILE
 from .evaluation_report import versions
+from .restoring_asked import Asked
+from .restoring_screen import Scored, Screen
 
 
 _SECTION = "## Restored"
+_LEGEND = (
+    "What is taken out of the change of every linear layer: what it makes of the mean input at position 0 (the first "
+    "token of a text), of the mean of all other inputs, and of the leading directions of these."
+)
 _NOTE = (
     "KL: of the base to the restored model, in nats per token, on passages that gave no directions. What is left "
     "along U: the largest norm of D U over that of D, of any module, as it is stored. The ways were compared on the "
@@ -19,36 +26,46 @@ _NOTE = (
 )
 
 
-def write_report(screen, asked) -> None:
-    """Write the report, the section of the card, and print what matters.
+def write_report(screen: Screen, asked: Asked, directory: Path) -> None:
+    """Write the report and the section of the card.
 
     Args:
-        screen: what was found ([`~fnsft_trl.cli.restoring_run.Screen`]).
-        asked: what was asked for ([`~fnsft_trl.cli.restore.Asked`]).
+        screen: what was found.
+        asked: what was asked for.
+        directory: where to write it.
     """
-    header, rows = _table(screen)
-    energy = _energy_table(screen)
     report = Report(f"fnsft restore: {Path(asked.args.adapter).name}")
     report.text(_summary(screen, asked))
     report.heading("Ways to restore")
-    report.table(header, rows)
+    report.table(*_table(screen))
+    report.text(_LEGEND)
     report.figure("tradeoff", _figure(screen), "What each way leaves of the forgetting, and what it costs.")
     report.text(_NOTE)
     report.heading("What the directions hold")
     report.text("Share of the energy (squared norm of the inputs, all tokens but the first), the mean over inputs.")
-    report.table(*energy)
+    report.table(*_energy_table(screen))
     report.heading("Texts")
     report.table(*_texts_table(screen, asked.shares))
-    report.save(asked.output, _content(screen, asked))
-    card = asked.output / CARD_FILE
+    report.save(directory, _content(screen, asked))
+    card = directory / CARD_FILE
     if card.is_file():
         section = f"{_SECTION}\n\n{_summary(screen, asked, is_public=True)}"
         card.write_text(with_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")
+
+
+def print_report(screen: Screen, asked: Asked) -> None:
+    """Print what matters of it.
+
+    Args:
+        screen, asked: as for [`write_report`].
+    """
+    energy = format_table(*_energy_table(screen))
     print(
         "\n\n".join(
             [
-                format_table(header, rows),
-                "Energy that the directions hold:\n" + format_table(*energy),
+                format_table(*_table(screen, is_short=True)),
+                _LEGEND,
+                f"Share of the energy of each text that lies in the directions:\n{energy}",
                 _summary(screen, asked),
                 f"Report: {asked.output / 'report.html'} (also report.md, results.json)",
             ]
@@ -56,65 +73,69 @@ def write_report(screen, asked) -> None:
     )
 
 
-def _summary(screen, asked, *, is_public: bool = False) -> str:
+def _summary(screen: Screen, asked: Asked, *, is_public: bool = False) -> str:
     """What was chosen, and what it does; a card names no local path."""
     trained, chosen = screen.ways[0], screen.chosen
-    kept = ", ".join(screen.texts)
-    text = f"Chosen: {chosen.how.name} ({screen.rule}). " if not is_public else ""
-    text += (
-        f"The change of {screen.modules} linear layers was taken {chosen.how.name}, to keep what the model makes of "
-        f"{kept}: there the KL to the base is {chosen.mean_kl:.4f} nats per token, and was {trained.mean_kl:.4f}"
+    sentences = [] if is_public else [f"Chosen: {chosen.how.name} ({screen.rule})."]
+    kept = (
+        f"{screen.modules} linear layers, {chosen.how.name}, to keep what the base makes of {', '.join(screen.texts)}."
+    )
+    kl = (
+        f"There the KL of the base to this model is {chosen.mean_kl:.4f} nats per token, and was {trained.mean_kl:.4f}"
     )
     if trained.mean_kl > 0:
-        text += f" ({1 - chosen.mean_kl / trained.mean_kl:.0%} less)"
-    if trained.loss is not None:
-        gain = (screen.base.loss - chosen.loss) / (screen.base.loss - trained.loss)
-        text += (
-            f". The loss on {screen.rows} rows of the task is {chosen.loss:.4f}, was {trained.loss:.4f}, and "
-            f"{screen.base.loss:.4f} in the base: {gain:.1%} of the gain is kept."
-        )
+        kl += f" ({1 - chosen.mean_kl / trained.mean_kl:.1%} less)"
+    sentences += [f"Restored: {kept}", f"{kl}."]
+    if screen.base.loss is None:
+        sentences.append("Nothing was measured on the task, so how much of it was lost is not known.")
     else:
-        text += ". Nothing was measured on the task, so how much of it was lost is not known."
+        text = f"On {screen.rows} rows of the task the loss is {chosen.loss:.4f}, was {trained.loss:.4f}, and "
+        text += f"{screen.base.loss:.4f} in the base: {_gain(chosen, screen):.1%} of the gain is kept"
+        if screen.base.exact is not None:
+            text += f"; {chosen.exact:.1%} of them are answered exactly, and {trained.exact:.1%} were"
+        sentences.append(f"{text}.")
     if screen.others:
-        text += (
-            f" {screen.others} other parameters that were trained (norms, embeddings, biases alone) have their base "
+        sentences.append(
+            f"{screen.others} other parameters that were trained (norms, embeddings, biases alone) have their base "
             "values again where anything is projected: their inputs have no directions."
         )
-    return text
+    return " ".join(sentences)
 
 
-def _table(screen) -> tuple[list[str], list[list[str]]]:
-    with_task = screen.base.loss is not None
-    with_exact = screen.base.exact is not None
-    header = ["way", *(f"KL {name}" for name in screen.texts), *(f"rise {name}" for name in screen.texts)]
-    header += ["task loss"] if with_task else []
-    header += ["gain kept"] if with_task else []
-    header += ["exact match"] if with_exact else []
-    header.append("left along U")
-    rows = [_row("base", screen.base, screen, with_task, with_exact)]
-    for way in screen.ways:
-        mark = " *" if way is screen.chosen else ""
-        rows.append(_row(way.how.name + mark, way, screen, with_task, with_exact))
-    return header, rows
+def _gain(way: Scored, screen: Screen) -> float:
+    """The share of the task's gain that a way keeps."""
+    return (screen.base.loss - way.loss) / (screen.base.loss - screen.ways[0].loss)
 
 
-def _row(name: str, way, screen, with_task: bool, with_exact: bool) -> list[str]:
-    cells = [name, *(f"{kl:.4f}" for kl in way.kl.values()), *(f"{rise:+.4f}" for rise in way.rise.values())]
-    if with_task:
-        whole = screen.base.loss - screen.ways[0].loss
-        cells += [f"{way.loss:.4f}", f"{(screen.base.loss - way.loss) / whole:.1%}"]
-    if with_exact:
-        cells.append(f"{way.exact:.3f}")
-    return [*cells, f"{way.residual:.1e}" if way.how.directions else ""]
+def _table(screen: Screen, *, is_short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """All ways; a short one fits a terminal."""
+    header = ["way", *(f"KL {name}" for name in screen.texts)]
+    header += [] if is_short else [f"rise {name}" for name in screen.texts]
+    header += [] if screen.base.loss is None else ["task loss", "gain kept"]
+    header += [] if screen.base.exact is None else ["exact match"]
+    header += [] if is_short else ["left along U"]
+    ways = [
+        ("base", screen.base),
+        *((way.how.name + (" *" if way is screen.chosen else ""), way) for way in screen.ways),
+    ]
+    return header, [_row(name, way, screen, is_short) for name, way in ways]
 
 
-def _energy_table(screen) -> tuple[list[str], list[list[str]]]:
+def _row(name: str, way: Scored, screen: Screen, is_short: bool) -> list[str]:
+    cells = [name, *(f"{kl:.4f}" for kl in way.kl.values())]
+    cells += [] if is_short else [f"{rise:+.4f}" for rise in way.rise.values()]
+    cells += [] if way.loss is None else [f"{way.loss:.4f}", f"{_gain(way, screen):.1%}"]
+    cells += [] if way.exact is None else [f"{way.exact:.3f}"]
+    return cells if is_short else [*cells, f"{way.residual:.1e}" if way.how.directions else ""]
+
+
+def _energy_table(screen: Screen) -> tuple[list[str], list[list[str]]]:
     counts = list(next(iter(screen.energy.values())))
     rows = [[name, *(f"{shares[m]:.1%}" for m in counts)] for name, shares in screen.energy.items()]
     return ["text", *(f"{m} directions" if m > 1 else "1 direction" for m in counts)], rows
 
 
-def _texts_table(screen, shares: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def _texts_table(screen: Screen, shares: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, (kept, scored) in screen.texts.items():
         sinks = screen.sinks[name]
@@ -125,21 +146,25 @@ def _texts_table(screen, shares: Mapping[str, float]) -> tuple[list[str], list[l
     return [*header, "attention sinks beside position 0", "most often"], rows
 
 
-def _kind(how) -> str:
+def _kind(how: Restoration) -> str:
     if how.is_centred:
         return "centred"
-    if how.networks:
+    if how.networks or how.neurons:
         return "networks"
     if how.directions:
         return "projected" if how.scale == 1 else "projected and scaled"
     return "scaled"
 
 
-def _figure(screen) -> bytes:
+def _figure(screen: Screen) -> bytes:
     points: dict[str, list[tuple[float, float, str]]] = {}
     for number, way in enumerate(screen.ways):
         x = way.loss if way.loss is not None else float(number)
-        short = way.how.name.replace("position 0", "0").replace(" leading", "")
+        short = (
+            way.how.name.replace("position", "pos.")
+            .replace(" leading", "")
+            .replace("scaled by ", "\N{MULTIPLICATION SIGN} ")
+        )
         points.setdefault(_kind(way.how), []).append((x, way.mean_kl, short))
     chosen = screen.chosen
     x = chosen.loss if chosen.loss is not None else float(screen.ways.index(chosen))
@@ -147,12 +172,12 @@ def _figure(screen) -> bytes:
         points,
         loss="number of the way" if chosen.loss is None else "loss on the task, nats per token",
         divergence="KL of the base to the restored model, nats per token",
-        limit=screen.limit,
+        limit=screen.limits and screen.limits.loss,
         chosen=(x, chosen.mean_kl),
     )
 
 
-def _content(screen, asked) -> dict[str, Any]:
+def _content(screen: Screen, asked: Asked) -> dict[str, Any]:
     """All of it as JSON values."""
     names = ("adapter", "base", "task", "tolerance", "energy", "choose", "layers", "keep_tokens", "score_tokens")
     return {
@@ -176,7 +201,7 @@ def _content(screen, asked) -> dict[str, Any]:
         "base_values": screen.others,
         "task_rows": screen.rows,
         "base": _values(screen.base),
-        "limit": screen.limit,
+        "limits": None if screen.limits is None else vars(screen.limits),
         "ways": [{"name": way.how.name, **vars(way.how), **_values(way)} for way in screen.ways],
         "chosen": screen.chosen.how.name,
         "rule": screen.rule,
@@ -184,6 +209,6 @@ def _content(screen, asked) -> dict[str, Any]:
     }
 
 
-def _values(way) -> dict[str, Any]:
+def _values(way: Scored) -> dict[str, Any]:
     found = {"kl": way.kl, "rise": way.rise, "mean_kl": way.mean_kl, "residual": way.residual}
     return found | {"task_loss": way.loss, "exact_match": way.exact}

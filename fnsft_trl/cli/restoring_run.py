@@ -1,39 +1,42 @@
 """One run of `fnsft restore`: directions, every way to restore scored, one chosen and written."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..config import FunctionalNetworkConfig
 from ..data.embedded import resolve_model
 from ..data.sequences import token_sequences
 from ..discovery.directions import LEADING, KeptDirections, KeptText
-from ..discovery.scale import activation_scale
+from ..discovery.network_directions import network_directions
 from ..errors import FNSFTError
 from ..evaluation.evaluated import EvaluatedModel
 from ..evaluation.metrics import score_rows
 from ..evaluation.retention import RetentionText
 from ..evaluation.rows import EvaluationRow, RowReader, prompt_format, read_rows
 from ..evaluation.series import RetentionSeries
-from ..export.restored import AdapterChanges
+from ..export.restored import AdapterChanges, Places
 from ..export.restored_model import ModelChanges
-from ..interventions.restoring import Restoration
+from ..interventions.restoring import Positions, Restoration
 from ..neurons.sites import find_neuron_sites
 from ..ranges import format_ranges, parse_ranges
+from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from ..training.loaded import check_template, given_template
 from ..training.retention_texts import RetentionTexts
 from ..tuner.saved import SavedAdapter
+from ..writing import written_whole
 from .evaluation_run import read_data
 from .logs import hush_repetitions
 from .models import check_loading, loading_arguments, quantization_arguments
 from .restoring_asked import Asked
-from .restoring_report import write_report
+from .restoring_report import print_report, write_report
+from .restoring_screen import Limits, Scored, Screen, directions_by_energy, way_named, ways_to_restore
 
 
 logger = logging.get_logger("fnsft_trl")
@@ -41,60 +44,6 @@ logger = logging.get_logger("fnsft_trl")
 _PASSAGE = 256  # tokens of a sequence
 _SHORT = 32  # of a text that is a single passage otherwise
 _LONGEST = 2048  # tokens of a row of the task
-
-
-@dataclass
-class Scored:
-    """
-    What one way to restore gives.
-
-    Attributes:
-        how (`Restoration`): the way.
-        kl (`dict[str, float]`): name of a text to keep -> KL of the base to the restored model, nats per token.
-        rise (`dict[str, float]`): the same for the rise of the cross-entropy.
-        mean_kl (`float`): over the texts, by their shares.
-        residual (`float`): the largest ||D U|| / ||D|| of any module.
-        loss (`float`, *optional*): of the task, nats per token that counts.
-        exact (`float`, *optional*): share of the task's rows that are answered exactly, if they have answers.
-    """
-
-    how: Restoration
-    kl: dict[str, float] = field(default_factory=dict)
-    rise: dict[str, float] = field(default_factory=dict)
-    mean_kl: float = 0.0
-    residual: float = 0.0
-    loss: float | None = None
-    exact: float | None = None
-
-
-@dataclass
-class Screen:
-    """All that a run found.
-
-    Attributes:
-        base (`Scored`): the base model.
-        ways (`list[Scored]`): the fine-tune as it was trained, and every way to restore it.
-        chosen (`Scored`): the one that is written.
-        rule (`str`): why, in words.
-        limit (`float`, *optional*): the most that the task's loss may be.
-        directions (`dict[str, KeptDirections]`): networks, or none -> the directions.
-        energy (`dict[str, dict[int, float]]`): name of a text, or the task -> directions -> share of its energy.
-        texts (`dict[str, tuple]`): name -> the passages of the directions, and those that are scored.
-        sinks (`dict[str, dict]`): name of a text -> attention sinks beside position 0.
-        rows (`int`): of the task.
-    """
-
-    base: Scored
-    ways: list[Scored]
-    chosen: Scored
-    rule: str
-    limit: float | None
-    energy: dict[str, dict[int, float]]
-    texts: dict[str, tuple[KeptText, RetentionText]]
-    sinks: dict[str, dict]
-    rows: int
-    modules: int
-    others: int
 
 
 def restore(asked: Asked) -> None:
@@ -131,12 +80,16 @@ class _Run:
             )
         if not self.is_adapter and asked.loading.is_quantized:
             raise FNSFTError("a fine-tuned model is restored in full precision, not in few bits; drop load_in_...")
-        _check_beside(asked.output, is_adapter=self.is_adapter)
         self.tokenizer = self.found.load_tokenizer()
         rows = RetentionTexts(asked.keep).texts
         self.texts = {name: split_text(rows[name], self.tokenizer, asked, name) for name in rows}
         self.rows = self._task_rows()
         self.template = None if asked.networks is None else given_template(asked.networks, None)
+        self.numbers = [] if self.template is None else _numbers(asked.networks, self.template)
+        self.counts = [1, LEADING, *(LEADING + m for m in asked.leading)]
+        is_lora = self.is_adapter and isinstance(self.found.adapter.config, LoraConfig)
+        self.ways = ways_to_restore(self.counts, asked.scales, networks=format_ranges(self.numbers), is_lora=is_lora)
+        self.named = None if self.args.choose is None else way_named(self.args.choose, self.ways, asked.scales)
 
     def _task_rows(self) -> list[EvaluationRow]:
         if self.args.task is None:
@@ -169,10 +122,7 @@ class _Run:
         batch = asked.settings.batch_size
         most = max(asked.leading)
         kept = KeptDirections.find(self.model, modules, kept_texts, leading=most, batch_size=batch)
-        self.kept = {"": kept}
-        if self.template is not None:
-            self._add_networks(kept)
-        self.counts = [1, LEADING, *(LEADING + m for m in asked.leading)]
+        self.places = Places({"": kept}) if self.template is None else self._with_networks(kept)
         self.energy = {name: self._energy(name, KeptText(text.sequences)) for name, (_, text) in self.texts.items()}
         if self.rows:
             self.energy["task"] = self._energy("task", KeptText([row.ids for row in self.rows if len(row.ids) > 1]))
@@ -181,27 +131,28 @@ class _Run:
             self.model.base_model.set_adapter(self.model.active_adapter, inference_mode=False)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        is_placed = "device_map" in self.found.loading or self.asked.loading.is_quantized
-        return model if is_placed else model.to(self.device)
+        is_quantized = getattr(model.config, "quantization_config", None) is not None
+        return model if "device_map" in self.found.loading or is_quantized else model.to(self.device)
 
-    def _add_networks(self, kept: KeptDirections) -> None:
-        """The networks' directions at the inputs of the down projections, in the place of leading ones."""
-        config = self.asked.networks
-        template: FunctionalNetworkTemplate = check_template(config, self.model, self.template)
-        if template.site != "mlp_intermediate":
-            raise FNSFTError(f"the template is of {template.site}; one of neurons (mlp_intermediate) is needed")
-        numbers = network_numbers(config, template)
-        leading = {}
+    def _with_networks(self, kept: KeptDirections) -> Places:
+        """The networks' directions at the inputs of the down projections, and where their own neurons are."""
+        template = check_template(self.asked.networks, self.model, self.template)
+        directions, neurons = network_directions(template, self.numbers), select_neurons(template, self.numbers)
+        leading, own = {}, {}
         for site in find_neuron_sites(self.model):
-            if site.layer in template.loadings and site.down_name in self.changes.modules:
-                leading[site.down_name] = directions_of(template, site.layer, numbers)
-        if not leading:
+            if site.layer not in directions:
+                continue
+            leading[site.down_name] = directions[site.layer]
+            members = neurons.indices(site.layer)
+            for part in site.layout.slices if len(members) else ():
+                own[part.module_name] = Positions(part.indices(members), part.side)
+        if not leading.keys() & set(self.changes.modules):
             raise FNSFTError("none of the modules that were trained reads the neurons of the template's networks")
-        self.kept[format_ranges(numbers)] = kept.with_leading(leading)
+        return Places({"": kept, format_ranges(self.numbers): kept.with_leading(leading)}, own)
 
     def _energy(self, name: str, text: KeptText) -> dict[int, float]:
         batch = self.asked.settings.batch_size
-        return self.kept[""].energy(self.model, text, self.counts, batch_size=batch, title=f"energy: {name}")
+        return self.places.kept[""].energy(self.model, text, self.counts, batch_size=batch, title=f"energy: {name}")
 
     def screen(self) -> Screen:
         """Score every way, and choose one."""
@@ -214,49 +165,63 @@ class _Run:
         base = Scored(Restoration(scale=0.0))
         base.kl = base.rise = dict.fromkeys(self.texts, 0.0)
         self._score_task(base)
-        first = list(self._ways())
-        ways = [self._score(how) for how in tqdm(first, "ways to restore")]
-        limit = None
-        if self.rows:
-            gain = base.loss - ways[0].loss
-            if gain <= 0:
-                raise FNSFTError(
-                    f"on {self.args.task} the fine-tune has a loss of {ways[0].loss:.4f}, its base {base.loss:.4f}: "
-                    "nothing was learnt that could be kept; give rows of what was trained, in its prompt format"
-                )
-            limit = ways[0].loss + self.args.tolerance * gain
-        best, _ = self._choose(ways, limit)
+        ways, limits, (chosen, rule) = self._choice(base)
+        return Screen(
+            base=base,
+            ways=ways,
+            chosen=chosen,
+            rule=rule,
+            limits=limits,
+            energy=self.energy,
+            texts=self.texts,
+            sinks=self._sinks(),
+            rows=len(self.rows),
+            modules=len(self.changes.modules),
+            others=0 if self.is_adapter else len(self.changes.others),
+        )
+
+    def _choice(self, base: Scored) -> tuple[list[Scored], Limits | None, tuple[Scored, str]]:
+        """Ways with their scores, how much of the task may be lost, the one that is chosen, and why."""
+        if self.named is not None:
+            ways = [self._score(how) for how in tqdm([Restoration(), self.named], "ways to restore")]
+            return ways, self._limits(base, ways[0]), (ways[1], "the way that was asked for")
+        ways = [self._score(self.ways[0])]
+        limits = self._limits(base, ways[0])
+        ways += [self._score(how) for how in tqdm(self.ways[1:], "ways to restore")]
+        if limits is None:
+            return ways, limits, self._by_energy(ways)
+        best = limits.best(ways)
         if best.how.directions:
             scaled = [replace(best.how, scale=scale) for scale in self.asked.scales]
             ways += [self._score(how) for how in tqdm(scaled, "the best, scaled")]
-        chosen, rule = self._choose(ways, limit)
-        others = 0 if self.is_adapter else len(self.changes.others)
-        return Screen(
-            base,
-            ways,
-            chosen,
-            rule,
-            limit,
-            self.energy,
-            self.texts,
-            self._sinks(),
-            len(self.rows),
-            len(self.changes.modules),
-            others,
-        )
+        rule = f"the least KL within {self.args.tolerance:.0%} of the gain: {limits.text}"
+        return ways, limits, (limits.best(ways), rule)
 
-    def _ways(self) -> Iterator[Restoration]:
-        yield Restoration()
-        yield from (Restoration(scale=scale) for scale in self.asked.scales)
-        yield from (Restoration(count) for count in self.counts)
-        if self.changes.is_lora:
-            yield Restoration(1, is_centred=True)
-        for networks in filter(None, self.kept):
-            yield Restoration(LEADING, networks=networks)
+    def _by_energy(self, ways: list[Scored]) -> tuple[Scored, str]:
+        """The way that is chosen without a task, and why."""
+        count, held = directions_by_energy(self.energy, self.asked.shares, self.args.energy)
+        rule = (
+            f"the fewest directions that hold {self.args.energy:.0%} of the kept texts' energy; these hold {held:.1%}"
+            if held >= self.args.energy
+            else f"all {count} directions hold {held:.1%} of the kept texts' energy, less than {self.args.energy:.0%}"
+        )
+        chosen = next(way for way in ways if way.how == Restoration(count))
+        return chosen, f"{rule}; nothing was measured on the task, so how much of it was lost is not known"
+
+    def _limits(self, base: Scored, trained: Scored) -> Limits | None:
+        """How much of the task may be lost; `None` without one."""
+        if not self.rows:
+            return None
+        if base.loss <= trained.loss:
+            raise FNSFTError(
+                f"on {self.args.task} the fine-tune has a loss of {trained.loss:.4f}, its base {base.loss:.4f}: "
+                "nothing was learnt that could be kept; give rows of what was trained, in its prompt format"
+            )
+        return Limits.of(base, trained, self.args.tolerance, len(self.rows))
 
     def _score(self, how: Restoration) -> Scored:
         found = Scored(how)
-        found.residual = self.changes.apply(self.model, self.kept[how.networks], how)
+        found.residual = self.changes.apply(self.model, how, self.places)
         for name, series in self.series.items():
             values = series.measure(self.model, title=f"{how.name}: {name}")
             found.kl[name], found.rise[name] = values["kl"], values["rise"]
@@ -276,32 +241,9 @@ class _Run:
         exact = [score.is_exact for score, row in zip(scores, self.rows, strict=True) if row.answer is not None]
         found.exact = sum(exact) / len(exact) if exact else None
 
-    def _choose(self, ways: list[Scored], limit: float | None) -> tuple[Scored, str]:
-        """The way that is written, and the rule in words."""
-        name = self.args.choose
-        if name is not None:
-            chosen = next((way for way in ways if way.how.name == name), None)
-            if chosen is None:
-                raise FNSFTError(f"choose is {name!r}; the ways are: {'; or '.join(repr(w.how.name) for w in ways)}")
-            return chosen, "the way that was asked for (choose)"
-        plain = [way for way in ways if not way.how.is_centred]  # which merges only where the base has biases
-        if limit is not None:
-            within = [way for way in plain if way.loss <= limit]
-            return min(
-                within, key=lambda way: way.mean_kl
-            ), f"the least KL within {self.args.tolerance:.0%} of the gain"
-        held = {m: sum(self.asked.shares[name] * self.energy[name][m] for name in self.texts) for m in self.counts}
-        enough = next((m for m in self.counts if held[m] >= self.args.energy), self.counts[-1])
-        chosen = next(way for way in plain if way.how == Restoration(enough))
-        rule = (
-            f"the fewest directions that hold {self.args.energy:.0%} of the kept texts' energy ({held[enough]:.1%}); "
-            "nothing was measured on the task, so how much of it was lost is not known"
-        )
-        return chosen, rule
-
     def _sinks(self) -> dict[str, dict]:
         found = {}
-        for name, sinks in self.kept[""].sinks.items():
+        for name, sinks in self.places.kept[""].sinks.items():
             often = {repr(self.tokenizer.decode([token])): count for token, count in list(sinks.ids.items())[:5]}
             found[name] = {"count": sinks.count, "tokens": sinks.tokens, "most": often}
         return found
@@ -309,11 +251,14 @@ class _Run:
     def write(self, screen: Screen) -> None:
         """Write the restored one, and the report."""
         how = screen.chosen.how
-        if how != Restoration():
-            self.changes.save(self.model, self.kept[how.networks], how, self.asked.output)
-            if not (self.asked.output / "tokenizer_config.json").is_file() and not self.is_adapter:
-                self.tokenizer.save_pretrained(self.asked.output)
-        write_report(screen, self.asked)
+        with written_whole(self.asked.output) as scratch:
+            scratch.mkdir()
+            if how != Restoration():
+                self.changes.save(self.model, how, self.places, scratch)
+                if not self.is_adapter and not (scratch / "tokenizer_config.json").is_file():
+                    self.tokenizer.save_pretrained(scratch)
+            write_report(screen, self.asked, scratch)
+        print_report(screen, self.asked)
         if how == Restoration():
             raise FNSFTError(
                 f"no way takes anything back within {self.args.tolerance:.0%} of the task's gain, so nothing but the "
@@ -355,19 +300,7 @@ def split_text(rows: list, tokenizer, asked: Asked, name: str) -> tuple[KeptText
     return KeptText(halves[0]), RetentionText.of_sequences(halves[1])
 
 
-def network_numbers(config, template: FunctionalNetworkTemplate) -> list[int]:
+def _numbers(config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate) -> list[int]:
     """The networks that are asked for; all by default."""
-    count = len(template.components)
-    return parse_ranges("all" if config.ica_component_ids is None else config.ica_component_ids, count, what="network")
-
-
-def directions_of(template: FunctionalNetworkTemplate, layer: int, numbers: list[int]) -> torch.Tensor:
-    """The directions of networks among a layer's activations, shape (networks, neurons)."""
-    return template.loadings[layer][numbers].double() * activation_scale(template)[layer]
-
-
-def _check_beside(output: Path, *, is_adapter: bool) -> None:
-    """Refuse a directory that holds the other kind, beside which what is written would not be loaded."""
-    other = "config.json" if is_adapter else "adapter_config.json"
-    if (output / other).is_file():
-        raise FNSFTError(f"output_dir is {output}, which holds {other}, beside which the restored one would not load")
+    wanted = "all" if config.ica_component_ids is None else config.ica_component_ids
+    return parse_ranges(wanted, len(template.components), what="network")

@@ -50,6 +50,7 @@ class ActivationReader:
         columns (`dict[int, slice]`): the columns of each layer.
         digests (`list`): SHA-256 over the ids of the tokens read so far, of each source.
         tokens (`list[int]`): number of tokens read so far, of each source.
+        source (`int`): number of the source that is read.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ActivationReader:
         self.device = next(model.parameters()).device
         self.digests: list = []
         self.tokens: list[int] = []
+        self.source = 0
         self.columns: dict[int, slice] = {}
         start = 0
         for site in self.sites:
@@ -125,6 +127,7 @@ class ActivationReader:
                         yield ActivationBlock(number, self._block[:0], kept[:0])
                         continue
                     self._prepare(kept, ids.numel())
+                    self.source = source
                     inputs = {"input_ids": ids.to(self.device), "attention_mask": present.to(self.device)}
                     if backbone.config.is_encoder_decoder:
                         inputs["decoder_input_ids"] = decoder_ids(self.model, inputs["input_ids"])

@@ -110,7 +110,7 @@ class KeptDirections:
             FNSFTError: a module that is not linear or is not reached, or an activation that is NaN or infinite.
         """
         groups = shared_inputs(model, modules, next(iter(texts.values())).sequences[0])
-        sums = {group: _InputSums(linear_shape(module_named(model, group[0]))[0], leading) for group in groups}
+        sums = {group: InputSums(linear_shape(module_named(model, group[0]))[0], leading) for group in groups}
         total = sum(text.share for text in texts.values())
         sinks = SinkCounter(groups)
         with tqdm(total=sum(len(t.sequences) for t in texts.values()), desc=title, disable=title is None) as bar:
@@ -156,6 +156,17 @@ class KeptDirections:
         Returns:
             Number of directions -> share in [0, 1].
         """
+        shares = self.energies(model, text, batch_size=batch_size, title=title)
+        return {m: sum(float(s[min(m, len(s)) - 1]) for s in shares) / len(shares) if m else 0.0 for m in counts}
+
+    def energies(
+        self, model: nn.Module, text: KeptText, *, batch_size: int = 8, title: str | None = "energy"
+    ) -> list[torch.Tensor]:
+        """The same of each input: share that its first 1, 2, ... directions hold, shape (directions,).
+
+        Args:
+            model, text, batch_size, title: as in [`energy`].
+        """
         groups = [each.modules for each in self.inputs]
         held = {each.modules: torch.zeros(each.basis.shape[1], dtype=torch.float64) for each in self.inputs}
         whole = dict.fromkeys(groups, 0.0)
@@ -169,8 +180,25 @@ class KeptDirections:
                 whole[group] += float(rows.double().square().sum())
 
             run_taps(model, groups, inputs, read)
-        shares = [held[group].cumsum(0) / max(whole[group], 1e-300) for group in groups]
-        return {m: sum(float(s[min(m, len(s)) - 1]) for s in shares) / len(shares) if m else 0.0 for m in counts}
+        return [held[group].cumsum(0) / max(whole[group], 1e-300) for group in groups]
+
+    def first(self, counts: Sequence[int]) -> KeptDirections:
+        """The same with the first directions alone, of each input as many as are named."""
+        kept = zip(self.inputs, counts, strict=True)
+        return replace(self, inputs=tuple(replace(each, basis=each.basis[:, :count]) for each, count in kept))
+
+    def random(self, *, seed: int) -> KeptDirections:
+        """As many directions of each input, drawn at random: a control.
+
+        Args:
+            seed: of the draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for each in self.inputs:
+            normal = torch.randn(each.basis.shape, generator=generator, dtype=torch.float64)
+            drawn.append(replace(each, basis=torch.linalg.qr(normal).Q))
+        return replace(self, inputs=tuple(drawn))
 
     def with_leading(self, leading: Mapping[str, torch.Tensor]) -> KeptDirections:
         """The same with other directions after position 0 and the mean; where none are given, with these two alone.
@@ -212,23 +240,25 @@ def orthonormal(*parts: torch.Tensor) -> torch.Tensor:
     return found[:, :count]
 
 
-class _InputSums:
-    """Mean of position 0, mean of the others, and what their second moment is found from; of one input."""
+class InputSums:
+    """Mean of position 0, mean of the others, and what their second moment is found from; of one input.
+
+    Attributes:
+        tokens (`int`): all but the first of each sequence.
+    """
 
     def __init__(self, width: int, leading: int) -> None:
         self.width, self.leading = width, leading
         self.first = self.mean = self.second = self.sketch = None
+        self.sequences = self.tokens = 0
+        self._rows: list[torch.Tensor] = []  # of the sketches that this was merged from
 
     def add(self, first: torch.Tensor, others: torch.Tensor, of_first: float, of_other: float) -> None:
         """Add tokens, each by its share."""
         if self.first is None:
-            self.first = exact(torch.zeros(self.width, device=first.device))
-            self.mean = torch.zeros_like(self.first)
-            if self.width <= _SQUARE:
-                self.second = torch.zeros(self.width, self.width, device=first.device)
-            else:
-                rank = min(self.width, 2 * self.leading + 8)
-                self.sketch = ActivationSketch(self.width, rank, reservoir=0, seed=0, device=first.device)
+            self.begin(first.device)
+        self.sequences += len(first)
+        self.tokens += len(others)
         self.first += of_first * exact(first.sum(0))
         self.mean += of_other * exact(others.sum(0))
         weighted = others * of_other**0.5
@@ -236,6 +266,58 @@ class _InputSums:
             self.second.addmm_(weighted.T, weighted)
         else:
             self.sketch.update(weighted)
+
+    def begin(self, device: torch.device | str) -> None:
+        """Of no token yet."""
+        self.first = exact(torch.zeros(self.width, device=device))
+        self.mean = torch.zeros_like(self.first)
+        if self.width <= _SQUARE:
+            self.second = torch.zeros(self.width, self.width, device=device)
+        else:
+            rank = min(self.width, 2 * self.leading + 8)
+            self.sketch = ActivationSketch(self.width, rank, reservoir=0, seed=0, device=device)
+
+    @classmethod
+    def merged(cls, texts: Sequence[Sequence[InputSums]]) -> InputSums:
+        """The sums of several texts, each of which counts alike; of each, the parts that were added with shares of 1.
+
+        Args:
+            texts: of each text its parts, none of them empty.
+        """
+        one = texts[0][0]
+        found = cls(one.width, one.leading)
+        found.begin("cpu")
+        found.sketch = None
+        for parts in texts:
+            of_first = 1 / (len(texts) * sum(part.sequences for part in parts))
+            of_other = 1 / (len(texts) * max(1, sum(part.tokens for part in parts)))
+            for part in parts:
+                found.first += of_first * part.first.cpu()
+                found.mean += of_other * part.mean.cpu()
+                found.tokens += part.tokens
+                if part.sketch is None:
+                    found.second += of_other * part.second.cpu()
+                else:
+                    found._rows += [of_other**0.5 * rows for rows in _sketched(part.sketch)]
+        return found
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All of it as tensors, once it has begun."""
+        state = {"first": self.first, "mean": self.mean, "counts": torch.tensor([self.sequences, self.tokens])}
+        if self.sketch is None:
+            return state | {"second": self.second}
+        return state | {f"sketch.{name}": value for name, value in self.sketch.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what [`state_dict`] gave."""
+        self.first, self.mean = (state[name].to(self.first.device) for name in ("first", "mean"))
+        self.sequences, self.tokens = state["counts"].tolist()
+        if self.sketch is None:
+            self.second = state["second"].to(self.second.device)
+        else:
+            self.sketch.load_state_dict(
+                {name.removeprefix("sketch."): value for name, value in state.items() if name.startswith("sketch.")}
+            )
 
     def directions(self, modules: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Basis and mean."""
@@ -248,13 +330,18 @@ class _InputSums:
 
     def _leading(self, start: torch.Tensor) -> torch.Tensor:
         """Eigenvectors of the second moment outside of some directions, descending, shape (width, found)."""
-        if self.sketch is None:
+        if self.second is not None:
             outside = start.to(self.second)
             rest = self.second - outside @ (outside.T @ self.second)
             rest = rest - (rest @ outside) @ outside.T
             return torch.linalg.eigh((rest + rest.T) / 2).eigenvectors.flip(1).cpu().double()
-        self.sketch.finish()
-        moments: Moments = self.sketch.moments
-        rows = torch.cat([self.sketch.rows.double(), moments.count**0.5 * moments.mean[None]]).cpu()
+        rows = torch.cat(self._rows or _sketched(self.sketch))
         rows = rows - (rows @ start) @ start.T
         return torch.linalg.svd(rows, full_matrices=False).Vh.T
+
+
+def _sketched(sketch: ActivationSketch) -> list[torch.Tensor]:
+    """Rows whose second moment is that of a sketch about zero, in float64 on the CPU."""
+    sketch.finish()
+    moments: Moments = sketch.moments
+    return [sketch.rows.double().cpu(), (moments.count**0.5 * moments.mean[None]).cpu()]

@@ -9,7 +9,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -29,6 +29,7 @@ from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate
 from ..template.weights import weight_probes, weights_sha256
 from .activations import ActivationReader
+from .basis import SiteBases
 from .decomposition import Decomposition, IcaSettings, decompose
 from .moments import Moments
 from .null import null_reliability
@@ -179,6 +180,21 @@ class _Discovery:
             decomposition=config.ica_decomposition,
         )
         self.curve: list[dict] = []
+        self.bases = self._empty_bases(sites)
+
+    def _empty_bases(self, sites) -> SiteBases | None:
+        """Of nothing that was read yet; `None` where no basis is asked for."""
+        leading, reader = self.config.ica_store_basis, self.reader
+        if leading is None:
+            return None
+        return SiteBases(
+            sites, sources=len(self.names), leading=leading, source=lambda: reader.source, device=reader.device
+        )
+
+    @property
+    def _read_so_far(self) -> list:
+        """All that has a state to go on with."""
+        return [*self.parts, *([self.bases] if self.bases else [])]
 
     def _empty(self, process: int) -> list[ActivationSketch]:
         """The sketches of a process that has read nothing yet."""
@@ -211,9 +227,11 @@ class _Discovery:
         )
         with self.ranks.together():
             if resume:
-                self.curve = progress.resume(self.parts)["curve"]
+                self.curve = progress.resume(self._read_so_far)["curve"]
             self._read(progress)
+        directions = self._directions()
         template, of_datasets, point = self._on_first_process(self._templates)
+        template.basis = directions
         if config.ica_until_reliable:
             self.curve.append(point)
             template.calibration["curve"] = self.curve
@@ -247,7 +265,7 @@ class _Discovery:
             share=self.share,
             description="discovering networks",
         )
-        with closing(blocks):
+        with closing(blocks), self.bases.reading(self.model) if self.bases else nullcontext():
             if progress.first_batch:  # what was read before the interruption is only counted
                 for _ in islice(blocks, progress.first_batch):
                     pass
@@ -266,7 +284,7 @@ class _Discovery:
                 if checks.passed(tokens) and config.ica_until_reliable and self._is_reliable():
                     break
                 if progress.marks.passed(tokens):
-                    progress.save(self.parts, batch=block.batch, sha256=self._sha256(), curve=self.curve)
+                    progress.save(self._read_so_far, batch=block.batch, sha256=self._sha256(), curve=self.curve)
         if sum(reader.tokens) == 0:
             raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
         for name, count in zip(self.names, reader.tokens, strict=True):
@@ -313,6 +331,23 @@ class _Discovery:
                 failure = error
         self.ranks.meet(failure)
         dist.broadcast_object_list(outcome)
+        return outcome[0]
+
+    def _directions(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Of each layer's inputs, the same in every process; none where no basis is asked for."""
+        if self.bases is None:
+            return {}
+        gathered: list = [self.bases.state_dict()] * self.share[1]
+        if self.share[1] > 1:
+            dist.all_gather_object(gathered, self.bases.state_dict())
+        outcome = [None]
+        if self.share[0] == 0:
+            others = [self._empty_bases(self.reader.sites) for _ in gathered[1:]]
+            for other, state in zip(others, gathered[1:], strict=True):
+                other.load_state_dict(state)
+            outcome = [self.bases.directions(others)]
+        if self.share[1] > 1:
+            dist.broadcast_object_list(outcome)
         return outcome[0]
 
     def _found(self, halves: list[list[ActivationSketch]]) -> _Found:

@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from ..constraints.lora_config import HELD_LORA_FIELDS, REFUSED_INITS
 from ..discovery.directions import KeptDirections
 from ..errors import FNSFTError
-from ..interventions.restoring import Change, ColumnsChange, LoraChange, Restoration, RowsChange
+from ..interventions.restoring import Change, ColumnsChange, LoraChange, Positions, Restoration, RowsChange
 from ..neurons.sites import find_neuron_sites
 from ..tuner import NeuronTunerConfig
 from ..tuner.saved import PREFIX, SavedAdapter
@@ -47,6 +47,36 @@ _REFUSED_FIELDS = {
     "trainable_token_indices": "it holds rows of the embedding, whose inputs are tokens and no vectors",
 }
 _OF_LORA = HELD_LORA_FIELDS - _REFUSED_FIELDS.keys() | {"lora_bias"}
+
+
+@dataclass(frozen=True)
+class Places:
+    """
+    Where changes are taken back.
+
+    Attributes:
+        kept (`dict[str, KeptDirections]`): networks whose directions take the place of the leading ones, or none (the
+            empty string) -> the directions of the inputs of all modules.
+        neurons (`dict[str, Positions]`): module -> the neurons of the networks.
+    """
+
+    kept: Mapping[str, KeptDirections]
+    neurons: Mapping[str, Positions] = field(default_factory=dict)
+
+    def left(self, module: str, change: Change, how: Restoration) -> Change:
+        """What is left of the change of a module."""
+        if how.neurons:
+            return change.scaled(how.scale, self.neurons[module]) if module in self.neurons else change
+        return change.restored(self._basis(module, how), self.kept[""].of(module).mean, how)
+
+    def ratio(self, module: str, change: Change, how: Restoration) -> float:
+        """||D U|| / ||D|| of what is left of a change; 0 where nothing is."""
+        along, whole = change.left_in(self._basis(module, how))
+        return along / whole if whole else 0.0
+
+    def _basis(self, module: str, how: Restoration) -> torch.Tensor:
+        basis = self.kept[how.networks].of(module).basis
+        return basis if how.networks else basis[:, : how.directions]
 
 
 @dataclass(frozen=True)
@@ -111,28 +141,24 @@ class AdapterChanges:
         """Whether it is a LoRA, which can be centred."""
         return isinstance(self.saved.config, LoraConfig)
 
-    def restored(self, kept: KeptDirections, how: Restoration) -> dict[str, Change]:
+    def restored(self, how: Restoration, places: Places) -> dict[str, Change]:
         """What is left of every change; outside of the layers that are restored, all of it."""
-        found = dict(self.changes)
-        for name in self.modules:
-            each = kept.of(name)
-            found[name] = found[name].restored(basis_for(each.basis, how), each.mean, how)
-        return found
+        return self.changes | {name: places.left(name, self.changes[name], how) for name in self.modules}
 
-    def apply(self, model: PeftModel, kept: KeptDirections, how: Restoration) -> float:
+    def apply(self, model: PeftModel, how: Restoration, places: Places) -> float:
         """Give a model with the adapter the values that are left.
 
         Args:
             model: with the adapter.
-            kept: the directions of the inputs of `modules`.
             how: what is done.
+            places: where, of all `modules`.
 
         Returns:
             The largest ||D U|| / ||D|| of any module, 0 where nothing is left of any.
         """
-        changes = self.restored(kept, how)
+        changes = self.restored(how, places)
         self._load_into(model, changes)
-        return max((ratio(changes[name], kept.of(name).basis, how) for name in self.modules), default=0.0)
+        return max((places.ratio(name, changes[name], how) for name in self.modules), default=0.0)
 
     def clear(self, model: PeftModel) -> None:
         """Give a model with the adapter values of 0: it then computes what its base does."""
@@ -140,17 +166,17 @@ class AdapterChanges:
         empty = {name: _empty(change) for name, change in self.changes.items()}
         self._load_into(model, {name: change.restored(*empty[name], none) for name, change in self.changes.items()})
 
-    def save(self, model: PeftModel, kept: KeptDirections, how: Restoration, output_dir: str | os.PathLike) -> None:
+    def save(self, model: PeftModel, how: Restoration, places: Places, output_dir: str | os.PathLike) -> None:
         """Write what is left as the same kind of adapter, with what lies beside it: tokenizer, card, networks.
 
         Args:
             model: with the adapter.
-            kept, how: as for [`apply`].
+            how, places: as for [`apply`].
             output_dir: a directory, made if it does not exist.
         """
         output_dir = Path(output_dir)
         copy_beside(self.saved.directory, output_dir, _WEIGHTS)
-        tensors = self._tensors(self.restored(kept, how))
+        tensors = self._tensors(self.restored(how, places))
         config: PeftConfig = copy(self.saved.config)
         if any(key.endswith(_BIAS) for key in tensors):
             config.lora_bias = True
@@ -192,23 +218,6 @@ def _empty(change: Change) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         width = change.rows.shape[1] if isinstance(change, RowsChange) else int(change.positions.max()) + 1
     return torch.zeros(width, 0, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-
-
-def basis_for(basis: torch.Tensor, how: Restoration) -> torch.Tensor:
-    """The columns of a basis that a change is projected off."""
-    return basis if how.networks else basis[:, : how.directions]
-
-
-def ratio(change: Change, basis: torch.Tensor, how: Restoration) -> float:
-    """||D U|| / ||D|| of what is left of a change; 0 where nothing is.
-
-    Args:
-        change: what is left.
-        basis: all directions of its input.
-        how: which of them it was projected off.
-    """
-    along, whole = change.left_in(basis_for(basis, how))
-    return along / whole if whole else 0.0
 
 
 def copy_beside(source: Path, target: Path, weights: Collection[str]) -> None:
@@ -290,12 +299,13 @@ def _deltas(saved: SavedAdapter, **loading) -> dict[str, Change]:
                     f"{saved.directory} holds deltas of experts ({part.module_name}), and cannot be restored: "
                     f"{_REFUSED_FIELDS['target_parameters']}"
                 )
+            positions = part.indices(mask.indices(site.layer))
             if part.parameter == "bias":
-                found[part.module_name] = RowsChange(found[part.module_name].rows, tensor)
+                found[part.module_name] = replace(found[part.module_name], bias=tensor)
             elif part.side == "output":
-                found[part.module_name] = RowsChange(tensor)
+                found[part.module_name] = RowsChange(tensor, positions=positions)
             else:
-                found[part.module_name] = ColumnsChange(tensor, part.indices(mask.indices(site.layer)))
+                found[part.module_name] = ColumnsChange(tensor, positions)
     return found
 
 

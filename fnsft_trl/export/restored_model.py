@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
-from ..discovery.directions import KeptDirections
 from ..errors import FNSFTError
 from ..interventions.restoring import Restoration, RowsChange
 from ..neurons.sites import linear_shape
-from .restored import basis_for, check_layers, copy_beside, layer_of, ratio
+from .restored import Places, check_layers, copy_beside, layer_of
 
 
 _WEIGHTS = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin")
@@ -48,8 +47,6 @@ class ModelChanges:
             such layer.
     """
 
-    is_lora = False
-
     def __init__(self, base: PreTrainedModel, tuned: PreTrainedModel, *, layers: Sequence[int] | None = None) -> None:
         before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
         _check_same(before, after)
@@ -74,23 +71,21 @@ class ModelChanges:
     def _is_restored(self, parameter: str) -> bool:
         return self.layers is None or layer_of(parameter) in self.layers
 
-    def apply(self, model: PreTrainedModel, kept: KeptDirections, how: Restoration) -> float:
+    def apply(self, model: PreTrainedModel, how: Restoration, places: Places) -> float:
         """Give a model the values that are left; see [`~fnsft_trl.export.restored.AdapterChanges.apply`]."""
         largest = 0.0
         is_projected = bool(how.directions or how.networks)
         self._write(model, self._after)
         for each in self._linears:
             if each.name in self.modules:
-                basis = kept.of(each.name).basis
-                change = self._change(each, self._after)
-                left = change.restored(basis_for(basis, how), kept.of(each.name).mean, how)
+                left = places.left(each.name, self._change(each, self._after), how)
                 self._write(model, self._parameters(each, left))
                 values = dict(model.get_submodule(each.name).named_parameters(recurse=False))
                 written = self._change(each, {f"{each.name}.{name}": value for name, value in values.items()})
-                largest = max(largest, ratio(written, basis, how))
+                largest = max(largest, places.ratio(each.name, written, how))
+        scale = 1.0 if how.neurons else 0.0 if is_projected else how.scale
         for name in self.others:
             before, after = self._before[name].double(), self._after[name].double()
-            scale = 0.0 if is_projected else how.scale
             self._write(model, {name: before + scale * (after - before)})
         return largest
 
@@ -98,17 +93,15 @@ class ModelChanges:
         """Give a model the values of the base."""
         self._write(model, self._before)
 
-    def save(
-        self, model: PreTrainedModel, kept: KeptDirections, how: Restoration, output_dir: str | os.PathLike
-    ) -> None:
+    def save(self, model: PreTrainedModel, how: Restoration, places: Places, output_dir: str | os.PathLike) -> None:
         """Write the restored model, with what lies beside the fine-tuned one.
 
         Args:
             model: the model, which gets these values.
-            kept, how: as for [`apply`].
+            how, places: as for [`apply`].
             output_dir: a directory, made if it does not exist.
         """
-        self.apply(model, kept, how)
+        self.apply(model, how, places)
         output_dir = Path(output_dir)
         source = Path(self._config.name_or_path)
         weights = {path.name for path in source.glob("*.safetensors")} | {path.name for path in source.glob("*.bin")}

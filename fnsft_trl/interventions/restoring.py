@@ -22,12 +22,14 @@ class Restoration:
         scale (`float`): what is left of it is multiplied by this.
         is_centred (`bool`): whether what it makes of the mean input is taken out by a bias.
         networks (`str`): the networks whose directions take the place of the leading ones; empty for none.
+        neurons (`str`): the networks whose own neurons alone are scaled; empty for the whole change.
     """
 
     directions: int = 0
     scale: float = 1.0
     is_centred: bool = False
     networks: str = ""
+    neurons: str = ""
 
     @property
     def name(self) -> str:
@@ -40,13 +42,32 @@ class Restoration:
         elif self.directions > 2:
             off.append(f"{self.directions - 2} leading")
         parts = ["off " + ", ".join(off)] if off else []
-        parts += [f"scaled by {self.scale:g}"] if self.scale != 1 else []
+        scaled = f"neurons of networks {self.neurons} scaled by" if self.neurons else "scaled by"
+        parts += [f"{scaled} {self.scale:g}"] if self.scale != 1 else []
         return "; ".join(parts) or "as trained"
 
     @property
     def removes_bias(self) -> bool:
         """Whether a trained bias, which answers to every text alike, goes with the mean."""
         return self.directions > 1 or self.is_centred
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where some neurons are in one linear map.
+
+    Attributes:
+        numbers (`torch.Tensor`): among the outputs or the inputs, shape (positions,).
+        side (`str`): `"output"` or `"input"`.
+    """
+
+    numbers: torch.Tensor
+    side: str
+
+    def factors(self, scale: float, at: torch.Tensor) -> torch.Tensor:
+        """`scale` at these and 1 elsewhere, of some positions, shape (at,), float64."""
+        ones = torch.ones(len(at), dtype=torch.float64)
+        return ones.masked_fill(torch.isin(at, self.numbers), scale)
 
 
 class Change(Protocol):
@@ -60,6 +81,9 @@ class Change(Protocol):
             mean: of the input, shape (in,), float64.
             how: the rest of what is done.
         """
+
+    def scaled(self, scale: float, neurons: Positions) -> Change:
+        """The change with what belongs to some neurons multiplied."""
 
     def left_in(self, basis: torch.Tensor) -> tuple[float, float]:
         """Frobenius norms of D U and of D."""
@@ -88,6 +112,14 @@ class LoraChange:
             bias = (-b @ (a @ mean)).to(self.b.dtype)
         return LoraChange(a.to(self.a.dtype), b.to(self.b.dtype), bias)
 
+    def scaled(self, scale: float, neurons: Positions) -> LoraChange:
+        """As [`Change`] says."""
+        if neurons.side == "input":
+            return replace(self, a=_times(self.a, neurons.factors(scale, torch.arange(self.a.shape[1]))))
+        factors = neurons.factors(scale, torch.arange(len(self.b)))
+        bias = None if self.bias is None else _times(self.bias, factors)
+        return replace(self, b=_times(self.b, factors[:, None]), bias=bias)
+
     def left_in(self, basis: torch.Tensor) -> tuple[float, float]:
         """As [`Change`] says."""
         a, b = self.a.double(), self.b.double()
@@ -99,20 +131,31 @@ class LoraChange:
 
 @dataclass(frozen=True)
 class RowsChange:
-    """Rows of D, at any positions or at all of them, and what they add to the bias.
+    """Rows of D, and what they add to the bias.
 
     Attributes:
         rows (`torch.Tensor`): shape (rows, in).
         bias (`torch.Tensor`, *optional*): shape (rows,).
+        positions (`torch.Tensor`, *optional*): of the rows among the outputs, shape (rows,); all of them by default.
     """
 
     rows: torch.Tensor
     bias: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def restored(self, basis: torch.Tensor, mean: torch.Tensor, how: Restoration) -> RowsChange:
         """As [`Change`] says."""
         rows = how.scale * projected(self.rows.double(), basis)
         return replace(self, rows=rows.to(self.rows.dtype), bias=_biased(self.bias, how))
+
+    def scaled(self, scale: float, neurons: Positions) -> RowsChange:
+        """As [`Change`] says."""
+        if neurons.side == "input":
+            return replace(self, rows=_times(self.rows, neurons.factors(scale, torch.arange(self.rows.shape[1]))))
+        positions = torch.arange(len(self.rows)) if self.positions is None else self.positions
+        factors = neurons.factors(scale, positions)
+        bias = None if self.bias is None else _times(self.bias, factors)
+        return replace(self, rows=_times(self.rows, factors[:, None]), bias=bias)
 
     def left_in(self, basis: torch.Tensor) -> tuple[float, float]:
         """As [`Change`] says."""
@@ -142,6 +185,10 @@ class ColumnsChange:
         columns = how.scale * projected(self.columns.double().T, spanned).T
         return replace(self, columns=columns.to(self.columns.dtype).contiguous())
 
+    def scaled(self, scale: float, neurons: Positions) -> ColumnsChange:
+        """As [`Change`] says."""
+        return replace(self, columns=_times(self.columns, neurons.factors(scale, self.positions)[:, None]))
+
     def left_in(self, basis: torch.Tensor) -> tuple[float, float]:
         """As [`Change`] says."""
         columns = self.columns.double()
@@ -156,6 +203,10 @@ def projected(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         basis: orthonormal columns, shape (in, directions).
     """
     return rows - (rows @ basis) @ basis.T
+
+
+def _times(values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return (values.double() * factors).to(values.dtype)
 
 
 def _biased(bias: torch.Tensor | None, how: Restoration) -> torch.Tensor | None:

@@ -106,11 +106,14 @@ def tradeoff_figure(
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
     colors = ["#8a8f98", "#3b6ea5", "#c0392b", "#2e8b57", "#b8860b"]
+    every = [x for of_kind in points.values() for x, *_ in of_kind]
+    middle = (min(every) + max(every)) / 2  # from here on, names stand to the left, where there is room
     for (kind, of_kind), color in zip(points.items(), colors, strict=False):
         x, y, names = zip(*of_kind, strict=True)
         axes.plot(x, [max(value, 1e-6) for value in y], "o-", color=color, linewidth=1, markersize=5, label=kind)
         for place in zip(x, y, names, strict=True):
-            axes.annotate(place[2], place[:2], fontsize=7, xytext=(4, 4), textcoords="offset points", color="#55636f")
+            side = {"ha": "right", "xytext": (-5, -9)} if place[0] > middle else {"ha": "left", "xytext": (5, 4)}
+            axes.annotate(place[2], place[:2], fontsize=7, textcoords="offset points", color="#55636f", **side)
     if chosen is not None:
         axes.scatter(*chosen, s=160, facecolors="none", edgecolors="#1c2733", linewidths=1.4, zorder=4, label="chosen")
     if limit is not None:

@@ -21,10 +21,10 @@ from ..hub.names import UNKNOWN, model_name
 from ..occupied import TEMPLATE, check_repository, check_target
 from ..writing import disk_errors
 from .card import template_card
-from .description import Component, NullReliability, TemplateDescription, reliability_above_null
+from .description import SIDES, Component, NullReliability, TemplateDescription, reliability_above_null, version_of
 from .figure import networks_svg
 from .legacy import LEGACY_FILE, Members, legacy_bytes
-from .schema import FORMAT, FORMAT_VERSION
+from .schema import FORMAT
 from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
 from .stored import StoredTemplate
 
@@ -59,6 +59,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
             calibration text. Empty where they are unknown.
         weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
+        basis (`dict[int, dict]`): layer -> `basis` of its neurons and `input_basis` of its MLP's input (orthonormal,
+            shape (directions, width); position 0, the mean, then leading ones). Empty without `ica_store_basis`.
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
@@ -78,6 +80,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     rms: dict[int, torch.Tensor] = field(repr=False)
     weights: dict[int, dict] | None = field(default=None, repr=False)
     license: str | None = None
+    basis: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     hub_id: str | None = None
     commit: str | None = None
 
@@ -258,9 +261,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         found = stored.description
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
         for layer in found.widths:
-            for part, values in parts.items():
-                if part == "loadings" or found.statistics:
-                    values[layer] = tensors[f"layers.{layer}.{part}"]
+            for part in parts if found.statistics else ("loadings",):
+                parts[part][layer] = tensors[f"layers.{layer}.{part}"]
         same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
         template = cls(
             calibration=found.calibration.to_json(),
@@ -270,6 +272,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             commit=stored.commit,
             **{name: getattr(found, name) for name in same},
             **parts,
+            basis={layer: {side: tensors[f"layers.{layer}.{side}"] for side in SIDES} for layer in found.basis},
         )
         _check_counts(template, found, pretrained_model_name_or_path)
         return template
@@ -338,8 +341,9 @@ def _files_of(template: FunctionalNetworkTemplate, name: str | None, *, with_lis
         if template.mean:
             tensors[f"layers.{layer}.mean"] = template.mean[layer].contiguous()
             tensors[f"layers.{layer}.rms"] = template.rms[layer].contiguous()
+        tensors |= {f"layers.{layer}.{side}": rows for side, rows in template.basis.get(layer, {}).items()}
     # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
-    data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
+    data = save(tensors, metadata={FORMAT: str(version_of(template))})
     description = TemplateDescription.of(template, hashlib.sha256(data).hexdigest())
     files: dict[str, bytes | None] = {
         TENSOR_FILE: data,

@@ -30,6 +30,8 @@ from .checkpoints import MARKER_FILE
 from .config import AnchorConfig, ReplayConfig
 from .kinds import TrainerKind
 from .learning_rate import high_rate
+from .protection import PROTECTION_DIR, Protection, check_unprotected
+from .protection_config import ProtectionConfig
 from .replay import Replay
 from .results import RESULTS_FILE, RunResults, forget_results
 from .resumption import Resumption, check_plain
@@ -48,7 +50,14 @@ _OWN = ("data_collator", "compute_loss_func", "optimizers", "optimizer_cls_and_k
 
 
 # Of an older run: what must not stay beside the weights of another one.
-_OWNED = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model*", NETWORK_DIR, RESULTS_FILE)
+_OWNED = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "adapter_model*",
+    NETWORK_DIR,
+    PROTECTION_DIR,
+    RESULTS_FILE,
+)
 
 
 class NetworkedTrainer(RetainingTrainer):
@@ -64,6 +73,9 @@ class NetworkedTrainer(RetainingTrainer):
             either, they are discovered on `network_config.ica_datasets` or on the training data.
         retention ([`RetentionConfig`], *optional*):
             The general texts on which it is measured what the model loses, with networks and without, and a budget.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
         anchor ([`AnchorConfig`], *optional*):
             The general texts on which the model is kept near its base, with networks and without, and how much.
         replay ([`ReplayConfig`], *optional*):
@@ -82,6 +94,7 @@ class NetworkedTrainer(RetainingTrainer):
     _run: Run | None = None
     _resumption: Resumption | None = None
     _results: RunResults | None = None
+    _protection: Protection | None = None
     _evaluation_name: str | None = None
 
     def __init__(
@@ -90,6 +103,7 @@ class NetworkedTrainer(RetainingTrainer):
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         retention: RetentionConfig | None = None,
+        protection: ProtectionConfig | None = None,
         anchor: AnchorConfig | None = None,
         replay: ReplayConfig | None = None,
         **kwargs,
@@ -105,6 +119,7 @@ class NetworkedTrainer(RetainingTrainer):
         read = ("args", "train_dataset", "processing_class", "formatting_func")
         retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
         own = {name: given[name] for name in _OWN if name in given}
+        self._protection = Protection.of(protection, given)
         if network_config is not None:
             self._run = Run(network_config, given, kind)
             self._run.prepare(network_template)
@@ -119,6 +134,9 @@ class NetworkedTrainer(RetainingTrainer):
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
             self._resumption = Resumption(self, self._run, own)
+        if self._protection is not None:
+            networks = (self._run.trainable, self._run.template) if self._run else (None, None)
+            self._protection.hold(self, *networks)
         self._warn_of_high_rate()
 
     def _replay_of(self, config: ReplayConfig, given: dict) -> Replay:
@@ -163,6 +181,11 @@ class NetworkedTrainer(RetainingTrainer):
         return self._run and self._run.trainable
 
     @property
+    def protection(self) -> Protection | None:
+        """What is protected."""
+        return self._protection
+
+    @property
     def plan(self) -> TrainingPlan | None:
         """What is trained and masked."""
         return self._run and self._run.plan
@@ -173,8 +196,10 @@ class NetworkedTrainer(RetainingTrainer):
         return self._run is not None and self._run.masks_reference
 
     def create_optimizer(self, *args, **kwargs):
-        """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
+        """As the parent's; what is protected is projected after every step, and frozen slices are put back."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self._protection is not None:
+            self._protection.attach(optimizer)
         if self._run is not None:
             self._run.way.attach(optimizer)
         return optimizer
@@ -235,6 +260,10 @@ class NetworkedTrainer(RetainingTrainer):
             check_plain(resume_from_checkpoint, self.args.output_dir)
         else:
             resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
+        if self._protection is None:
+            check_unprotected(resume_from_checkpoint, self.args.output_dir)
+        else:
+            self._protection.begin(resume_from_checkpoint, self.args.output_dir)
         self._results = None
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -249,7 +278,7 @@ class NetworkedTrainer(RetainingTrainer):
     def _conclude(self) -> None:
         """Say at the end of a training what came of it."""
         record, guard = (self._record, self._run.guard) if self._run is not None else (None, None)
-        self._results = RunResults.of(self, record, guard)
+        self._results = RunResults.of(self, record, guard, self._protection)
         if self._results is not None and self.is_world_process_zero():
             logger.warning(f"the run in short:\n{self._results.table()}")
 
@@ -272,6 +301,8 @@ class NetworkedTrainer(RetainingTrainer):
             write_text_whole(directory / CARD_FILE, named_card(card, self._card_name, base))
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
+        if self._protection is not None and self.is_world_process_zero():
+            self._protection.extend_card(directory)
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
 
@@ -324,6 +355,8 @@ class NetworkedTrainer(RetainingTrainer):
         self._save_results(directory)
 
     def _save_results(self, directory: Path) -> None:
+        if self._protection is not None and self.args.should_save:
+            self._protection.save(directory)
         if self._results is not None and self.args.should_save:
             self._results.save(directory)
         elif self.args.should_save:

@@ -26,6 +26,7 @@ from ..evaluation.config import RetentionConfig
 from ..template.template import FunctionalNetworkTemplate
 from .config import AnchorConfig, ReplayConfig
 from .networked import NetworkedTrainer
+from .protection_config import ProtectionConfig
 
 
 class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
@@ -70,6 +71,9 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             lengths and versions are the same.
         retention ([`RetentionConfig`], *optional*):
             The general texts on which it is measured what the model loses, with networks and without, and a budget.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
         replay ([`ReplayConfig`], *optional*):
             Rows of other texts that are trained beside the task, a share of each batch, with networks and without.
         anchor ([`AnchorConfig`], *optional*):
@@ -110,6 +114,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         tokenized_cache: bool = False,
         retention: RetentionConfig | None = None,
+        protection: ProtectionConfig | None = None,
         replay: ReplayConfig | None = None,
         anchor: AnchorConfig | None = None,
     ) -> None:
@@ -133,6 +138,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             network_config=network_config,
             network_template=network_template,
             retention=retention,
+            protection=protection,
             replay=replay,
             anchor=anchor,
         )

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
+from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks, select_neurons
 from fnsft_trl.cli import main
 
 
@@ -113,7 +113,7 @@ def test_the_ways_are_scored_and_the_one_of_least_kl_within_the_tolerance_is_wri
     assert base["task_loss"] > trained["task_loss"] + 0.5
     assert min(trained["kl"].values()) > 0.01
     limit = trained["task_loss"] + 0.3 * (base["task_loss"] - trained["task_loss"])
-    assert found["limit"] == pytest.approx(limit)
+    assert found["limits"] == {"loss": pytest.approx(limit), "exact": None}
     within = [way for way in ways.values() if way["task_loss"] <= limit and not way["is_centred"]]
     assert found["chosen"] == min(within, key=lambda way: way["mean_kl"])["name"] != "as trained"
     for way in ways.values():
@@ -125,7 +125,7 @@ def test_the_ways_are_scored_and_the_one_of_least_kl_within_the_tolerance_is_wri
     assert {"report.md", "report.html", "tradeoff.png"} <= {path.name for path in (place / "restored").iterdir()}
     assert digests(place / "lora") == before
     printed = capsys.readouterr().out
-    assert f"Chosen: {found['chosen']} (the least KL within 30% of the gain)" in printed
+    assert f"Chosen: {found['chosen']} (the least KL within 30% of the gain: task loss at most {limit:.4f})" in printed
 
 
 def test_a_restored_lora_is_a_plain_one_of_the_same_rank_that_answers_position_0_no_more(place, model_dir, tokenizer):
@@ -166,7 +166,6 @@ def test_deltas_and_full_fine_tunes_are_written_as_what_they_are(place, model_di
     trained = found["ways"][0]
     assert way["residual"] <= 1e-6
     assert way["mean_kl"] < trained["mean_kl"]
-    assert "off position 0, centred" not in [each["name"] for each in found["ways"]]
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     ids = torch.tensor([[5, 9, 30, 2, 17, 44]])
     if kind == "deltas":
@@ -214,22 +213,37 @@ def test_a_centred_lora_loads_in_peft_too(place, model_dir):
     assert ways["off position 0, centred"]["mean_kl"] < ways["as trained"]["mean_kl"]
 
 
-def test_networks_of_a_template_take_the_place_of_leading_directions(place, model_dir, tokenizer):
+def test_by_network_their_directions_are_taken_out_or_their_own_neurons_scaled(place, model_dir, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     texts = [json.loads(line)["text"] for line in (place / "first.jsonl").read_text().splitlines()]
     config = FunctionalNetworkConfig(ica_components=3, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
-    discover_networks(model, tokenizer, texts, config).save_pretrained(place / "template")
+    template = discover_networks(model, tokenizer, texts, config)
+    template.save_pretrained(place / "template")
     words = ["--ica_template_path", place / "template", "--ica_component_ids", "0,2"]
     way = "off position 0, mean, networks 0,2"
     found = restore(place, place / "lora", *words, "--choose", way, output="networks", with_task=False)
-    assert next(each for each in found["ways"] if each["name"] == way)["residual"] <= 1e-6
-    template = discover_networks(model, tokenizer, texts, config)
-    restored = PeftModel.from_pretrained(model, place / "networks").get_base_model()
+    assert [each["name"] for each in found["ways"]] == ["as trained", way]
+    assert found["ways"][1]["residual"] <= 1e-6
+    way = "neurons of networks 0,2 scaled by 0.5"
+    restore(place, place / "lora", *words, "--choose", way, output="own", with_task=False)
+    trained, off, own = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), place / name).get_base_model()
+        for name in ("lora", "networks", "own")
+    )
+    mask = select_neurons(template, [0, 2])
     for layer in range(3):
-        a = restored.model.layers[layer].mlp.down_proj.lora_A["default"].weight
+        a = off.model.layers[layer].mlp.down_proj.lora_A["default"].weight
         loadings = template.loadings[layer][[0, 2]]
         assert (loadings @ a.T).norm() < 1e-5 * loadings.norm() * a.norm()
         assert (template.loadings[layer][[1]] @ a.T).norm() > 1e-4 * a.norm() * template.loadings[layer][1].norm()
+        factors = 1 - mask.layers[layer].float() / 2
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            one, other = (
+                m.model.layers[layer].mlp.get_submodule(name).get_delta_weight("default") for m in (trained, own)
+            )
+            assert torch.allclose(other, one * (factors if name == "down_proj" else factors[:, None]), atol=1e-7)
+        one, other = (m.model.layers[layer].self_attn.q_proj.get_delta_weight("default") for m in (trained, own))
+        assert torch.equal(one, other)
 
 
 def test_the_lora_of_a_dpo_run(place, model_dir, tokenizer):
@@ -285,6 +299,7 @@ def test_what_cannot_be_restored_is_refused_by_name(place, model_dir, tokenizer,
     ("words", "expected"),
     [
         (["--output_dir", "{lora}"], "where {lora} is read from"),
+        (["--output_dir", "{lora}/../full"], "which holds files already"),
         (["--keep", "first="], "keep holds 'first=', which names no source"),
         (["--keep_shares", "1", "2"], "one number above 0 was expected for each of first"),
         (["--scales", "1.5"], "each must be at least 0 and below 1"),
@@ -301,6 +316,26 @@ def test_a_call_that_cannot_be_meant_is_refused_before_anything_is_loaded(place,
     line = refused(capsys, lora, *(word for name, values in given.items() for word in (name, *values)))
     assert expected.format(lora=lora) in line
     assert not (place / "nothing").exists()
+
+
+@pytest.mark.parametrize("words", [["--device_map", "auto"], ["--load_in_4bit"], ["--load_in_8bit"]], ids=" ".join)
+def test_only_activations_of_the_base_are_needed(place, words):
+    output = words[0].strip("-")
+    found = restore(place, place / "lora", *words, "--choose", "off position 0, mean", output=output, with_task=False)
+    trained, restored = found["ways"]
+    assert restored["residual"] <= 1e-6
+    assert restored["mean_kl"] < trained["mean_kl"]
+
+
+def test_a_write_that_fails_leaves_nothing_behind(place, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(place.iterdir())
+    monkeypatch.setattr("fnsft_trl.export.restored.save_file", fail)
+    words = ["--keep", f"first={place / 'first.jsonl'}", *SMALL, "--output_dir", str(place / "full-disk")]
+    main(["restore", str(place / "lora"), *words])
+    assert sorted(place.iterdir()) == before
 
 
 def test_rows_on_which_nothing_was_learnt_are_refused(place, model_dir, tokenizer, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fnsft_trl.interventions.restoring import ColumnsChange, LoraChange, Restoration, RowsChange
+from fnsft_trl.interventions.restoring import ColumnsChange, LoraChange, Positions, Restoration, RowsChange
 
 
 IN, OUT, RANK = 40, 24, 5
@@ -28,7 +28,9 @@ def whole(change):
     if isinstance(change, LoraChange):
         return change.b.double() @ change.a.double()
     if isinstance(change, RowsChange):
-        return change.rows.double()
+        found = torch.zeros(OUT, IN, dtype=torch.float64)
+        found[torch.arange(OUT) if change.positions is None else change.positions] = change.rows.double()
+        return found
     found = torch.zeros(OUT, IN, dtype=torch.float64)
     found[:, change.positions] = change.columns.double().T
     return found
@@ -54,7 +56,8 @@ def test_what_is_left_does_not_answer_along_the_directions_and_keeps_its_form(ch
     along, norm = as_it_was.left_in(basis)
     assert along > 0.1 * norm  # the control: without the projection, it does answer
     for one, other in zip(vars(left).values(), vars(change).values(), strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert (one is None) == (other is None)
+        assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def test_rows_and_lora_lose_nothing_outside_the_directions(basis, mean):
@@ -92,6 +95,22 @@ def test_a_scale_multiplies_what_is_left_and_a_bias_goes_with_the_mean(basis, me
     assert not lora.restored(basis[:, :2], mean, Restoration(2)).bias.any()
 
 
+def test_scaling_neurons_multiplies_their_rows_or_columns_of_the_change_and_nothing_else():
+    some = RowsChange(draw(4, IN), draw(4, seed=4), torch.tensor([1, 5, 6, 20]))
+    numbers = torch.tensor([5, 6, 7, 21])
+    for change in (*changes()[:2], some):
+        left = change.scaled(0.5, Positions(numbers, "output"))
+        expected = whole(change)
+        expected[numbers] /= 2
+        assert torch.allclose(whole(left), expected, atol=1e-6)
+        at = torch.arange(len(change.bias)) if getattr(change, "positions", None) is None else change.positions
+        assert torch.equal(left.bias, change.bias * torch.where(torch.isin(at, numbers), 0.5, 1.0))
+    for change in (*changes(), some):
+        expected = whole(change)
+        expected[:, numbers] = 0
+        assert torch.allclose(whole(change.scaled(0.0, Positions(numbers, "input"))), expected, atol=1e-6)
+
+
 def test_a_centred_change_adds_nothing_to_the_mean_input_and_is_otherwise_the_same(basis, mean):
     change = LoraChange(draw(RANK, IN), draw(OUT, RANK, seed=3))
     left = change.restored(basis[:, :1], mean, Restoration(1, is_centred=True))
@@ -101,9 +120,9 @@ def test_a_centred_change_adds_nothing_to_the_mean_input_and_is_otherwise_the_sa
 
 def test_a_way_says_what_it_is():
     names = [Restoration(), Restoration(scale=0.5), Restoration(1), Restoration(2), Restoration(10, 0.7)]
-    names += [Restoration(1, is_centred=True), Restoration(2, networks="0-3")]
+    names += [Restoration(1, is_centred=True), Restoration(2, networks="0-3"), Restoration(0, 0.5, neurons="0-3")]
     assert [way.name for way in names] == [
         *("as trained", "scaled by 0.5", "off position 0", "off position 0, mean"),
         *("off position 0, mean, 8 leading; scaled by 0.7", "off position 0, centred"),
-        "off position 0, mean, networks 0-3",
+        *("off position 0, mean, networks 0-3", "neurons of networks 0-3 scaled by 0.5"),
     ]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.config import ThresholdRule
-from fnsft_trl.template.description import FORMAT_VERSION
+from fnsft_trl.template.schema import FORMAT_VERSION, PLAIN_VERSION
 from fnsft_trl.template.stored import StoredTemplate
 
 
@@ -72,7 +72,7 @@ def test_a_template_is_printed_without_its_numbers_and_compared_by_identity(save
 
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
     with safe_open(saved / "template.safetensors", framework="pt") as file:
-        assert file.metadata() == {"fnsft_trl.template": str(FORMAT_VERSION)}
+        assert file.metadata() == {"fnsft_trl.template": str(PLAIN_VERSION)}
 
 
 def test_thresholds_change_without_discovery(templates, tmp_path):

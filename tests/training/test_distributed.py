@@ -59,6 +59,11 @@ def test_two_processes_train_as_one_does(runs, method):
         assert (checkpoint / "selection.json").is_file()
         ended = [json.loads((root / n / f"{method}-out-0" / "results.json").read_text()) for n in ("1", "2")]
         lost = [end.pop("retention")["series"] for end in ended]
+        protected = [end.pop("protection") for end in ended]
+        if not method.endswith("experts"):
+            assert max(each.pop("left") for each in protected) < 1e-6
+            assert protected[0]["inputs"] > 0
+        assert protected[0] == protected[1]
         for end in ended:
             assert ((end.pop("kl_to_base") is None), end["replay"] is None) == 2 * (
                 kind != "ddp" or "experts" in method,
