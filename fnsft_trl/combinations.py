@@ -1,13 +1,9 @@
 """What the switches of a run come to: each combination of masking, training and method, an outcome or an error."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .errors import FNSFTError
-
-
-if TYPE_CHECKING:
-    from .config import FunctionalNetworkConfig
 
 
 NETWORK_SELECTORS = ("networks", "layer_shuffled", "surrogate")  # that look at networks
@@ -56,7 +52,7 @@ ANTI_DRIFT_ERRORS: dict[tuple[str, str], str] = {
 }
 
 
-def check_combinations(config: "FunctionalNetworkConfig") -> None:
+def check_combinations(config: Any) -> None:
     """Check that the fields of a config, each by itconfig valid, have an effect together.
 
     Raises:
