@@ -1,7 +1,6 @@
 """What the switches of a run come to: each combination of masking, training and method, an outcome or an error."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from .errors import FNSFTError
 
@@ -52,8 +51,11 @@ ANTI_DRIFT_ERRORS: dict[tuple[str, str], str] = {
 }
 
 
-def check_combinations(config: Any) -> None:
-    """Check that the fields of a config, each by itconfig valid, have an effect together.
+def check_combinations(config) -> None:
+    """Check that the fields of a config, each valid by itself, have an effect together.
+
+    Args:
+        config (`FunctionalNetworkConfig`): the config.
 
     Raises:
         FNSFTError: they do not, with what to drop.

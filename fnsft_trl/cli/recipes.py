@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import RANDOM_SELECTORS, FunctionalNetworkConfig
 from ..data.embedded import EMBEDDED
 from ..errors import FNSFTError
+from ..template.storage import NETWORK_DIR
 from .options.loading import LoadingConfig
 from .options.parse import OF_LORA, TrainOptions, parse_recipe
 
@@ -271,12 +272,14 @@ def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -
 
 
 def _content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names."""
+    """SHA-256 of a file, or of the files of a folder with their names; of a model's, without what lies beside it."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
+    is_model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    files = [*path.glob("*"), *path.glob(f"{NETWORK_DIR}/*")] if is_model else path.rglob("*")
+    for file in sorted(files):
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
             digest.update(f"{file.relative_to(path).as_posix()}\0{_content_hash(file)}\n".encode())
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.sites import base_model, find_neuron_sites
+from ..ranks import Ranks
 from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate
 from ..template.weights import weight_probes, weights_sha256
@@ -64,7 +65,8 @@ def discover_networks(
         texts: strings, conversations (lists of messages), or rows of a dataset (see
             [`~fnsft_trl.data.sequences.text_token_ids`]); or several such datasets by name, see [`discover_group`].
         config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
-        progress_dir: where to save the sketch ten times on the way. Emptied at the end.
+        progress_dir: where to save the sketch ten times on the way. The last save stays there until
+            [`~fnsft_trl.discovery.progress.clear_progress`] removes it: call that when the template is saved.
         resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.
             Refused for a model with other weights, whatever its name.
 
@@ -110,6 +112,11 @@ def discover_group(
 def _halves(parts: list[list[ActivationSketch]]) -> list[list[ActivationSketch]]:
     """The sketches of all datasets and processes, by half."""
     return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
+
+
+def _compact(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same on the CPU without what tensors are views of, which would be sent too."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 @dataclass
@@ -160,7 +167,8 @@ class _Discovery:
             for name, texts in datasets.items()
         ]
         self.units = Units(config.ica_standardize, config.ica_drop_massive, tuple(self.reader.columns.values()))
-        self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.ranks = Ranks()
+        self.share = (self.ranks.index, self.ranks.count)
         self.parts = self._empty(self.share[0])
         self.ica = IcaSettings(
             config.ica_components,
@@ -198,17 +206,19 @@ class _Discovery:
         about |= config.discovery_settings() | {"processes": self.share[1]}
         if progress_dir is not None:
             about[WEIGHTS] = weights_sha256(self.whole_model)
-        progress = DiscoveryProgress(progress_dir, about, self.share, max_tokens=config.ica_max_tokens)
-        if resume:
-            self.curve = progress.resume(self.parts)["curve"]
-        self._read(progress)
+        progress = DiscoveryProgress(
+            progress_dir, about, self.share, max_tokens=config.ica_max_tokens, meet=self.ranks.meet
+        )
+        with self.ranks.together():
+            if resume:
+                self.curve = progress.resume(self.parts)["curve"]
+            self._read(progress)
         template, of_datasets, point = self._on_first_process(self._templates)
         if config.ica_until_reliable:
             self.curve.append(point)
             template.calibration["curve"] = self.curve
             if point["above_null"] < config.ica_until_reliable:
                 logger.warning(self._not_reached(point, template.null))
-        progress.clear()
         return template, of_datasets
 
     def _not_reached(self, point: dict, null: dict[str, float]) -> str:
@@ -260,6 +270,8 @@ class _Discovery:
         if sum(reader.tokens) == 0:
             raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
         for name, count in zip(self.names, reader.tokens, strict=True):
+            if count == 0:
+                raise FNSFTError(f"the texts of {name} hold no token to read; give others, or leave {name} out")
             if count < each and not config.ica_until_reliable:
                 of = "the texts" if len(self.names) == 1 else f"the texts of {name}"
                 logger.warning(f"{of} ended after {count} of {each} tokens (ica_max_tokens)")
@@ -285,9 +297,10 @@ class _Discovery:
             part.finish()
         if self.share[1] == 1:
             return work([[part] for part in self.parts])
-        gathered: list = [None] * self.share[1]
-        dist.all_gather_object(gathered, [part.state_dict() for part in self.parts])
-        outcome = [None]
+        self.ranks.meet()
+        gathered: list | None = [None] * self.share[1] if self.share[0] == 0 else None
+        dist.gather_object([_compact(part.state_dict()) for part in self.parts], gathered)
+        outcome, failure = [None], None
         if self.share[0] == 0:
             of_processes = []
             for process, states in enumerate(gathered):
@@ -296,11 +309,10 @@ class _Discovery:
                     part.load_state_dict(state)
             try:
                 outcome = [work([list(entries) for entries in zip(*of_processes, strict=True)])]
-            except FNSFTError as error:  # the others wait for an answer
-                outcome = [error]
+            except Exception as error:  # the others wait for an answer
+                failure = error
+        self.ranks.meet(failure)
         dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], FNSFTError):
-            raise outcome[0]
         return outcome[0]
 
     def _found(self, halves: list[list[ActivationSketch]]) -> _Found:

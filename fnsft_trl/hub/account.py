@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 from ..errors import FNSFTError
 from .credentials import HubToken, find_token
@@ -51,12 +52,11 @@ def whose_token(token: HubToken) -> HubAccount:
     Raises:
         FNSFTError: the Hub does not accept it, or cannot be reached.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     with hub_errors("your account", token=token.value):
         try:
-            answer = HfApi(library_name="fnsft_trl").whoami(token=token.value)
+            answer = _api().whoami(token=token.value, cache=True)  # which is rate limited
         except HfHubHTTPError as error:
             if error.response.status_code != 401:
                 raise
@@ -84,6 +84,14 @@ def whose_token(token: HubToken) -> HubAccount:
         permissions=permissions,
         expires=access.get("expiration") or authorisation.get("expiresAt"),
     )
+
+
+@cache
+def _api():
+    """The one that remembers whose a token is."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="fnsft_trl")
 
 
 def check_upload(given: str | None = None, repo_id: str | None = None) -> None:

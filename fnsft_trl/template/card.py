@@ -1,11 +1,10 @@
 """The model card of a template, made from its description alone."""
 
 import re
-from pathlib import PurePath
 from typing import Any
 
 from ..hub.card import TAGS, card_text, plain
-from ..hub.names import UNKNOWN
+from ..hub.names import UNKNOWN, is_dataset_id
 from .description import TemplateDescription
 from .storage import FIGURE_FILE
 
@@ -86,8 +85,7 @@ def _metadata(description: TemplateDescription) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
     if _is_model_id(description.base_model):
         metadata["base_model"] = description.base_model
-    sources = [source for source in description.calibration.sources if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
-    if datasets := [source for source in sources if not PurePath(source).suffix]:
+    if datasets := [source for source in description.calibration.sources if is_dataset_id(source)]:
         metadata["datasets"] = datasets
     if description.license:
         metadata["license"] = description.license

@@ -1,7 +1,9 @@
 """NetworkedTrainer: a Trainer with the trainable neurons and the forward mask of a FunctionalNetworkConfig."""
 
+import filecmp
 import inspect
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,17 +15,23 @@ from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
-from ..hub.files import is_hub_id
+from ..hub.card import named_card
+from ..hub.names import is_dataset_id, model_name
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
+from ..neurons.sites import base_model
+from ..ranks import Ranks
+from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
+from ..writing import disk_errors, files_written_whole, write_text_whole
 from .anchor import KLToBase
 from .budget import RetentionBudgetExceeded
+from .checkpoints import MARKER_FILE
 from .config import AnchorConfig, ReplayConfig
 from .kinds import TrainerKind
 from .learning_rate import high_rate
 from .replay import Replay
-from .results import RunResults, forget_results
+from .results import RESULTS_FILE, RunResults, forget_results
 from .resumption import Resumption, check_plain
 from .retained import RetainingTrainer
 from .retention_texts import RetentionTexts
@@ -37,6 +45,10 @@ logger = logging.get_logger(__name__)
 
 # What may be given to a trainer in the place of its own optimizer, loss or data.
 _OWN = ("data_collator", "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "reward_funcs", "rollout_func")
+
+
+# Of an older run: what must not stay beside the weights of another one.
+_OWNED = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model*", NETWORK_DIR, RESULTS_FILE)
 
 
 class NetworkedTrainer(RetainingTrainer):
@@ -244,18 +256,28 @@ class NetworkedTrainer(RetainingTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """As the parent's, with a section on what was trained, what was frozen and how to load the result.
 
-        The Hub refuses cards that name a local file as their dataset, so such a name is left out.
+        The Hub refuses cards that name a local file as their dataset, so such a name is left out. What the parent's
+        has no name for (a base model that is here, a repository) is called by its directory.
         """
         call = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-        dataset = call.arguments.get("dataset_name")
-        if dataset is not None and (not is_hub_id(dataset) or Path(dataset).exists()):
+        dataset, directory = call.arguments.get("dataset_name"), Path(self.args.output_dir)
+        if dataset is not None and (not is_dataset_id(dataset) or Path(dataset).exists()):
             call.arguments["dataset_name"] = None
+        if "model_name" in inspect.signature(super().create_model_card).parameters:
+            call.arguments["model_name"] = call.arguments.get("model_name") or self._card_name
         super().create_model_card(*call.args, **call.kwargs)
-        directory = Path(self.args.output_dir)
+        if self.is_world_process_zero() and (directory / CARD_FILE).is_file():
+            card = (directory / CARD_FILE).read_text(encoding="utf-8")
+            base = model_name(base_model(self.model)) or "a model made in memory"
+            write_text_whole(directory / CARD_FILE, named_card(card, self._card_name, base))
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
+
+    @property
+    def _card_name(self) -> str:
+        return (self.hub_model_id or os.path.abspath(self.args.output_dir)).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def _record(self) -> RunRecord:
@@ -267,12 +289,41 @@ class NetworkedTrainer(RetainingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's, with the template, what was selected, and after a training its results beside the weights.
 
-        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
+        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same. Over an older run
+        in the same directory, all of it is the new one's or none.
+
+        Raises:
+            FNSFTError: the disk does not take it.
         """
-        super().save_model(output_dir, _internal_call)
-        if self._run is not None:
-            self._save_networks(output_dir)
         directory = Path(output_dir or self.args.output_dir)
+        if self._run is None:
+            super().save_model(output_dir, _internal_call)
+            self._save_results(directory)
+            return
+        ranks = Ranks()
+        with ranks.together():
+            self._save_whole(directory)
+        ranks.meet()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, directory: Path) -> None:
+        # A checkpoint counts when it is marked, and what DeepSpeed shards is written by every process.
+        if self._resumption.is_writing or self.is_deepspeed_enabled or not self.args.should_save:
+            self._save_all(directory)
+            return
+        with disk_errors(directory), files_written_whole(directory, owned=_OWNED) as scratch:
+            for name in (CARD_FILE, RESULTS_FILE):  # which are changed
+                if (directory / name).is_file():
+                    shutil.copyfile(directory / name, scratch / name)
+            self._save_all(scratch)
+
+    def _save_all(self, directory: Path) -> None:
+        super().save_model(str(directory), _internal_call=True)
+        self._save_networks(str(directory))
+        self._save_results(directory)
+
+    def _save_results(self, directory: Path) -> None:
         if self._results is not None and self.args.should_save:
             self._results.save(directory)
         elif self.args.should_save:
@@ -283,6 +334,16 @@ class NetworkedTrainer(RetainingTrainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         if self.args.should_save:
             self._record.save(Path(output_dir or self.args.output_dir), self.model)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        networks, pushed = Path(checkpoint_folder) / NETWORK_DIR, Path(self.args.output_dir)
+        if self._run is not None and self.is_world_process_zero() and networks.is_dir():  # as the card says
+            names = set(os.listdir(networks)) - {MARKER_FILE}
+            same, *_ = filecmp.cmpfiles(networks, pushed / NETWORK_DIR, names, shallow=False)
+            if names != set(same):  # or an upload that is under way would see files come and go
+                with files_written_whole(pushed) as scratch:
+                    shutil.copytree(networks, scratch / NETWORK_DIR, ignore=shutil.ignore_patterns(MARKER_FILE))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         # A search over hyperparameters writes elsewhere.

@@ -1,9 +1,10 @@
 """What a run needs before PEFT wraps its model: the base model, its tokenizer, and the template."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 from transformers.utils import logging
@@ -25,8 +26,11 @@ logger = logging.get_logger(__name__)
 OWN_TEXT = "the training data"  # as a template names the source of a discovery on the rows of its run
 
 
-def load_base_model(name: str, args, model_init_kwargs: dict | None, quantization_config, *, scores: bool = False):
-    """Load a model as the trainers of TRL do.
+def load_base_model(
+    name: str, args, model_init_kwargs: dict | None, quantization_config, *, scores: bool = False, frozen: bool = False
+):
+    """Load a model as the trainers of TRL do; a frozen one, of which no precision is asked for, in that of the
+    arithmetic on an accelerator.
 
     Args:
         name: of the model.
@@ -34,6 +38,7 @@ def load_base_model(name: str, args, model_init_kwargs: dict | None, quantizatio
         model_init_kwargs: as in its arguments.
         quantization_config: as it is given to the trainer.
         scores: whether it is a reward model, which gives one score for a text.
+        frozen: whether none of its own weights is to train.
     """
     options = dict(model_init_kwargs or {})
     if quantization_config is not None:
@@ -41,22 +46,24 @@ def load_base_model(name: str, args, model_init_kwargs: dict | None, quantizatio
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
         options["device_map"] = None
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    if frozen and args.bf16 and args.device.type not in ("cpu", "mps"):
+        options.setdefault("dtype", torch.bfloat16)
     if scores:
         return create_model_from_path(name, AutoModelForSequenceClassification, num_labels=1, **options)
     return create_model_from_path(name, **options)
 
 
-def load_processing_class(model, args, model_init_kwargs: dict | None, *, generates: bool = False):
+def load_processing_class(name: str, args, model_init_kwargs: dict | None, *, generates: bool = False):
     """Load the tokenizer or processor of a model as the trainers of TRL do.
 
     Args:
-        model: the model.
+        name: of the model.
         args: of the trainer.
         model_init_kwargs: as in its arguments.
         generates: whether the trainer generates answers (GRPO, RLOO), which are to follow right on their prompts.
     """
     return AutoProcessor.from_pretrained(
-        model.config.name_or_path,
+        name,
         revision=(model_init_kwargs or {}).get("revision"),
         trust_remote_code=getattr(args, "trust_remote_code", False),
         **({"truncation_side": "left", "padding_side": "left"} if generates else {}),
@@ -109,6 +116,12 @@ def discover_template(
             raise FNSFTError(
                 "there is no training data to discover networks on; give a train_dataset with rows, ica_datasets, or "
                 "a template"
+            )
+        first = next(iter(texts), None)
+        if isinstance(first, Mapping) and first.keys() & {"image", "images"}:
+            raise FNSFTError(
+                "the rows of the training data hold images, and networks are discovered on text; give ica_datasets, "
+                "or a template (ica_template_path)"
             )
         datasets = {OWN_TEXT: map(text_of, texts)}
     _place(model, args)

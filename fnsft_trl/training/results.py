@@ -14,7 +14,7 @@ from .. import __version__
 from ..hub.card import plain, with_section, without_section
 from ..hub.names import one_line
 from ..template.storage import CARD_FILE
-from ..writing import written_whole
+from ..writing import write_text_whole
 from .guard import FrozenNeuronGuard
 from .retention import retention_of
 from .retention_run import RetentionRun
@@ -139,8 +139,7 @@ class RunResults:
 
     def save(self, directory: Path) -> None:
         """Write `results.json`, and the table into the model card if there is one."""
-        with written_whole(directory / RESULTS_FILE) as scratch:
-            scratch.write_text(json.dumps(self.content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_text_whole(directory / RESULTS_FILE, json.dumps(self.content, indent=2, allow_nan=False) + "\n")
         self.extend_card(directory)
 
     def extend_card(self, directory: Path) -> None:
@@ -149,7 +148,7 @@ class RunResults:
         if card.exists():
             rows = "\n".join(f"| {plain(name)} | {plain(told)} |" for name, told in self.rows())
             section = f"{RESULTS_SECTION}\n\n| | |\n|---|---|\n{rows}\n"
-            card.write_text(with_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")
+            write_text_whole(card, with_section(card.read_text(encoding="utf-8"), section))
 
 
 def forget_results(directory: Path) -> None:
@@ -162,7 +161,7 @@ def forget_results(directory: Path) -> None:
     if isinstance(found, dict) and found.get("format") == _FORMAT:
         file.unlink()
         if card.exists():
-            card.write_text(without_section(card.read_text(encoding="utf-8"), RESULTS_SECTION), encoding="utf-8")
+            write_text_whole(card, without_section(card.read_text(encoding="utf-8"), RESULTS_SECTION))
 
 
 def _networks(record: RunRecord) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle
 from ..neurons.mask import NeuronMask
+from ..occupied import ADAPTER, MODEL, check_target
 from ..ranges import format_ranges
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
@@ -35,6 +36,7 @@ from .preparation import (
     selector_evidence,
 )
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
+from .refused import check_refused
 from .same_run import networks_text
 from .ways import WAYS, Way, is_sharded
 
@@ -81,6 +83,7 @@ class Run:
         self.args = args = given["args"] = kind.args_of(given)
         self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)
         self.way.check(model, args)
+        _check_output(args.output_dir, model, is_full=self.plan.method == "full")
         if self.plan.mask_mode is not None:
             check_maskable(args)
         if args.push_to_hub and args.process_index == 0:
@@ -127,19 +130,27 @@ class Run:
     def _load(self) -> None:
         """Load what was given by name: networks must be known before PEFT wraps the model."""
         given, kind = self.given, self.kind
+        if given.get("processing_class") is None and kind.is_of_trl:
+            given["processing_class"] = self._processing_class()
+        if kind.is_sft:
+            check_refused(given, self.args)
         set_seed(self.args.seed)  # as the trainers of TRL do before they load a model
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
             given["model"] = load_base_model(
-                given["model"], self.args, self._model_init_kwargs, quantization, scores=kind.scores
+                given["model"],
+                self.args,
+                self._model_init_kwargs,
+                quantization,
+                scores=kind.scores,
+                frozen=self.plan.method != "full",
             )
         keep_4bit_layers_differentiable(given["model"])
-        if given.get("processing_class") is None and kind.is_of_trl:
-            given["processing_class"] = self._processing_class()
 
     def _processing_class(self):
-        kwargs, generates = self._model_init_kwargs, self.kind.generates
-        return load_processing_class(self.given["model"], self.args, kwargs, generates=generates)
+        model = self.given["model"]
+        name = model if isinstance(model, str) else model.config.name_or_path
+        return load_processing_class(name, self.args, self._model_init_kwargs, generates=self.kind.generates)
 
     def _text_of(self, row):
         """The text of a row of the training data that networks are discovered on."""
@@ -262,6 +273,16 @@ class Run:
                 "leave target_modules out"
             )
         self.trainable = reached
+
+
+def _check_output(directory: str, model: str | PreTrainedModel | PeftModel, *, is_full: bool) -> None:
+    """Refuse to save the trained model over the one that it is made from, or over something else.
+
+    Raises:
+        FNSFTError: the output directory is that of the model, or holds a template or the other kind of a model.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "name_or_path", None)
+    check_target(directory, MODEL if is_full else ADAPTER, sources={"the model to train": name or None})
 
 
 def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None) -> PeftConfig | None:

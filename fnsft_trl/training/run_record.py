@@ -14,6 +14,7 @@ from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
 from ..template.storage import CARD_FILE, NETWORK_DIR, SELECTION_FILE
 from ..template.template import FunctionalNetworkTemplate
+from ..writing import write_text_whole
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ class RunRecord:
         self.template.save_pretrained(networks)
         card = directory / CARD_FILE
         if card.exists():  # of PEFT, which names the base model by where it was loaded from
-            card.write_text(publishable_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+            write_text_whole(card, publishable_card(card.read_text(encoding="utf-8")))
         self.extend_card(directory, model)
-        (networks / SELECTION_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text_whole(networks / SELECTION_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def extend_card(self, directory: Path, model: nn.Module) -> None:
         """Put the section on functional networks into the model card of a directory if there is one."""
         card = directory / CARD_FILE
         if card.exists():
-            card.write_text(with_section(card.read_text(encoding="utf-8"), self._section(model)), encoding="utf-8")
+            write_text_whole(card, with_section(card.read_text(encoding="utf-8"), self._section(model)))
 
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
