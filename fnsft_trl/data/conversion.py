@@ -73,8 +73,8 @@ def to_trl_format(
         What was given, converted; a [`~datasets.Dataset`] of a list.
 
     Raises:
-        FNSFTError: no known format, no usable row, or rows of text beside conversations or
-            beside what looks like their answer.
+        FNSFTError: no known format, no usable row, or rows of text beside conversations or beside what looks
+            like their answer.
 
     Example:
 
