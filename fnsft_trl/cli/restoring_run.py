@@ -28,6 +28,7 @@ from ..ranges import format_ranges, parse_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from ..training.loaded import check_template, given_template
+from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from ..tuner.saved import SavedAdapter
 from ..writing import written_whole
@@ -131,6 +132,7 @@ class _Run:
             self.model.base_model.set_adapter(self.model.active_adapter, inference_mode=False)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        keep_4bit_layers_differentiable(model)  # packed layers refuse some widths
         is_quantized = getattr(model.config, "quantization_config", None) is not None
         return model if "device_map" in self.found.loading or is_quantized else model.to(self.device)
 
@@ -194,8 +196,8 @@ class _Run:
         if best.how.directions:
             scaled = [replace(best.how, scale=scale) for scale in self.asked.scales]
             ways += [self._score(how) for how in tqdm(scaled, "the best, scaled")]
-        rule = f"the least KL within {self.args.tolerance:.0%} of the gain: {limits.text}"
-        return ways, limits, (limits.best(ways), rule)
+        best = limits.best(ways)
+        return ways, limits, (best, f"the least KL within {self.args.tolerance:.0%} of the gain: {limits.text(best)}")
 
     def _by_energy(self, ways: list[Scored]) -> tuple[Scored, str]:
         """The way that is chosen without a task, and why."""

@@ -40,7 +40,7 @@ class Limits:
 
     Attributes:
         loss (`float`): the most that the task's loss may be.
-        exact (`float`, *optional*): the least share of its rows that must be answered exactly; `None` where the rows
+        exact (`float`, *optional*): the least share of its rows that should be answered exactly; `None` where the rows
             have no answers, or too few were learnt to tell so small a share of them.
     """
 
@@ -61,23 +61,20 @@ class Limits:
             return cls(loss)
         return cls(loss, trained.exact - tolerance * (trained.exact - base.exact))
 
-    @property
-    def text(self) -> str:
-        """In words."""
-        exact = "" if self.exact is None else f", exact match at least {self.exact:.3f}"
+    def text(self, chosen: Scored) -> str:
+        """Within which of them a way is, in words."""
+        exact = "" if self.exact is None or chosen.exact < self.exact else f", exact match at least {self.exact:.3f}"
         return f"task loss at most {self.loss:.4f}{exact}"
 
     def best(self, ways: Iterable[Scored]) -> Scored:
-        """The way of least KL within the limits.
+        """The way of least KL within the limits; within that of the loss, where nothing is within both.
 
         A centred LoRA, which merges only where the base has biases, is none of them.
         """
-        allowed = [
-            way
-            for way in ways
-            if way.loss <= self.loss and (self.exact is None or way.exact >= self.exact) and not way.how.is_centred
-        ]
-        return min(allowed, key=lambda way: way.mean_kl)
+        allowed = [way for way in ways if way.loss <= self.loss and not way.how.is_centred]
+        both = [way for way in allowed if self.exact is not None and way.exact >= self.exact]
+        restored = [way for way in both if way.how != Restoration()]
+        return min(restored or allowed, key=lambda way: way.mean_kl)
 
 
 @dataclass

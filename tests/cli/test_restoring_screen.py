@@ -27,6 +27,10 @@ def test_it_is_the_least_kl_within_the_tolerance_of_the_loss_and_of_the_exact_an
     assert limits.best(WAYS) is WAYS[1]
     assert Limits.of(BASE, WAYS[0], 0.15, rows=100).best(WAYS) is WAYS[3]
     assert Limits.of(BASE, WAYS[0], 0.0, rows=100).best(WAYS) is WAYS[0]
+    assert Limits(0.59, 0.89).best(WAYS) is WAYS[3]  # no way is within both
+    assert [Limits(0.59, 0.85).text(WAYS[n]) for n in (1, 3)] == [
+        *("task loss at most 0.5900, exact match at least 0.850", "task loss at most 0.5900"),
+    ]
 
 
 def test_exact_answers_count_only_where_the_tolerance_is_a_row_or_more():
