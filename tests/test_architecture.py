@@ -80,6 +80,7 @@ ORDER = {
             "protection_config",
             "protected_bases",
             "protection",
+            "protecting",
             "results",
             "networked",
             "trainer",

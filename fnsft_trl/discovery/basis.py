@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import FNSFTError
-from ..neurons.sites import NeuronSite, base_model, linear_shape
+from ..neurons.sites import base_model, linear_shape
+from .activations import ActivationReader
 from .directions import InputSums
 
 
@@ -17,32 +19,21 @@ class SiteBases:
     """Sums over the inputs of each site's down and up projections, from which their directions are found.
 
     Args:
-        sites: of the model, without experts.
+        reader: of the activations, at sites without experts; it says which text a forward pass reads.
         sources: how many texts are read; each counts alike, however long it is.
         leading: how many leading directions are found, beside position 0 and the mean.
-        source: says which text a forward pass reads.
-        device: of the sums.
 
     Raises:
         FNSFTError: a site has experts.
     """
 
-    def __init__(
-        self,
-        sites: Sequence[NeuronSite],
-        *,
-        sources: int,
-        leading: int,
-        source: Callable[[], int],
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, reader: ActivationReader, *, sources: int, leading: int) -> None:
+        self.reader, self.leading, sites = reader, leading, reader.sites
         if experts := [site for site in sites if site.experts]:
             raise FNSFTError(
                 f"ica_store_basis finds directions of inputs that all tokens have, and layer {experts[0].layer} has "
                 "experts; leave ica_store_basis out, or such layers (ica_layers)"
             )
-        self.sites = list(sites)
-        self.source = source
         self.sums = [
             {
                 (site.layer, side): InputSums(linear_shape(module)[0], leading)
@@ -52,7 +43,7 @@ class SiteBases:
             for _ in range(sources)
         ]
         for each in (each for sums in self.sums for each in sums.values()):
-            each.begin(device)
+            each.begin(reader.device)
         self._rows: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
 
     @contextmanager
@@ -60,7 +51,7 @@ class SiteBases:
         """Add what the forward passes in a block give the projections."""
         backbone = base_model(model).base_model
         handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for site in self.sites:
+        for site in self.reader.sites:
             handles.append(site.down.register_forward_pre_hook(self._adder((site.layer, "basis"))))
             handles.append(site.ups[0].register_forward_pre_hook(self._adder((site.layer, "input_basis"))))
         try:
@@ -79,7 +70,7 @@ class SiteBases:
         def add(module: nn.Module, args: tuple) -> None:
             rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
             first, others = (each.to(rows.device) for each in self._rows)
-            self.sums[self.source()][key].add(rows[first], rows[others], 1.0, 1.0)
+            self.sums[self.reader.source][key].add(rows[first], rows[others], 1.0, 1.0)
 
         return add
 
@@ -115,3 +106,23 @@ class SiteBases:
             basis, _ = InputSums.merged([part for part in parts if part]).directions((name,))
             found.setdefault(layer, {})[side] = basis.T.float().contiguous()
         return found
+
+    def of_all_processes(self, share: tuple[int, int]) -> dict[int, dict[str, torch.Tensor]]:
+        """[`directions`] of what all processes have read, the same in each.
+
+        Args:
+            share: (i, n): this is process i of n.
+        """
+        index, count = share
+        if count == 1:
+            return self.directions()
+        gathered: list = [None] * count
+        dist.all_gather_object(gathered, self.state_dict())
+        outcome = [None]
+        if index == 0:
+            others = [SiteBases(self.reader, sources=len(self.sums), leading=self.leading) for _ in gathered[1:]]
+            for other, state in zip(others, gathered[1:], strict=True):
+                other.load_state_dict(state)
+            outcome = [self.directions(others)]
+        dist.broadcast_object_list(outcome)
+        return outcome[0]

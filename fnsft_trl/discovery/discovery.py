@@ -180,16 +180,8 @@ class _Discovery:
             decomposition=config.ica_decomposition,
         )
         self.curve: list[dict] = []
-        self.bases = self._empty_bases(sites)
-
-    def _empty_bases(self, sites) -> SiteBases | None:
-        """Of nothing that was read yet; `None` where no basis is asked for."""
-        leading, reader = self.config.ica_store_basis, self.reader
-        if leading is None:
-            return None
-        return SiteBases(
-            sites, sources=len(self.names), leading=leading, source=lambda: reader.source, device=reader.device
-        )
+        leading = config.ica_store_basis
+        self.bases = SiteBases(self.reader, sources=len(self.names), leading=leading) if leading else None
 
     @property
     def _read_so_far(self) -> list:
@@ -229,7 +221,7 @@ class _Discovery:
             if resume:
                 self.curve = progress.resume(self._read_so_far)["curve"]
             self._read(progress)
-        directions = self._directions()
+        directions = self.bases.of_all_processes(self.share) if self.bases else {}
         template, of_datasets, point = self._on_first_process(self._templates)
         template.basis = directions
         if config.ica_until_reliable:
@@ -331,23 +323,6 @@ class _Discovery:
                 failure = error
         self.ranks.meet(failure)
         dist.broadcast_object_list(outcome)
-        return outcome[0]
-
-    def _directions(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Of each layer's inputs, the same in every process; none where no basis is asked for."""
-        if self.bases is None:
-            return {}
-        gathered: list = [self.bases.state_dict()] * self.share[1]
-        if self.share[1] > 1:
-            dist.all_gather_object(gathered, self.bases.state_dict())
-        outcome = [None]
-        if self.share[0] == 0:
-            others = [self._empty_bases(self.reader.sites) for _ in gathered[1:]]
-            for other, state in zip(others, gathered[1:], strict=True):
-                other.load_state_dict(state)
-            outcome = [self.bases.directions(others)]
-        if self.share[1] > 1:
-            dist.broadcast_object_list(outcome)
         return outcome[0]
 
     def _found(self, halves: list[list[ActivationSketch]]) -> _Found:

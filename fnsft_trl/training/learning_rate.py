@@ -9,7 +9,8 @@ Forgets Less", arXiv 2405.09673).
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
+from peft import LoraConfig, PeftModel
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
@@ -49,3 +50,19 @@ def high_rate(method: str, args: TrainingArguments) -> str | None:
         f"forgotten buys little on most tasks. Try {rates.low:g} first, with more steps if it learns too slowly "
         "(docs/forgetting.md, What to try first)"
     )
+
+
+def warn_of_high_rate(trainer: Trainer, method: str | None) -> None:
+    """Say where the learning rate is high for what trains; of other PEFT methods none is known to be.
+
+    Args:
+        trainer: when it is made.
+        method: of its networks; `None` without.
+    """
+    if method is None and not isinstance(trainer.model, PeftModel):
+        method = "full"
+    elif method is None:
+        method = "lora" if isinstance(trainer.model.active_peft_config, LoraConfig) else None
+    told = None if method is None else high_rate(method, trainer.args)
+    if told is not None and trainer.is_world_process_zero():
+        logger.warning(told)

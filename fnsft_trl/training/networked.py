@@ -7,7 +7,6 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -29,13 +28,13 @@ from .budget import RetentionBudgetExceeded
 from .checkpoints import MARKER_FILE
 from .config import AnchorConfig, ReplayConfig
 from .kinds import TrainerKind
-from .learning_rate import high_rate
-from .protection import PROTECTION_DIR, Protection, check_unprotected
+from .learning_rate import warn_of_high_rate
+from .protecting import ProtectingTrainer
+from .protection import PROTECTION_DIR, Protection
 from .protection_config import ProtectionConfig
 from .replay import Replay
 from .results import RESULTS_FILE, RunResults, forget_results
 from .resumption import Resumption, check_plain
-from .retained import RetainingTrainer
 from .retention_texts import RetentionTexts
 from .run import Run
 from .run_record import RunRecord
@@ -60,7 +59,7 @@ _OWNED = (
 )
 
 
-class NetworkedTrainer(RetainingTrainer):
+class NetworkedTrainer(ProtectingTrainer):
     """What networks add to a trainer. It goes in front of the class of the trainer: see [`with_networks`].
 
     Args:
@@ -94,7 +93,6 @@ class NetworkedTrainer(RetainingTrainer):
     _run: Run | None = None
     _resumption: Resumption | None = None
     _results: RunResults | None = None
-    _protection: Protection | None = None
     _evaluation_name: str | None = None
 
     def __init__(
@@ -135,9 +133,8 @@ class NetworkedTrainer(RetainingTrainer):
             self.mask_handle = self._run.hold(self)
             self._resumption = Resumption(self, self._run, own)
         if self._protection is not None:
-            networks = (self._run.trainable, self._run.template) if self._run else (None, None)
-            self._protection.hold(self, *networks)
-        self._warn_of_high_rate()
+            self._protection.hold(self, *((self._run.trainable, self._run.template) if self._run else (None, None)))
+        warn_of_high_rate(self, self.plan and self.plan.method)
 
     def _replay_of(self, config: ReplayConfig, given: dict) -> Replay:
         if not self._replays:
@@ -148,17 +145,6 @@ class NetworkedTrainer(RetainingTrainer):
         replay = Replay(config)
         replay.check(given.get("args"), given.get("train_dataset"))
         return replay
-
-    def _warn_of_high_rate(self) -> None:
-        """Say where the learning rate is high for what trains; of other PEFT methods none is known to be."""
-        method = "full"
-        if self._run is not None:
-            method = self.plan.method
-        elif isinstance(self.model, PeftModel):
-            method = "lora" if isinstance(self.model.active_peft_config, LoraConfig) else None
-        told = None if method is None else high_rate(method, self.args)
-        if told is not None and self.is_world_process_zero():
-            logger.warning(told)
 
     @property
     def network_config(self) -> FunctionalNetworkConfig | None:
@@ -181,11 +167,6 @@ class NetworkedTrainer(RetainingTrainer):
         return self._run and self._run.trainable
 
     @property
-    def protection(self) -> Protection | None:
-        """What is protected."""
-        return self._protection
-
-    @property
     def plan(self) -> TrainingPlan | None:
         """What is trained and masked."""
         return self._run and self._run.plan
@@ -196,10 +177,8 @@ class NetworkedTrainer(RetainingTrainer):
         return self._run is not None and self._run.masks_reference
 
     def create_optimizer(self, *args, **kwargs):
-        """As the parent's; what is protected is projected after every step, and frozen slices are put back."""
+        """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._protection is not None:
-            self._protection.attach(optimizer)
         if self._run is not None:
             self._run.way.attach(optimizer)
         return optimizer
@@ -260,10 +239,6 @@ class NetworkedTrainer(RetainingTrainer):
             check_plain(resume_from_checkpoint, self.args.output_dir)
         else:
             resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
-        if self._protection is None:
-            check_unprotected(resume_from_checkpoint, self.args.output_dir)
-        else:
-            self._protection.begin(resume_from_checkpoint, self.args.output_dir)
         self._results = None
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -301,8 +276,6 @@ class NetworkedTrainer(RetainingTrainer):
             write_text_whole(directory / CARD_FILE, named_card(card, self._card_name, base))
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
-        if self._protection is not None and self.is_world_process_zero():
-            self._protection.extend_card(directory)
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
 
@@ -355,8 +328,7 @@ class NetworkedTrainer(RetainingTrainer):
         self._save_results(directory)
 
     def _save_results(self, directory: Path) -> None:
-        if self._protection is not None and self.args.should_save:
-            self._protection.save(directory)
+        self._save_protection(directory)
         if self._results is not None and self.args.should_save:
             self._results.save(directory)
         elif self.args.should_save:
