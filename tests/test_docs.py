@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import textwrap
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -274,6 +275,18 @@ def test_the_lines_that_install_are_those_of_the_makefile():
     assert len(lines) == 3
     for line in lines:
         assert line in makefile
+
+
+def test_the_oldest_versions_that_are_named_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])
+    named = (
+        (ROOT / "docs" / "installation.md").read_text().partition("the oldest that work: ")[2].partition(". `make")[0]
+    )
+    found = dict(item.split() for item in " ".join(named.split()).split(", "))
+    assert found == {name: floors[name.lower()] for name in found}
+    assert {"trl", "peft", "transformers", "accelerate", "torch"} <= {name.lower() for name in found}
+    assert project["requires-python"] == ">=3.11"
 
 
 def test_the_table_of_architectures_is_that_of_the_tests():

@@ -58,13 +58,13 @@ def write_report(results: list, settings: EvaluationConfig, output: Path, about:
         printed += [f"Differences from {first.name}:", format_table(*table)]
     report.text(_NOTE)
     _describe(report, results, about)
-    report.save(output, _content(results, settings, about, values, differences))
-    with (output / "scores.jsonl").open("w", encoding="utf-8") as lines:
-        for each in results:
-            for data, of_rows in each.scores.rows.items():
-                for entry in of_rows:
-                    line = _finite({"model": each.name, "data": data, **entry})
-                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    scores = "".join(
+        json.dumps(_finite({"model": each.name, "data": data, **entry}), ensure_ascii=False) + "\n"
+        for each in results
+        for data, of_rows in each.scores.rows.items()
+        for entry in of_rows
+    )
+    report.save(output, _content(results, settings, about, values, differences), beside={"scores.jsonl": scores})
     print("\n\n".join([*printed, _NOTE, f"Report: {output / 'report.html'} (also report.md, results.json)"]))
 
 

@@ -10,7 +10,7 @@ from .formats import convert_row, find_formats
 from .left_out import LeftOut
 from .messages import Dialect, read_messages
 from .prompts import adds_bos, without_bos
-from .rendering import RENDER_ERRORS, template_arguments
+from .rendering import RENDER_ERRORS, rendering, template_arguments
 
 
 _RUN = 4  # sequences of a long text that stay together in one half
@@ -110,10 +110,11 @@ def _conversation_ids(messages, name: str, row: Mapping, tokenizer, dialect: Dia
     if not messages:
         raise UnusableRow(f"{name!r} has no message")
     arguments = template_arguments(row)
-    try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **arguments)["input_ids"]
-    except RENDER_ERRORS as error:
-        raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
+    with rendering():
+        try:
+            return tokenizer.apply_chat_template(messages, return_dict=True, **arguments)["input_ids"]
+        except RENDER_ERRORS as error:
+            raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
 
 
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = "the text") -> Iterator[TokenSequence]:

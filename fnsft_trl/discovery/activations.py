@@ -179,7 +179,7 @@ class ActivationReader:
             yield ordered[start : start + self.batch_size]
 
     def _prepare(self, kept: torch.Tensor, positions: int) -> None:
-        self._kept = kept
+        self._kept = {torch.device("cpu"): kept}  # by device, on which a layer may be
         rows = torch.full((positions,), -1)  # row of the block, for each position of the batch
         rows[kept] = torch.arange(len(kept))
         self._row_of = rows.to(self.device)
@@ -196,7 +196,9 @@ class ActivationReader:
             columns = slice(start + neurons.start, start + neurons.stop)
             values = values.reshape(-1, values.shape[-1])  # (sequences * positions, or tokens; neurons)
             if tokens is None:
-                kept = values[self._kept.to(values.device)]
+                if values.device not in self._kept:
+                    self._kept[values.device] = self._kept[torch.device("cpu")].to(values.device)
+                kept = values[self._kept[values.device]]
                 self._block[: len(kept), columns] = kept.to(self._block)
                 return
             rows = self._row_of[tokens.to(self.device)]

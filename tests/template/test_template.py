@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -144,7 +145,8 @@ def test_a_template_goes_before_that_of_a_model_beside_it(templates, tmp_path):
     templates["opt"].save_pretrained(tmp_path / "functional_networks")
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     assert StoredTemplate.open(tmp_path).description.architecture == "OPTForCausalLM"
-    templates["llama"].save_pretrained(tmp_path)
+    templates["llama"].save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tmp_path, dirs_exist_ok=True)
     assert StoredTemplate.open(tmp_path).description.architecture == "LlamaForCausalLM"
 
 

@@ -35,6 +35,7 @@ class Option:
         positional (`bool`): whether its name may be left out on the command line.
         required (`bool`): whether there is no call without it.
         metavar (`str`): what the help calls its value; empty for `VALUE`.
+        family (`bool`): whether every name that begins with its own and an underscore is such an option too.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Option:
     positional: bool = False
     required: bool = False
     metavar: str = ""
+    family: bool = False
 
 
 def row(name: str, help: str, default: bool | int | float | str | None = None, **more: Any) -> Option:
