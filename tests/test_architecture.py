@@ -55,6 +55,7 @@ ORDER = {
     "discovery": [
         *("activations", "moments", "units", "sketch", "ica", "matching", "components", "decomposition", "null"),
         *("recurrence", "progress", "surrogate", "discovery", "scale", "inputs", "sinks", "directions"),
+        "network_directions",
     ],
     "selection": ["evidence", "select"],
     "interventions": ["masking", "baking", "restoring"],

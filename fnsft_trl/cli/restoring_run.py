@@ -13,7 +13,7 @@ from ..config import FunctionalNetworkConfig
 from ..data.embedded import resolve_model
 from ..data.sequences import token_sequences
 from ..discovery.directions import LEADING, KeptDirections, KeptText
-from ..discovery.scale import activation_scale
+from ..discovery.network_directions import network_directions
 from ..errors import FNSFTError
 from ..evaluation.evaluated import EvaluatedModel
 from ..evaluation.metrics import score_rows
@@ -139,14 +139,12 @@ class _Run:
     def _with_networks(self, kept: KeptDirections) -> Places:
         """The networks' directions at the inputs of the down projections, and where their own neurons are."""
         template = check_template(self.asked.networks, self.model, self.template)
-        if template.site != "mlp_intermediate":
-            raise FNSFTError(f"the template is of {template.site}; one of neurons (mlp_intermediate) is needed")
-        scale, neurons = activation_scale(template), select_neurons(template, self.numbers)
+        directions, neurons = network_directions(template, self.numbers), select_neurons(template, self.numbers)
         leading, own = {}, {}
         for site in find_neuron_sites(self.model):
-            if site.layer not in scale:
+            if site.layer not in directions:
                 continue
-            leading[site.down_name] = template.loadings[site.layer][self.numbers].double() * scale[site.layer]
+            leading[site.down_name] = directions[site.layer]
             members = neurons.indices(site.layer)
             for part in site.layout.slices if len(members) else ():
                 own[part.module_name] = Positions(part.indices(members), part.side)
