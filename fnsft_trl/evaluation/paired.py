@@ -54,7 +54,12 @@ class Ratio:
 
 
 def two_way_draws(
-    values: Callable[[np.ndarray], np.ndarray], seeds: int, articles: int, *, draws: int = DRAWS, seed: int = 0
+    values: Callable[[np.ndarray], np.ndarray],
+    seeds: int,
+    articles: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> tuple[float, np.ndarray]:
     """A mean over seeds of something that articles make up, with both drawn anew.
 
@@ -62,10 +67,10 @@ def two_way_draws(
     together: give the difference of two arms on the same seeds and articles, and it is paired in both.
 
     Args:
-        values: is given how often each article counts, shape (draws, articles), and gives the value of every seed,
-            shape (draws, seeds).
+        values: is given how often each article counts, those of all texts side by side, shape (draws, articles), and
+            gives the value of every seed, shape (draws, seeds).
         seeds: how many there are.
-        articles: how many there are.
+        articles: how many there are of each text, which are drawn by themselves.
         draws: of the bootstrap.
         seed: of the draws.
 
@@ -73,10 +78,10 @@ def two_way_draws(
         The value on all seeds and articles, and those of the draws, shape (draws,).
     """
     generator = np.random.default_rng(seed)
-    whole = float(values(np.ones((1, articles))).mean())
-    counts = generator.multinomial(articles, np.full(articles, 1 / articles), size=draws)
+    whole = float(values(np.ones((1, sum(articles)))).mean())
+    parts = [generator.multinomial(count, np.full(count, 1 / count), size=draws) for count in articles]
     chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (draws, seeds)
-    return whole, (values(counts.astype(float)) * chosen).sum(1)
+    return whole, (values(np.concatenate(parts, 1).astype(float)) * chosen).sum(1)
 
 
 def sign_flip(differences: Sequence[float]) -> float:

@@ -53,15 +53,16 @@ def test_what_does_not_vary_has_no_width_and_what_is_drawn_is_a_mean():
         means = counts @ np.array([0.0, 4.0]) / counts.sum(1)
         return np.repeat(means[:, None], 2, axis=1)
 
-    value, draws = two_way_draws(of_articles, 2, 2, draws=4000)
+    value, draws = two_way_draws(of_articles, 2, [2], draws=4000)
     assert value == 2.0
     assert set(draws) == {0.0, 2.0, 4.0}  # two articles drawn of two: 1/4, 1/2, 1/4
     assert np.mean(draws == 2.0) == pytest.approx(0.5, abs=0.03)
-    value, draws = two_way_draws(lambda counts: np.tile(seeds, (len(counts), 1)), 2, 2, draws=4000)
+    value, draws = two_way_draws(lambda counts: np.tile(seeds, (len(counts), 1)), 2, [2], draws=4000)
     assert value == 2.0
     assert np.mean(draws == 1.0) == pytest.approx(0.25, abs=0.03)
-    value, draws = two_way_draws(lambda counts: np.full((len(counts), 3), 7.0), 3, 5)
-    assert (value, np.ptp(draws)) == (7.0, 0.0)
+    value, draws = two_way_draws(lambda counts: np.full((len(counts), 3), 7.0), 3, [5])
+    assert value == 7.0
+    assert np.ptp(draws) < 1e-12
 
 
 def test_the_variances_of_seeds_and_of_articles_add_up():
@@ -71,7 +72,16 @@ def test_the_variances_of_seeds_and_of_articles_add_up():
     def values(counts):
         return (counts @ articles / counts.sum(1))[:, None] + seeds
 
-    value, draws = two_way_draws(values, 6, 40, draws=20000)
+    value, draws = two_way_draws(values, 6, [40], draws=20000)
     assert value == pytest.approx(seeds.mean() + articles.mean())
     expected = seeds.var() / 6 + articles.var() / 40  # of a mean of n drawn with replacement: population variance / n
     assert math.sqrt(draws.var()) == pytest.approx(math.sqrt(expected), rel=0.03)
+
+
+def test_the_articles_of_every_text_are_drawn_by_themselves():
+    def values(counts):
+        assert (counts[:, :3].sum(1) == 3).all()
+        assert (counts[:, 3:].sum(1) == 5).all()
+        return counts[:, :1]
+
+    assert two_way_draws(values, 1, [3, 5])[0] == 1.0
