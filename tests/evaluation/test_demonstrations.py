@@ -1,12 +1,12 @@
 """Rows after demonstrations."""
 
 import pytest
+from helpers import tiny_model, tiny_rows, tiny_tokenizer
 
 from fnsft_trl.errors import FNSFTError
 from fnsft_trl.evaluation.demonstrations import with_demonstrations
 from fnsft_trl.evaluation.metrics import score_rows
 from fnsft_trl.evaluation.rows import EvaluationRow, RowReader
-from helpers import tiny_model, tiny_rows, tiny_tokenizer
 
 
 def read(rows):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fnsft_trl.evaluation.equal_learning import Crossing, target
 
-from .plan import GATE, PRIMARY, TUNING_SEED
+from .plan import GATE, LADDER, PRIMARY, TUNING_SEED
 from .running import BASE
 
 
@@ -20,6 +20,7 @@ Found = Mapping[tuple, Cell]
 
 STEPS, SCALES = "steps", "scales"
 PATHS = (STEPS, SCALES)
+TUNED = dict.fromkeys(GATE, LADDER)
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,21 @@ class Levels:
     best: float
 
     @classmethod
-    def of(cls, found: Found, task: str) -> Levels | None:
-        """Those of a shift; `None` until its cells are there."""
+    def of(cls, found: Found, task: str, *, rates: Mapping[str, Sequence[float]] = TUNED) -> Levels | None:
+        """Those of a shift; `None` until its cells are there.
+
+        Args:
+            found: the cells.
+            task: the shift.
+            rates: arm -> learning rates that count for L*; all of full training and LoRA by default.
+        """
         (base,) = of_arm(found, task, BASE, part="choose") or [None]
-        trained = [cell for arm in GATE for cell in of_arm(found, task, arm, part="choose", seed=TUNING_SEED)]
+        trained = [
+            cell
+            for arm, allowed in rates.items()
+            for cell in of_arm(found, task, arm, part="choose", seed=TUNING_SEED)
+            if cell["learning_rate"] in allowed
+        ]
         if base is None or not trained:
             return None
         best = min(point["learning"] for cell in trained for point in cell["points"])

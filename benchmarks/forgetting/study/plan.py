@@ -1,4 +1,4 @@
-"""The plan in numbers, as PLAN.md says it in words. What is decided here was decided before the first confirming cell."""
+"""The plan in numbers, as PLAN.md says it in words."""
 
 from dataclasses import dataclass
 

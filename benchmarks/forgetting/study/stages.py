@@ -36,8 +36,8 @@ def gate(found: Found) -> list[Setting]:
 
 
 def forgetting(found: Found, task: str) -> dict[str, At] | None:
-    """The least that either way of the gate forgets at the target: arm -> its best; `None` until all cells are there."""
-    levels = Levels.of(found, task)
+    """The least that each way of the gate forgets at the target, by arm; `None` until all of its cells are there."""
+    levels = Levels.of(found, task, rates=GATE)
     wanted = [each for each in gate(found) if each.task == task]
     if levels is None or any(each.key not in found for each in wanted):
         return None
