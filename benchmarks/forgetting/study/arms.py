@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from fnsft_trl.experiments.arms import Arm
 from fnsft_trl.training.retention import RetentionCallback
 from fnsft_trl.training.trainer import FNSFTTrainer
 
+from .bases import Bases, Basis
 from .learnt import Start
-from .plan import BATCH, SCORED_STEPS, STEPS, WARMUP
+from .plan import BASES, BATCH, DOMAINS, REPLAYED, SCORED_STEPS, STEPS, WARMUP
 from .shifts import shift
 
 
@@ -71,6 +72,7 @@ class Place:
         model (`str`): its directory.
         texts (`dict[str, RetentionText]`): text to score, by name.
         callbacks (`tuple`): more callbacks of a trainer.
+        bases ([`Bases`] or `None`): the directions to protect, for the arms that protect any.
         steps (`int`): of a training.
         scored (`tuple[int, ...]`): steps at which it is scored.
     """
@@ -78,6 +80,7 @@ class Place:
     model: str
     texts: Mapping[str, RetentionText]
     callbacks: tuple[TrainerCallback, ...] = ()
+    bases: Bases | None = None
     steps: int = STEPS
     scored: tuple[int, ...] = SCORED_STEPS
 
@@ -88,15 +91,13 @@ def make_arm(setting: Setting, place: Place) -> Arm:
     Raises:
         FNSFTError: there is no such way of training.
     """
-    if setting.arm not in WAYS:
-        raise FNSFTError(f"there is no arm {setting.arm!r}; there are: {', '.join(WAYS)}")
-    way = WAYS[setting.arm]
+    way = way_of(setting.arm)
     rows = shift(setting.task)
 
     def make_trainer(seed: int, directory: Path, template: Path | None) -> FNSFTTrainer:
         return _trainer(replace(setting, seed=seed), place, rows, way, directory)
 
-    settings = asdict(setting) | {"way": way.__name__.strip("_"), "steps": place.steps, "batch": BATCH}
+    settings = asdict(setting) | {"steps": place.steps, "batch": BATCH}
     return Arm(setting.arm, setting.task, make_trainer, settings)
 
 
@@ -125,7 +126,7 @@ def _trainer(setting: Setting, place: Place, rows, way: Callable, directory: Pat
         model_init_kwargs={"dtype": "float32"},
     )
     more: dict[str, Any] = {"model": place.model, "args": args, "train_dataset": train, "eval_dataset": test}
-    trainer = way(setting, more | {"processing_class": tokenizer})
+    trainer = way(setting, place, more | {"processing_class": tokenizer})
     retention = RetentionCallback(trainer, dict(place.texts))
     for series in retention.series:
         series.exact = True
@@ -134,26 +135,85 @@ def _trainer(setting: Setting, place: Place, rows, way: Callable, directory: Pat
     return trainer
 
 
-def _full(setting: Setting, arguments: dict[str, Any]) -> FNSFTTrainer:
+Way = Callable[[Setting, Place, dict[str, Any]], FNSFTTrainer]
+
+
+def _full(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
     """All weights of the MLPs."""
     trainer = FNSFTTrainer(**arguments)
-    hold_to_mlps(trainer.model)
+    hold_to(trainer.model, TARGETS)
     return trainer
 
 
-def _lora(setting: Setting, arguments: dict[str, Any]) -> FNSFTTrainer:
+def _lora(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
     """LoRA of rank 8 on the MLPs."""
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     return FNSFTTrainer(**arguments, peft_config=config)
 
 
-WAYS: dict[str, Callable[[Setting, dict[str, Any]], FNSFTTrainer]] = {"full": _full, "lora": _lora}
+def _replay(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
+    """Full, with pieces of the texts that are to be kept as a quarter of every batch."""
+    from fnsft_trl.training.config import ReplayConfig
+
+    replay = ReplayConfig(replay_datasets=[f"kept={place.bases.pieces_file()}"], replay_share=REPLAYED)
+    return _full(setting, place, arguments | {"replay": replay})
 
 
-def hold_to_mlps(model: nn.Module) -> None:
-    """Freeze all but the weights of the MLPs' linear modules: what LoRA and protection act on, and nothing else."""
+def _protected(basis: Callable[[Bases, Setting], Basis], targets: tuple[str, ...] = TARGETS) -> Way:
+    """Full, with D U = 0 after every step."""
+
+    def make(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
+        trainer = FNSFTTrainer(**arguments)
+        hold_to(trainer.model, targets)
+        protect(trainer, basis(place.bases, setting))
+        return trainer
+
+    return make
+
+
+def way_of(arm: str) -> Way:
+    """How an arm trains.
+
+    Raises:
+        FNSFTError: there is no such arm.
+    """
+    if arm in WAYS:
+        return WAYS[arm]
+    kind, _, domain = arm.partition(" of ")
+    if kind in BASES and domain.partition(" ")[0] in DOMAINS:
+        name, _, directions = domain.partition(" ")
+        return _protected(lambda bases, setting: bases.of_domain(kind, name, int(directions)), ("down_proj",))
+    if arm.startswith(NETWORKS):
+        return _protected(lambda bases, setting: bases.networks(int(arm.removeprefix(NETWORKS))))
+    raise FNSFTError(f"there is no arm {arm!r}; there are: {', '.join(WAYS)}")
+
+
+NETWORKS = "networks "  # and how many of their directions
+WAYS: dict[str, Way] = {
+    "full": _full,
+    "lora": _lora,
+    "replay": _replay,
+    "subspace": _protected(lambda bases, setting: bases.subspace(setting.seed)),
+    "random": _protected(lambda bases, setting: bases.random(setting.seed)),
+    "screen": _full,
+}
+
+
+def protect(trainer: FNSFTTrainer, basis: Basis) -> None:
+    """Keep what trains from changing along directions, from now on."""
+    from fnsft_trl.constraints.protection import protect_weights
+    from fnsft_trl.constraints.trained_maps import trained_maps
+
+    maps, left = trained_maps(trainer.model, None, set(basis))
+    if left:
+        raise FNSFTError(f"{left[0]} trains and has no directions; hold the training to linear modules")
+    protect_weights(maps, basis).attach(trainer.create_optimizer())
+
+
+def hold_to(model: nn.Module, targets: Sequence[str]) -> None:
+    """Freeze all but the weights of linear modules of some names, which LoRA and protection act on."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(tuple(f"{target}.weight" for target in TARGETS)))
+        parameter.requires_grad_(name.endswith(tuple(f"{target}.weight" for target in targets)))
 
 
 class ScoreAt(TrainerCallback):

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.report_only:
             _run(args)
+        _report(args)
         return 0
     except FNSFTError as error:
         print(f"forgetting: {error}", file=sys.stderr)
@@ -56,6 +57,18 @@ def _run(args: argparse.Namespace) -> None:
     study = Study(args.cells, args.work_dir, Pause(args.pause_file, say=_say), _say)
     for stage in args.stages:
         study.run(WANTED[stage])
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fnsft_trl.experiments.cells import Cells
+
+    from .arms import KEY
+    from .reporting import write_report
+
+    results = write_report(Cells(args.cells, by=KEY).found, args.output_dir)
+    for question in ("Q1", "Q2"):
+        print(f"{question}: {results[question]['text']}")
+    print(f"Report of {results['cells']} cells: {args.output_dir / 'report.html'} (also report.md, results.json)")
 
 
 def _say(text: str) -> None:

@@ -19,9 +19,11 @@ SHARE = 0.9  # that of all decisions
 LEAST_FORGETTING = 0.05  # nats that both unprotected ways must forget at the target for a shift to be kept
 
 KEPT_TOKENS = 8000  # general text that protection, replay and KL read: half Wikipedia, half docs
+REPLAYED, PIECE = 0.25, 64  # share of a batch, and tokens of a row that is replayed
 DIRECTIONS = 200  # leading ones that are protected, beside position 0 and the mean
 COMPONENTS = 128  # of the decomposition of both domains
-NETWORK_DIRECTIONS = 32  # of a domain
+SCREENED_NETWORKS = (32, 64, 128)  # directions of networks that the screen tries
+SCREENED = (8, 16, 32, 64)  # of a domain
 
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 GATE = {"full": (3e-5,), "lora": (1e-4, 3e-4)}
@@ -31,8 +33,8 @@ TUNING = {
     "subspace": (1e-4, 3e-4, 1e-3),
     "random": (3e-5, 1e-4, 3e-4),
     "replay": (3e-5, 1e-4, 3e-4),
-    "networks": (1e-4, 3e-4, 1e-3),
 }
+NETWORK_RATES = (1e-4, 3e-4, 1e-3)
 UNPROTECTED = ("full", "lora", "replay")  # whose best is what Q1 compares with
 # Of the confirmation; the best unprotected of the tuning takes the place of `unprotected`.
 THIRD = ("subspace", "random", "unprotected")
@@ -61,7 +63,8 @@ class Texts:
 
 CHOOSING = Texts({"wikipedia": 1500, "questions": 1000}, "choose")
 CONFIRMING = Texts({"wikipedia": 6000, "questions": 4000, "chat": 1500}, "confirm")
+SCREENING = Texts({"wikipedia": 1500, "questions": 1000, "docs": 1500}, "choose")
 DISSOCIATION = Texts({"wikipedia": 3000, "docs": 3000}, "confirm")
 PRIMARY = ("wikipedia", "questions")  # texts of Q1; of others it is only reported
 
-STAGES = ("gate", "tuning", "screen", "confirmation", "third", "dissociation")
+STAGES = ("gate", "tuning", "screen", "networks", "confirmation", "third", "dissociation")

@@ -21,15 +21,19 @@ from fnsft_trl.experiments.cells import Cells
 from fnsft_trl.writing import one_writer
 
 from .arms import KEY, Place, Setting, make_arm
+from .bases import Bases
+from .capability import capability
 from .learnt import interpolated
 from .pausing import Pause
-from .plan import CHOOSING, CONFIRMING, DEMONSTRATIONS, DISSOCIATION, SCALES
+from .plan import CHOOSING, CONFIRMING, DEMONSTRATIONS, DISSOCIATION, SCALES, SCREENING
+from .screening import screened
 from .shifts import shift
 from .texts import scored_texts
 
 
-TEXTS = {"choose": CHOOSING, "confirm": CONFIRMING, "dissociation": DISSOCIATION}
+TEXTS = {"choose": CHOOSING, "screen": SCREENING, "confirm": CONFIRMING, "dissociation": DISSOCIATION}
 BASE = "base"  # the arm of a cell that trains nothing
+SCREEN = "screen"  # that of a cell whose change is projected afterwards
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Study:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         try:
-            also = partial(_also, setting)
+            also = partial(_also, setting, place)
             return head | train_and_score(make_arm(setting, place), setting.seed, directory, also=also)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
@@ -102,11 +106,19 @@ class Study:
     def _planned(self, part: str) -> Place:
         model = self.model or str(embedded_model())
         texts = scored_texts(TEXTS[part], AutoTokenizer.from_pretrained(model))
-        return Place(model, texts, (self.pause,))
+        return Place(model, texts, (self.pause,), Bases(model, self.work / "bases"))
 
 
-def _also(setting: Setting, trainer, directory: Path) -> dict[str, Any]:
-    return {"interpolated": interpolated(trainer, SCALES)}
+def _also(setting: Setting, place: Place, trainer, directory: Path) -> dict[str, Any]:
+    """What is measured of a trained model beside its points."""
+    if setting.arm == SCREEN:
+        return {"screen": screened(trainer, place.bases)}
+    if setting.part == "dissociation":
+        return {}
+    found: dict[str, Any] = {"interpolated": interpolated(trainer, SCALES)}
+    if setting.part == "confirm":
+        found["capability"] = capability(trainer)
+    return found
 
 
 def _base(setting: Setting, place: Place) -> dict[str, Any]:

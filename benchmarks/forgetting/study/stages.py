@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from .arms import Setting
+from .arms import NETWORKS, Setting
 from .paths import At, Found, Levels, every_at, of_arm
 from .plan import (
+    BASES,
+    DOMAINS,
     GATE,
     LADDER,
     LEAST_FORGETTING,
+    NETWORK_RATES,
     SEEDS,
     SHARE,
     SHIFTS,
@@ -18,10 +21,11 @@ from .plan import (
     TUNING_SEED,
     UNPROTECTED,
 )
-from .running import BASE
+from .running import BASE, SCREEN
+from .screening import chosen_directions, chosen_networks
 
 
-CHOOSE, CONFIRM = "choose", "confirm"
+CHOOSE, CONFIRM, DISSOCIATION = "choose", "confirm", "dissociation"  # parts of the texts
 
 
 def gate(found: Found) -> list[Setting]:
@@ -64,26 +68,55 @@ def tuned_shifts(found: Found) -> list[str]:
 
 
 def tuning(found: Found) -> list[Setting]:
-    """Every arm at three rates, and at one more where the best is at an edge of them."""
-    wanted = []
-    for task in tuned_shifts(found):
-        for arm, rates in TUNING.items():
-            first = [Setting(task, arm, rate, TUNING_SEED, "tuning", CHOOSE) for rate in rates]
-            wanted += first
-            if all(each.key in found for each in first):
-                wanted += [Setting(task, arm, rate, TUNING_SEED, "tuning", CHOOSE) for rate in _more(found, task, arm)]
-    return wanted
+    """Every arm but that of networks at three rates, and at one more where the best is at an edge of them."""
+    return [each for task in tuned_shifts(found) for arm in TUNING for each in _rates(found, task, arm, "tuning")]
 
 
-def _more(found: Found, task: str, arm: str) -> Iterator[float]:
-    """The rate beyond an edge."""
-    rates = TUNING[arm]
+def _rates(found: Found, task: str, arm: str, stage: str) -> list[Setting]:
+    rates = TUNING.get(arm, NETWORK_RATES)
+    first = [Setting(task, arm, rate, TUNING_SEED, stage, CHOOSE) for rate in rates]
+    if any(each.key not in found for each in first):
+        return first
     best = best_of(found, task, arm, rates=rates).learning_rate
-    place = LADDER.index(best)
+    place, more = LADDER.index(best), []
     if best == rates[0] and place > 0:
-        yield LADDER[place - 1]
+        more.append(LADDER[place - 1])
     if best == rates[-1] and place + 1 < len(LADDER):
-        yield LADDER[place + 1]
+        more.append(LADDER[place + 1])
+    return first + [Setting(task, arm, rate, TUNING_SEED, stage, CHOOSE) for rate in more]
+
+
+def _are_there(found: Found, wanted: list[Setting]) -> bool:
+    return bool(wanted) and all(each.key in found for each in wanted)
+
+
+def screen(found: Found) -> list[Setting]:
+    """One more cell of full training for each shift, whose change is projected afterwards."""
+    tasks = tuned_shifts(found)
+    if len(tasks) < 2 or not _are_there(found, tuning(found)):
+        return []
+    rates = {task: best_of(found, task, "full").learning_rate for task in tasks}
+    return [Setting(task, SCREEN, rate, TUNING_SEED, "screen", "screen") for task, rate in rates.items()]
+
+
+def networks_arm(found: Found, task: str) -> str | None:
+    """The arm of networks on a shift, as the screen has chosen it; `None` until it has."""
+    cells = [found[each.key] for each in screen(found) if each.task == task and each.key in found]
+    return f"{NETWORKS}{chosen_networks(cells[0])}" if cells else None
+
+
+def networks(found: Found) -> list[Setting]:
+    """The tuning of the arm of networks."""
+    if not _are_there(found, screen(found)):
+        return []
+    arms = {task: networks_arm(found, task) for task in tuned_shifts(found)}
+    return [each for task, arm in arms.items() for each in _rates(found, task, arm, "networks")]
+
+
+def arms_of(found: Found, task: str) -> list[str]:
+    """All arms of the confirmation on a shift."""
+    arm = networks_arm(found, task)
+    return [*TUNING, *([arm] if arm else [])]
 
 
 def best_of(found: Found, task: str, arm: str, *, rates: tuple[float, ...] | None = None) -> At:
@@ -101,15 +134,16 @@ def rival(found: Found, task: str) -> str:
 
 
 def is_tuned(found: Found) -> bool:
-    """Whether every cell of the tuning is there."""
-    return len(tuned_shifts(found)) == 2 and all(each.key in found for each in tuning(found))
+    """Whether every cell by which something is chosen is there."""
+    return _are_there(found, networks(found))
 
 
 def confirmation(found: Found) -> list[Setting]:
     """Five fresh seeds of every arm, at the rate that was chosen."""
     if not is_tuned(found):
         return []
-    rates = {(task, arm): best_of(found, task, arm).learning_rate for task in tuned_shifts(found) for arm in TUNING}
+    arms = [(task, arm) for task in tuned_shifts(found) for arm in arms_of(found, task)]
+    rates = {(task, arm): best_of(found, task, arm).learning_rate for task, arm in arms}
     return [
         Setting(task, arm, rate, seed, "confirmation", CONFIRM)
         for seed in SEEDS
@@ -127,9 +161,32 @@ def third(found: Found) -> list[Setting]:
     return [Setting(task, arm, rate, seed, "third", CONFIRM) for seed in SEEDS for arm, rate in rates.items()]
 
 
+def dissociation(found: Found) -> list[Setting]:
+    """Every basis with either domain protected."""
+    if not is_tuned(found):
+        return []
+    task = tuned_shifts(found)[0]
+    rate = best_of(found, task, "subspace").learning_rate
+    return [
+        Setting(task, protecting(found, basis, domain), rate, seed, "dissociation", DISSOCIATION)
+        for seed in SEEDS
+        for basis in BASES
+        for domain in DOMAINS
+    ]
+
+
+def protecting(found: Found, basis: str, domain: str) -> str:
+    """The arm that protects a domain's directions of a basis, as many as the screen has chosen."""
+    directions = chosen_directions(found[screen(found)[0].key])
+    return f"{basis} of {domain} {directions}"
+
+
 WANTED: dict[str, Callable[[Found], list[Setting]]] = {
     "gate": gate,
     "tuning": tuning,
+    "screen": screen,
+    "networks": networks,
     "confirmation": confirmation,
     "third": third,
+    "dissociation": dissociation,
 }

