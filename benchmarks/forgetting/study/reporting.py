@@ -163,9 +163,7 @@ def _screen(report: Report, found: Found, results: dict[str, Any]) -> None:
     if not cells:
         return
     report.heading("Screen")
-    report.text(
-        "A full fine-tune whose change is projected afterwards; no training. NLL of the task, KL on the texts."
-    )
+    report.text("A full fine-tune whose change is projected afterwards: NLL of the task, and KL on the texts.")
     rows = []
     for cell in cells:
         ways = [{"way": "as trained", **cell["points"][-1]}, *cell["also"]["screen"]]
@@ -215,9 +213,7 @@ def _confirmation(report: Report, found: Found, results: dict[str, Any], answer:
     report.text(f"Geometric mean over seeds of the KL where {SHARE:.0%} is learnt, in nats per token.")
     report.table(["shift: arm", "seeds", "reached", *names, "SIQA"], rows)
     if answer.comparisons:
-        report.text(
-            "Ratios of KL, protection to others, over the seeds of both shifts and the articles of both texts."
-        )
+        report.text("Ratios of KL, protection to others, over seeds of both shifts and articles of both texts.")
         report.table(
             ["protection to", "ratio [95%]", "pairs", "p", "p (Holm)", "equivalent"],
             [_compared(name, each, answer.adjusted) for name, each in answer.comparisons.items()],

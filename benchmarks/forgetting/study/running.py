@@ -23,12 +23,13 @@ from fnsft_trl.writing import one_writer
 from .arms import KEY, Place, Setting, make_arm
 from .bases import Bases
 from .capability import capability
+from .chat import make_chat
 from .learnt import interpolated
 from .pausing import Pause
 from .plan import CHOOSING, CONFIRMING, DEMONSTRATIONS, DISSOCIATION, SCALES, SCREENING
 from .screening import screened
 from .shifts import shift
-from .texts import scored_texts
+from .texts import CHAT, scored_texts
 
 
 TEXTS = {"choose": CHOOSING, "screen": SCREENING, "confirm": CONFIRMING, "dissociation": DISSOCIATION}
@@ -105,6 +106,8 @@ class Study:
 
     def _planned(self, part: str) -> Place:
         model = self.model or str(embedded_model())
+        if "chat" in TEXTS[part].tokens and not CHAT.exists():
+            make_chat(model, CHAT, tokens=2 * TEXTS[part].tokens["chat"])
         texts = scored_texts(TEXTS[part], AutoTokenizer.from_pretrained(model))
         return Place(model, texts, (self.pause,), Bases(model, self.work / "bases"))
 
