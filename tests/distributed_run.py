@@ -6,6 +6,7 @@ Trains a small model by each method, in float64 (so that the order of additions 
 process holds at the end to FOLDER/METHOD-RANK.safetensors.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fnsft_trl import (
+    AnchorConfig,
     FNSFTError,
     FNSFTTrainer,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
+    ReplayConfig,
     RetentionCallback,
     constrain_full,
     constrain_lora,
@@ -75,6 +78,13 @@ def merged(method: str, weights: dict[str, torch.Tensor], config: PeftConfig | N
     return whole(model.merge_and_unload())
 
 
+def kept_near(path: Path, batch_size: int) -> dict[str, object]:
+    """Rows to replay, and general text on which to stay near the base, all of one length."""
+    path.write_text("".join(json.dumps({"text": f"{number} is {number}"}) + "\n" for number in range(1000, 1012)))
+    anchor = AnchorConfig(kl_to_base=0.5, kl_datasets=[f"text={path}"], kl_batch_size=batch_size)
+    return {"replay": ReplayConfig(replay_datasets=[f"text={path}"], replay_share=0.25), "anchor": anchor}
+
+
 def run_trainer(
     method: str, folder: Path, rank: int, processes: int, *, is_sharded: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -108,6 +118,7 @@ def run_trainer(
             ica_select="random",  # the same neurons however the discovery is shared among processes
             ica_fraction=0.5,
         ),
+        **({} if is_sharded or method.endswith(EXPERTS) else kept_near(folder / f"kept-{rank}.jsonl", 4 // processes)),
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.add_callback(RetentionCallback(trainer, ["9876543210 is it"] * 5, max_tokens=50, batch_size=2))

@@ -189,6 +189,8 @@ def _trainer(
             network_template=template,
             tokenized_cache=data_config.tokenized_cache,
             retention=asked.retention,
+            replay=asked.replay,
+            anchor=asked.anchor,
         )
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import FunctionalNetworkConfig
+from ..config import RANDOM_SELECTORS, FunctionalNetworkConfig
 from ..data.embedded import EMBEDDED
 from ..errors import FNSFTError
 from .options.loading import LoadingConfig
@@ -221,7 +221,7 @@ def _trainer(asked: TrainOptions, data: Sequence[str] | None, seed: int, directo
     if asked.values.get("packing"):
         given["eval_packing"] = False  # rows are scored one by one
     config = asked.network_config
-    if config is not None and config.ica_select == "random" and "ica_seed" not in asked.values:
+    if config is not None and config.ica_select in RANDOM_SELECTORS and "ica_seed" not in asked.values:
         config = replace(config, ica_seed=seed)  # of the random neurons; the template is there
     asked = replace(asked, values=asked.values | given, network_config=config)
     return make_trainer(asked, template=template, held_out=data)
@@ -255,7 +255,9 @@ def _task(values: Mapping[str, Any]) -> str:
 def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -> dict[str, str]:
     """The local files and folders that an arm reads, with the hash of what is in them."""
     values, config, retention = asked.values, asked.network_config, asked.retention
-    names = [values["model_name_or_path"], *_names(values), *data, *retention.sources().values()]
+    read = [config for config in (retention, asked.replay, asked.anchor) if config is not None]
+    names = [values["model_name_or_path"], *_names(values), *data]
+    names += [source for config in read for source in config.sources().values()]
     names += [values["chat_template_path"]] if values.get("chat_template_path") else []
     if config is not None:
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]

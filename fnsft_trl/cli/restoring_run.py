@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..data.embedded import resolve_model
 from ..data.sequences import token_sequences
 from ..discovery.directions import LEADING, KeptDirections, KeptText
+from ..discovery.scale import activation_scale
 from ..errors import FNSFTError
 from ..evaluation.evaluated import EvaluatedModel
 from ..evaluation.metrics import score_rows
@@ -361,17 +362,8 @@ def network_numbers(config, template: FunctionalNetworkTemplate) -> list[int]:
 
 
 def directions_of(template: FunctionalNetworkTemplate, layer: int, numbers: list[int]) -> torch.Tensor:
-    """The directions of networks among a layer's activations, shape (networks, neurons).
-
-    Loadings of a z-scored template are in standard deviations of each neuron.
-    """
-    loadings = template.loadings[layer][numbers].double()
-    if template.settings.get("ica_standardize") != "zscore":
-        return loadings
-    if layer not in template.rms:
-        raise FNSFTError("the template is z-scored and holds no scale of its neurons; discover it again")
-    variance = template.rms[layer].double().square() - template.mean[layer].double().square()
-    return loadings * variance.clamp_min(0).sqrt()
+    """The directions of networks among a layer's activations, shape (networks, neurons)."""
+    return template.loadings[layer][numbers].double() * activation_scale(template)[layer]
 
 
 def _check_beside(output: Path, *, is_adapter: bool) -> None:

@@ -33,6 +33,7 @@ from .null import null_reliability
 from .progress import WEIGHTS, DiscoveryProgress, Milestones
 from .recurrence import recurrence
 from .sketch import ActivationSketch
+from .surrogate import shifted_in_time
 from .units import Units
 
 
@@ -166,6 +167,7 @@ class _Discovery:
             contrast=config.ica_contrast,
             backend=config.ica_backend,
             seed=config.ica_seed,
+            decomposition=config.ica_decomposition,
         )
         self.curve: list[dict] = []
 
@@ -244,7 +246,11 @@ class _Discovery:
             for block in blocks:
                 for number in block.parts.unique().tolist():
                     chosen = (block.parts == number).nonzero().flatten().to(block.rows.device)
-                    self.parts[number].update(block.rows, chosen)
+                    if config.ica_surrogate:
+                        seed = (config.ica_seed * len(self.parts) + number) * 2**32 + block.batch
+                        self.parts[number].update(shifted_in_time(block.rows[chosen], seed=seed % 2**63))
+                    else:
+                        self.parts[number].update(block.rows, chosen)
                 tokens = sum(reader.tokens)
                 if checks.passed(tokens) and config.ica_until_reliable and self._is_reliable():
                     break
@@ -330,11 +336,12 @@ class _Discovery:
         if massive:
             strongest = max(massive, key=lambda column: float(moments.variance[column]))
             layer = next(layer for layer, columns in self.reader.columns.items() if strongest < columns.stop)
+            of_layer = "of their layer " if self.units.standardize == "layer" else ""
             logger.warning(
                 f"{len(massive)} neurons are massive (most of all neuron "
                 f"{strongest - self.reader.columns[layer].start} of layer {layer}): by themselves they vary more than "
-                "all weaker neurons together, and are counted as varying as much; ica_drop_massive leaves out neurons "
-                "so much stronger than their layer"
+                f"all weaker neurons {of_layer}together, and are counted as varying as much; ica_drop_massive leaves "
+                "out neurons so much stronger than their layer"
             )
 
     def _template(self, found: _Found, names: list[str], sha256: str) -> FunctionalNetworkTemplate:

@@ -12,6 +12,7 @@ from .units import Units
 
 
 _NEURONS = 512  # that are taken, and more where many components are asked for
+_TOKENS = 8192  # of whose activations each neuron draws
 _BLOCK = 2048  # tokens drawn at a time
 
 
@@ -44,10 +45,7 @@ def null_reliability(
     divisor = units.divisor(moments)
     columns, weights = _neurons(moments.variance.sqrt() / divisor, settings.components, random)
     values = _activations(together, moments, divisor, columns)
-    drawn = []
-    for half in halves:
-        count = sum(sketch.count for sketch in half)
-        drawn.append([_drawn(values, count, reservoir=max(s.reservoir for s in half), random=random)])
+    drawn = [[_drawn(values, half, random)] for half in halves]
     result = decompose(drawn, replace(settings, restarts=1, max_iterations=50), weights=weights)
     k = settings.components
     return {
@@ -74,6 +72,7 @@ def _activations(
     """Activations of some neurons in the units, less their mean, at the tokens that the sketches keep, shape (tokens,
     neurons): as far as the sketches hold them, with the variance that is known exactly."""
     rate = min(sketch.sampling_rate for sketch in sketches)
+    rate *= min(1.0, _TOKENS / sum(int((sketch.priority <= rate).sum()) for sketch in sketches))
     columns = columns.to(divisor.device)
     values = []
     for sketch in sketches:
@@ -85,13 +84,14 @@ def _activations(
     whole = torch.cat(values)
     whole -= whole.mean(0)
     deviation = (moments.variance[columns].sqrt() / divisor[columns]).cpu().float()
-    return whole * (deviation / whole.square().mean(0).sqrt().clamp_min(1e-6 * deviation))
+    return whole.mul_(deviation / whole.square().mean(0).sqrt().clamp_min(1e-6 * deviation))
 
 
-def _drawn(values: torch.Tensor, tokens: int, *, reservoir: int, random: torch.Generator) -> ActivationSketch:
-    """A sketch of so many tokens, in which each neuron draws its activations by itself."""
+def _drawn(values: torch.Tensor, like: Sequence[ActivationSketch], random: torch.Generator) -> ActivationSketch:
+    """A sketch of as many tokens as some others have, in which each neuron draws its activations by itself."""
+    tokens = sum(sketch.count for sketch in like)
     blocks = (
         values.gather(0, torch.randint(len(values), (min(_BLOCK, tokens - start), values.shape[1]), generator=random))
         for start in range(0, tokens, _BLOCK)
     )
-    return ActivationSketch.of_few_neurons(blocks, values.shape[1], reservoir=reservoir)
+    return ActivationSketch.of_few_neurons(blocks, values.shape[1], like[0].rank, reservoir=like[0].reservoir)

@@ -92,28 +92,31 @@ class ActivationSketch:
         self._turn, self._shift = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
 
     @classmethod
-    def of_few_neurons(cls, blocks: Iterable[torch.Tensor], width: int, *, reservoir: int) -> ActivationSketch:
-        """A finished sketch with all directions of activations in float32, through their covariance.
+    def of_few_neurons(
+        cls, blocks: Iterable[torch.Tensor], width: int, rank: int, *, reservoir: int
+    ) -> ActivationSketch:
+        """A finished sketch of activations in float32, through their covariance.
 
         Args:
             blocks: shape (tokens, neurons), independent of each other: the first tokens are the sample.
             width: number of neurons, so few that a square matrix of them is small.
+            rank: largest number of rows.
             reservoir: largest number of token scores kept.
         """
-        sketch = cls(width, width, reservoir=reservoir, seed=0)
-        count, total, second, kept = 0, torch.zeros(width).double(), torch.zeros(width, width).double(), []
+        sketch = cls(width, rank, reservoir=reservoir, seed=0)
+        count, total, second, sample = 0, torch.zeros(width).double(), torch.zeros(width, width).double(), []
         for block in blocks:
             if count < reservoir:
-                kept.append(block[: reservoir - count])
+                sample.append(block[: reservoir - count])
             count += len(block)
             total += block.sum(0)
             second += block.T @ block
         mean = total / count
         second -= count * mean[:, None] * mean
         sketch.moments = Moments(count, mean, second.diag().clamp_min(0))
-        sketch.singular, vectors = eigh_descending(second, width, sketch.dtype)
+        sketch.singular, vectors = eigh_descending(second, rank, sketch.dtype)
         sketch.rows[:] = vectors.T * sketch.singular[:, None]
-        sketch.scores = (torch.cat(kept) - mean.float()) @ vectors.float()
+        sketch.scores = torch.cat([(part - mean.float()) @ vectors.float() for part in sample])
         sketch.priority = torch.arange(1, len(sketch.scores) + 1).double() / count
         return sketch
 

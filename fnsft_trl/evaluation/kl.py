@@ -95,8 +95,9 @@ class TopDistributions:
             logs = trained[part].float().log_softmax(-1)
             ids = self.ids[part].to(logs.device).long()
             p, p_rest = self.log_probs[part].to(logs.device), self.log_rest[part].to(logs.device)
-            rest = _weighted(p_rest, _log_rest(logs, ids))
-            found.append(_weighted(p, logs.gather(-1, ids)).sum(-1) + rest)
+            own = _weighted(p, logs.gather(-1, ids)).sum(-1)
+            has_rest = ids.shape[-1] < logs.shape[-1]  # nothing has no gradient
+            found.append(own + _weighted(p_rest, _log_rest(logs, ids)) if has_rest else own)
         return torch.cat(found)
 
 

@@ -253,12 +253,21 @@ class TemplateDescription:
         settings = self.settings
         if not {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
             return UNKNOWN
-        scaled = {"center": "centred", "zscore": "z-scored"}.get(settings["ica_standardize"], UNKNOWN)
+        scaled = {"center": "centred", "zscore": "z-scored", "layer": "centred"}
+        activations = f"{scaled.get(settings['ica_standardize'], UNKNOWN)} activations"
+        if settings["ica_standardize"] == "layer":
+            activations += " over the RMS of their layer"
+        if settings.get("ica_surrogate"):
+            activations += ", each neuron shifted in time by itself (a control)"
         backend = " of scikit-learn" if settings.get("ica_backend") == "sklearn" else ""
-        return (
-            f"{settings['ica_variant']} FastICA{backend} ({settings['ica_contrast']}) of {scaled} activations, rank "
-            f"{settings['ica_rank']}, seed {settings['ica_seed']}"
+        how = {
+            "pca": "principal components (a control)",
+            "kmeans": "clusters of neurons by k-means on their principal loadings (a control)",
+        }.get(
+            settings.get("ica_decomposition"),
+            f"{settings['ica_variant']} FastICA{backend} ({settings['ica_contrast']})",
         )
+        return f"{how} of {activations}, rank {settings['ica_rank']}, seed {settings['ica_seed']}"
 
 
 def _known(value: CurvePoint | NullReliability) -> dict[str, Any]:

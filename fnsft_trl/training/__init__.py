@@ -6,6 +6,8 @@ from ..lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "AnchorConfig": "config",
+        "ReplayConfig": "config",
         "DivergenceGuard": "divergence",
         "FNSFTTrainer": "trainer",
         "FrozenNeuronGuard": "guard",

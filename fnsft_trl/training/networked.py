@@ -5,6 +5,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
+from peft import LoraConfig, PeftModel
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -16,8 +17,12 @@ from ..hub.files import is_hub_id
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
 from ..template.template import FunctionalNetworkTemplate
+from .anchor import KLToBase
 from .budget import RetentionBudgetExceeded
+from .config import AnchorConfig, ReplayConfig
 from .kinds import TrainerKind
+from .learning_rate import high_rate
+from .replay import Replay
 from .results import RunResults, forget_results
 from .resumption import Resumption, check_plain
 from .retained import RetainingTrainer
@@ -47,6 +52,10 @@ class NetworkedTrainer(RetainingTrainer):
             either, they are discovered on `network_config.ica_datasets` or on the training data.
         retention ([`RetentionConfig`], *optional*):
             The general texts on which it is measured what the model loses, with networks and without, and a budget.
+        anchor ([`AnchorConfig`], *optional*):
+            The general texts on which the model is kept near its base, with networks and without, and how much.
+        replay ([`ReplayConfig`], *optional*):
+            The rows that are trained beside the task; of [`FNSFTTrainer`] alone.
 
     Attributes: those of [`FNSFTTrainer`].
 
@@ -55,7 +64,9 @@ class NetworkedTrainer(RetainingTrainer):
     """
 
     mask_handle: MaskHandle | None = None
+    replay: Replay | None = None
     _trainer_class: type[Trainer] = Trainer
+    _replays = False
     _run: Run | None = None
     _resumption: Resumption | None = None
     _results: RunResults | None = None
@@ -67,12 +78,18 @@ class NetworkedTrainer(RetainingTrainer):
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         retention: RetentionConfig | None = None,
+        anchor: AnchorConfig | None = None,
+        replay: ReplayConfig | None = None,
         **kwargs,
     ) -> None:
         kind = TrainerKind(self._trainer_class)
         given = kind.by_name(args, kwargs)
-        if retention is not None and kind.scores:
-            raise FNSFTError("retention is measured by the next token, which a reward model does not predict; drop it")
+        for name, asked in (("retention is", retention), ("kl_to_base is", anchor)):
+            if asked is not None and kind.scores:
+                raise FNSFTError(f"{name} measured by the next token, which a reward model does not predict; drop it")
+        if replay is not None:
+            self.replay = self._replay_of(replay, given)
+        kept = None if anchor is None else KLToBase(anchor)
         read = ("args", "train_dataset", "processing_class", "formatting_func")
         retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
         own = {name: given[name] for name in _OWN if name in given}
@@ -84,10 +101,34 @@ class NetworkedTrainer(RetainingTrainer):
         elif network_template is not None:
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
-            super().__init__(**given, retention=retained)
+            super().__init__(**given, retention=retained, anchor=kept)
+        if self.replay is not None and self.replay.task is None:
+            raise FNSFTError("replay_datasets have no effect, since the training data was not prepared; drop them")
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
             self._resumption = Resumption(self, self._run, own)
+        self._warn_of_high_rate()
+
+    def _replay_of(self, config: ReplayConfig, given: dict) -> Replay:
+        if not self._replays:
+            raise FNSFTError(
+                f"replay_datasets are rows of next tokens beside those of the task, which FNSFTTrainer trains and "
+                f"{self._trainer_class.__name__} does not; drop them, or keep the model near its base (kl_to_base)"
+            )
+        replay = Replay(config)
+        replay.check(given.get("args"), given.get("train_dataset"))
+        return replay
+
+    def _warn_of_high_rate(self) -> None:
+        """Say where the learning rate is high for what trains; of other PEFT methods none is known to be."""
+        method = "full"
+        if self._run is not None:
+            method = self.plan.method
+        elif isinstance(self.model, PeftModel):
+            method = "lora" if isinstance(self.model.active_peft_config, LoraConfig) else None
+        told = None if method is None else high_rate(method, self.args)
+        if told is not None and self.is_world_process_zero():
+            logger.warning(told)
 
     @property
     def network_config(self) -> FunctionalNetworkConfig | None:

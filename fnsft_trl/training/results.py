@@ -44,7 +44,7 @@ class RunResults:
     @classmethod
     def of(cls, trainer: Trainer, record: RunRecord | None, guard: FrozenNeuronGuard | None) -> "RunResults | None":
         """What the last training of a trainer ended with; `None` where there is nothing to say beyond its log: neither
-        networks nor retention.
+        networks nor retention, replay or an anchor.
 
         Args:
             trainer: after training.
@@ -52,8 +52,11 @@ class RunResults:
             guard: what watched the frozen weights, if anything did.
         """
         retention, state = retention_of(trainer), trainer.state
-        if record is None and retention is None:
+        replay, anchor = trainer.replay and trainer.replay.settings(), trainer.anchor and trainer.anchor.settings()
+        if not (record or retention or replay or anchor):
             return None
+        if anchor is not None:
+            anchor["base"] = trainer.anchor.kind
         best = state.best_global_step if trainer.args.load_best_model_at_end else None
         weights = retention.weights_step if retention is not None else best or state.global_step
         content = {
@@ -67,6 +70,8 @@ class RunResults:
             "evaluation": _evaluations(
                 state, weights, has_mask=record is not None and trainer.mask_handle is not None
             ),
+            "replay": replay,
+            "kl_to_base": anchor,
             "retention": retention and _retention(retention),
             "guard": None,
         }
@@ -94,6 +99,14 @@ class RunResults:
             if networks["mask_mode"] is not None or networks["mask_phases"]:
                 rows.append(("mask", f"{networks['mask_mode'] or 'by phases'}, in training; not part of the weights"))
         rows += [(f"evaluation{where}", told) for where, told in self._evaluated()]
+        if (replay := found["replay"]) is not None:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in replay["rows"].items())
+            rows.append(
+                ("replay", f"{replay['share']:.0%} of each batch, of {sum(replay['rows'].values()):,} rows: {shown}")
+            )
+        if (anchor := found["kl_to_base"]) is not None:
+            told = f"weight {anchor['weight']:g}, on {anchor['tokens']:,} tokens of general text ({anchor['base']})"
+            rows.append(("KL to the base", told))
         if found["retention"] is not None:
             rows += [(f"retention {name}".strip(), _lost(s)) for name, s in found["retention"]["series"].items()]
             if found["retention"]["budget"] is not None or weights != found["steps"]:

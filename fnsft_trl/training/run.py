@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..config import FunctionalNetworkConfig
+from ..config import MEASURED_SELECTORS, FunctionalNetworkConfig
 from ..constraints import trainable_neurons
 from ..data.sequences import compared_part, trained_part
 from ..errors import FNSFTError
@@ -27,10 +27,12 @@ from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template, select_as_configured
 from .preparation import (
+    check_selector,
     discover_template,
     keep_4bit_layers_differentiable,
     load_base_model,
     load_processing_class,
+    selector_evidence,
 )
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
 from .same_run import networks_text
@@ -100,6 +102,8 @@ class Run:
             FNSFTError: they are of another model, or the model cannot be trained in this way.
         """
         given = self.given
+        has_template = template is not None or self.config.ica_template_path is not None
+        check_selector(self.config, has_template=has_template or self.checkpoint is not None)
         self._load()
         model = given["model"]
         self._find_networks(template, model)
@@ -166,15 +170,13 @@ class Run:
             self.template = check_template(self.config, model, template)
             self.layers = chosen_layers(self.config, model, template)
             return
+        self.template = discover_template(self.config, *self._read_with(model))
+
+    def _read_with(self, model: PreTrainedModel | PeftModel) -> tuple:
+        """What texts are read with: model, tokenizer or processor, arguments; the rows, and what is read of one."""
         reader = self.given.get("processing_class")
-        self.template = discover_template(
-            self.config,
-            model,
-            self._processing_class() if reader is None else reader,
-            self.args,
-            self.given.get("train_dataset"),
-            self._text_of,
-        )
+        reader = self._processing_class() if reader is None else reader
+        return model, reader, self.args, self.given.get("train_dataset"), self._text_of
 
     def _checkpoint_template(self, given: FunctionalNetworkTemplate | None) -> FunctionalNetworkTemplate:
         template = FunctionalNetworkTemplate.from_pretrained(self.checkpoint)
@@ -193,7 +195,10 @@ class Run:
             What PEFT is to wrap the model with.
         """
         config = self.config
-        self.selected = select_as_configured(config, self.template, self.layers)
+        evidence = None
+        if config.ica_select in MEASURED_SELECTORS:
+            evidence = selector_evidence(config, self.template, *self._read_with(model))
+        self.selected = select_as_configured(config, self.template, self.layers, evidence)
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
         logger.info(f"selected {self.selected}; to be trained {self.trainable}; method {self.plan.method}")
         peft_config = self.way.peft_config(model, self.trainable, peft_config)

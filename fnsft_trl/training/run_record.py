@@ -117,11 +117,21 @@ class RunRecord:
         layers = "every layer"
         if set(self.selected.layers) != set(self.template.loadings):
             layers = f"layers {format_ranges(sorted(self.selected.layers))}"
+        selector = config.ica_select
+        if selector == "surrogate":
+            networks += ", of activations shifted in time (a control)"
         if config.ica_fraction is None:
-            return f"the neurons of {networks}" + (f", in {layers}" if layers != "every layer" else "")
-        share = f"{config.ica_fraction:.1%} of the neurons of {layers}"
-        if config.ica_select == "random":
-            return f"{share}, drawn at random: a control"
-        if config.ica_select == "activation":
-            return f"{share}, those with the {config.ica_rank_by} activity: a control"
-        return f"{share}, those that rank {config.ica_rank_by} in {networks}"
+            where = "" if layers == "every layer" else f", in {layers}"
+            if selector == "layer_shuffled":
+                return f"as many neurons of every layer as there are in {networks}{where}, shuffled: a control"
+            return f"the neurons of {networks}{where}"
+        share, rank = f"{config.ica_fraction:.1%} of the neurons of {layers}", config.ica_rank_by
+        told = {
+            "random": "drawn at random: a control",
+            "activation_rms": f"those with the {rank} activity: a control",
+            "contrast": f"those that rank {rank} in how much more the task uses them than general text: a control",
+            "gradient_conflict": f"those that rank {rank} in how far their gradients on the task and on general text "
+            "conflict: a control",
+            "layer_shuffled": f"those that rank {rank} in {networks}, the neurons of every layer shuffled: a control",
+        }
+        return f"{share}, {told.get(selector, f'those that rank {rank} in {networks}')}"
