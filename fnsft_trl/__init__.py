@@ -37,6 +37,7 @@ _HOMES = {
     "FrozenNeuronGuard": "training",
     "MaskPhase": "training",
     "MaskScheduleCallback": "training",
+    "ProtectionConfig": "training",
     "RetentionCallback": "training",
     "RetentionConfig": "evaluation",
     "ReplayConfig": "training",

@@ -51,11 +51,12 @@ ORDER = {
     "discovery": [
         *("activations", "moments", "units", "sketch", "ica", "matching", "components", "decomposition", "null"),
         *("recurrence", "progress", "surrogate", "discovery", "scale", "inputs", "sinks", "directions"),
+        *("saved_directions", "network_directions"),
     ],
     "selection": ["evidence", "select"],
     "interventions": ["masking", "baking", "restoring"],
     "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
-    "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora"],
+    "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora", "trained_maps", "protection"],
     "comparison": ["similarity", "fingerprint"],
     "evaluation": [
         *("config", "settings", "share", "bootstrap", "measures", "rows", "metrics", "reload", "retention", "kl"),
@@ -85,6 +86,9 @@ ORDER = {
             "anchor",
             "anchored",
             "retained",
+            "protection_config",
+            "protected_bases",
+            "protection",
             "results",
             "networked",
             "trainer",

@@ -191,6 +191,7 @@ def _trainer(
             retention=asked.retention,
             replay=asked.replay,
             anchor=asked.anchor,
+            protection=asked.protection,
         )
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:

@@ -142,3 +142,28 @@ def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = 
             for start in range(0, len(run), max_length):
                 yield TokenSequence(run[start : start + max_length], half)
     left_out.check(number + 1)
+
+
+def two_parts(
+    texts: Iterable, tokenizer, wanted: tuple[int, int], *, lengths: Sequence[int] = (256, 32), name: str = "the text"
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Two disjoint parts of texts, as sequences of more than one token.
+
+    Args:
+        texts, tokenizer, name: as for [`token_sequences`].
+        wanted: how many tokens of each part, all but the first of each sequence counted.
+        lengths: longest sequence; the later ones are for texts that are too short for those before.
+
+    Raises:
+        FNSFTError: no text can be used, or it is too short for two parts.
+    """
+    for length in lengths:
+        parts: tuple[list[list[int]], list[list[int]]] = ([], [])
+        for sequence in token_sequences(texts, tokenizer, max_length=length, name=name):
+            part = parts[sequence.half]
+            left = wanted[sequence.half] - sum(len(ids) - 1 for ids in part)
+            if len(sequence.ids) > 1 and left > 0:
+                part.append(sequence.ids[: left + 1])
+        if all(parts):
+            return parts
+    raise FNSFTError(f"{name} is too short to be split into two parts; give some paragraphs")

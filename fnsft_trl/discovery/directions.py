@@ -156,6 +156,17 @@ class KeptDirections:
         Returns:
             Number of directions -> share in [0, 1].
         """
+        shares = self.energies(model, text, batch_size=batch_size, title=title)
+        return {m: sum(float(s[min(m, len(s)) - 1]) for s in shares) / len(shares) if m else 0.0 for m in counts}
+
+    def energies(
+        self, model: nn.Module, text: KeptText, *, batch_size: int = 8, title: str | None = "energy"
+    ) -> list[torch.Tensor]:
+        """The same of each input: share that its first 1, 2, ... directions hold, shape (directions,).
+
+        Args:
+            model, text, batch_size, title: as in [`energy`].
+        """
         groups = [each.modules for each in self.inputs]
         held = {each.modules: torch.zeros(each.basis.shape[1], dtype=torch.float64) for each in self.inputs}
         whole = dict.fromkeys(groups, 0.0)
@@ -169,8 +180,25 @@ class KeptDirections:
                 whole[group] += float(rows.double().square().sum())
 
             run_taps(model, groups, inputs, read)
-        shares = [held[group].cumsum(0) / max(whole[group], 1e-300) for group in groups]
-        return {m: sum(float(s[min(m, len(s)) - 1]) for s in shares) / len(shares) if m else 0.0 for m in counts}
+        return [held[group].cumsum(0) / max(whole[group], 1e-300) for group in groups]
+
+    def first(self, counts: Sequence[int]) -> KeptDirections:
+        """The same with the first directions alone, of each input as many as are named."""
+        kept = zip(self.inputs, counts, strict=True)
+        return replace(self, inputs=tuple(replace(each, basis=each.basis[:, :count]) for each, count in kept))
+
+    def random(self, *, seed: int) -> KeptDirections:
+        """As many directions of each input, drawn at random: a control.
+
+        Args:
+            seed: of the draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for each in self.inputs:
+            normal = torch.randn(each.basis.shape, generator=generator, dtype=torch.float64)
+            drawn.append(replace(each, basis=torch.linalg.qr(normal).Q))
+        return replace(self, inputs=tuple(drawn))
 
     def with_leading(self, leading: Mapping[str, torch.Tensor]) -> KeptDirections:
         """The same with other directions after position 0 and the mean; where none are given, with these two alone.

@@ -100,6 +100,36 @@ def _forward(whole: nn.Module, inputs: dict[str, torch.Tensor], groups: Sequence
         whole.train(was_training)
 
 
+@torch.no_grad()
+def reached_linears(model: nn.Module, ids: list[int]) -> set[str]:
+    """Names of the linear modules of the base model that are given one vector for each token of text.
+
+    Args:
+        model: as in [`KeptDirections.find`].
+        ids: some tokens.
+    """
+    found: set[str] = set()
+    (inputs, _, _), *_ = batches_of([ids[:_PROBE]], 1)
+    handles = []
+    for name, module in base_model(model).named_modules():
+        if linear_shape(module) is None:
+            continue
+
+        def hook(module: nn.Module, args: tuple, name: str = name) -> None:
+            if args and args[0].shape[:-1].numel() == inputs["input_ids"].numel():
+                found.add(name)
+
+        handles.append(module.register_forward_pre_hook(hook))
+    whole = base_model(model)
+    try:
+        on_device = {name: tensor.to(next(whole.parameters()).device) for name, tensor in inputs.items()}
+        _forward(whole, on_device, [("",)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def shared_inputs(model: nn.Module, modules: Sequence[str], ids: list[int]) -> list[tuple[str, ...]]:
     """Modules that are given the same tensor, together.
 

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "FrozenNeuronMoved": "guard",
         "MaskPhase": "schedule",
         "MaskScheduleCallback": "schedule",
+        "ProtectionConfig": "protection_config",
         "RetentionBudgetExceeded": "budget",
         "RetentionCallback": "retention",
         "TrainingDiverged": "divergence",

@@ -22,6 +22,8 @@ from .budget import RetentionBudgetExceeded
 from .config import AnchorConfig, ReplayConfig
 from .kinds import TrainerKind
 from .learning_rate import high_rate
+from .protection import Protection, check_unprotected
+from .protection_config import ProtectionConfig
 from .replay import Replay
 from .results import RunResults, forget_results
 from .resumption import Resumption, check_plain
@@ -56,6 +58,9 @@ class NetworkedTrainer(RetainingTrainer):
             The general texts on which the model is kept near its base, with networks and without, and how much.
         replay ([`ReplayConfig`], *optional*):
             The rows that are trained beside the task; of [`FNSFTTrainer`] alone.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
 
     Attributes: those of [`FNSFTTrainer`].
 
@@ -70,6 +75,7 @@ class NetworkedTrainer(RetainingTrainer):
     _run: Run | None = None
     _resumption: Resumption | None = None
     _results: RunResults | None = None
+    _protection: Protection | None = None
     _evaluation_name: str | None = None
 
     def __init__(
@@ -80,6 +86,7 @@ class NetworkedTrainer(RetainingTrainer):
         retention: RetentionConfig | None = None,
         anchor: AnchorConfig | None = None,
         replay: ReplayConfig | None = None,
+        protection: ProtectionConfig | None = None,
         **kwargs,
     ) -> None:
         kind = TrainerKind(self._trainer_class)
@@ -93,6 +100,7 @@ class NetworkedTrainer(RetainingTrainer):
         read = ("args", "train_dataset", "processing_class", "formatting_func")
         retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
         own = {name: given[name] for name in _OWN if name in given}
+        self._protection = Protection.of(protection, given)
         if network_config is not None:
             self._run = Run(network_config, given, kind)
             self._run.prepare(network_template)
@@ -107,6 +115,9 @@ class NetworkedTrainer(RetainingTrainer):
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
             self._resumption = Resumption(self, self._run, own)
+        if self._protection is not None:
+            networks = (self._run.trainable, self._run.template) if self._run else (None, None)
+            self._protection.hold(self, *networks)
         self._warn_of_high_rate()
 
     def _replay_of(self, config: ReplayConfig, given: dict) -> Replay:
@@ -151,6 +162,11 @@ class NetworkedTrainer(RetainingTrainer):
         return self._run and self._run.trainable
 
     @property
+    def protection(self) -> Protection | None:
+        """What is protected."""
+        return self._protection
+
+    @property
     def plan(self) -> TrainingPlan | None:
         """What is trained and masked."""
         return self._run and self._run.plan
@@ -161,8 +177,10 @@ class NetworkedTrainer(RetainingTrainer):
         return self._run is not None and self._run.masks_reference
 
     def create_optimizer(self, *args, **kwargs):
-        """As the parent's; frozen slices of weights or LoRA factors are put back after every step."""
+        """As the parent's; what is protected is projected after every step, and frozen slices are put back."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self._protection is not None:
+            self._protection.attach(optimizer)
         if self._run is not None:
             self._run.way.attach(optimizer)
         return optimizer
@@ -223,6 +241,10 @@ class NetworkedTrainer(RetainingTrainer):
             check_plain(resume_from_checkpoint, self.args.output_dir)
         else:
             resume_from_checkpoint = self._resumption.begin(resume_from_checkpoint, self._record.mask_phases)
+        if self._protection is None:
+            check_unprotected(resume_from_checkpoint, self.args.output_dir)
+        else:
+            self._protection.begin(resume_from_checkpoint, self.args.output_dir)
         self._results = None
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -237,7 +259,7 @@ class NetworkedTrainer(RetainingTrainer):
     def _conclude(self) -> None:
         """Say at the end of a training what came of it."""
         record, guard = (self._record, self._run.guard) if self._run is not None else (None, None)
-        self._results = RunResults.of(self, record, guard)
+        self._results = RunResults.of(self, record, guard, self._protection)
         if self._results is not None and self.is_world_process_zero():
             logger.warning(f"the run in short:\n{self._results.table()}")
 
@@ -254,6 +276,8 @@ class NetworkedTrainer(RetainingTrainer):
         directory = Path(self.args.output_dir)
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
+        if self._protection is not None and self.is_world_process_zero():
+            self._protection.extend_card(directory)
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
 
@@ -273,6 +297,8 @@ class NetworkedTrainer(RetainingTrainer):
         if self._run is not None:
             self._save_networks(output_dir)
         directory = Path(output_dir or self.args.output_dir)
+        if self._protection is not None and self.args.should_save:
+            self._protection.save(directory)
         if self._results is not None and self.args.should_save:
             self._results.save(directory)
         elif self.args.should_save:

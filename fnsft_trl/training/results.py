@@ -16,6 +16,7 @@ from ..hub.names import one_line
 from ..template.storage import CARD_FILE
 from ..writing import written_whole
 from .guard import FrozenNeuronGuard
+from .protection import Protection
 from .retention import retention_of
 from .retention_run import RetentionRun
 from .run_record import RunRecord
@@ -42,18 +43,25 @@ class RunResults:
     content: dict[str, Any]
 
     @classmethod
-    def of(cls, trainer: Trainer, record: RunRecord | None, guard: FrozenNeuronGuard | None) -> "RunResults | None":
+    def of(
+        cls,
+        trainer: Trainer,
+        record: RunRecord | None,
+        guard: FrozenNeuronGuard | None,
+        protection: Protection | None = None,
+    ) -> "RunResults | None":
         """What the last training of a trainer ended with; `None` where there is nothing to say beyond its log: neither
-        networks nor retention, replay or an anchor.
+        networks nor retention, replay, an anchor or protection.
 
         Args:
             trainer: after training.
             record: what it trained, of a run with networks.
             guard: what watched the frozen weights, if anything did.
+            protection: in which directions its layers were kept.
         """
         retention, state = retention_of(trainer), trainer.state
         replay, anchor = trainer.replay and trainer.replay.settings(), trainer.anchor and trainer.anchor.settings()
-        if not (record or retention or replay or anchor):
+        if not (record or retention or replay or anchor or protection):
             return None
         if anchor is not None:
             anchor["base"] = trainer.anchor.kind
@@ -67,6 +75,7 @@ class RunResults:
             "epoch": state.epoch,
             "weights_of_step": weights,
             "networks": record and _networks(record),
+            "protection": protection and protection.to_dict() | {"in_words": protection.in_words()},
             "evaluation": _evaluations(
                 state, weights, has_mask=record is not None and trainer.mask_handle is not None
             ),
@@ -111,6 +120,8 @@ class RunResults:
             rows += [(f"retention {name}".strip(), _lost(s)) for name, s in found["retention"]["series"].items()]
             if found["retention"]["budget"] is not None or weights != found["steps"]:
                 rows.append(("done", found["retention"]["done"]))
+        if (protected := found["protection"]) is not None:
+            rows.append(("protected", f"{protected['in_words']}; left along them {protected['left']:.1e}"))
         if networks is not None:
             rows.append(("guard", self._guarded()))
         return rows

@@ -26,6 +26,7 @@ from ..evaluation.config import RetentionConfig
 from ..template.template import FunctionalNetworkTemplate
 from .config import AnchorConfig, ReplayConfig
 from .networked import NetworkedTrainer
+from .protection_config import ProtectionConfig
 
 
 class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
@@ -74,6 +75,9 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             Rows of other texts that are trained beside the task, a share of each batch, with networks and without.
         anchor ([`AnchorConfig`], *optional*):
             The general texts on which the model is kept near its base, with networks and without, and how much.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -112,6 +116,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         retention: RetentionConfig | None = None,
         replay: ReplayConfig | None = None,
         anchor: AnchorConfig | None = None,
+        protection: ProtectionConfig | None = None,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         super().__init__(
@@ -135,6 +140,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             retention=retention,
             replay=replay,
             anchor=anchor,
+            protection=protection,
         )
 
     @property
