@@ -13,9 +13,12 @@ from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig
 
+from fnsft_trl.constraints.protection import protect_weights
+from fnsft_trl.constraints.trained_maps import trained_maps
 from fnsft_trl.errors import FNSFTError
 from fnsft_trl.evaluation.retention import RetentionText
 from fnsft_trl.experiments.arms import Arm
+from fnsft_trl.training.config import ReplayConfig
 from fnsft_trl.training.retention import RetentionCallback
 from fnsft_trl.training.trainer import FNSFTTrainer
 
@@ -153,8 +156,6 @@ def _lora(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTra
 
 def _replay(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
     """Full, with pieces of the texts that are to be kept as a quarter of every batch."""
-    from fnsft_trl.training.config import ReplayConfig
-
     replay = ReplayConfig(replay_datasets=[f"kept={place.bases.pieces_file()}"], replay_share=REPLAYED)
     return _full(setting, place, arguments | {"replay": replay})
 
@@ -201,9 +202,6 @@ WAYS: dict[str, Way] = {
 
 def protect(trainer: FNSFTTrainer, basis: Basis) -> None:
     """Keep what trains from changing along directions, from now on."""
-    from fnsft_trl.constraints.protection import protect_weights
-    from fnsft_trl.constraints.trained_maps import trained_maps
-
     maps, left = trained_maps(trainer.model, None, set(basis))
     if left:
         raise FNSFTError(f"{left[0]} trains and has no directions; hold the training to linear modules")

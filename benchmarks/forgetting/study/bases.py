@@ -143,7 +143,7 @@ class Bases:
             ica_components=COMPONENTS,
             ica_max_tokens=KEPT_TOKENS,
             ica_max_length=MAX_LENGTH,
-            **({} if kind == "networks" else {"ica_decomposition": kind}),
+            ica_decomposition="ica" if kind == "networks" else kind,
         )
         rows = [row for of_text in self.rows.values() for row in of_text]
         template: FunctionalNetworkTemplate = discover_networks(model, self._tokenizer, rows, config)
