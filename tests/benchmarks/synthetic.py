@@ -71,5 +71,5 @@ def whole_study(kl: Mapping[str, float] | None = None, *, stages: tuple[str, ...
     found = {}
     for stage in stages:
         while missing := [each for each in WANTED[stage](found) if each.key not in found]:
-            found[missing[0].key] = synthetic(missing[0], kl)
+            found |= {each.key: synthetic(each, kl) for each in missing}
     return found

@@ -38,7 +38,7 @@ def found():
 def test_the_plan_has_the_cells_that_it_says(found):
     stages = Counter(cell["stage"] for cell in found.values())
     assert stages["gate"] == 3 * 3 + 3  # and the base of each shift
-    assert len(tuning(found)) == 2 * 5 * 3 + sum(len(rates) == 0 for rates in plan.TUNING.values()) + _edges(found)
+    assert len(tuning(found)) == 2 * 5 * 3 + _edges(found)  # of these, 2 * 3 are of the gate
     assert stages["confirmation"] == len(confirmation(found)) == 2 * 6 * 5
     assert stages["third"] == len(third(found)) == 3 * 5
     assert stages["dissociation"] == len(dissociation(found)) == 3 * 2 * 5
@@ -61,15 +61,18 @@ def test_nothing_that_confirms_is_among_what_chose(found):
     assert {key[0] for key in chose} & {"confirm", "dissociation"} == set()
 
 
-def test_an_arm_at_a_rate_at_an_edge_is_tried_beyond_it(found):
+def test_an_arm_whose_best_rate_is_at_an_edge_is_tried_beyond_it(found):
     few = whole_study(stages=("gate",))
     assert {each.learning_rate for each in tuning(few) if each.arm == "lora"} == set(plan.TUNING["lora"])
-    best = best_of(found, "routing", "lora", rates=plan.TUNING["lora"]).learning_rate
-    tried = {each.learning_rate for each in tuning(found) if (each.task, each.arm) == ("routing", "lora")}
-    place = plan.LADDER.index(best)
-    assert best in (plan.TUNING["lora"][0], plan.TUNING["lora"][-1])
-    assert tried - set(plan.TUNING["lora"]) <= {plan.LADDER[place - 1], plan.LADDER[place + 1]}
-    assert len(tried) == 4
+    seen = Counter()
+    for task in plan.SHIFTS[:2]:
+        for arm, rates in plan.TUNING.items():
+            place = plan.LADDER.index(best_of(found, task, arm, rates=rates).learning_rate)
+            beyond = {0: plan.LADDER[place - 1], 1: None, 2: plan.LADDER[place + 1]}[rates.index(plan.LADDER[place])]
+            tried = {each.learning_rate for each in tuning(found) if (each.task, each.arm) == (task, arm)}
+            assert tried - set(rates) == {beyond} - {None}
+            seen[beyond is None] += 1
+    assert len(seen) == 2  # both happened
 
 
 def test_targets_are_shares_of_what_only_training_teaches(found):

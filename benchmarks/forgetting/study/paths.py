@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Path:
 
     def crossing(self, loss: float) -> Crossing:
         """Where it first reaches a loss."""
-        return Crossing.find(self.losses, loss)
+        return _crossing(self.losses, loss)
 
     def log_kl(self, loss: float, name: str, counts: np.ndarray | None = None) -> np.ndarray:
         """Logarithm of the KL per token on a text where the loss is first reached.
@@ -96,6 +97,11 @@ class At:
     def log_mean(self) -> float:
         """Mean over the primary texts of the logarithm: that of their geometric mean."""
         return math.inf if self.kl is None else sum(math.log(self.kl[name]) for name in PRIMARY) / len(PRIMARY)
+
+
+@cache
+def _crossing(losses: tuple[float, ...], loss: float) -> Crossing:
+    return Crossing.find(losses, loss)
 
 
 def at_target(cell: Cell, which: str, loss: float) -> At:

@@ -166,7 +166,8 @@ def _screen(report: Report, found: Found, results: dict[str, Any]) -> None:
     report.text("A full fine-tune whose change is projected afterwards: NLL of the task, and KL on the texts.")
     rows = []
     for cell in cells:
-        ways = [{"way": "as trained", **cell["points"][-1]}, *cell["also"]["screen"]]
+        ways = [{"way": "as trained", **cell["points"][-1]}]
+        ways += [way for way in cell["also"]["screen"] if _kind(way["way"]) is None]
         names = list(cell["retention"])
         for way in ways:
             kl = [f"{way['retention'][name]['kl']:.4f}" for name in names]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Study:
     def cell(self, setting: Setting) -> dict[str, Any]:
         """Train and score one cell."""
         place = self._place(setting.part)
-        head = {"stage": setting.stage, "part": setting.part}
+        head = {"stage": setting.stage, "part": setting.part, "code": code()}
         if setting.arm == BASE:
             return head | _base(setting, place)
         directory = self.work / "cell"
@@ -110,6 +111,16 @@ class Study:
             make_chat(model, CHAT, tokens=2 * TEXTS[part].tokens["chat"])
         texts = scored_texts(TEXTS[part], AutoTokenizer.from_pretrained(model))
         return Place(model, texts, (self.pause,), Bases(model, self.work / "bases"))
+
+
+@cache
+def code() -> str | None:
+    """The commit that the cells are run from; `None` outside of a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _also(setting: Setting, place: Place, trainer, directory: Path) -> dict[str, Any]:
