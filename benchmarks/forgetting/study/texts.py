@@ -15,6 +15,7 @@ from .plan import Texts
 CHAT = Path(__file__).parents[1] / "chat.jsonl"  # what the base answers; made once
 MAX_LENGTH = 192  # tokens of an article
 
+_PIECE = 1200  # characters of a topic
 _LEAST = 16  # tokens of an article that is scored
 
 
@@ -83,11 +84,11 @@ def _wikipedia(part: str) -> list[str]:
 
 
 def _docs(part: str) -> list[str]:
-    """Topics of Python's own documentation, cut into pieces of some paragraphs; the first piece of each."""
-    names = random.Random(0).sample(sorted(topics), len(topics))
-    third = len(names) // 3
-    chosen = {"keep": names[:third], "choose": names[third : 2 * third], "confirm": names[2 * third :]}[part]
-    return [topics[name].strip()[:1200] for name in chosen]
+    """The beginnings of topics of Python's own documentation."""
+    pieces = sorted({text.strip()[:_PIECE] for text in topics.values()})  # two names may have one text
+    pieces = random.Random(0).sample(pieces, len(pieces))
+    third = len(pieces) // 3
+    return {"keep": pieces[:third], "choose": pieces[third : 2 * third], "confirm": pieces[2 * third :]}[part]
 
 
 def _questions(part: str) -> list[str]:
