@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 
 from study.arms import KEY, Setting
-from study.plan import SCALES, SCORED_STEPS, SCREENED, SCREENED_NETWORKS
+from study.plan import BASES, BY_SCALES, BY_STEPS, DOMAINS, SCALES, SCORED_STEPS, SCREENED, SCREENED_NETWORKS
 from study.running import BASE, SCREEN
 from study.stages import WANTED
 
@@ -52,16 +52,15 @@ def synthetic(setting: Setting, kl: Mapping[str, float] | None = None) -> dict:
             "kl_sums": {name: [TOKENS * level[name] * part for part in sums[name]] for name in end},
         }
 
-    also = {"interpolated": [point(scale, scale=scale) for scale in SCALES]}
+    also = {"interpolated": [point(scale, scale=scale) for scale in SCALES] if setting.path != BY_STEPS else []}
     if setting.part == "confirm":
         also["capability"] = {"acc_norm": draw.uniform(0.3, 0.4)}
     if setting.arm == SCREEN:
         ways = ["subspace", "random", "down alone", *(f"networks {m}" for m in SCREENED_NETWORKS)]
-        ways += [
-            f"{b} of {d} {m}" for b in ("networks", "pca", "ceiling") for d in PARTS["dissociation"] for m in SCREENED
-        ]
+        ways += [f"{b} of {d} {m}" for b in BASES for d in DOMAINS for m in SCREENED]
         also = {"screen": [point(0.97, way=way) for way in ways]}
-    points = [point(0.0, step=0), *(point(x, step=s) for x, s in zip((0.5, 0.9, 1.0), SCORED_STEPS, strict=True))]
+    steps = list(zip((0.5, 0.9, 1.0), SCORED_STEPS, strict=True))[-1 if setting.path == BY_SCALES else 0 :]
+    points = [point(0.0, step=0), *(point(share, step=step) for share, step in steps)]
     retention = {name: {"sequence_tokens": [TOKENS] * ARTICLES[name]} for name in end}
     return head | {"points": points, "also": also, "retention": retention}
 

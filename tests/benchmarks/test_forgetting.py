@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from study import plan, texts
 from study.arms import KEY
-from study.paths import SCALES, STEPS, Levels, Path, at_target
+from study.paths import Levels, Path, at_target
 from study.pausing import Pause
 from study.reporting import write_report
 from study.running import Study
@@ -86,16 +86,16 @@ def test_a_path_is_read_as_it_was_worked_out_by_hand(found):
     cell = found[setting.key]
     # The loss 1.7 lies between the last two steps, at 2.9 and 1: ln KL is linear, .9^2 and 1 of the KL at the end.
     share = (2.9 - 1.7) / 1.9
-    steps = at_target(cell, STEPS, 1.7)
-    scales = at_target(cell, SCALES, 1.7)
+    steps = at_target(cell, plan.BY_STEPS, 1.7)
+    scales = at_target(cell, plan.BY_SCALES, 1.7)
     ends = cell["points"][-1]["kl_sums"]["wikipedia"]
     end = sum(ends) / (100 * len(ends))
     assert steps.kl["wikipedia"] == pytest.approx(end * math.exp((1 - share) * math.log(0.81)))
     share = (6.7 - 1.7) / 5.7  # from .7, at 6.7
     assert scales.kl["wikipedia"] == pytest.approx(end * math.exp((1 - share) * math.log(0.49)))
-    assert at_target(cell, STEPS, 0.5).kl is None
-    assert at_target(cell, STEPS, 0.5).mean == math.inf
-    assert Path.of(cell, STEPS).losses == (20.0, 10.5, pytest.approx(2.9), 1.0)
+    assert at_target(cell, plan.BY_STEPS, 0.5).kl is None
+    assert at_target(cell, plan.BY_STEPS, 0.5).mean == math.inf
+    assert Path.of(cell, plan.BY_STEPS).losses == (20.0, 10.5, pytest.approx(2.9), 1.0)
 
 
 def test_a_shift_is_kept_only_if_both_ways_forget_enough():

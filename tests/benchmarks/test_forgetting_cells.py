@@ -94,6 +94,15 @@ def test_a_cell_has_what_was_learnt_and_lost_on_both_paths(arm, study):
     assert not list(study.work.glob("cell"))
 
 
+def test_a_confirming_cell_is_scored_on_its_path_alone(study, monkeypatch):
+    monkeypatch.setattr("study.running.capability", lambda trainer: {"acc_norm": 0.5})
+    cells = [study.cell(setting("lora", part="confirm", path=path)) for path in ("steps", "scales")]
+    assert [[point["step"] for point in cell["points"]] for cell in cells] == [[0, 1, 2, 4], [0, 4]]
+    assert [len(cell["also"].get("interpolated", ())) for cell in cells] == [0, 2]
+    assert cells[0]["points"][-1] == cells[1]["points"][-1]
+    assert [cell["also"]["capability"] for cell in cells] == [{"acc_norm": 0.5}] * 2
+
+
 def test_a_cell_is_the_same_again_and_a_line_each_in_the_file(study):
     wanted = [setting("full"), setting("base", learning_rate=0.0)]
     study.run(lambda found: wanted)

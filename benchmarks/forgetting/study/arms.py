@@ -24,7 +24,7 @@ from fnsft_trl.training.trainer import FNSFTTrainer
 
 from .bases import Bases, Basis
 from .learnt import Start
-from .plan import BASES, BATCH, DOMAINS, REPLAYED, SCORED_STEPS, STEPS, WARMUP
+from .plan import BASES, BATCH, BY_SCALES, DOMAINS, REPLAYED, SCORED_STEPS, STEPS, WARMUP
 from .shifts import shift
 
 
@@ -42,7 +42,8 @@ class Setting:
         learning_rate (`float`): of the training.
         seed (`int`): of the training.
         stage (`str`): of the study, in which it is needed first.
-        part (`str`): of the texts that are scored: `choose`, `confirm`, or `dissociation`.
+        part (`str`): of the texts that are scored: `choose`, `screen`, `confirm`, or `dissociation`.
+        path (`str` or `None`): the one from base to trained on which it is scored; on both by default.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Setting:
     seed: int
     stage: str
     part: str
+    path: str | None = None
 
     @property
     def key(self) -> tuple:
@@ -130,10 +132,11 @@ def _trainer(setting: Setting, place: Place, rows, way: Callable, directory: Pat
     )
     more: dict[str, Any] = {"model": place.model, "args": args, "train_dataset": train, "eval_dataset": test}
     trainer = way(setting, place, more | {"processing_class": tokenizer})
+    scored = place.scored[-1:] if setting.path == BY_SCALES else place.scored
     retention = RetentionCallback(trainer, dict(place.texts))
     for series in retention.series:
         series.exact = True
-    for callback in (retention, Start(trainer), ScoreAt(place.scored), *place.callbacks):
+    for callback in (retention, Start(trainer), ScoreAt(scored), *place.callbacks):
         trainer.add_callback(callback)
     return trainer
 

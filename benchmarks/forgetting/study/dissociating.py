@@ -10,8 +10,8 @@ import numpy as np
 
 from fnsft_trl.evaluation.paired import two_way_draws
 
-from .paths import STEPS, Found, Path
-from .plan import BASES, DOMAINS, SEEDS
+from .paths import Found, Path
+from .plan import BASES, BY_STEPS, DOMAINS, SEEDS
 from .stages import dissociation, protecting
 
 
@@ -44,7 +44,7 @@ def dissociations(found: Found) -> dict[str, Dissociation]:
     task = dissociation(found)[0].task
     paths: dict[tuple[str, str, int], Path] = {}
     for setting in dissociation(found):
-        paths[setting.arm, task, setting.seed] = Path.of(found[setting.key], STEPS)
+        paths[setting.arm, task, setting.seed] = Path.of(found[setting.key], BY_STEPS)
     names = {basis: {domain: protecting(found, basis, domain) for domain in DOMAINS} for basis in BASES}
     losses = {seed: _common(paths, task, seed) for seed in SEEDS}
     every = list(paths.values())

@@ -12,15 +12,14 @@ import numpy as np
 
 from fnsft_trl.evaluation.equal_learning import Crossing, target
 
-from .plan import GATE, LADDER, PRIMARY, TUNING_SEED
+from .plan import BY_SCALES, BY_STEPS, GATE, LADDER, PRIMARY, TUNING_SEED
 from .running import BASE
 
 
 Cell = Mapping[str, Any]
 Found = Mapping[tuple, Cell]
 
-STEPS, SCALES = "steps", "scales"
-PATHS = (STEPS, SCALES)
+PATHS = (BY_STEPS, BY_SCALES)
 TUNED = dict.fromkeys(GATE, LADDER)
 
 
@@ -44,7 +43,7 @@ class Path:
     def of(cls, cell: Cell, which: str) -> Path:
         """A path of a cell: over the `steps` of its training, or over `scales` of what it has changed."""
         points = list(cell["points"])
-        if which == SCALES:
+        if which == BY_SCALES:
             points = [points[0], *cell["also"]["interpolated"], points[-1]]
         texts = cell["retention"]
         kl = {name: np.array([point["kl_sums"][name] for point in points]) for name in texts}
@@ -157,7 +156,7 @@ class Levels:
         ]
         if base is None or not trained:
             return None
-        best = min(point["learning"] for cell in trained for point in cell["points"])
+        best = min(loss for cell in trained for which in PATHS for loss in Path.of(cell, which).losses)
         return cls(base["points"][0]["learning"], base["demonstrated"], best)
 
     def target(self, share: float) -> float:

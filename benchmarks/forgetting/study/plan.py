@@ -8,6 +8,7 @@ SHIFTS = ("routing", "german", "characters")
 TRAIN_ROWS, TEST_ROWS = 240, 64
 STEPS, BATCH, WARMUP = 90, 8, 5
 SCORED_STEPS = (22, 45, 90)  # a quarter, half and all of the run
+BY_STEPS, BY_SCALES = "steps", "scales"  # paths from base to trained
 SCALES = (0.5, 0.7)  # interpolations between base and trained
 DEMONSTRATIONS = 5
 

@@ -12,8 +12,8 @@ from fnsft_trl.report.figures import learning_figure
 from fnsft_trl.report.report import Report
 
 from .comparing import Comparison
-from .paths import At, Cell, Found, Levels, Path, every_at, of_arm
-from .plan import GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, SHIFTS, TUNING_SEED
+from .paths import At, Cell, Found, Levels, Path, at_target, every_at, of_arm
+from .plan import BY_STEPS, GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, SHIFTS, TUNING_SEED
 from .screening import index
 from .stages import (
     CHOOSE,
@@ -195,7 +195,7 @@ def _confirmation(report: Report, found: Found, results: dict[str, Any], answer:
         for arm in arms:
             cells = of_arm(found, task, arm, part=CONFIRM)
             which = best_of(found, like, arm).path
-            ats = [at for cell in cells for at in every_at([cell], loss) if at.path == which]
+            ats = [at_target(cell, which, loss) for cell in cells]
             there = [at for at in ats if at.kl is not None]
             curves[arm] = [_curve(cell, which) for cell in cells]
             numbers = {name: _geometric([at.kl[name] for at in there]) for name in cells[0]["retention"]}
@@ -242,7 +242,7 @@ def _picture(report: Report, name: str, curves: Mapping[str, Sequence], found: F
     report.figure(name, picture, f"{caption} KL to the base (geometric mean over {texts}) against the loss.")
 
 
-def _curve(cell: Cell, which: str = "steps") -> list[tuple[float, float]]:
+def _curve(cell: Cell, which: str = BY_STEPS) -> list[tuple[float, float]]:
     """Loss, and geometric mean of KL over the primary texts, of the points after the base."""
     path = Path.of(cell, which)
     kl = {name: path.kl[name].sum(1) / path.tokens[name].sum() for name in PRIMARY}

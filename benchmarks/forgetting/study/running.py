@@ -27,7 +27,7 @@ from .capability import capability
 from .chat import make_chat
 from .learnt import interpolated
 from .pausing import Pause
-from .plan import CHOOSING, CONFIRMING, DEMONSTRATIONS, DISSOCIATION, SCALES, SCREENING
+from .plan import BY_STEPS, CHOOSING, CONFIRMING, DEMONSTRATIONS, DISSOCIATION, SCALES, SCREENING
 from .screening import screened
 from .shifts import shift
 from .texts import CHAT, scored_texts
@@ -127,9 +127,9 @@ def _also(setting: Setting, place: Place, trainer, directory: Path) -> dict[str,
     """What is measured of a trained model beside its points."""
     if setting.arm == SCREEN:
         return {"screen": screened(trainer, place.bases)}
-    if setting.part == "dissociation":
-        return {}
-    found: dict[str, Any] = {"interpolated": interpolated(trainer, SCALES)}
+    found: dict[str, Any] = {}
+    if setting.path != BY_STEPS:
+        found["interpolated"] = interpolated(trainer, SCALES)
     if setting.part == "confirm":
         found["capability"] = capability(trainer)
     return found

@@ -8,6 +8,7 @@ from .arms import NETWORKS, Setting
 from .paths import At, Found, Levels, every_at, of_arm
 from .plan import (
     BASES,
+    BY_STEPS,
     DOMAINS,
     GATE,
     LADDER,
@@ -143,11 +144,11 @@ def confirmation(found: Found) -> list[Setting]:
     if not is_tuned(found):
         return []
     arms = [(task, arm) for task in tuned_shifts(found) for arm in arms_of(found, task)]
-    rates = {(task, arm): best_of(found, task, arm).learning_rate for task, arm in arms}
+    best = {(task, arm): best_of(found, task, arm) for task, arm in arms}
     return [
-        Setting(task, arm, rate, seed, "confirmation", CONFIRM)
+        Setting(task, arm, at.learning_rate, seed, "confirmation", CONFIRM, at.path)
         for seed in SEEDS
-        for (task, arm), rate in rates.items()
+        for (task, arm), at in best.items()
     ]
 
 
@@ -157,8 +158,12 @@ def third(found: Found) -> list[Setting]:
         return []
     first, task = tuned_shifts(found)[0], kept_shifts(found)[2]
     arms = [rival(found, first) if arm == "unprotected" else arm for arm in THIRD]
-    rates = {arm: best_of(found, first, arm).learning_rate for arm in arms}
-    return [Setting(task, arm, rate, seed, "third", CONFIRM) for seed in SEEDS for arm, rate in rates.items()]
+    best = {arm: best_of(found, first, arm) for arm in arms}
+    return [
+        Setting(task, arm, at.learning_rate, seed, "third", CONFIRM, at.path)
+        for seed in SEEDS
+        for arm, at in best.items()
+    ]
 
 
 def dissociation(found: Found) -> list[Setting]:
@@ -168,7 +173,7 @@ def dissociation(found: Found) -> list[Setting]:
     task = tuned_shifts(found)[0]
     rate = best_of(found, task, "subspace").learning_rate
     return [
-        Setting(task, protecting(found, basis, domain), rate, seed, "dissociation", DISSOCIATION)
+        Setting(task, protecting(found, basis, domain), rate, seed, "dissociation", DISSOCIATION, BY_STEPS)
         for seed in SEEDS
         for basis in BASES
         for domain in DOMAINS
