@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 # Shifts, in the order in which they are taken when the gate keeps more than are needed: two, and an untouched third.
-SHIFTS = ("routing", "german", "characters")
+SHIFTS = ("routing", "german", "characters", "numbers")
 TRAIN_ROWS, TEST_ROWS = 240, 64
 STEPS, BATCH, WARMUP = 90, 8, 5
 SCORED_STEPS = (22, 45, 90)  # a quarter, half and all of the run

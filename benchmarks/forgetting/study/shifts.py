@@ -50,6 +50,34 @@ def _characters() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return _split([{"prompt": f"{each}:", "completion": f" {names[each]}"} for each in chosen])
 
 
+_ONES = ("null", "ein", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf")
+_TENS = ("zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig")
+
+
+def in_german(number: int) -> str:
+    """A number in German words.
+
+    Args:
+        number: from 1 to 9,999.
+    """
+    if number >= 1000:
+        return _ONES[number // 1000] + "tausend" + (in_german(number % 1000) if number % 1000 else "")
+    if number >= 100:
+        return _ONES[number // 100] + "hundert" + (in_german(number % 100) if number % 100 else "")
+    if number >= 20:
+        ones = _ONES[number % 10] + "und" if number % 10 else ""
+        return ones + _TENS[number // 10 - 2]
+    if number > 12:
+        return {16: "sech", 17: "sieb"}.get(number, _ONES[number - 10]) + "zehn"
+    return "eins" if number == 1 else _ONES[number]
+
+
+def _numbers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """A number in German words."""
+    chosen = random.Random(0).sample(range(100, 10000), TRAIN_ROWS + TEST_ROWS)
+    return _split([{"prompt": f"{number}:", "completion": f" {in_german(number)}"} for number in chosen])
+
+
 def _split(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     rows = random.Random(0).sample(rows, len(rows))
     if len(rows) < TRAIN_ROWS + TEST_ROWS:
@@ -61,4 +89,5 @@ _SHIFTS: dict[str, Callable[[], tuple[list[dict[str, str]], list[dict[str, str]]
     "routing": _routing,
     "german": _german,
     "characters": _characters,
+    "numbers": _numbers,
 }
