@@ -15,7 +15,7 @@ from architectures import architectures_table
 from helpers import ROOT, instead, tiny_rows
 from hub import ORG
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
 from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
 from fnsft_trl.cli import VERBS, main
@@ -198,10 +198,19 @@ def _of_prompts(example: str) -> str:
 
 
 @pytest.mark.parametrize("code", snippets())
-def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten):
-    """Alone, with nothing defined before it. What is tiny is the model and the data of that name."""
+def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten, monkeypatch):
+    """Alone, with nothing defined before it. What is tiny is the model and the data of that name, and what is short
+    every training."""
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, _Soon])
     template_of_ten.save_pretrained("ica_templates")
     exec(compile(code, "snippet", "exec"), {"__name__": "__main__"})
+
+
+class _Soon(TrainerCallback):
+    """Ends a training after two steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 2
 
 
 @pytest.fixture(scope="module")
