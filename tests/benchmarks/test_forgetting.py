@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from study import plan, texts
 from study.arms import KEY
+from study.command import HOME
 from study.paths import Levels, Path, at_target
 from study.pausing import Pause
 from study.reporting import write_report
@@ -28,6 +29,7 @@ from study.verdict import answer_q1, answer_q2
 from synthetic import BASE_LOSS, BEST, DEMONSTRATED, synthetic, whole_study
 
 from fnsft_trl.errors import FNSFTError
+from fnsft_trl.experiments.cells import Cells
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,24 @@ def test_a_shift_is_kept_only_if_both_ways_forget_enough():
     assert kept_shifts(little) == []
     assert forgetting(little, "routing")["full"].mean > plan.LEAST_FORGETTING
     assert kept_shifts({}) == []
+
+
+def test_a_way_that_never_learns_enough_spares_nothing():
+    found = whole_study(stages=("gate",))
+
+    def slow(arms):
+        return {
+            key: cell
+            | {"points": [p | {"learning": max(p["learning"], 3.0)} for p in cell["points"]]}
+            | {"also": {"interpolated": []}}
+            if cell["arm"] in arms
+            else cell
+            for key, cell in found.items()
+        }
+
+    assert kept_shifts(slow({"lora"})) == list(plan.SHIFTS)
+    assert forgetting(slow({"lora"}), "german")["lora"].kl is None
+    assert kept_shifts(slow({"lora", "full"})) == list(plan.SHIFTS)  # then the best is what they reach
 
 
 def test_the_rival_is_the_unprotected_arm_that_forgot_least(found):
@@ -272,3 +292,11 @@ def test_numbers_are_said_in_german(number, words):
 def test_a_shift_that_does_not_exist_is_refused():
     with pytest.raises(FNSFTError, match="no shift 'x'"):
         shift("x")
+
+
+def test_the_committed_report_is_what_the_committed_cells_give(tmp_path):
+    write_report(Cells(HOME / "cells.jsonl", by=KEY).found, tmp_path)
+    committed = HOME / "results"
+    assert {path.name for path in committed.iterdir()} == {path.name for path in tmp_path.iterdir()}
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (committed / path.name).read_bytes(), path.name

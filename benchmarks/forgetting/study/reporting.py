@@ -90,7 +90,8 @@ def _gate(report: Report, found: Found, results: dict[str, Any]) -> None:
     report.text(
         f"A shift is kept if full training and LoRA both forget at least {LEAST_FORGETTING:g} nats (mean over "
         f"{' and '.join(PRIMARY)}) where {SHARE:.0%} of what only training teaches is learnt, each with the rate and "
-        "the path that forget least. By validation: what the rate forgets at its end that the loss on the task alone "
+        "the path that forget least; a way that never gets there spares nothing. By validation: what the rate "
+        "forgets at its end that the loss on the task alone "
         "would choose."
     )
     rows, results["gate"] = [], {}

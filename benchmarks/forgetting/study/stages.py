@@ -54,11 +54,13 @@ def forgetting(found: Found, task: str) -> dict[str, At] | None:
 
 
 def kept_shifts(found: Found) -> list[str]:
-    """Those that forget enough whichever way of the gate is taken; a way that never gets there keeps none."""
+    """Those that forget enough whichever way of the gate is taken; a way that never gets there spares nothing."""
     kept = []
     for task in SHIFTS:
         best = forgetting(found, task)
-        if best is not None and all(at.kl is not None and at.mean >= LEAST_FORGETTING for at in best.values()):
+        if best is None or all(at.kl is None for at in best.values()):
+            continue
+        if all(at.mean >= LEAST_FORGETTING for at in best.values()):
             kept.append(task)
     return kept
 
