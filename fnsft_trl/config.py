@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .combinations import ANTI_DRIFT_ERRORS, COMBINATIONS, TrainingPlan
+from .combinations import ANTI_DRIFT_ERRORS, COMBINATIONS, NETWORK_SELECTORS, TrainingPlan, check_combinations
 from .errors import FNSFTError
 from .fields import check_fields, documented, fits, is_free_text, option
 from .ranges import format_ranges, is_open, parse_ranges, ranges_text
@@ -13,8 +13,7 @@ from .threshold import THRESHOLD_RULES, ThresholdRule
 SITES = ("mlp_intermediate", "mlp_output")
 # More than any template has, and few enough to be listed.
 _MOST_NETWORKS = 10_000
-# The selectors that look at networks, and those that rank all neurons by something else.
-NETWORK_SELECTORS = ("networks", "layer_shuffled", "surrogate")
+# Those that look at networks, and those that rank all neurons by something else.
 SELECTORS = (*NETWORK_SELECTORS, "random", "activation_rms", "contrast", "gradient_conflict")
 SELECTOR_ALIASES = {"activation": "activation_rms"}
 RANDOM_SELECTORS = ("random", "layer_shuffled")  # that draw by a seed
@@ -209,7 +208,7 @@ class FunctionalNetworkConfig:
     def __post_init__(self) -> None:
         self._normalise()
         check_fields(self)
-        self._check_combinations()
+        check_combinations(self)
 
     def _normalise(self) -> None:
         """Bring values that may be written in several ways, as on a command line, into one form."""
@@ -230,48 +229,6 @@ class FunctionalNetworkConfig:
             self.ica_datasets = [self.ica_datasets]
         if self.ica_select in SELECTOR_ALIASES:
             self.ica_select = SELECTOR_ALIASES[self.ica_select]
-
-    def _check_combinations(self) -> None:
-        if self.ica_template_revision is not None and self.ica_template_path is None:
-            raise FNSFTError("ica_template_revision without ica_template_path has no effect; give both or drop it")
-        self.threshold_rule()
-        ranks = self.ica_select not in NETWORK_SELECTORS
-        if self.ica_min_reliability and (self.ica_component_ids is not None or ranks):
-            raise FNSFTError("ica_min_reliability chooses networks; drop it, or ica_component_ids and ica_select")
-        of_ica = {"ica_variant": "temporal", "ica_contrast": "logcosh", "ica_backend": "torch"}
-        given = [name for name, default in of_ica.items() if getattr(self, name) != default]
-        if given and self.ica_decomposition != "ica":
-            raise FNSFTError(
-                f"{given[0]} has no effect on ica_decomposition={self.ica_decomposition}; drop one of them"
-            )
-        if self.ica_rank < self.ica_components:
-            raise FNSFTError(
-                f"ica_rank is {self.ica_rank}, below ica_components ({self.ica_components}): the sketch must hold at "
-                "least as many directions as there are components"
-            )
-        if ranks and self.ica_fraction is None:
-            raise FNSFTError(f"ica_select={self.ica_select} needs ica_fraction: the share of every layer to select")
-        if self.ica_select == "gradient_conflict" and self.ica_datasets is None:
-            raise FNSFTError(
-                "ica_select=gradient_conflict compares gradients on the training data with those on general text; "
-                "give that text as ica_datasets"
-            )
-        if ranks and self.ica_component_ids is not None:
-            raise FNSFTError(f"ica_select={self.ica_select} takes no networks; drop ica_component_ids or ica_select")
-        if self.ica_rank_by == "lowest" and self.ica_fraction is None:
-            raise FNSFTError("ica_rank_by=lowest needs ica_fraction: the share of every layer to select")
-        if self.ica_rank_by == "lowest" and self.ica_select == "random":
-            raise FNSFTError("ica_rank_by=lowest has no effect on ica_select=random, which ranks nothing; drop one")
-        if not self.mask_eval and self.mask_mode is None:
-            raise FNSFTError("mask_eval=false has no effect without a mask_mode; drop it")
-        if not self.anti_drift_row_param and (self.mask_mode is None or self.train_neurons != "auto"):
-            raise FNSFTError(
-                "anti_drift_row_param=false has an effect only with a mask_mode and train_neurons=auto; without them "
-                "the neurons that do not train are always held exactly; drop it"
-            )
-        outcome, reason = COMBINATIONS[self.mask_mode, self.train_neurons]
-        if outcome is None:
-            raise FNSFTError(f"mask_mode={self.mask_mode or 'null'} with train_neurons={self.train_neurons}: {reason}")
 
     def threshold_rule(self) -> ThresholdRule | None:
         """The rule that the three threshold fields ask for; `None` when none of them is set.

@@ -83,7 +83,7 @@ def components_of(reduced: Reduced, settings: IcaSettings, weights: torch.Tensor
         weights: of neurons that are a sample: how many each stands for, shape (neurons,).
 
     Raises:
-        FNSFTError: there are fewer tokens than directions, or fewer neurons than clusters.
+        FNSFTError: there are fewer tokens than directions.
     """
     if settings.decomposition == "kmeans":
         return _clusters(reduced, settings, weights)
@@ -123,11 +123,6 @@ def _clusters(reduced: Reduced, settings: IcaSettings, weights: torch.Tensor | N
     loadings = (reduced.basis * reduced.deviation.to(reduced.basis)[:, None]).T.cpu().double()  # (neurons, m)
     norms = loadings.norm(dim=1)
     varying = norms > 1e-9 * norms.max()
-    if int(varying.sum()) < settings.components:
-        raise FNSFTError(
-            f"{int(varying.sum())} neurons vary, fewer than the {settings.components} clusters that are asked for "
-            "(ica_components); lower it, or give more varied text"
-        )
     units = torch.where(varying[:, None], loadings / norms.clamp_min(1e-300)[:, None], 0)  # (neurons, m)
     kmeans = KMeans(
         settings.components, n_init=settings.restarts, max_iter=settings.max_iterations, random_state=settings.seed

@@ -7,6 +7,7 @@ batches, the first one decomposes, and all get the same template.
 
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ class _Discovery:
         return template, of_datasets
 
     def _not_reached(self, point: dict, null: dict[str, float]) -> str:
-        centred = self.config.ica_standardize == "center"
+        centred = self.config.ica_standardize != "zscore"
         return (
             f"the mean reliability above null is {point['above_null']:.2f} after {sum(self.reader.tokens)} tokens "
             f"(reliability {point['reliability']:.2f}; without co-activation {null['reliability']:.2f}, at most "
@@ -247,8 +248,8 @@ class _Discovery:
                 for number in block.parts.unique().tolist():
                     chosen = (block.parts == number).nonzero().flatten().to(block.rows.device)
                     if config.ica_surrogate:
-                        seed = (config.ica_seed * len(self.parts) + number) * 2**32 + block.batch
-                        self.parts[number].update(shifted_in_time(block.rows[chosen], seed=seed % 2**63))
+                        seed = random.Random(f"{config.ica_seed} {number} {block.batch}").getrandbits(32)
+                        self.parts[number].update(shifted_in_time(block.rows[chosen], seed=seed))
                     else:
                         self.parts[number].update(block.rows, chosen)
                 tokens = sum(reader.tokens)

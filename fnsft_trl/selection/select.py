@@ -1,4 +1,17 @@
-"""select_neurons: networks, and the controls they must be compared with, as NeuronMasks."""
+"""select_neurons: networks, and the controls they must be compared with, as NeuronMasks.
+
+| selector | which neurons |
+|---|---|
+| `"networks"` | those of the networks |
+| `"layer_shuffled"` | as many of every layer as the networks have there, the neurons of the layer shuffled |
+| `"surrogate"` | those of as many networks of activations that are shifted in time, neuron by neuron |
+| `"random"` | drawn at random |
+| `"activation_rms"` | by RMS on the calibration text (`"activation"` is the same) |
+| `"contrast"` | by how much more the task uses them than the calibration text does |
+| `"gradient_conflict"` | by how much gradients on the task and on general text point against each other |
+
+The first three look at networks.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -30,35 +43,24 @@ def select_neurons(
     layers: Sequence[int] | None = None,
     evidence: SelectorEvidence | None = None,
 ) -> NeuronMask:
-    """Select neurons by the networks they belong to, or by a control.
+    """Select neurons by the networks they belong to, or by a control (`SELECTORS`).
 
     Of networks, without `fraction` and `like`, the union of the named ones is selected, by the template's threshold;
-    with one of them, the neurons are ranked by their largest |loading| in these networks. Controls have the same
-    signature:
-
-    | selector | which neurons |
-    |---|---|
-    | `"networks"` | those of the networks |
-    | `"layer_shuffled"` | as many of every layer as the networks have there, the neurons of the layer shuffled |
-    | `"surrogate"` | those of as many networks of activations that are shifted in time, neuron by neuron |
-    | `"random"` | drawn at random |
-    | `"activation_rms"` | by RMS on the calibration text (`"activation"` is the same) |
-    | `"contrast"` | by how much more the task uses them than the calibration text does |
-    | `"gradient_conflict"` | by how much gradients on the task and on general text point against each other |
+    with one of them, neurons are ranked by their largest |loading| in these networks.
 
     Args:
         template: the networks.
-        component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for
-            `"networks"`, `"layer_shuffled"` and `"surrogate"`.
-        selector: one of these.
+        component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for selectors
+            that look at networks.
+        selector: `"networks"`, or a control: `"layer_shuffled"`, `"surrogate"`, `"random"`, `"activation_rms"`,
+            `"contrast"`, `"gradient_conflict"`.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
-        rank: `"highest"`, or `"lowest"`: those most outside the networks, or most quiet, or least in conflict.
+        rank: `"highest"`, or `"lowest"`: those most outside the networks, most quiet, least in conflict.
         seed: of `"random"` and `"layer_shuffled"`.
         like: take as many neurons of every layer as this mask has, instead of a fraction.
         min_reliability: leave out networks whose reliability above null (`template.reliability_above_null`) is lower,
-            in [0, 1]. Of a template that knows no null, with a warning, the bare reliability counts. Only for
-            selectors that look at networks.
+            in [0, 1]. Of a template that knows no null, with a warning, the bare reliability counts.
         layers: select in these layers only; in all of the template's by default. What belongs to a network stays as
             its threshold over all layers has it.
         evidence: model and texts that `"surrogate"`, `"contrast"` and `"gradient_conflict"` are measured on.
@@ -67,8 +69,7 @@ def select_neurons(
         A [`NeuronMask`] over these layers.
 
     Raises:
-        FNSFTError: an unknown selector, network or layer, a fraction out of range, a selector without its evidence, or
-            a selection without any neuron.
+        FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, or no neuron.
     """
     selector = SELECTOR_ALIASES.get(selector, selector)
     _check_request(selector, rank, component_ids, fraction, like, evidence)
@@ -76,16 +77,11 @@ def select_neurons(
     chosen = _layers(template, layers)
     source = evidence.surrogate(template) if selector == "surrogate" else template
     if fraction is None and like is None:
-        members = [source.members(number) for number in ids]
-        found = {layer: _union(m[layer] for m in members) for layer in template.loadings}
-        if selector == "layer_shuffled":
-            found = _shuffled(found, seed)
+        found = _members(source, ids, seed if selector == "layer_shuffled" else None)
         mask = NeuronMask({layer: found[layer] for layer in chosen}, template.site)
     else:
-        scores = _scores(source, ids, selector, seed, evidence)
-        scores = {layer: scores[layer] for layer in chosen}
-        if rank == "lowest":
-            scores = {layer: -values for layer, values in scores.items()}
+        found = _scores(source, ids, selector, seed, evidence)
+        scores = {layer: -found[layer] if rank == "lowest" else found[layer] for layer in chosen}
         mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
     if mask.count == 0:
         raise FNSFTError(
@@ -93,6 +89,13 @@ def select_neurons(
             f"{template.threshold}); lower the threshold or select a fraction"
         )
     return mask
+
+
+def _members(template, ids, seed: int | None) -> dict[int, torch.Tensor]:
+    """The union of some networks, those of each layer shuffled by a seed if there is one."""
+    members = [template.members(number) for number in ids]
+    found = {layer: _union(m[layer] for m in members) for layer in template.loadings}
+    return found if seed is None else _shuffled(found, seed)
 
 
 def _check_request(selector, rank, component_ids, fraction, like, evidence) -> None:
@@ -154,7 +157,7 @@ def _reliable(template, ids: list[int], least: float) -> list[int]:
     reliable = [number for number in ids if known[number] >= least]
     if not reliable:
         best = max(ids, key=lambda number: (known[number], bare[number]))
-        centred = template.null is not None and template.settings.get("ica_standardize") == "center"
+        centred = template.null is not None and template.settings.get("ica_standardize") in ("center", "layer")
         raise FNSFTError(
             f"no network has a {what} of {least:g}; the highest is {known[best]:.2f} (its reliability is "
             f"{bare[best]:.2f}): lower min_reliability, or discover on more tokens"

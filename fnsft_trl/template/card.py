@@ -106,10 +106,10 @@ def _reliability(description: TemplateDescription) -> str:
             "\nThe same activations shuffled in time give a reliability of "
             f"{description.null.reliability:.2f} and an overlap of {description.null.jaccard:.2f}, which is chance."
         )
-    if description.settings.get("ica_standardize") == "center":
+    if description.settings.get("ica_standardize") in ("center", "layer"):
         null += (
-            " Judge these\nnetworks by their overlap: where activations are only centred, a few neurons of large "
-            "variance give a high reliability\nwithout any co-activation."
+            " Judge these\nnetworks by their overlap: where neurons keep their scale, a few of large variance give a "
+            "high reliability\nwithout any co-activation."
         )
     return (
         "Reliability is the correlation of a network's loadings between two disjoint halves of the tokens, overlap "

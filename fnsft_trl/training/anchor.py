@@ -10,6 +10,8 @@ whose gradient with respect to a logit of v is (q(v) - p(v)) / positions. A pena
 samples, in the other direction, is equation 2 of Ziegler et al. (2019, arXiv 1909.08593).
 """
 
+import random
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -163,8 +165,9 @@ class KLToBase:
         numbers = []
         for place in range(first, first + size):
             turn, number = divmod(place, count)
-            random = torch.Generator().manual_seed((self._seed * 2**32 + turn) % 2**63)
-            numbers.append(int(torch.randperm(count, generator=random)[number]))
+            order = list(range(count))
+            random.Random(f"{self._seed} {turn}").shuffle(order)
+            numbers.append(order[number])
         return numbers
 
     @staticmethod

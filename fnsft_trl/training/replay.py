@@ -10,10 +10,10 @@ the rows weighted by their learnt tokens as in any batch. Which rows these are d
 the epoch alone, so a run can be resumed, and all processes draw the same.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers.utils import logging
@@ -81,7 +81,7 @@ class Replay:
             prepare: of rows in TRL's format and their name, what is trained of them.
 
         Raises:
-            FNSFTError: the task has rows without tokens (images).
+            FNSFTError: the task has rows without tokens (images), or too few of them for the share.
         """
         if "input_ids" not in task.column_names:
             raise FNSFTError(
@@ -96,10 +96,14 @@ class Replay:
         ]
         self.replayed = sum(map(len, prepared))
         shown = ", ".join(f"{name} {len(rows)}" for name, rows in zip(self.rows, prepared, strict=True))
-        share, times = self.config.replay_share, self.sampler(0).replays / self.replayed
+        share, replays = self.config.replay_share, self.sampler(0).replays
+        if replays == 0:
+            raise FNSFTError(
+                f"replay_share is {share:g}, of which an epoch of {len(task)} rows of the task replays none; raise it"
+            )
         logger.warning(
-            f"replay: {share:.0%} of each batch are rows of {shown}, {times:.1f} times each in an epoch of "
-            f"{len(task)} rows of the task"
+            f"replay: {share:.0%} of each batch are rows of {shown}, each {replays / self.replayed:.1f} times in an "
+            f"epoch of {len(task)} rows of the task"
         )
         return concatenate_datasets([self.task, *prepared])
 
@@ -160,14 +164,15 @@ class ReplaySampler(Sampler[int]):
         self._epoch = epoch
 
     def _until(self, place: int) -> int:
-        """How many of the first rows are replayed."""
-        return int(place * self.share)
+        """How many of the first rows are replayed, to the nearest number."""
+        return int(place * self.share + Fraction(1, 2))
 
 
 def _order(count: int, seed: int, turn: int) -> list[int]:
     """A permutation that depends on a seed and a turn, which may be negative."""
-    random = torch.Generator().manual_seed((seed * 2**32 + turn) % 2**63)
-    return torch.randperm(count, generator=random).tolist()
+    order = list(range(count))
+    random.Random(f"{seed} {turn}").shuffle(order)  # torch's generator heeds 32 bits of a seed
+    return order
 
 
 def _first(rows: Dataset | IterableDataset, count: int) -> Dataset:

@@ -173,7 +173,8 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             ).of(rows)
 
         prepared = prepare(dataset, args, formatting_func, dataset_name)
-        if self.replay is None or dataset_name != "train":
+        # A text to evaluate on may be named `train` too; it comes later.
+        if self.replay is None or self.replay.task is not None or dataset_name != "train":
             return prepared
         of_text = copy.copy(args)
         of_text.dataset_text_field = "text"  # as the rows to replay have it

@@ -140,7 +140,7 @@ def test_what_is_measured_of_the_task_is_not_what_is_replayed(make, kept, tmp_pa
 
 def test_without_rows_to_replay_nothing_changes(make, kept):
     assert make(None).replay is None
-    assert type(make(None).get_train_dataloader().batch_sampler.sampler).__name__ == "SeedableRandomSampler"
+    assert not isinstance(make(None)._get_train_sampler(), ReplaySampler)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,7 @@ def test_what_cannot_be_replayed_is_refused(make, kept, tmp_path, rows):
         ({"data": stream}, "streamed"),
         ({"train_sampling_strategy": "group_by_length"}, "drop train_sampling_strategy=group_by_length"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "drop skip_prepare_dataset"),
+        ({"data": Dataset.from_list(rows[:3]), "share": 0.1}, "an epoch of 3 rows of the task replays none"),
     ):
         with pytest.raises(FNSFTError, match=message):
             make(kept, **changes)
