@@ -97,4 +97,5 @@ def test_nothing_of_the_change_lies_along_the_directions(way, text, tmp_path):
     assert changed >= (6 if way == "deltas" else 9) - 3
     assert (tmp_path / "results.json").is_file()
     told = json.loads((tmp_path / "results.json").read_text())["protection"]
-    assert 0 < told["energy"]["kept"] <= 1 and 0 < told["task_energy"] <= 1
+    assert 0 < told["energy"]["kept"] <= 1
+    assert 0 < told["task_energy"] <= 1
