@@ -16,10 +16,13 @@ CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tes
 	tests/tuner/test_model.py tests/constraints/test_constraints.py tests/training/test_trainer.py \
 	tests/training/test_refused.py tests/export/test_merged.py tests/cli/test_options.py
 
-.PHONY: demo test test-quick quality floors install clean
+.PHONY: demo study test test-quick quality floors install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
+
+study: install  ## go on with the study of forgetting (benchmarks/forgetting), at low priority: hours
+	$(BIN)/python benchmarks/forgetting
 
 test: install  ## the whole test suite
 	$(PYTEST)

@@ -64,7 +64,8 @@ ORDER = {
     "comparison": ["similarity", "fingerprint"],
     "evaluation": [
         *("config", "settings", "share", "bootstrap", "measures", "rows", "metrics", "reload", "retention", "kl"),
-        *("series", "overlap", "general", "generation", "choices", "evaluated", "harness", "evaluation"),
+        *("series", "overlap", "general", "generation", "choices", "demonstrations", "equal_learning", "paired"),
+        *("evaluated", "harness", "evaluation"),
     ],
     "training": [
         *("config", "learning_rate", "replay", "preparation", "loaded", "divergence", "batches", "full_eval", "hub"),

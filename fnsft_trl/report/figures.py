@@ -1,6 +1,7 @@
 """Figures of reports, as PNG. They need matplotlib."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
@@ -124,4 +125,42 @@ def tradeoff_figure(
     axes.grid(color="#e6ebf0", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=3)
+    return _png(figure)
+
+
+def learning_figure(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    *,
+    loss: str,
+    divergence: str,
+    targets: Mapping[str, float],
+) -> bytes:
+    """Learning against forgetting of arms with several seeds, as PNG: a curve for each arm, its seeds as dots.
+
+    Args:
+        curves: arm -> for each seed, the points (loss on the task, divergence) of its path, all paths of an arm of the
+            same length; the curve is their mean, of the divergence the geometric one.
+        loss, divergence: labels of the axes; that of the divergence is logarithmic.
+        targets: name -> loss, marked by a line.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.8), layout="constrained")
+    colors = ["#c0392b", "#3b6ea5", "#2e8b57", "#8a8f98", "#b8860b", "#7d3c98", "#1c2733", "#d98880"]
+    for (name, lines), color in zip(curves.items(), colors * len(curves), strict=False):
+        seeds = [[(x, max(y, 1e-6)) for x, y in line] for line in lines]
+        axes.scatter(*zip(*(place for line in seeds for place in line), strict=True), s=14, color=color, alpha=0.6)
+        steps = list(zip(*seeds, strict=True))
+        x = [sum(place[0] for place in step) / len(step) for step in steps]
+        y = [math.exp(sum(math.log(place[1]) for place in step) / len(step)) for step in steps]
+        axes.plot(x, y, "-", color=color, linewidth=1.6, label=name)
+    for name, value in targets.items():
+        axes.axvline(value, color="#9fb0c0", linewidth=1, linestyle="--")
+        axes.annotate(name, (value, 0.985), xycoords=("data", "axes fraction"), fontsize=8, va="top", color="#55636f")
+    axes.set_yscale("log")
+    axes.invert_xaxis()  # to the right, more is learnt
+    axes.set_xlabel(loss)
+    axes.set_ylabel(divergence)
+    axes.grid(color="#e6ebf0", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=4)
     return _png(figure)
