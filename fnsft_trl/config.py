@@ -230,7 +230,7 @@ class FunctionalNetworkConfig:
         self.ica_layers = ranges_text(self.ica_layers, "ica_layers")
         if isinstance(self.ica_datasets, str):
             self.ica_datasets = [self.ica_datasets]
-        if self.ica_select in SELECTOR_ALIASES:
+        if isinstance(self.ica_select, str) and self.ica_select in SELECTOR_ALIASES:
             self.ica_select = SELECTOR_ALIASES[self.ica_select]
 
     def threshold_rule(self) -> ThresholdRule | None:

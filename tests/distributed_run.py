@@ -87,10 +87,13 @@ def kept_near(path: Path, batch_size: int) -> dict[str, object]:
 
 
 def run_trainer(
-    method: str, folder: Path, rank: int, processes: int, *, is_sharded: bool = False
+    method: str, folder: Path, rank: int, processes: int, *, can_shard: bool = False
 ) -> dict[str, torch.Tensor]:
-    """FNSFTTrainer under DDP or FSDP2; with several processes, a batch is split over them."""
+    """FNSFTTrainer under DDP, with protection, replay and KL to the base, or where it can shard under FSDP2, without;
+    with several processes, a batch is split over them."""
 
+    is_sharded = can_shard and processes > 1
+    is_bare = can_shard or method.endswith(EXPERTS)
     args = sft_config(
         folder / f"{method}-out-{rank}",
         per_device_train_batch_size=4 // processes,
@@ -119,10 +122,8 @@ def run_trainer(
             ica_select="random",  # the same neurons however the discovery is shared among processes
             ica_fraction=0.5,
         ),
-        protection=None
-        if is_sharded or method.endswith(EXPERTS)
-        else ProtectionConfig(protect="random", protect_dims=8),
-        **({} if is_sharded or method.endswith(EXPERTS) else kept_near(folder / f"kept-{rank}.jsonl", 4 // processes)),
+        protection=None if is_bare else ProtectionConfig(protect="random", protect_dims=8),
+        **({} if is_bare else kept_near(folder / f"kept-{rank}.jsonl", 4 // processes)),
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.add_callback(RetentionCallback(trainer, ["9876543210 is it"] * 5, max_tokens=50, batch_size=2))
@@ -244,8 +245,8 @@ def main(processes: str, kind: str, folder: str) -> None:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))
         else:
-            is_sharded = kind == "accelerate" and int(processes) > 1
-            weights = run_trainer(method, Path(folder), int(rank), int(processes), is_sharded=is_sharded)
+            can_shard = kind == "accelerate"
+            weights = run_trainer(method, Path(folder), int(rank), int(processes), can_shard=can_shard)
         save_file(weights, Path(folder) / f"{method}-{rank}.safetensors")
     if int(processes) > 1:
         assert dist.get_backend() == "gloo"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.isotonic import IsotonicRegression
+from scipy.optimize import isotonic_regression
 
 from ..errors import FNSFTError
 
@@ -69,7 +69,7 @@ class Crossing:
         """
         if len(losses) < 2:
             raise FNSFTError(f"a path has {len(losses)} points; give at least the base and the trained model")
-        fitted = IsotonicRegression(increasing=False).fit_transform(np.arange(len(losses)), np.asarray(losses, float))
+        fitted = isotonic_regression(np.asarray(losses, float), increasing=False).x
         least = float(fitted[-1])
         if fitted[0] <= loss:
             raise FNSFTError(f"the base has a loss of {fitted[0]:.4f}, which reaches {loss:.4f} without any training")

@@ -276,6 +276,7 @@ class NetworkedTrainer(ProtectingTrainer):
             write_text_whole(directory / CARD_FILE, named_card(card, self._card_name, base))
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
+        self._extend_card_with_protection()
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
 

@@ -39,9 +39,7 @@ class ProtectingTrainer(RetainingTrainer):
             self._protection.begin(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """As the parent's, with a section on what is protected."""
-        super().create_model_card(*args, **kwargs)
+    def _extend_card_with_protection(self) -> None:
         if self._protection is not None and self.is_world_process_zero():
             self._protection.extend_card(Path(self.args.output_dir))
 
