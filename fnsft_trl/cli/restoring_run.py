@@ -31,7 +31,7 @@ from ..training.loaded import check_template, given_template
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from ..tuner.saved import SavedAdapter
-from ..writing import written_whole
+from ..writing import disk_errors, written_whole
 from .evaluation_run import read_data
 from .logs import hush_repetitions
 from .models import check_loading, loading_arguments, quantization_arguments
@@ -253,7 +253,7 @@ class _Run:
     def write(self, screen: Screen) -> None:
         """Write the restored one, and the report."""
         how = screen.chosen.how
-        with written_whole(self.asked.output) as scratch:
+        with disk_errors(self.asked.output), written_whole(self.asked.output) as scratch:
             scratch.mkdir()
             if how != Restoration():
                 self.changes.save(self.model, how, self.places, scratch)
