@@ -269,11 +269,12 @@ def _bring_names_to_disk(directory: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Say in one line that the disk does not take what is written, and that what was there before is still there.
+def disk_errors(path: str | os.PathLike | None = None) -> Iterator[None]:
+    """Say in one line that the disk does not take what is written.
 
     Args:
-        path: where it is to be.
+        path: of an artefact that is written as a whole, so that what was there before still is; `None` where any file
+            may be meant.
 
     Raises:
         FNSFTError: in the place of the system's error, or of the one of a library that writes by itself.
@@ -286,10 +287,14 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         told = disk_error(error)
         if told is None:
             raise
-        raise FNSFTError(
-            f"{os.fspath(path)} cannot be written ({told}); what was there before still is: make room, or choose "
-            "another place"
-        ) from error
+        if path is not None:
+            raise FNSFTError(
+                f"{os.fspath(path)} cannot be written ({told}); what was there before still is: make room, or choose "
+                "another place"
+            ) from error
+        place = getattr(error, "filename", None)
+        where = f"{os.fsdecode(place)}: " if isinstance(place, (str, bytes)) else ""
+        raise FNSFTError(f"the disk refused a file ({where}{told}); make room or choose another place") from error
 
 
 def disk_error(error: BaseException) -> str | None:

@@ -12,7 +12,8 @@ from importlib import import_module
 from .. import __version__
 from ..errors import FNSFTError
 from ..hub.credentials import hide_tokens, use_env_file
-from .endings import Ended, disk_refusals, ends_in_order
+from ..writing import disk_errors
+from .endings import Ended, ends_in_order
 from .logs import hush_libraries
 from .options.help import format_help
 
@@ -76,7 +77,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
     status 130 or 143. A token in the file `.env` of the working directory is used as one in the environment is.
     """
     try:
-        with ends_in_order(), disk_refusals():
+        with ends_in_order(), disk_errors():
             return _run_verb(verb, argv)
     except FNSFTError as error:
         message = hide_tokens(" ".join(str(error).split()))

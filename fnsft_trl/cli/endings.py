@@ -1,4 +1,4 @@
-"""How a verb ends before its time: interrupted, asked to end, or because a disk takes no more. Free of torch."""
+"""How a verb ends before its time: interrupted, or asked to end. Free of torch."""
 
 import os
 import shlex
@@ -6,9 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-from ..errors import FNSFTError
-from ..writing import NATIVE_ERRORS, disk_error
 
 
 class Ended(BaseException):
@@ -39,22 +36,6 @@ def ends_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def disk_refusals() -> Iterator[None]:
-    """Turn what a disk refuses (it is full, read only, of another user) into an error of one line."""
-    try:
-        yield
-    except FNSFTError:
-        raise
-    except (OSError, *NATIVE_ERRORS) as error:
-        told = disk_error(error)
-        if told is None:
-            raise
-        place = error.filename if isinstance(error, OSError) else None
-        where = f"{os.fsdecode(place)}: " if isinstance(place, (str, bytes)) else ""
-        raise FNSFTError(f"the disk refused a file ({where}{told}); make room or choose another place") from error
 
 
 def command(verb: str, argv: Sequence[str], *more: str) -> str:

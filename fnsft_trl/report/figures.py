@@ -28,6 +28,14 @@ def _pyplot():
     return pyplot
 
 
+def _finished(figure, axes, *, columns: int) -> bytes:
+    """A picture of one pair of axes with its legend above, in so many columns."""
+    axes.grid(color="#e6ebf0", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=columns)
+    return _png(figure)
+
+
 def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
@@ -82,10 +90,7 @@ def curves_figure(
     axes.axhline(0, color="#9fb0c0", linewidth=1, zorder=1)
     axes.set_xlabel(learning)
     axes.set_ylabel(forgetting)
-    axes.grid(color="#e6ebf0", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
-    return _png(figure)
+    return _finished(figure, axes, columns=2)
 
 
 def tradeoff_figure(
@@ -122,10 +127,7 @@ def tradeoff_figure(
     axes.set_yscale("log")
     axes.set_xlabel(loss)
     axes.set_ylabel(divergence)
-    axes.grid(color="#e6ebf0", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=3)
-    return _png(figure)
+    return _finished(figure, axes, columns=3)
 
 
 def learning_figure(
@@ -160,7 +162,4 @@ def learning_figure(
     axes.invert_xaxis()  # to the right, more is learnt
     axes.set_xlabel(loss)
     axes.set_ylabel(divergence)
-    axes.grid(color="#e6ebf0", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=4)
-    return _png(figure)
+    return _finished(figure, axes, columns=4)
