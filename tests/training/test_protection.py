@@ -186,6 +186,19 @@ def test_protect_none_is_the_run_without_it(way, template, tmp_path):
     assert not (tmp_path / "none" / PROTECTION_DIR).exists()
 
 
+@pytest.mark.parametrize("way", ["LoRA", "LoRA, some neurons"])
+def test_the_card_says_what_is_protected_and_names_no_file_that_lies_here(way, text, template, tmp_path):
+    trainer = trainer_of(way, tmp_path, protection(text), template)
+    trainer.train()
+    trainer.save_model()
+    (tmp_path / "rows.jsonl").touch()
+    trainer.create_model_card(dataset_name=str(tmp_path / "rows.jsonl"))
+    card = (tmp_path / "README.md").read_text()
+    assert "## Protected directions" in card
+    assert f"At most {trainer.protection.left():.1e}" in card
+    assert str(tmp_path / "rows.jsonl") not in card
+
+
 def test_checkpointing_and_accumulation_change_nothing(text, tmp_path):
     found = []
     for changes in (
