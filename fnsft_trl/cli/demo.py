@@ -1,10 +1,11 @@
-"""fnsft demo: an experiment that the package brings: one discovery, three ways to fine-tune, what each forgets."""
+"""fnsft demo: an experiment that the package brings: one discovery, ways to fine-tune, what each learns and forgets."""
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..occupied import REPORT
 from ..report.figures import check_pyplot
@@ -16,9 +17,15 @@ from .output import check_writable
 from .recipes import find_recipes, read_arms
 
 
+if TYPE_CHECKING:
+    from ..experiments.arms import Arm
+    from ..training.trainer import FNSFTTrainer
+
+
 ABOUT = (
     "The whole way on a real model, as an experiment that is brought along: discover its functional networks, "
-    "fine-tune it on a new task in three ways, measure what it learnt and what it forgot, and write a report. Its "
+    "fine-tune it on a new task in several ways, one of them protected, restore one of them afterwards, measure what "
+    "was learnt and what was forgotten, and write a report. Its "
     "recipes and data are written to output_dir, for `fnsft train` and `fnsft experiment`."
 )
 LOGITS_FILE = (
@@ -26,6 +33,8 @@ LOGITS_FILE = (
 )
 
 _PROBES = (8, 8)  # rows whose logits are compared after reloading, and their tokens
+_KEPT_TOKENS = 4096  # of the text to keep, from which directions are found
+_SOURCE, _RESTORED = "lora", "restored"  # the arm that is restored, and what that is called
 
 # The rows are trained as they are: question and answer, without a chat template.
 _RECIPE = """\
@@ -81,6 +90,11 @@ _ARMS = {
         _NETWORKS + "ica_rank_by: lowest\n",
     ),
     "random": ("Neuron deltas for 10% random neurons in every layer.", "4.0e-4", _NETWORKS + "ica_select: random\n"),
+    "protected": (
+        "LoRA r 8 on the MLPs, kept off the directions in which general text runs through them.",
+        "2.0e-3",
+        _LORA + f"forgetting: low\nprotect_tokens: {_KEPT_TOKENS}\n",
+    ),
 }
 _REMARK = (
     "This is one seed, one task and one control: it shows how the parts work together and proves nothing about "
@@ -123,6 +137,7 @@ def main(argv: list[str]) -> None:
     data = [_written(output / "data" / f"{name}.jsonl", found) for name, found in rows.items()]
     files, _ = find_recipes([str(_write_recipes(args, data[0], output))])
     arms = read_arms(files, {}, data=[data[1]])
+    arms.append(_restored(next(arm for arm in arms if arm.name == _SOURCE)))
     cells = run_experiment(
         arms, [args.seed], output, restart=True, also=partial(_checked, model), say=lambda text: print(f"== {text}")
     )
@@ -165,6 +180,31 @@ def _write_recipes(args: Arguments, data: str, output: Path) -> Path:
         with written_whole(path) as scratch:
             scratch.write_text(text, encoding="utf-8")
     return folder
+
+
+def _restored(source: "Arm") -> "Arm":
+    """The arm that trains nothing: what another one has trained, restored."""
+    about = {"restored": f"{source.name}, off position 0, mean", "keep": f"embedded, {_KEPT_TOKENS} tokens"}
+    return replace(source, name=_RESTORED, settings=source.settings | about, change=_restore)
+
+
+def _restore(trainer: "FNSFTTrainer", directory: Path) -> None:
+    """Give a LoRA what the arm of the same seed has trained, off the first two directions of general text, as
+    `fnsft restore` does it."""
+    from ..discovery.directions import LEADING, KeptDirections
+    from ..export.restored import AdapterChanges, Places
+    from ..interventions.restoring import Restoration
+    from ..training.protected_bases import KeptTexts
+    from ..training.protection_config import ProtectionConfig
+    from ..tuner.saved import SavedAdapter
+
+    config = ProtectionConfig(forgetting="low", protect_tokens=_KEPT_TOKENS)
+    texts = {name: text for name, (text, _) in KeptTexts(config).tokenized(trainer.processing_class).items()}
+    changes = AdapterChanges.read(SavedAdapter.read(directory.parent.parent / _SOURCE / directory.name))
+    model = trainer.model.eval()
+    with model.disable_adapter():
+        kept = KeptDirections.find(model, changes.modules, texts, leading=1)
+    changes.apply(model, Restoration(LEADING), Places({"": kept}))
 
 
 def _checked(model_path: str, trainer, directory: Path) -> dict[str, Any]:

@@ -256,10 +256,11 @@ def _task(values: Mapping[str, Any]) -> str:
 def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -> dict[str, str]:
     """The local files and folders that an arm reads, with the hash of what is in them."""
     values, config, retention = asked.values, asked.network_config, asked.retention
-    read = [config for config in (retention, asked.replay, asked.anchor) if config is not None]
+    kept = (retention, asked.replay, asked.anchor, asked.protection)
+    read = [config for config in kept if config is not None]
     names = [values["model_name_or_path"], *_names(values), *data]
     names += [source for config in read for source in config.sources().values()]
-    names += [values["chat_template_path"]] if values.get("chat_template_path") else []
+    names += [values[name] for name in ("chat_template_path", "protect_basis") if values.get(name)]
     if config is not None:
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]
     found = {}

@@ -30,6 +30,7 @@ from fnsft_trl.discovery.sketch import ActivationSketch
 from fnsft_trl.export import changed_neurons, to_merged, to_plain_lora
 from fnsft_trl.neurons.sites import linear_shape
 from fnsft_trl.training.protection import PROTECTION_DIR
+from fnsft_trl.training.protection_config import EVIDENCE
 
 
 ROWS = Dataset.from_list(tiny_rows())
@@ -327,6 +328,20 @@ def test_a_share_of_the_energy_chooses_as_many_directions_as_hold_it(text, tmp_p
     assert max(counts) < 16
     wider = trainer_of("LoRA", tmp_path, protection(text, protect_dims=0.6))
     assert wider.protection.bases.energy["kept"] < trainer.protection.bases.energy["kept"]
+
+
+def test_forgetting_low_protects_and_says_what_it_rests_on(text, tmp_path, log):
+    config = ProtectionConfig(forgetting="low", protect_datasets=[f"kept={text}"], protect_tokens=256)
+    trainer = trainer_of("LoRA", tmp_path, config)
+    trainer.train()
+    assert trainer.protection.left() <= EXACT
+    assert {each.width: each.basis.shape[1] for each in trainer.protection.bases.kept.inputs} == {16: 10, 40: 22}
+    trainer.save_model()
+    told = json.loads((tmp_path / "results.json").read_text())["protection"]
+    assert (told["protect"], told["forgetting"]) == ("subspace", "low")
+    (said,) = (record.getMessage() for record in log.records if "forgetting=low" in record.getMessage())
+    assert f"protect_datasets=kept={text}" in said
+    assert EVIDENCE in said
 
 
 def test_all_components_span_the_principal_components_of_the_same_sketch():
