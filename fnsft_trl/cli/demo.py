@@ -199,7 +199,8 @@ def _restore(trainer: "FNSFTTrainer", directory: Path) -> None:
     from ..tuner.saved import SavedAdapter
 
     config = ProtectionConfig(forgetting="low", protect_tokens=_KEPT_TOKENS)
-    texts = {name: text for name, (text, _) in KeptTexts(config).tokenized(trainer.processing_class).items()}
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    texts = {name: text for name, (text, _) in KeptTexts(config).tokenized(tokenizer).items()}
     changes = AdapterChanges.read(SavedAdapter.read(directory.parent.parent / _SOURCE / directory.name))
     model = trainer.model.eval()
     with model.disable_adapter():
