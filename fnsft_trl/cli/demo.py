@@ -1,4 +1,4 @@
-"""fnsft demo: an experiment that the package brings: one discovery, ways to fine-tune, what each learns and forgets."""
+"""fnsft demo: an experiment that the package brings: one discovery, ways to fine-tune, and what each forgets."""
 
 import json
 import time
