@@ -94,7 +94,7 @@ def test_lesioning_networks_hurts_more_than_random_neurons(model, tokenizer, tem
 def test_the_demo_runs_to_its_report(tmp_path, capsys):
     """All of `fnsft demo` with little data: too little to learn from, enough to see every part work."""
     sizes = ["--discovery_tokens", "1500", "--components", "3", "--train_rows", "24", "--test_rows", "12"]
-    sizes += ["--retention_tokens", "300"]
+    sizes += ["--retention_tokens", "300", "--keep_tokens", "300"]
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), *sizes]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())

@@ -33,7 +33,6 @@ LOGITS_FILE = (
 )
 
 _PROBES = (8, 8)  # rows whose logits are compared after reloading, and their tokens
-_KEPT_TOKENS = 4096  # of the text to keep, from which directions are found
 _SOURCE, _RESTORED = "lora", "restored"  # the arm that is restored, and what that is called
 
 # The rows are trained as they are: question and answer, without a chat template.
@@ -93,7 +92,7 @@ _ARMS = {
     "protected": (
         "LoRA r 8 on the MLPs, kept off the directions in which general text runs through them.",
         "2.0e-3",
-        _LORA + f"forgetting: low\nprotect_tokens: {_KEPT_TOKENS}\n",
+        _LORA + "forgetting: low\nprotect_tokens: {keep_tokens}\n",
     ),
 }
 _REMARK = (
@@ -101,10 +100,13 @@ _REMARK = (
     "the method. Learning rates were chosen beforehand on this task so that the arms learn about equally well. "
     "The arm lora trains LoRA on the MLPs; outside and random train 10% of the neurons of every layer as deltas: "
     "those with the lowest loadings on all networks (outside the functional networks of general text), or as many "
-    "at random. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh process. New "
+    "at random; protected trains the LoRA of lora with forgetting: low, kept off the directions of other Wikipedia "
+    "passages; restored is what lora has trained, with position 0 and the mean of these passages taken out of it "
+    "afterwards, and no training. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh process. New "
     "task: name the desk a question belongs to (arithmetic, finance, health, household, science, trivia); real "
     "questions of ASDiv, FiQA, HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English Wikipedia "
-    "passages (BoolQ), of other articles than those of the discovery."
+    "passages (BoolQ), of other articles than those that were discovered on and kept: general text of another kind is "
+    "protected in part only."
 )
 
 
@@ -118,6 +120,7 @@ def options() -> list[Option]:
         row("train_rows", "Rows of the new task to train on.", 480, lowest=1),
         row("test_rows", "Rows of the new task to test on.", 120, lowest=1),
         row("retention_tokens", "Tokens of general text to score.", 4_000, lowest=1),
+        row("keep_tokens", "Tokens of general text that what protects and restores is found from.", 4096, lowest=16),
         row("seed", "Of the data order, the adapters and the random neurons.", 0),
     ]
 
@@ -137,7 +140,7 @@ def main(argv: list[str]) -> None:
     data = [_written(output / "data" / f"{name}.jsonl", found) for name, found in rows.items()]
     files, _ = find_recipes([str(_write_recipes(args, data[0], output))])
     arms = read_arms(files, {}, data=[data[1]])
-    arms.append(_restored(next(arm for arm in arms if arm.name == _SOURCE)))
+    arms.append(_restored(next(arm for arm in arms if arm.name == _SOURCE), args.keep_tokens))
     cells = run_experiment(
         arms, [args.seed], output, restart=True, also=partial(_checked, model), say=lambda text: print(f"== {text}")
     )
@@ -164,7 +167,7 @@ def _write_recipes(args: Arguments, data: str, output: Path) -> Path:
     """Write the recipe of every arm, and give their folder."""
     folder = output / "recipes"
     sizes = {"components": args.components, "rank": max(128, args.components)}
-    sizes["discovery_tokens"] = args.discovery_tokens
+    sizes |= {"discovery_tokens": args.discovery_tokens, "keep_tokens": args.keep_tokens}
     for name, (about, learning_rate, own) in _ARMS.items():
         path = folder / f"{name}.yaml"
         text = _RECIPE.format(
@@ -182,13 +185,14 @@ def _write_recipes(args: Arguments, data: str, output: Path) -> Path:
     return folder
 
 
-def _restored(source: "Arm") -> "Arm":
+def _restored(source: "Arm", keep_tokens: int) -> "Arm":
     """The arm that trains nothing: what another one has trained, restored."""
-    about = {"restored": f"{source.name}, off position 0, mean", "keep": f"embedded, {_KEPT_TOKENS} tokens"}
-    return replace(source, name=_RESTORED, settings=source.settings | about, change=_restore)
+    about = {"restored": f"{source.name}, off position 0, mean", "keep": f"embedded, {keep_tokens} tokens"}
+    change = partial(_restore, keep_tokens)
+    return replace(source, name=_RESTORED, settings=source.settings | about, change=change)
 
 
-def _restore(trainer: "FNSFTTrainer", directory: Path) -> None:
+def _restore(keep_tokens: int, trainer: "FNSFTTrainer", directory: Path) -> None:
     """Give a LoRA what the arm of the same seed has trained, off the first two directions of general text, as
     `fnsft restore` does it."""
     from ..discovery.directions import LEADING, KeptDirections
@@ -198,13 +202,13 @@ def _restore(trainer: "FNSFTTrainer", directory: Path) -> None:
     from ..training.protection_config import ProtectionConfig
     from ..tuner.saved import SavedAdapter
 
-    config = ProtectionConfig(forgetting="low", protect_tokens=_KEPT_TOKENS)
+    config = ProtectionConfig(forgetting="low", protect_tokens=keep_tokens)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     texts = {name: text for name, (text, _) in KeptTexts(config).tokenized(tokenizer).items()}
     changes = AdapterChanges.read(SavedAdapter.read(directory.parent.parent / _SOURCE / directory.name))
     model = trainer.model.eval()
     with model.disable_adapter():
-        kept = KeptDirections.find(model, changes.modules, texts, leading=1)
+        kept = KeptDirections.find(model, changes.modules, texts, leading=0)
     changes.apply(model, Restoration(LEADING), Places({"": kept}))
 
 

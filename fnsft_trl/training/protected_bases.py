@@ -114,7 +114,7 @@ def find_bases(
     giving = {name: text for name, (text, _) in texts.items()}
     counts = None
     if giving:
-        leading = _MOST if config.is_share else 1 if config.protect == "networks" else config.leading
+        leading = _MOST if config.is_share else 0 if config.protect == "networks" else config.leading
         kept = KeptDirections.find(model, modules, giving, leading=leading, title=title)
         counts = _counts(config, kept, model, texts, title)
     elif stored is not None:
