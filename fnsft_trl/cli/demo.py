@@ -102,11 +102,11 @@ _REMARK = (
     "those with the lowest loadings on all networks (outside the functional networks of general text), or as many "
     "at random; protected trains the LoRA of lora with forgetting: low, kept off the directions of other Wikipedia "
     "passages; restored is what lora has trained, with position 0 and the mean of these passages taken out of it "
-    "afterwards, and no training. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh process. New "
-    "task: name the desk a question belongs to (arithmetic, finance, health, household, science, trivia); real "
-    "questions of ASDiv, FiQA, HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English Wikipedia "
-    "passages (BoolQ), of other articles than those that were discovered on and kept: general text of another kind is "
-    "protected in part only."
+    "afterwards, and no training. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh "
+    "process. New task: name the desk a question belongs to (arithmetic, finance, health, household, science, "
+    "trivia); real questions of ASDiv, FiQA, HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English "
+    "Wikipedia passages (BoolQ), of other articles than those that were discovered on and kept; general text of "
+    "another kind is protected in part only."
 )
 
 
