@@ -233,7 +233,8 @@ def _template(asked: TrainOptions, data: Sequence[str] | None, seed: int, direct
     plain = replace(
         asked.network_config, ica_threshold=None, ica_percentile=None, ica_zscore=None, ica_select="networks"
     )
-    return _trainer(replace(asked, network_config=plain), data, seed, directory, None).network_template
+    asked = replace(asked, network_config=plain, protection=None)
+    return _trainer(asked, data, seed, directory, None).network_template
 
 
 def _plain(value: Any) -> Any:
