@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers import instead, run_processes, sft_config, tiny_model, tiny_rows
+from helpers import instead, sft_config, tiny_model, tiny_rows
 from lm_tasks import write_tasks
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import (

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from helpers import run_processes, tiny_rows
+from helpers import tiny_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 

@@ -1,8 +1,6 @@
 """Every training feature of SFTTrainer with each of the three ways to train, and the artefacts in a fresh process."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
@@ -11,6 +9,7 @@ import torch
 from datasets import Dataset
 from helpers import ROOT, assert_only_these_changed, medium_model, sft_config, state, tiny_tokenizer
 from peft import LoraConfig
+from processes import run_python
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, find_neuron_sites
 from fnsft_trl.constraints import FrozenSlices
@@ -208,7 +207,7 @@ def test_the_saved_models_hold_the_same_in_a_fresh_process(artefacts):
     if not saved:
         pytest.skip("no model was trained in this run")
     dtypes = json.dumps({name: str(dtype).removeprefix("torch.") for name, (_, dtype, _) in saved.items()})
-    done = subprocess.run([sys.executable, "-c", RELOAD, root, dtypes], capture_output=True, text=True, check=False)
+    done = run_python("-c", RELOAD, root, dtypes)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.strip().splitlines()[-1])
     wrong = [cell for name, (cell, _, trainable) in saved.items() if results[name] != [trainable.sha256, []]]
