@@ -27,7 +27,7 @@ study: install  ## go on with the study of forgetting (benchmarks/forgetting), a
 test: install  ## the whole test suite
 	$(PYTEST)
 
-test-quick: install  ## the tests that need no real model
+test-quick: install  ## the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
 quality: install  ## lint and format check

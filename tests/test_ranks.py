@@ -73,6 +73,7 @@ print(rank, "discovery", outcome(lambda: discover_networks(model, tiny_tokenizer
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_that_of_all(tmp_path):
     told = {}
     for out in run_processes(2, "-c", PROCESS):

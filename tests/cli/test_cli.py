@@ -312,6 +312,7 @@ def test_calls_that_cannot_work_are_one_line(arguments, message, capsys, tmp_pat
     assert message in refused(arguments, capsys, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_with_its_own_command(recipe, model_dir, data, tmp_path):
     """The command on top of each recipe, with model and data replaced by local ones and two steps."""

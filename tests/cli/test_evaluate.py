@@ -86,6 +86,7 @@ def evaluate(place, *words, output="report"):
     return json.loads((place / output / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_adapter_its_merge_and_its_plain_lora_score_the_same_and_the_base_does_not(place, capsys):
     models = [f"base={place / 'tiny'}", place / "adapter", place / "merged", place / "lora"]
     data = [f"{name}={place / name}.jsonl" for name in ("qa", "chat", "text", "questions")]
@@ -148,6 +149,7 @@ def test_the_base_has_the_prompts_of_its_adapter(place, tokenizer):
     assert found["data"]["base"]["qa"]["tokens"] == found["data"]["adapter"]["qa"]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_as_it_is_saved_and_under_its_mask(place, masked_run, templates):
     data = ["--data", place / "text.jsonl", "--bootstrap_draws", 100]
     found = evaluate(place, masked_run, "--masked", *data)

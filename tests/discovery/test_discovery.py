@@ -26,6 +26,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_reading_goes_on_until_the_networks_are_reliable(tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("fnsft_trl.discovery.discovery._FIRST_CHECK", 100)
     model = tiny_model("llama")

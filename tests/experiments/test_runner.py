@@ -42,6 +42,7 @@ def place(tmp_path_factory, model_dir):
     return directory
 
 
+@pytest.mark.slow
 def test_a_report_after_kills_is_that_of_an_uninterrupted_run(place, tmp_path):
     output = tmp_path / "killed"
     found = []
@@ -103,6 +104,7 @@ def test_changed_data_is_named(copied, place, capsys):
     assert f"the content of {place / 'test.jsonl'} is not what it was" in line
 
 
+@pytest.mark.slow
 def test_restart_trains_anew_what_has_changed_and_nothing_else(copied, monkeypatch):
     edit(copied / "recipes" / "lora.yaml", learning_rate=3e-3)
     cells = {(c["arm"], c["seed"]): c for c in map(json.loads, (copied / "whole" / "cells.jsonl").open())}
@@ -111,6 +113,7 @@ def test_restart_trains_anew_what_has_changed_and_nothing_else(copied, monkeypat
         assert (cell == cells[cell["arm"], cell["seed"]]) == (cell["arm"] != "lora")
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_does_not_keep_the_others_from_being_finished(place, tmp_path, capsys, model_dir):
     folder = make_folder(tmp_path, model_dir)
     (folder / "random.yaml").unlink()
