@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from itertools import chain
 
 import psutil
@@ -229,19 +232,7 @@ def test_one_seed_is_said_to_be_one(copied):
 @pytest.mark.slow
 def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began_them(place, tmp_path):
     output = tmp_path / "two"
-    command = [
-        sys.executable,
-        "-m",
-        "fnsft_trl.cli",
-        "experiment",
-        str(place / "recipes"),
-        "--output_dir",
-        str(output),
-    ]
-    with subprocess.Popen([*command, "--jobs", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        while len(list(output.glob("arms/*/*"))) < 2:
-            assert process.poll() is None
-            time.sleep(0.05)
+    with two_jobs(place, output) as process:
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert len(children) >= 2
@@ -249,6 +240,40 @@ def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began
     assert not alive
     assert run(place / "recipes", output, "--jobs", "2") == 0
     assert report(output) == report(place / "whole")
+
+
+@contextmanager
+def two_jobs(place, output, **settings):
+    """A process that trains in two others, of which each has begun; it does not outlive the test."""
+    words = ["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"]
+    command = [sys.executable, "-m", "fnsft_trl.cli", *words]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **settings) as process:
+        try:
+            while len(list(output.glob("arms/*/*"))) < 2:
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["all", "the first"])
+def test_several_jobs_that_are_interrupted_say_so_once_and_at_once(to, place, tmp_path):
+    output = tmp_path / "two"
+    with two_jobs(place, output, stderr=subprocess.PIPE, start_new_session=True) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        (os.killpg if to == "all" else os.kill)(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("fnsft ")]
+    asked = shlex.join(["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"])
+    assert lines == [f"fnsft experiment: interrupted; what was finished is kept, go on with `fnsft {asked}`"]
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    cells = output / "cells.jsonl"
+    assert len(cells.read_text().splitlines() if cells.exists() else []) < len(ARMS) * 2
 
 
 def test_each_process_has_an_accelerator_of_its_own():
