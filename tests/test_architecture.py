@@ -76,6 +76,7 @@ ORDER = {
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf"],
     "report": ["report", "figures"],
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
+    "continual": ["transfer"],
     "cli": [
         *("output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
         *("auth", "inspect", "env", "compare", "export", "discover", "evaluation_report", "evaluation_run"),
