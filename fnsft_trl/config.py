@@ -3,96 +3,21 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .combinations import ANTI_DRIFT_ERRORS, COMBINATIONS, NETWORK_SELECTORS, TrainingPlan, check_combinations
 from .errors import FNSFTError
 from .fields import check_fields, documented, fits, is_free_text, option
 from .ranges import format_ranges, is_open, parse_ranges, ranges_text
+from .threshold import THRESHOLD_RULES, ThresholdRule
 
 
 SITES = ("mlp_intermediate", "mlp_output")
 # More than any template has, and few enough to be listed.
 _MOST_NETWORKS = 10_000
-THRESHOLD_RULES = {"percentile": 98.0, "layer_percentile": 98.0, "zscore": 1.96, "zscore_positive": 1.96}
-
-
-@dataclass(frozen=True)
-class ThresholdRule:
-    """Which neurons belong to a network, given its loadings.
-
-    Attributes:
-        rule (`str`): `"percentile"`: |loading| over this percentile of all layers together. `"layer_percentile"`: over
-            that of the neuron's own layer. `"zscore"`: |z| over the value, with z the loading standardised over all
-            layers. `"zscore_positive"`: z over the value, one-sided (Liu et al. 2025, arXiv 2502.20408, use 1.96).
-        value (`float`): the percentile, in (0, 100), or the z, above 0.
-
-    Raises:
-        FNSFTError: an unknown rule, or a value out of range.
-    """
-
-    rule: str = "percentile"
-    value: float = THRESHOLD_RULES["percentile"]
-
-    def __post_init__(self) -> None:
-        if self.rule not in THRESHOLD_RULES:
-            raise FNSFTError(
-                f"threshold rule {self.rule!r} is unknown; it must be one of: {', '.join(THRESHOLD_RULES)}"
-            )
-        highest = float("inf") if self.rule.startswith("zscore") else 100
-        valid = isinstance(self.value, (int, float)) and not isinstance(self.value, bool) and 0 < self.value < highest
-        if not valid:
-            raise FNSFTError(
-                f"the value of threshold rule {self.rule} is {self.value!r}; it must be in (0, {highest})"
-            )
-
-    def __str__(self) -> str:
-        return {
-            "percentile": f"|loading| over percentile {self.value:g}, all layers together",
-            "layer_percentile": f"|loading| over percentile {self.value:g} of the neuron's layer",
-            "zscore": f"|z-scored loading| over {self.value:g}",
-            "zscore_positive": f"z-scored loading over {self.value:g}",
-        }[self.rule]
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What one combination of switches comes to.
-
-    Attributes:
-        method (`str`): `"neuron_delta"`, `"lora"` or `"full"`.
-        train (`str`): `"all"`, `"selected"` or `"unselected"`: which neurons' weights may change.
-        mask_mode (`str` or `None`): the forward intervention during training.
-    """
-
-    method: str
-    train: str
-    mask_mode: str | None
-
-
-# (mask_mode, train_neurons) -> (what trains, or None with the reason why the combination is an error).
-# `by anti-drift`: held exactly when `anti_drift_row_param` is on; by the forward mask alone when it is off.
-COMBINATIONS: dict[tuple[str | None, str], tuple[str | None, str]] = {
-    (None, "auto"): ("selected", "the selected neurons"),
-    (None, "all"): (
-        None,
-        "no mask and every neuron trainable: the networks would change nothing; drop network_config",
-    ),
-    (None, "selected"): ("selected", "the selected neurons"),
-    (None, "unselected"): ("unselected", "all but the selected neurons"),
-    ("lesion", "auto"): ("unselected", "all but the lesioned neurons, by anti-drift"),
-    ("lesion", "all"): ("all", "everything; the lesioned neurons get no gradient, but weight decay can move them"),
-    ("lesion", "selected"): (None, "lesioned neurons get no gradient, so nothing selected could learn"),
-    ("lesion", "unselected"): ("unselected", "all but the lesioned neurons"),
-    ("preserve", "auto"): ("selected", "the preserved neurons, by anti-drift"),
-    ("preserve", "all"): ("all", "everything; the silenced neurons get no gradient, but weight decay can move them"),
-    ("preserve", "selected"): ("selected", "the preserved neurons"),
-    ("preserve", "unselected"): (None, "preserve silences all unselected neurons, so none of them could learn"),
-}
-
-# (train_method, anti_drift_apply_to) -> the reason why the combination is an error. Cells not listed are fine.
-ANTI_DRIFT_ERRORS: dict[tuple[str, str], str] = {
-    ("lora", "base"): "under LoRA the base weights never train, so only the adapter can drift: use lora, both or auto",
-    ("full", "lora"): "full fine-tuning has no LoRA weights to hold: use base, both or auto",
-    ("neuron_delta", "lora"): "neuron deltas have no LoRA weights to hold: use base, both or auto",
-}
+# Those that look at networks, and those that rank all neurons by something else.
+SELECTORS = (*NETWORK_SELECTORS, "random", "activation_rms", "contrast", "gradient_conflict")
+SELECTOR_ALIASES = {"activation": "activation_rms"}
+RANDOM_SELECTORS = ("random", "layer_shuffled")  # that draw by a seed
+MEASURED_SELECTORS = ("surrogate", "contrast", "gradient_conflict")  # that read text of their own
 
 
 @documented
@@ -160,8 +85,21 @@ class FunctionalNetworkConfig:
     )
     ica_standardize: str = option(
         "center",
-        "`center`: subtract each neuron's mean. `zscore`: also divide by its standard deviation.",
-        choices=("center", "zscore"),
+        "`center`: subtract each neuron's mean. `layer`: also divide each layer by its RMS, so that all layers count "
+        "alike. `zscore`: also divide each neuron by its standard deviation.",
+        choices=("center", "layer", "zscore"),
+    )
+    ica_decomposition: str = option(
+        "ica",
+        "What is made of the sketch: `ica` (independent components), or a control of it: `pca` (principal components) "
+        "or `kmeans` (clusters of neurons by their loadings on the principal components; a neuron's loading is its "
+        "cosine to the centroid).",
+        choices=("ica", "pca", "kmeans"),
+    )
+    ica_surrogate: bool = option(
+        False,
+        "Shift the activations of each neuron in time by itself, within the sequences that are read together "
+        "(`ica_batch_size`): networks without co-activation, a control.",
     )
     ica_contrast: str = option(
         "logcosh", "FastICA's contrast function: `logcosh`, `cube` or `exp`.", choices=("logcosh", "cube", "exp")
@@ -203,6 +141,9 @@ class FunctionalNetworkConfig:
         "they get no loading.",
         above=1,
     )
+    ica_store_basis: int | None = option(
+        None, "Keep this many leading directions of MLP inputs, too, for `protect`.", least=1, most=2000
+    )
     ica_batch_size: int = option(4, "Sequences per forward pass of the discovery.", least=1)
     ica_max_length: int = option(512, "Longest sequence of the discovery, in tokens.", least=2)
     ica_seed: int = option(0, "Seed of the reservoir, of FastICA's start and of random selections.", least=0)
@@ -211,8 +152,12 @@ class FunctionalNetworkConfig:
     )
     ica_select: str = option(
         "networks",
-        "`networks`; or a control: `random`, `activation` (by RMS on the calibration text).",
-        choices=("networks", "random", "activation"),
+        "`networks`; or a control: `random`; `layer_shuffled` (as many neurons of every layer as the networks have "
+        "there, others); `surrogate` (networks of activations shifted in time); `activation_rms` (by RMS on the "
+        "calibration text; `activation` is the same); `contrast` (used by the training data, and not by the "
+        "calibration text); `gradient_conflict` (whose gradients on the training data and on `ica_datasets` point "
+        "against each other).",
+        choices=(*SELECTORS, *SELECTOR_ALIASES),
     )
     ica_fraction: float | None = option(
         None,
@@ -266,7 +211,7 @@ class FunctionalNetworkConfig:
     def __post_init__(self) -> None:
         self._normalise()
         check_fields(self)
-        self._check_combinations()
+        check_combinations(self)
 
     def _normalise(self) -> None:
         """Bring values that may be written in several ways, as on a command line, into one form."""
@@ -285,36 +230,8 @@ class FunctionalNetworkConfig:
         self.ica_layers = ranges_text(self.ica_layers, "ica_layers")
         if isinstance(self.ica_datasets, str):
             self.ica_datasets = [self.ica_datasets]
-
-    def _check_combinations(self) -> None:
-        if self.ica_template_revision is not None and self.ica_template_path is None:
-            raise FNSFTError("ica_template_revision without ica_template_path has no effect; give both or drop it")
-        self.threshold_rule()
-        if self.ica_min_reliability and (self.ica_component_ids is not None or self.ica_select != "networks"):
-            raise FNSFTError("ica_min_reliability chooses networks; drop it, or ica_component_ids and ica_select")
-        if self.ica_rank < self.ica_components:
-            raise FNSFTError(
-                f"ica_rank is {self.ica_rank}, below ica_components ({self.ica_components}): the sketch must hold at "
-                "least as many directions as there are components"
-            )
-        if self.ica_select != "networks" and self.ica_fraction is None:
-            raise FNSFTError(f"ica_select={self.ica_select} needs ica_fraction: the share of every layer to select")
-        if self.ica_select != "networks" and self.ica_component_ids is not None:
-            raise FNSFTError(f"ica_select={self.ica_select} takes no networks; drop ica_component_ids or ica_select")
-        if self.ica_rank_by == "lowest" and self.ica_fraction is None:
-            raise FNSFTError("ica_rank_by=lowest needs ica_fraction: the share of every layer to select")
-        if self.ica_rank_by == "lowest" and self.ica_select == "random":
-            raise FNSFTError("ica_rank_by=lowest has no effect on ica_select=random, which ranks nothing; drop one")
-        if not self.mask_eval and self.mask_mode is None:
-            raise FNSFTError("mask_eval=false has no effect without a mask_mode; drop it")
-        if not self.anti_drift_row_param and (self.mask_mode is None or self.train_neurons != "auto"):
-            raise FNSFTError(
-                "anti_drift_row_param=false has an effect only with a mask_mode and train_neurons=auto; without them "
-                "the neurons that do not train are always held exactly; drop it"
-            )
-        outcome, reason = COMBINATIONS[self.mask_mode, self.train_neurons]
-        if outcome is None:
-            raise FNSFTError(f"mask_mode={self.mask_mode or 'null'} with train_neurons={self.train_neurons}: {reason}")
+        if isinstance(self.ica_select, str) and self.ica_select in SELECTOR_ALIASES:
+            self.ica_select = SELECTOR_ALIASES[self.ica_select]
 
     def threshold_rule(self) -> ThresholdRule | None:
         """The rule that the three threshold fields ask for; `None` when none of them is set.
@@ -377,9 +294,21 @@ class FunctionalNetworkConfig:
 
     def discovery_settings(self) -> dict[str, Any]:
         """The settings that a template depends on, as they stand in its `config.json`."""
-        kept = ("components", "layers", "variant", "standardize", "contrast", "backend", "dtype", "rank")
+        kept = (
+            "components",
+            "layers",
+            "variant",
+            "standardize",
+            "decomposition",
+            "surrogate",
+            "contrast",
+            "backend",
+            "dtype",
+            "rank",
+        )
         kept += ("max_tokens", "until_reliable", "template_samples_per_ds", "reservoir", "skip_tokens", "skip_special")
         kept += ("drop_massive", "batch_size", "max_length", "seed")
+        kept += () if self.ica_store_basis is None else ("store_basis",)
         return {f"ica_{name}": getattr(self, f"ica_{name}") for name in kept}
 
     def to_dict(self) -> dict[str, Any]:

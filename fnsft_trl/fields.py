@@ -12,7 +12,8 @@ from .errors import FNSFTError
 
 _KINDS = {
     **{bool: "true or false", int: "a whole number", float: "a finite number", str: "text"},
-    **{list[int]: "a list of one or more whole numbers", list[str]: "a list of one or more texts"},
+    **{list[int]: "a list of one or more whole numbers", list[float]: "a list of one or more finite numbers"},
+    list[str]: "a list of one or more texts",
 }
 _WIDTH = 119
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import shutil
 import tempfile
@@ -46,6 +47,14 @@ def own_environment():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What the package logs."""
+    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
+    caplog.set_level("WARNING")
+    return caplog
 
 
 @pytest.fixture(autouse=True, scope="session")

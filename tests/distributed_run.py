@@ -6,6 +6,7 @@ Trains a small model by each method, in float64 (so that the order of additions 
 process holds at the end to FOLDER/METHOD-RANK.safetensors.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fnsft_trl import (
+    AnchorConfig,
     FNSFTError,
     FNSFTTrainer,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
+    ProtectionConfig,
+    ReplayConfig,
     RetentionCallback,
     constrain_full,
     constrain_lora,
@@ -75,11 +79,21 @@ def merged(method: str, weights: dict[str, torch.Tensor], config: PeftConfig | N
     return whole(model.merge_and_unload())
 
 
-def run_trainer(
-    method: str, folder: Path, rank: int, processes: int, *, is_sharded: bool = False
-) -> dict[str, torch.Tensor]:
-    """FNSFTTrainer under DDP or FSDP2; with several processes, a batch is split over them."""
+def kept_near(path: Path, batch_size: int) -> dict[str, object]:
+    """Rows to replay, and general text on which to stay near the base, all of one length."""
+    path.write_text("".join(json.dumps({"text": f"{number} is {number}"}) + "\n" for number in range(1000, 1012)))
+    anchor = AnchorConfig(kl_to_base=0.5, kl_datasets=[f"text={path}"], kl_batch_size=batch_size)
+    return {"replay": ReplayConfig(replay_datasets=[f"text={path}"], replay_share=0.25), "anchor": anchor}
 
+
+def run_trainer(
+    method: str, folder: Path, rank: int, processes: int, *, can_shard: bool = False
+) -> dict[str, torch.Tensor]:
+    """FNSFTTrainer under DDP, with protection, replay and KL to the base, or where it can shard under FSDP2, without;
+    with several processes, a batch is split over them."""
+
+    is_sharded = can_shard and processes > 1
+    is_bare = can_shard or method.endswith(EXPERTS)
     args = sft_config(
         folder / f"{method}-out-{rank}",
         per_device_train_batch_size=4 // processes,
@@ -108,6 +122,8 @@ def run_trainer(
             ica_select="random",  # the same neurons however the discovery is shared among processes
             ica_fraction=0.5,
         ),
+        protection=None if is_bare else ProtectionConfig(protect="random", protect_dims=8),
+        **({} if is_bare else kept_near(folder / f"kept-{rank}.jsonl", 4 // processes)),
     )
     trainer.network_template.save_pretrained(folder / f"{method}-template-{rank}")
     trainer.add_callback(RetentionCallback(trainer, ["9876543210 is it"] * 5, max_tokens=50, batch_size=2))
@@ -229,8 +245,8 @@ def main(processes: str, kind: str, folder: str) -> None:
         if kind == "fsdp2":
             weights = run_fsdp2(method, int(processes))
         else:
-            is_sharded = kind == "accelerate" and int(processes) > 1
-            weights = run_trainer(method, Path(folder), int(rank), int(processes), is_sharded=is_sharded)
+            can_shard = kind == "accelerate"
+            weights = run_trainer(method, Path(folder), int(rank), int(processes), can_shard=can_shard)
         save_file(weights, Path(folder) / f"{method}-{rank}.safetensors")
     if int(processes) > 1:
         assert dist.get_backend() == "gloo"

@@ -5,16 +5,18 @@ import json
 import re
 import shlex
 import textwrap
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from api_reference import api_reference
 from architectures import architectures_table
 from helpers import ROOT, instead, tiny_rows
 from hub import ORG
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
 from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
 from fnsft_trl.cli import VERBS, main
@@ -32,6 +34,7 @@ QUICK = {
     "evaluate": "--bootstrap_draws 100",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
+    "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
     "train": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_rank 8 --max_length 32 --disable_tqdm true",
 }
 
@@ -92,6 +95,35 @@ def _adapter(model_dir: Path, directory: Path) -> Path:
     return directory
 
 
+def _lora(model_dir: Path, directory: Path) -> Path:
+    """A LoRA of the small model that has learnt the rows of `first.jsonl`, saved with its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    modules = ["gate_proj", "up_proj", "down_proj"]
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    rows = [row["prompt"] + row["completion"] + "<eos>" for row in FILES["first.jsonl"]]
+    batch = tokenizer(rows, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for _ in range(20):
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _tuned(model_dir: Path, directory: Path) -> Path:
+    """The same as a whole model."""
+    adapter = _lora(model_dir, directory / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter)
+    model.merge_and_unload().save_pretrained(directory / "merged")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(directory / "merged")
+    return directory / "merged"
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, model_dir, hub):
     """A working directory in which the names that the documentation gives are those of tiny models and data."""
@@ -123,18 +155,25 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
             arguments = [word.replace("--max_tokens", "--ica_max_tokens") for word in arguments]
         if verb == "export":
             arguments[0] = str(_adapter(model_dir, workplace / "adapter"))
+        if verb == "restore":
+            tuned = "--base" in arguments
+            arguments[0] = str((_tuned if tuned else _lora)(model_dir, workplace / f"lora-{tuned}"))
+            arguments += ["--tolerance", "0.5"] if "--task" in arguments else []
         if verb == "evaluate" and "--retention_datasets" in arguments:
             arguments = instead(arguments, "--retention_tokens", "200")
         if verb == "train":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+            if "--protect" in arguments:
+                arguments = instead(arguments, "--protect_dims", "3", "--protect_tokens", "100")
         if verb == "experiment":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
         if "--texts" in arguments:
             arguments = instead(arguments, "--texts", "roneneldan/TinyStories", "--model_a", str(model_dir))
             arguments += ["--model_b", str(model_dir)]
-        assert main([verb, *instead(arguments, *shlex.split(QUICK.get(verb, "")))]) == 0, words
+        quick = "" if "--basis_only" in arguments else QUICK.get(verb, "")  # finds no networks
+        assert main([verb, *instead(arguments, *shlex.split(quick))]) == 0, words
 
 
 def snippets() -> list:
@@ -163,10 +202,19 @@ def _of_prompts(example: str) -> str:
 
 
 @pytest.mark.parametrize("code", snippets())
-def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten):
-    """Alone, with nothing defined before it. What is tiny is the model and the data of that name."""
+def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten, monkeypatch):
+    """Alone, with nothing defined before it. What is tiny is the model and the data of that name, and what is short
+    every training."""
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, _Soon])
     template_of_ten.save_pretrained("ica_templates")
     exec(compile(code, "snippet", "exec"), {"__name__": "__main__"})
+
+
+class _Soon(TrainerCallback):
+    """Ends a training after two steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 2
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +278,18 @@ def test_the_lines_that_install_are_those_of_the_makefile():
     assert len(lines) == 3
     for line in lines:
         assert line in makefile
+
+
+def test_the_oldest_versions_that_are_named_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])
+    named = (
+        (ROOT / "docs" / "installation.md").read_text().partition("the oldest that work: ")[2].partition(". `make")[0]
+    )
+    found = dict(item.split() for item in " ".join(named.split()).split(", "))
+    assert found == {name: floors[name.lower()] for name in found}
+    assert {"trl", "peft", "transformers", "accelerate", "torch"} <= {name.lower() for name in found}
+    assert project["requires-python"] == ">=3.11"
 
 
 def test_the_table_of_architectures_is_that_of_the_tests():

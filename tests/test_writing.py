@@ -67,8 +67,8 @@ def test_all_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
         for name in ("a", "b/c"):
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(name)
-    numbers = {(tmp_path / "folder" / name).stat().st_ino for name in ("a", "b/c")}
-    assert (set(done[:2]), done[2:]) == (numbers, ["renamed"])
+    numbers = {(tmp_path / "folder" / name).stat().st_ino for name in ("", "a", "b", "b/c")}
+    assert (set(done[:4]), done[4:]) == (numbers, ["renamed", tmp_path.stat().st_ino])
 
 
 def test_others_may_read_what_the_user_lets_them_read(tmp_path):

@@ -4,12 +4,16 @@ A verb is a module with `ABOUT`, what it does; `options()`, the rows of its opti
 """
 
 import difflib
+import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
 from ..errors import FNSFTError
 from ..hub.credentials import hide_tokens, use_env_file
+from ..writing import disk_errors
+from .endings import Ended, ends_in_order
 from .logs import hush_libraries
 from .options.help import format_help
 
@@ -21,11 +25,13 @@ VERBS = {
     "compare": "find the networks of one template in another",
     "evaluate": "score models on rows, general text and tasks, and compare them",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
+    "restore": "take a fine-tune back where it touches text that is to be kept, without training",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
     "env": "show versions, devices and settings, for a report of a fault",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
+_RESUMABLE = ("train", "discover", "experiment", "demo")  # which go on where they were interrupted
 
 
 def _help() -> str:
@@ -67,23 +73,42 @@ def convert_gguf() -> int:
 def run_verb(verb: str, argv: list[str]) -> int:
     """Run a verb with its arguments; an [`FNSFTError`] becomes one line on standard error and status 2.
 
-    A token in the file `.env` of the working directory is used as one in the environment is.
+    So does what a disk refuses. Interrupted or asked to end, it says in one line what is saved and how to go on, with
+    status 130 or 143. A token in the file `.env` of the working directory is used as one in the environment is.
     """
     try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise FNSFTError(f"there is no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
-        if verb not in ("auth", "env"):  # which say whether a token comes from that file
-            use_env_file()
-        hush_libraries()
-        module = import_module(f".{verb}", __package__)
-        if {"-h", "--help"} & set(argv):
-            print(format_help(verb, module.ABOUT, module.options()))
-        else:
-            module.main(argv)
+        with ends_in_order(), disk_errors():
+            return _run_verb(verb, argv)
     except FNSFTError as error:
         message = hide_tokens(" ".join(str(error).split()))
         print(f"fnsft {verb}: error: {message}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, Ended) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nfnsft {verb}: {_interrupted(verb, argv)}", file=sys.stderr)  # below a bar
+        return 143 if isinstance(error, Ended) else 130
+
+
+def _run_verb(verb: str, argv: list[str]) -> int:
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise FNSFTError(f"there is no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
+    if verb not in ("auth", "env"):  # which say whether a token comes from that file
+        use_env_file()
+    hush_libraries()
+    module = import_module(f".{verb}", __package__)
+    if {"-h", "--help"} & set(argv):
+        print(format_help(verb, module.ABOUT, module.options()))
+    else:
+        module.main(argv)
     return 0
+
+
+def _interrupted(verb: str, argv: list[str]) -> str:
+    """What is saved of a verb that was interrupted, and the command that goes on from there."""
+    told = "interrupted; nothing was left half written"
+    if verb in _RESUMABLE:
+        with suppress(FNSFTError):  # before its options were read
+            told = import_module(f".{verb}", __package__).interrupted(argv)
+    return hide_tokens(" ".join(told.split()))

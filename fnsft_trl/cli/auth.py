@@ -2,7 +2,7 @@
 
 from ..errors import FNSFTError
 from ..hub.account import HubAccount, whose_token
-from ..hub.credentials import ENV_FILE, HubToken, find_token
+from ..hub.credentials import ENV_FILE, TOKEN_HELP, HubToken, find_token
 from .options.arguments import read_arguments
 from .options.schema import Option, row
 
@@ -17,7 +17,7 @@ _ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-graine
 
 def options() -> list[Option]:
     """The options of the verb."""
-    return [row("hub_token", "The token that an upload would be given by this option.")]
+    return [row("hub_token", f"The token that an upload would be given by this option. {TOKEN_HELP}")]
 
 
 def main(argv: list[str]) -> None:

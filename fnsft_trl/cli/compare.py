@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FNSFTError
+from ..occupied import REPORT
 from ..report import Report, format_table
 from ..report.figures import check_pyplot, comparison_figure
 from ..template import FunctionalNetworkTemplate
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     if args.texts is None and idle:
         raise FNSFTError(f"{', '.join(idle)}: read only with texts, the text to load models for; give it or drop them")
     loading = LoadingConfig(**args.of(LoadingConfig))
-    output = check_writable(args.output_dir)
+    output = check_writable(args.output_dir, REPORT)
     check_pyplot()
     if args.texts is not None:
         from .models import check_loading

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..occupied import REPORT
 from ..report.figures import check_pyplot
 from ..writing import written_whole
+from .endings import command
 from .options.arguments import Arguments, read_arguments
 from .options.schema import Option, row
 from .output import check_writable
@@ -108,7 +110,7 @@ def options() -> list[Option]:
 
 def main(argv: list[str]) -> None:
     args = read_arguments(argv, options())
-    output = check_writable(args.output_dir)
+    output = check_writable(args.output_dir, REPORT)
     check_pyplot()
     started = time.monotonic()
 
@@ -129,6 +131,11 @@ def main(argv: list[str]) -> None:
     print(compare_arms(arms, cells, output, title=f"fnsft demo: {args.model_name_or_path}", remark=_REMARK))
     seconds = round(time.monotonic() - started)
     print(f"Report: {output / 'report.html'} (also report.md, results.json), {seconds} s")
+
+
+def interrupted(argv: list[str]) -> str:
+    """How to go on with one that was interrupted."""
+    return f"interrupted; what was finished is kept, go on with {command('demo', argv)}"
 
 
 def _written(path: Path, rows: list[dict[str, str]]) -> str:

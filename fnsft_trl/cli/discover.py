@@ -1,17 +1,26 @@
 """fnsft discover MODEL DATASET...: find functional networks and save them as a template."""
 
 import re
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ..config import FunctionalNetworkConfig
 from ..data.config import DataConfig
 from ..errors import FNSFTError
+from ..occupied import TEMPLATE
+from ..training.protection_config import DIMS
+from ..writing import disk_errors, files_written_whole
+from .endings import command
 from .options.arguments import read_arguments
 from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, describe, row
 from .output import check_writable
 from .pushing import PUSH_OPTIONS, push_arguments
 
+
+PROGRESS = ".progress"  # in output_dir
 
 ABOUT = "Find the functional networks of a model and save them as a template."
 
@@ -46,6 +55,12 @@ def options() -> list[Option]:
         row("license", "Id of a license for the model card, for instance mit."),
         row("dataset_split", "Split of the datasets to read.", "train"),
         row("resume", "Go on with an interrupted discovery in output_dir.", False),
+        row(
+            "basis_only",
+            "Find no networks, but the leading directions of the inputs of all linear layers, for `protect_basis`; "
+            f"{DIMS} of each, or as many as ica_store_basis says.",
+            False,
+        ),
         *PUSH_OPTIONS,
         *(option for option in describe(DataConfig) if option.name in _DATA_FIELDS),
         *loading_options(),
@@ -69,8 +84,11 @@ def main(argv: list[str]) -> None:
     config = FunctionalNetworkConfig(**args.of(FunctionalNetworkConfig))
     data_config = DataConfig(**args.of(DataConfig))
     loading = LoadingConfig(**args.of(LoadingConfig))
-    output_dir = check_writable(args.output_dir)
-    push = push_arguments(args)
+    read = {f"the dataset {name}": name for name in args.datasets}
+    output_dir = check_writable(args.output_dir, TEMPLATE, {"the model": args.model_name_or_path, **read})
+    if args.basis_only:
+        _check_basis_only(args)
+    push = push_arguments(args, TEMPLATE)
 
     import torch
     from accelerate import PartialState
@@ -78,7 +96,7 @@ def main(argv: list[str]) -> None:
     from ..compat.accelerate import parse_flag_from_env
     from ..data.prompts import set_chat_template
     from ..data.sources import load_texts
-    from ..discovery import discover_group
+    from ..discovery import clear_progress, discover_group
     from .models import check_loading, load_model_and_tokenizer
     from .templates import save_template
 
@@ -97,22 +115,55 @@ def main(argv: list[str]) -> None:
         )
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, loading, device=state.device)
     set_chat_template(tokenizer, data_config.template_format, data_config.prompt_template)
-    template, of_datasets = discover_group(
-        model, tokenizer, texts, config, progress_dir=output_dir / ".progress", resume=args.resume
-    )
+    if args.basis_only:
+        from .basis import find_basis
+
+        find_basis(model, tokenizer, texts, config, output_dir, push=push, is_main=state.is_main_process)
+        return
+    progress = output_dir / PROGRESS
+    template, of_datasets = discover_group(model, tokenizer, texts, config, progress_dir=progress, resume=args.resume)
     # Nothing is exchanged from here on, and a process that ends in a group it has not left can abort.
     state.wait_for_everyone()
     state.destroy_process_group()
     if not state.is_main_process:
         return
     template.license = args.license
-    for number, (name, part) in enumerate(of_datasets.items()):
-        part.save_pretrained(output_dir / "datasets" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
     save_template(template, output_dir)
+    _save_parts(of_datasets, output_dir / "datasets")
+    clear_progress(progress)
+    with suppress(OSError):
+        progress.rmdir()
     _show(template)
     if push is not None:
         url = template.push_to_hub(**push)
         print(f"Pushed to: {url}")
+
+
+def _check_basis_only(args) -> None:
+    """Refuse what has no effect where no networks are found."""
+    read = {"ica_store_basis", "ica_max_tokens", "ica_max_length", "ica_batch_size", "ica_template_samples_per_ds"}
+    idle = [name for name in args.given if name.startswith("ica_") and name not in read]
+    idle += [name for name in ("resume", "license") if name in args.given]
+    if idle:
+        raise FNSFTError(f"{min(idle)} has no effect with basis_only, which finds no networks; drop one of them")
+
+
+def _save_parts(templates: dict[str, Any], directory: Path) -> None:
+    """Save the templates of the single datasets, in the place of those of an older discovery."""
+    if not templates and not any(directory.glob("[0-9]*-*/template.safetensors")):
+        return
+    older = ("[0-9]-*", "[0-9][0-9]-*")
+    with disk_errors(directory), files_written_whole(directory, owned=older, exchanged=True) as scratch:
+        for number, (name, template) in enumerate(templates.items()):
+            template.save_pretrained(scratch / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}")
+
+
+def interrupted(argv: list[str]) -> str:
+    """What is saved of a discovery that was interrupted, and how to go on."""
+    progress = Path(read_arguments(argv, options()).output_dir).expanduser() / PROGRESS
+    if not any(progress.glob("batch-*/process-0.safetensors")):
+        return "interrupted; nothing was saved yet"
+    return f"interrupted; how far it was is saved, go on with {command('discover', argv, '--resume')}"
 
 
 def _show(template) -> None:

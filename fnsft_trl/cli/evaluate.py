@@ -4,7 +4,7 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..config import FunctionalNetworkConfig
+from ..config import MEASURED_SELECTORS, FunctionalNetworkConfig
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
 from ..evaluation.settings import EvaluationConfig
@@ -103,6 +103,11 @@ def _check(args: Arguments) -> None:
         idle = [each for each in dependent if each in args.given]
         if idle and not vars(args)[name]:
             raise FNSFTError(f"{', '.join(idle)}: no effect without {name}; give it, or drop them")
+    if args.ica_select in MEASURED_SELECTORS:
+        raise FNSFTError(
+            f"ica_select={args.ica_select} is measured on the rows of a training, which an evaluation does not have; "
+            "take another selector, or score the run that selected so under its own mask (masked)"
+        )
     if args.apply_chat_template and not (args.data or args.tasks):
         raise FNSFTError("apply_chat_template: no effect without data or tasks; drop it")
     if args.num_fewshot is not None and args.num_fewshot < 0:

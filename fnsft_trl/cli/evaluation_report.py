@@ -58,13 +58,13 @@ def write_report(results: list, settings: EvaluationConfig, output: Path, about:
         printed += [f"Differences from {first.name}:", format_table(*table)]
     report.text(_NOTE)
     _describe(report, results, about)
-    report.save(output, _content(results, settings, about, values, differences))
-    with (output / "scores.jsonl").open("w", encoding="utf-8") as lines:
-        for each in results:
-            for data, of_rows in each.scores.rows.items():
-                for entry in of_rows:
-                    line = _finite({"model": each.name, "data": data, **entry})
-                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    scores = "".join(
+        json.dumps(_finite({"model": each.name, "data": data, **entry}), ensure_ascii=False) + "\n"
+        for each in results
+        for data, of_rows in each.scores.rows.items()
+        for entry in of_rows
+    )
+    report.save(output, _content(results, settings, about, values, differences), beside={"scores.jsonl": scores})
     print("\n\n".join([*printed, _NOTE, f"Report: {output / 'report.html'} (also report.md, results.json)"]))
 
 
@@ -127,11 +127,12 @@ def _describe(report: Report, results: list, about: dict[str, Any]) -> None:
     for task, found in results[0].tasks.items():
         shots = f"{found['num_fewshot']} examples before each question"
         report.text(f"Task {task} of lm-eval, version {found['version']}: {found['rows']} rows, {shots}.")
-    versions = ", ".join(f"{package} {number}" for package, number in _versions().items())
-    report.text(f"Versions: {versions}.")
+    found = ", ".join(f"{package} {number}" for package, number in versions().items())
+    report.text(f"Versions: {found}.")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Package -> its version, as it is installed."""
     found = {"fnsft-trl": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -157,7 +158,7 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
         {
             "format": "fnsft_trl.evaluation",
             "format_version": 1,
-            "versions": _versions(),
+            "versions": versions(),
             "settings": vars(settings),
             "sources": about["sources"],
             "models": {each.name: each.about for each in results},

@@ -116,7 +116,7 @@ def evaluate(
         raise FNSFTError("device_map places one model, and each of several processes holds its own; drop it")
     if settings.generate:
         check_scores_of_text()
-    parts = [_data(name, source, args.dataset_split, settings) for name, source in data.items()]
+    parts = [read_data(name, source, args.dataset_split, settings) for name, source in data.items()]
     tasks = Tasks(args.tasks, args.include_path) if args.tasks else None
     texts = None if retention is None else RetentionTexts(retention)
     found = _found(models, args, loading, state.device)
@@ -130,8 +130,18 @@ def evaluate(
         write_report(results, settings, output, {**about, "sources": data})
 
 
-def _data(name: str, source: str, split: str | None, settings: EvaluationConfig) -> EvaluationData:
-    """Rows of a dataset, whose columns are known."""
+def read_data(name: str, source: str, split: str | None, settings: EvaluationConfig) -> EvaluationData:
+    """Rows of a dataset, whose columns are known.
+
+    Args:
+        name: of the data.
+        source: a Hub id, a directory or a file.
+        split: which of its splits; one for tests by default.
+        settings: how rows are read.
+
+    Raises:
+        FNSFTError: there is no such split, no row, or no known format.
+    """
     splits = load_data(source)
     chosen = split or next((each for each in _SPLITS if each in splits), None) or next(iter(splits))
     if chosen not in splits:

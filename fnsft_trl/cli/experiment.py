@@ -4,7 +4,9 @@ import os
 from typing import Any
 
 from ..errors import FNSFTError
+from ..occupied import REPORT
 from ..report.figures import check_pyplot
+from .endings import command
 from .options.arguments import read_arguments
 from .options.parse import training_options
 from .options.schema import Option, by_name, row
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> None:
     if shared is not None and not any(word.partition("=")[0] == "--config" for word in argv):
         argv = [*argv, "--config", str(shared)]
         args = read_arguments(argv, options())
-    output = check_writable(args.output_dir)
+    output = check_writable(args.output_dir, REPORT)
     if repeated := sorted({seed for seed in args.seeds if args.seeds.count(seed) > 1}):
         raise FNSFTError(f"seeds holds {repeated[0]} twice; give each once")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -94,6 +96,11 @@ def main(argv: list[str]) -> None:
     cells = run_experiment(arms, args.seeds, output, jobs=args.jobs, restart=args.restart, say=_say)
     print(compare_arms(arms, cells, output), flush=True)
     print(f"Report: {output / 'report.html'} (also report.md, results.json)")
+
+
+def interrupted(argv: list[str]) -> str:
+    """How to go on with one that was interrupted."""
+    return f"interrupted; what was finished is kept, go on with {command('experiment', argv)}"
 
 
 def _say(text: str) -> None:

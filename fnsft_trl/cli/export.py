@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FNSFTError
-from ..export.gguf import CONVERTER_VARIABLE, OUTTYPES, find_converter, to_gguf
+from ..export.gguf import CONVERTER_VARIABLE, OUTTYPES, check_gguf_target, find_converter, to_gguf
 from ..hub.files import push_directory
+from ..occupied import EXPORTED_ADAPTER, EXPORTED_MODEL
 from .options.arguments import Arguments, read_arguments
 from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, row
@@ -56,10 +57,11 @@ def options() -> list[Option]:
 def main(argv: list[str]) -> None:
     args = read_arguments(argv, options())
     _check(args)
-    push = push_arguments(args)
+    push = push_arguments(args, EXPORTED_ADAPTER if args.to == "lora" else EXPORTED_MODEL)
     if args.to == "gguf":
         find_converter(args.converter)
         check_writable(Path(args.output_path).expanduser().parent)
+        check_gguf_target(args.output_path)
         file = to_gguf(args.adapter, args.output_path, outtype=args.outtype or "auto", converter=args.converter)
         print(f"GGUF file saved to: {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         return

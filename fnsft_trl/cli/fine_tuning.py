@@ -17,8 +17,11 @@ from ..data.config import DataConfig
 from ..data.embedded import resolve_model
 from ..data.training import load_training_data
 from ..errors import FNSFTError
+from ..export.gguf import check_gguf_target, to_gguf
+from ..occupied import ADAPTER, EXPORTED_MODEL, MODEL, TEMPLATE
 from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
+from ..training.refused import check_refused
 from ..training.trainer import FNSFTTrainer
 from .checks import check_checkpoint, check_training_arguments
 from .logs import hush_repetitions
@@ -34,6 +37,8 @@ from .templates import save_template
 
 
 logger = logging.get_logger("fnsft_trl")
+
+MERGED, GGUF = "merged", "model.gguf"  # in the output directory
 
 
 @dataclass
@@ -107,7 +112,9 @@ def _settings(asked: TrainOptions) -> _Settings:
         os.environ["WANDB_PROJECT"] = given["wandb_project"]
     precision = Precision.choose(use_cpu=given.get("use_cpu"), bf16=given.get("bf16"), fp16=given.get("fp16"))
     model_settings = asked.of(ModelConfig)
-    if model_settings.get("dtype") == DEVICE_DTYPE:
+    if model_settings.get("dtype") is None:
+        model_settings["dtype"] = precision.default_dtype(frozen=asked.has_adapter)
+    elif model_settings["dtype"] == DEVICE_DTYPE:
         model_settings["dtype"] = precision.dtype(frozen=asked.has_adapter)
     with refusals():
         training = SFTConfig(**asked.of(SFTConfig) | precision.training_arguments)
@@ -130,17 +137,25 @@ def _settings(asked: TrainOptions) -> _Settings:
         peft=peft,
         quantization=quantization,
         precision=precision,
-        resume=_checkpoint(training, adapter=asked.has_adapter, has_networks=asked.network_config is not None),
+        resume=_checkpoint(training, asked),
     )
 
 
-def _checkpoint(training: SFTConfig, *, adapter: bool, has_networks: bool) -> str | None:
-    """The checkpoint to go on from; also checks the directory to write into."""
-    check_writable(training.output_dir)
-    checkpoint = find_checkpoint(training.resume_from_checkpoint, training, has_mark=has_networks)
+def _checkpoint(training: SFTConfig, asked: TrainOptions) -> str | None:
+    """The checkpoint to go on from; also checks the directories to write into."""
+    model = {"the model to train": asked.values["model_name_or_path"]}
+    check_writable(training.output_dir, ADAPTER if asked.has_adapter else MODEL, model)
+    output_dir = Path(training.output_dir).expanduser()
+    if asked.values.get("merge_adapter_with_base"):
+        check_writable(output_dir / MERGED, EXPORTED_MODEL, model)
+    if asked.values.get("convert_to_gguf"):
+        check_gguf_target(output_dir / GGUF)
+    if output := asked.values.get("ica_template_output"):
+        check_writable(output, TEMPLATE, {**model, "the trained model (output_dir)": training.output_dir})
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training, has_mark=asked.network_config is not None)
     if checkpoint is None:
         return None
-    check_checkpoint(checkpoint, adapter=adapter)
+    check_checkpoint(checkpoint, adapter=asked.has_adapter)
     training.resume_from_checkpoint = str(checkpoint)  # from which the trainer takes the networks
     return str(checkpoint)
 
@@ -176,19 +191,26 @@ def _trainer(
     )
     if asked.network_config is None:
         logger.warning("no functional networks were asked for: this is plain supervised fine-tuning")
+    given = {
+        "model": name,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": data.processing_class,
+        "quantization_config": settings.quantization,
+        "peft_config": peft,
+    }
+    check_refused(given, training)
     with refusals():
         trainer = FNSFTTrainer(
-            model=name,
             args=training,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            processing_class=data.processing_class,
-            quantization_config=settings.quantization,
-            peft_config=peft,
+            **given,
             network_config=asked.network_config,
             network_template=template,
             tokenized_cache=data_config.tokenized_cache,
             retention=asked.retention,
+            protection=asked.protection,
+            replay=asked.replay,
+            anchor=asked.anchor,
         )
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:
@@ -205,10 +227,8 @@ def _export(run: RunConfig, output_dir: Path) -> None:
     if run.merge_adapter_with_base:
         from ..export import to_merged
 
-        model = output_dir / "merged"
+        model = output_dir / MERGED
         to_merged(output_dir, model)
         print(f"Merged model saved to: {model}")
     if run.convert_to_gguf:
-        from ..export.gguf import to_gguf
-
-        print(f"GGUF file saved to: {to_gguf(model, output_dir / 'model.gguf', outtype=run.gguf_quantization)}")
+        print(f"GGUF file saved to: {to_gguf(model, output_dir / GGUF, outtype=run.gguf_quantization)}")

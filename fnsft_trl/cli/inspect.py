@@ -5,6 +5,7 @@ import sys
 
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
+from ..occupied import TEMPLATE
 from ..ranges import format_ranges
 from ..template.card import format_known
 from ..template.stored import StoredTemplate
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     if args.convert:
         from ..template.template import FunctionalNetworkTemplate
 
-        target = check_writable(args.convert)
+        target = check_writable(args.convert, TEMPLATE)
         FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
         print(f"Template saved to: {target}")
         return

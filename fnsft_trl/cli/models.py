@@ -1,8 +1,7 @@
 """Loading a model by name, with errors that say what to do."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..compat.peft import has_lora_targets
 from ..data.embedded import resolve_model
-from ..errors import FNSFTError
+from ..errors import FNSFTError, library_errors
 from ..hub.files import explain
 from ..neurons import find_neuron_sites
+from ..tuner.saved import first_line
 from .options.loading import LoadingConfig
 from .precision import check_quantization
 
@@ -23,18 +23,14 @@ from .precision import check_quantization
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-@contextmanager
-def model_errors(name_or_path: str) -> Iterator[None]:
+def model_errors(name_or_path: str) -> AbstractContextManager[None]:
     """Say in one line that a model cannot be loaded, and what to give instead."""
-    try:
-        yield
-    except FNSFTError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise FNSFTError(
+    return library_errors(
+        lambda error: (
             f"the model {name_or_path!r} cannot be loaded ({_reason(error, name_or_path)}); give a directory with a "
             "causal language model and its tokenizer, a Hub id, or `embedded`"
-        ) from error
+        )
+    )
 
 
 def _reason(error: Exception, name: str) -> str:
@@ -47,7 +43,7 @@ def _reason(error: Exception, name: str) -> str:
         if cause is None or isinstance(cause, (EntryNotFoundError, RevisionNotFoundError))
         else explain(cause, name)
     )
-    return known or str(error).strip().splitlines()[0]
+    return known or first_line(error)
 
 
 def check_loading(loading: LoadingConfig, device: str) -> None:
@@ -77,7 +73,7 @@ def loading_arguments(loading: LoadingConfig) -> dict[str, Any]:
 def source_arguments(loading: LoadingConfig) -> dict[str, Any]:
     """The arguments of `from_pretrained` that a tokenizer and a configuration take too."""
     found = {"revision": loading.model_revision} if loading.model_revision is not None else {}
-    return found | ({"trust_remote_code": True} if loading.trust_remote_code else {})
+    return found | {"trust_remote_code": loading.trust_remote_code}  # without, transformers asks at the terminal
 
 
 def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.device | str | None = None):

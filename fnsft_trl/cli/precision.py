@@ -38,6 +38,11 @@ class Precision:
         """
         return _DTYPES[self.mixed] if frozen else "float32"
 
+    def default_dtype(self, *, frozen: bool) -> str:
+        """The same where nothing is asked for: float32 on CPUs and on Apple's MPS, whatever mixed precision they are
+        given."""
+        return "float32" if self.device in ("cpu", "mps") else self.dtype(frozen=frozen)
+
     @classmethod
     def choose(cls, *, use_cpu: bool | None = None, bf16: bool | None = None, fp16: bool | None = None) -> "Precision":
         """Choose for the device of this process, where the arguments of `TrainingArguments` leave it open.

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import FunctionalNetworkConfig
+from ..config import RANDOM_SELECTORS, FunctionalNetworkConfig
 from ..data.embedded import EMBEDDED
 from ..errors import FNSFTError
+from ..template.storage import NETWORK_DIR
 from .options.loading import LoadingConfig
 from .options.parse import OF_LORA, TrainOptions, parse_recipe
 
@@ -221,7 +222,7 @@ def _trainer(asked: TrainOptions, data: Sequence[str] | None, seed: int, directo
     if asked.values.get("packing"):
         given["eval_packing"] = False  # rows are scored one by one
     config = asked.network_config
-    if config is not None and config.ica_select == "random" and "ica_seed" not in asked.values:
+    if config is not None and config.ica_select in RANDOM_SELECTORS and "ica_seed" not in asked.values:
         config = replace(config, ica_seed=seed)  # of the random neurons; the template is there
     asked = replace(asked, values=asked.values | given, network_config=config)
     return make_trainer(asked, template=template, held_out=data)
@@ -255,7 +256,9 @@ def _task(values: Mapping[str, Any]) -> str:
 def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -> dict[str, str]:
     """The local files and folders that an arm reads, with the hash of what is in them."""
     values, config, retention = asked.values, asked.network_config, asked.retention
-    names = [values["model_name_or_path"], *_names(values), *data, *retention.sources().values()]
+    read = [config for config in (retention, asked.replay, asked.anchor) if config is not None]
+    names = [values["model_name_or_path"], *_names(values), *data]
+    names += [source for config in read for source in config.sources().values()]
     names += [values["chat_template_path"]] if values.get("chat_template_path") else []
     if config is not None:
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]
@@ -269,12 +272,14 @@ def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -
 
 
 def _content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names."""
+    """SHA-256 of a file, or of the files of a folder with their names; of a model's, without what lies beside it."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
+    is_model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    files = [*path.glob("*"), *path.glob(f"{NETWORK_DIR}/*")] if is_model else path.rglob("*")
+    for file in sorted(files):
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
             digest.update(f"{file.relative_to(path).as_posix()}\0{_content_hash(file)}\n".encode())
     return digest.hexdigest()

@@ -3,15 +3,14 @@
 import os
 from pathlib import Path
 
-from ..template.legacy import LEGACY_FILE, legacy_bytes
+from ..template.legacy import LEGACY_FILE
 from ..template.template import FunctionalNetworkTemplate
 
 
 def save_template(template: FunctionalNetworkTemplate, directory: str | os.PathLike) -> None:
     """Save a template, and beside it the original project's JSON of the same networks, and say where."""
     directory = Path(directory).expanduser()
-    template.save_pretrained(directory)
+    template.save_pretrained(directory, with_lists=True)
     print(f"Template saved to: {directory}")
-    if len(set(template.widths.values())) == 1:  # the original's form has no room for more
-        (directory / LEGACY_FILE).write_bytes(legacy_bytes(template.listed(), template.widths, template.site))
+    if (directory / LEGACY_FILE).is_file():  # the original's form has no room for some
         print(f"The same networks in the original project's form: {directory / LEGACY_FILE}")

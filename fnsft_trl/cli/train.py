@@ -1,8 +1,10 @@
 """fnsft train: TRL's SFT with a FunctionalNetworkConfig. Also `python -m fnsft_trl.cli.train` under accelerate."""
 
 import sys
+from pathlib import Path
 
 from . import run_verb
+from .endings import command
 from .options.parse import parse_options, training_options
 from .options.schema import Option
 
@@ -24,6 +26,18 @@ def main(argv: list[str]) -> None:
     from .fine_tuning import fine_tune
 
     fine_tune(asked)
+
+
+def interrupted(argv: list[str]) -> str:
+    """What is saved of a run that was interrupted, and how to go on."""
+    asked = parse_options(argv)
+
+    from ..training.checkpoints import newest_complete
+
+    newest = newest_complete(Path(asked.values["output_dir"]), has_mark=asked.network_config is not None)
+    if newest is None:
+        return "interrupted; no checkpoint was complete yet (save_steps says how often there is one)"
+    return f"interrupted; {newest} is saved, go on with {command('train', argv, '--resume_from_checkpoint', 'true')}"
 
 
 if __name__ == "__main__":

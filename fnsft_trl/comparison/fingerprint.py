@@ -66,8 +66,11 @@ def network_time_courses(
         Shape (networks, passages).
 
     Raises:
-        FNSFTError: the template is of another model, or was converted and knows no loadings.
+        FNSFTError: the template is of another model, or was converted and knows no loadings; or there are no passages,
+            or one of them is empty.
     """
+    if not passages:
+        raise FNSFTError("there are no passages to read; give some, as split_passages does")
     template.check_model(model)
     if not template.mean:
         raise FNSFTError(
@@ -85,11 +88,16 @@ def network_time_courses(
     counts = torch.zeros(len(passages))
     ids = [text_token_ids(passage, tokenizer)[:512] for passage in passages]
     sequences = [[TokenSequence(passage, 0)] for passage in ids]
-    for block in reader.read(sequences, max_tokens=max(map(len, ids)), description="reading passages"):
+    for block in reader.read(sequences, max_tokens=max(1, *map(len, ids)), description="reading passages"):
+        if len(block.parts) == 0:
+            continue
         scores = (block.rows.cpu() - mean.float()) @ fit  # (tokens, networks)
         passage = int(block.parts[0]) // 2
         sums[passage] += scores.sum(0)
         counts[passage] += len(scores)
     if (counts == 0).any():
-        raise FNSFTError("a passage has no token but the first and special ones; give longer passages")
+        number = int((counts == 0).nonzero()[0])
+        raise FNSFTError(
+            f"passage {number} of {len(passages)} has no token but the first and special ones; give longer passages"
+        )
     return (sums / counts[:, None]).T.contiguous()

@@ -89,6 +89,10 @@ PRIVATE_METHODS = (
         *_LAYER, "merge", ("safe_merge", "adapter_names"), "replaced on layers whose merge would move frozen neurons"
     ),
     PrivateMethod(*_TRAINER, "_save_checkpoint", ("model", "trial"), "a checkpoint is marked when it is whole"),
+    PrivateMethod(*_TRAINER, "_get_train_sampler", ("train_dataset",), "rows to replay are a share of each batch"),
+    PrivateMethod(
+        *_TRAINER, "_push_from_checkpoint", ("checkpoint_folder",), "networks go along with weights that are pushed"
+    ),
     PrivateMethod(
         *_TRAINER,
         "_save",

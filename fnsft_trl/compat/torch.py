@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.modules import module as modules
 __all__ = [
     "compute_local_shape_and_global_offset",
     "forward_hooks",
+    "full_products",
     "guard_hooks",
     "has_hooks",
     "is_fsdp_managed",
@@ -138,6 +140,31 @@ def multiplies_exactly(x: Tensor) -> bool:
     if precision is None:
         return torch.get_float32_matmul_precision() == "highest"
     return precision not in ("tf32", "bf16")
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """Have products of float32 matrices take all bits of their factors in a block, and no gradients recorded.
+
+    Where they are rounded to TF32 or bfloat16, a weight would be changed by that rounding and not by what was asked.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/backends/__init__.py
+    """
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [backend for backend in backends if getattr(backend, "fp32_precision", None) is not None]
+    before = [backend.fp32_precision for backend in backends]
+    precision = None if backends else torch.get_float32_matmul_precision()
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if precision is not None:
+            torch.set_float32_matmul_precision("highest")
+        with torch.no_grad():
+            yield
+    finally:
+        for backend, kept in zip(backends, before, strict=True):
+            backend.fp32_precision = kept
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
 
 
 def version_counter(tensor: Tensor) -> int:

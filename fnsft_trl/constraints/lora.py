@@ -284,12 +284,18 @@ def _refuse_merge(name: str):
 class _FactorMask:
     is_frozen: torch.Tensor
 
+    def on(self, values: torch.Tensor) -> torch.Tensor:
+        """The mask where the values are; it is moved there once."""
+        if self.is_frozen.device != values.device:
+            self.is_frozen = self.is_frozen.to(values.device)
+        return self.is_frozen
+
 
 class _InputMask(_FactorMask):
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        return args[0].masked_fill(self.is_frozen.to(args[0].device), 0), *args[1:]
+        return args[0].masked_fill(self.on(args[0]), 0), *args[1:]
 
 
 class _OutputMask(_FactorMask):
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output.masked_fill(self.is_frozen.to(output.device), 0)
+        return output.masked_fill(self.on(output), 0)

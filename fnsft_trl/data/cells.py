@@ -44,8 +44,7 @@ def text_of(value, name: str) -> str:
         name: what messages call it.
 
     Raises:
-        UnusableRow: one of the parts is no text.
-        FNSFTError: it is something else.
+        UnusableRow: it is something else, or one of the parts is no text.
     """
     if value is None or isinstance(value, str):
         return _encodable(value or "", name)
@@ -55,7 +54,7 @@ def text_of(value, name: str) -> str:
         return "".join(_part_text(part, name) for part in value)
     if isinstance(value, Mapping) and "text" in value:
         return text_of(_squad_answer(value), name)
-    raise FNSFTError(f"{name} holds a {type(value).__name__}; expected text")
+    raise UnusableRow(f"{name} holds a {type(value).__name__}; expected text")
 
 
 def _encodable(text: str, name: str) -> str:

@@ -148,8 +148,6 @@ def _usable(rows: list[Mapping], form: ChoiceFormat, prompt: str | None, left_ou
             yield _choice_row(row, number, form, prompt or form.question)
         except UnusableRow as reason:
             left_out.add(number, reason)
-        except FNSFTError as error:
-            raise FNSFTError(f"{left_out.name}, row {number}: {error}") from error
 
 
 def _choice_row(row: Mapping, number: int, form: ChoiceFormat, prompt: str) -> ChoiceRow:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..compat.datasets import fingerprint
 from ..errors import FNSFTError
-from . import cells, formats, messages, rendering
+from . import cells, formats, messages, rendering, turns
 from .cells import UnusableRow
 from .formats import KEPT_COLUMNS, MESSAGES, PROMPT_COMPLETION, TEXT, TOKENS, Match, convert_row, find_formats
 from .left_out import LeftOut
@@ -73,8 +73,8 @@ def to_trl_format(
         What was given, converted; a [`~datasets.Dataset`] of a list.
 
     Raises:
-        FNSFTError: no known format, no usable row, a cell that is no text, or rows of text beside conversations or
-            beside what looks like their answer.
+        FNSFTError: no known format, no usable row, or rows of text beside conversations or beside what looks
+            like their answer.
 
     Example:
 
@@ -135,6 +135,7 @@ class _Reader:
         self.images = [column for column in kept if column not in _GIVEN]
         self.dialect = replace(dialect, keeps_parts=bool(self.images))
         self.columns = sorted(set().union(*(match.used for match in matches)))
+        self.conversations = {name for m in matches if m.format.becomes == MESSAGES for name in m.names.values()}
         self.left_out = LeftOut(name)
         self.unread: set[str] = set()
 
@@ -147,14 +148,13 @@ class _Reader:
         """(number, row, converted row) of the rows that can be read."""
         for number, row in numbered:
             for column in self.columns:
-                if isinstance(row.get(column), list | Mapping):
-                    self.unread |= unread_keys(row[column], self.dialect)
+                cell = row.get(column)
+                if isinstance(cell, list | Mapping) or (cell is not None and column in self.conversations):
+                    self.unread |= unread_keys(cell, self.dialect)
             try:
                 yield number, row, self.read(row)
             except UnusableRow as reason:
                 leave_out(number, reason)
-            except FNSFTError as error:
-                raise FNSFTError(f"{self.name}, row {number}: {error}") from error
 
     def say_unread(self) -> None:
         """Say what messages hold that goes no further."""
@@ -253,7 +253,7 @@ def _convert_dataset(dataset: Dataset, reader: _Reader) -> Dataset:
 
 def _code() -> bytes:
     """The source of what converts a row."""
-    sources = (__file__, *(module.__file__ for module in (cells, formats, messages, rendering)))
+    sources = (__file__, *(module.__file__ for module in (cells, formats, messages, rendering, turns)))
     return b"".join(Path(source).read_bytes() for source in sources)
 
 

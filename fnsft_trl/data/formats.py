@@ -15,7 +15,18 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 KEPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images")  # which TRL reads beside the text
 
 # What makes `text` beside it a question, or one message of several.
-_ANSWERS = ("code", "solution", "canonical_solution", "target", "targets", "summary", "translation", "reply", "chosen")
+_ANSWERS = (
+    "attempt",
+    "code",
+    "solution",
+    "canonical_solution",
+    "target",
+    "targets",
+    "summary",
+    "translation",
+    "reply",
+    "chosen",
+)
 _PLACES = ("role", "from", "speaker", "parent_id", "message_tree_id", "conversation_id")
 
 
@@ -30,6 +41,8 @@ class Format:
         completion (`str`, *optional*): column of the assistant's turn.
         optional (`tuple[str]`): columns of the prompt that may be null or empty in a row.
         labels (`tuple[str]`): columns that go with the format and are not part of the text.
+        is_short (`bool`): whether the completion is often the mere result of what a conversation beside it says in
+            full, which is then read instead.
     """
 
     becomes: str
@@ -37,6 +50,7 @@ class Format:
     completion: str | None = None
     optional: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    is_short: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -67,17 +81,25 @@ FORMATS = (
     _turns("instruction", "input", completion="output", optional=("input",)),
     _turns("context", "question", completion="answer", optional=("context",)),
     _turns("context", "question", completion="answers"),
+    _turns("definition", "inputs", completion="targets", optional=("definition",)),
     _turns("instruction", completion="response"),
     _turns("instruction", completion="output"),
     _turns("question", completion="answer"),
     _turns("question", completion="response"),
     _turns("prompt", completion="response"),
+    _turns("query", completion="response"),
+    _turns("query", completion="answer"),
+    _turns("query", completion="answers"),
     _turns("context", completion="response"),
     _turns("input", completion="output"),
+    _turns("input", completion="target"),
+    _turns("inputs_pretokenized", completion="targets_pretokenized"),
+    _turns("inputs", completion="targets"),
+    _turns("problem", completion="solution", is_short=True),
     _turns("user", completion="assistant"),
     _turns("message_1", completion="message_2", labels=("role_1", "topic", "topic;", "sub_topic")),
     Format(MESSAGES, ("messages",)),
-    Format(MESSAGES, ("conversations",)),
+    *(Format(MESSAGES, (name,)) for name in ("conversations", "conversation", "dialogue", "dialog", "chat")),
     Format(TEXT, ("text",)),
     Format(TOKENS, ("input_ids",), labels=("labels", "completion_mask", "assistant_masks")),
 )
@@ -144,7 +166,7 @@ def find_formats(
         return [Match(Format(TEXT, (text_field,)), {text_field: text_field})]
     if TOKENS in found:  # TRL takes the tokens, whatever stands beside them
         return [Match(FORMATS[-1], {name: name for name in FORMATS[-1].columns if name in found})]
-    spelt = {name.lower(): name for name in reversed(found)} | {name: name for name in found if name == name.lower()}
+    spelt = {_plain(name): name for name in reversed(found)} | {name: name for name in found if name == _plain(name)}
     system = next((spelt[name] for name in SYSTEM_COLUMNS if name in spelt), None)
     matches = []
     for form in FORMATS:
@@ -158,13 +180,31 @@ def find_formats(
     if not matches:
         raise FNSFTError(
             f"has the columns {', '.join(map(repr, found)) or 'none'}, which are no known format; the nearest are "
-            f"{_nearest(found)}; rename the columns, or choose them with columns (--columns "
-            "prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN)"
+            f"{_nearest(found)}; rename the columns, or choose them with columns ({_choice(spelt)})"
         )
     matches.sort(key=lambda match: -len(match.names))
     if matches[0].format.becomes == TEXT:
         _check_text_is_all(spelt)
     return matches
+
+
+def _plain(name: str) -> str:
+    """A column's name without its case, and without the mark of byte order that a file may begin with."""
+    return name.strip("\ufeff ").lower()
+
+
+def _choice(spelt: Mapping[str, str]) -> str:
+    """How columns that are no known format can be chosen."""
+    if "chosen" in spelt:  # of preferences, the better answer
+        whole, prompt = f"--columns messages={spelt['chosen']}", spelt.get("prompt")
+        beside = f", or prompt={prompt},completion={spelt['chosen']} where the prompt is not part of it"
+        return whole + (beside if prompt else "")
+    questions = {form.prompt[-1] for form in FORMATS if form.completion} - {"response"}
+    asked = [name for plain, name in spelt.items() if plain in questions]
+    answered = [name for plain, name in spelt.items() if plain in _ANSWERS]
+    if len(asked) == len(answered) == 1:
+        return f"--columns prompt={asked[0]},completion={answered[0]}, or text=COLUMN or messages=COLUMN"
+    return "--columns prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN"
 
 
 def _check_text_is_all(spelt: Mapping[str, str]) -> None:
@@ -230,7 +270,7 @@ def choose(row: Mapping, matches: Sequence[Match]) -> Match:
             continue
         is_conversation = match.format.becomes == MESSAGES
         if chosen is not None:
-            if is_conversation and chosen.format.becomes != TEXT and _reach(row, match) > _reach(row, chosen):
+            if is_conversation and chosen.format.becomes != TEXT and _goes_further(row, match, chosen):
                 chosen = match
         elif partial is None or _filled(row, partial) <= match.used or (is_conversation and _reach(row, match)):
             chosen = match
@@ -243,6 +283,10 @@ def choose(row: Mapping, matches: Sequence[Match]) -> Match:
 
 def _filled(row: Mapping, match: Match) -> set[str]:
     return {name for column in match.format.required if not is_empty(row.get(name := match.names[column]))}
+
+
+def _goes_further(row: Mapping, conversation: Match, pair: Match) -> bool:
+    return _reach(row, conversation) >= _reach(row, pair) + (not pair.format.is_short)
 
 
 def _reach(row: Mapping, match: Match) -> int:
@@ -262,8 +306,8 @@ def convert_row(row: Mapping, matches: Sequence[Match], dialect: Dialect = PLAIN
         a row of token ids, which stays as it is.
 
     Raises:
-        UnusableRow: a required text is missing, or a message cannot be read.
-        FNSFTError: a cell holds something else than text or messages.
+        UnusableRow: a required text is missing, a message cannot be read, or a cell holds something else than text or
+            messages.
     """
     match = choose(row, matches)
     form, names = match.format, match.names
@@ -275,6 +319,8 @@ def convert_row(row: Mapping, matches: Sequence[Match], dialect: Dialect = PLAIN
     system = [] if match.system is None else _turn("system", row.get(match.system), match.system)
     if form.becomes == MESSAGES:
         column = names[form.prompt[0]]
+        if system and isinstance(row[column], str):
+            system[0]["content"] = system[0]["content"].removeprefix("SYSTEM:").strip()  # as the turns of a transcript
         messages = read_messages(row[column], column, dialect)
         _check_answered(messages, column)
         return {"messages": _with_system(system, messages)}

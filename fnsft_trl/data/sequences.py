@@ -10,7 +10,7 @@ from .formats import convert_row, find_formats
 from .left_out import LeftOut
 from .messages import Dialect, read_messages
 from .prompts import adds_bos, without_bos
-from .rendering import RENDER_ERRORS, template_arguments
+from .rendering import RENDER_ERRORS, rendering, template_arguments
 
 
 _RUN = 4  # sequences of a long text that stay together in one half
@@ -110,10 +110,11 @@ def _conversation_ids(messages, name: str, row: Mapping, tokenizer, dialect: Dia
     if not messages:
         raise UnusableRow(f"{name!r} has no message")
     arguments = template_arguments(row)
-    try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **arguments)["input_ids"]
-    except RENDER_ERRORS as error:
-        raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
+    with rendering():
+        try:
+            return tokenizer.apply_chat_template(messages, return_dict=True, **arguments)["input_ids"]
+        except RENDER_ERRORS as error:
+            raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
 
 
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = "the text") -> Iterator[TokenSequence]:
@@ -142,3 +143,28 @@ def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = 
             for start in range(0, len(run), max_length):
                 yield TokenSequence(run[start : start + max_length], half)
     left_out.check(number + 1)
+
+
+def two_parts(
+    texts: Iterable, tokenizer, wanted: tuple[int, int], *, lengths: Sequence[int] = (256, 32), name: str = "the text"
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Two disjoint parts of texts, as sequences of more than one token.
+
+    Args:
+        texts, tokenizer, name: as for [`token_sequences`].
+        wanted: how many tokens of each part, all but the first of each sequence counted.
+        lengths: longest sequence; the later ones are for texts that are too short for those before.
+
+    Raises:
+        FNSFTError: no text can be used, or it is too short for two parts.
+    """
+    for length in lengths:
+        parts: tuple[list[list[int]], list[list[int]]] = ([], [])
+        for sequence in token_sequences(texts, tokenizer, max_length=length, name=name):
+            part = parts[sequence.half]
+            left = wanted[sequence.half] - sum(len(ids) - 1 for ids in part)
+            if len(sequence.ids) > 1 and left > 0:
+                part.append(sequence.ids[: left + 1])
+        if all(parts):
+            return parts
+    raise FNSFTError(f"{name} is too short to be split into two parts; give some paragraphs")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob
@@ -12,16 +13,29 @@ from itertools import chain, count
 from pathlib import Path
 from textwrap import shorten
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, config, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    config,
+    get_dataset_config_names,
+    get_dataset_default_config_name,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 
 from ..cache import make_private
 from ..errors import FNSFTError
 from .conversion import to_trl_format
 from .embedded import EMBEDDED, wikipedia_passages
+from .left_out import LeftOut
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".so", ".pyc"}  # which hold no rows, and are large
 _LONGEST_CELL = 2**31 - 1  # characters; the limit of Python's CSV reader is 131,072
 _READERS = ("datasets", "pandas", "pyarrow")
 _SAVED = ("state.json", "dataset_dict.json")  # what marks a directory written by `save_to_disk`
@@ -77,7 +91,9 @@ def load_data(
             saved = load_from_disk(str(path))
             return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            if config_name is None and get_dataset_default_config_name(str(path)) is None:
+                raise _of_configurations(name_or_path, ", ".join(map(repr, get_dataset_config_names(str(path)))))
+            files = [file for file in sorted(path.rglob("*")) if _may_hold_rows(file, path)]
             return load_dataset(str(path), config_name, split=split, cache_dir=_cache_of(files), **_options(files))
         return load_dataset(name_or_path, config_name, split=split, streaming=streaming)
 
@@ -93,6 +109,9 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
     except FNSFTError:
         raise
     except (ValueError, OSError, DatasetsError) as error:
+        if "Config name is missing" in str(error):
+            found = re.search(r"configs: \[(.*)\]", str(error))
+            raise _of_configurations(name_or_path, found[1] if found else "of several names") from error
         if "corresponds to no data" in str(error):
             raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
         if isinstance(error, DatasetGenerationError):  # which only says that it failed
@@ -100,6 +119,12 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
         else:
             reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
+
+
+def _of_configurations(name: str, found: str) -> FNSFTError:
+    return FNSFTError(
+        f"the dataset {name} has the configurations {found}; name one with dataset_config (in a mixture: name)"
+    )
 
 
 def _of_splits(data: DatasetDict, split: str | None) -> Dataset | DatasetDict:
@@ -115,9 +140,14 @@ def _load_file(path: Path, split: str | None) -> Dataset | DatasetDict:
         raise FNSFTError(f"the ending of {path} is not known; expected one of: {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise FNSFTError(f"the dataset {path} is empty; at least one row was expected")
-    data = load_dataset(
-        _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=_cache_of([path]), **_options([path])
-    )
+    try:
+        data = load_dataset(
+            _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=_cache_of([path]), **_options([path])
+        )
+    except (ValueError, DatasetsError) as error:
+        if "surrogate" not in f"{error} {error.__cause__}":
+            raise
+        return _of_splits(DatasetDict(train=_encodable(path)), split)
     features = data["train"].features if split is None else data.features
     if path.suffix != ".parquet" and "timestamp" in str(features):
         # Texts that look like dates were taken for dates, and would come back in another spelling.
@@ -130,6 +160,27 @@ def _json_rows(path: Path) -> list[dict]:
     if text.lstrip().startswith("["):
         return json.loads(text)
     return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _may_hold_rows(file: Path, root: Path) -> bool:
+    """Whether `load_dataset` may read a file of a folder: none that is hidden, and no weights."""
+    is_hidden = any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
+    return not is_hidden and file.suffix not in _WEIGHTS and file.is_file()
+
+
+def _encodable(path: Path) -> Dataset:
+    """The rows of a JSON file without those that no table can hold: half a surrogate pair is no text."""
+    rows, left_out = _json_rows(path), LeftOut(str(path), "read")
+    usable = []
+    for number, row in enumerate(rows):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            left_out.add(number, "a text holds half a surrogate pair")
+        else:
+            usable.append(row)
+    left_out.check(len(rows))
+    return Dataset.from_list(usable)
 
 
 def _options(files: Sequence[Path]) -> dict:

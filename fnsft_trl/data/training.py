@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
 from transformers.utils import logging
-from trl import get_training_chat_template
 
 from ..errors import FNSFTError
 from .config import DataConfig
 from .conversion import TYPES, convert
 from .dialects import dialect_of
 from .messages import PLAIN, Dialect
+from .notes import say_marks, say_thoughts
 from .prompts import adds_bos, adds_eos, set_chat_template, teach_end, without_bos
-from .rendering import refusal
+from .rendering import answers_template, refusal
 from .sources import load_data
 from .together import is_prompted, put_together
 
@@ -93,8 +93,10 @@ def load_training_data(
     _set_prompt_format(processing_class, training_args, data_config, **known)
     if is_rendered and training_args.chat_template_path is None:
         _check_rendered(train, processing_class)
+        say_thoughts(train, processing_class, assistant_only_loss=training_args.assistant_only_loss)
     if training_args.dataset_text_field in train.column_names:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        say_marks(train, tokenizer, training_args.dataset_text_field)
         train = _without_bos(train, tokenizer, training_args.dataset_text_field)
         if evaluation is not None:
             evaluation = _without_bos(evaluation, tokenizer, training_args.dataset_text_field)
@@ -290,7 +292,7 @@ def _set_prompt_format(
         )
     if is_rendered:
         keep_eos = training_args.eos_token is not None
-        keep_template = training_args.assistant_only_loss and _is_replaced(processing_class)
+        keep_template = training_args.assistant_only_loss and answers_template(processing_class) is not None
         if note := teach_end(processing_class, keep_eos=keep_eos, keep_template=keep_template):
             logger.warning(note)
     if tokenizer.eos_token != eos_token:
@@ -300,24 +302,6 @@ def _set_prompt_format(
                 f"answer with {tokenizer.eos_token}; drop one of them"
             )
         training_args.eos_token = tokenizer.eos_token  # TRL tells the model
-
-
-def _is_replaced(processing_class) -> bool:
-    """Whether TRL trains with another chat template, since this one does not mark the answers.
-
-    Raises:
-        FNSFTError: it does not mark them, and TRL knows none that does.
-    """
-    if "endgeneration" in str(processing_class.chat_template):
-        return False
-    try:
-        return get_training_chat_template(processing_class) is not None
-    except ValueError as error:
-        raise FNSFTError(
-            "assistant_only_loss needs a chat template that marks the answers (by generation), which the tokenizer's "
-            "does not, and TRL has none in its place; set template_format to alpaca, chatml or basic, whose templates "
-            "do, give such a template with chat_template_path, or drop assistant_only_loss"
-        ) from error
 
 
 def _name_of(data_config: DataConfig) -> str:

@@ -1,6 +1,7 @@
 """Discovery: texts -> activations -> a sketch of constant size -> independent components -> a template."""
 
 from .discovery import discover_group, discover_networks
+from .progress import clear_progress
 
 
-__all__ = ["discover_group", "discover_networks"]
+__all__ = ["clear_progress", "discover_group", "discover_networks"]

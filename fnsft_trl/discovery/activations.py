@@ -50,6 +50,7 @@ class ActivationReader:
         columns (`dict[int, slice]`): the columns of each layer.
         digests (`list`): SHA-256 over the ids of the tokens read so far, of each source.
         tokens (`list[int]`): number of tokens read so far, of each source.
+        source (`int`): number of the source that is read.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ActivationReader:
         self.device = next(model.parameters()).device
         self.digests: list = []
         self.tokens: list[int] = []
+        self.source = 0
         self.columns: dict[int, slice] = {}
         start = 0
         for site in self.sites:
@@ -113,7 +115,7 @@ class ActivationReader:
             backbone.eval()
             with tqdm(total=max_tokens * len(sources), unit=" tokens", desc=description, disable=index > 0) as bar:
                 for number, (source, batch) in enumerate(self._turns(sources, max_tokens)):
-                    ids, present = _padded(batch)
+                    ids, present = batch_inputs([sequence.ids for sequence in batch])
                     keep = present.bool() & ~torch.isin(ids, self._special_ids)
                     keep[:, : self.skip_tokens] = False
                     left = max_tokens - self.tokens[source]
@@ -125,9 +127,10 @@ class ActivationReader:
                         yield ActivationBlock(number, self._block[:0], kept[:0])
                         continue
                     self._prepare(kept, ids.numel())
+                    self.source = source
                     inputs = {"input_ids": ids.to(self.device), "attention_mask": present.to(self.device)}
                     if backbone.config.is_encoder_decoder:
-                        inputs["decoder_input_ids"] = self._shifted(inputs["input_ids"])
+                        inputs["decoder_input_ids"] = decoder_ids(self.model, inputs["input_ids"])
                     with torch.no_grad():
                         backbone(**inputs, use_cache=False)
                     self._check_reached()
@@ -178,18 +181,8 @@ class ActivationReader:
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
 
-    def _shifted(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the decoder of an encoder-decoder reads: the ids, moved right by one position."""
-        shift = getattr(base_model(self.model), "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:
-            raise FNSFTError(
-                f"{type(base_model(self.model)).__name__} is an encoder-decoder without a method that makes the "
-                "decoder's input; load it with its language-model head (AutoModelForSeq2SeqLM)"
-            )
-        return shift(labels=ids)
-
     def _prepare(self, kept: torch.Tensor, positions: int) -> None:
-        self._kept = kept
+        self._kept = {torch.device("cpu"): kept}  # by device, on which a layer may be
         rows = torch.full((positions,), -1)  # row of the block, for each position of the batch
         rows[kept] = torch.arange(len(kept))
         self._row_of = rows.to(self.device)
@@ -206,7 +199,9 @@ class ActivationReader:
             columns = slice(start + neurons.start, start + neurons.stop)
             values = values.reshape(-1, values.shape[-1])  # (sequences * positions, or tokens; neurons)
             if tokens is None:
-                kept = values[self._kept.to(values.device)]
+                if values.device not in self._kept:
+                    self._kept[values.device] = self._kept[torch.device("cpu")].to(values.device)
+                kept = values[self._kept[values.device]]
                 self._block[: len(kept), columns] = kept.to(self._block)
                 return
             rows = self._row_of[tokens.to(self.device)]
@@ -224,12 +219,31 @@ class ActivationReader:
             )
 
 
-def _padded(batch: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both of shape (sequences, positions)."""
-    length = max(len(sequence.ids) for sequence in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.long)
-    present = torch.zeros(len(batch), length, dtype=torch.long)
-    for row, sequence in enumerate(batch):
-        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        present[row, : len(sequence.ids)] = 1
+def batch_inputs(sequences: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of sequences, padded on the right, both of shape (sequences, positions)."""
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    present = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        present[row, : len(sequence)] = 1
     return ids, present
+
+
+def decoder_ids(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What the decoder of an encoder-decoder reads: the ids, moved right by one position.
+
+    Args:
+        model: the encoder-decoder, plain or in a `PeftModel`.
+        ids: shape (sequences, positions).
+
+    Raises:
+        FNSFTError: it has no method that makes it.
+    """
+    whole = base_model(model)
+    shift = getattr(whole, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise FNSFTError(
+            f"{type(whole).__name__} is an encoder-decoder without a method that makes the decoder's input; load it "
+            "with its language-model head (AutoModelForSeq2SeqLM)"
+        )
+    return shift(labels=ids)

@@ -1,59 +1,38 @@
-"""Decomposition: sketches in, independent components and their reliability out. Pure tensors."""
+"""Decomposition: sketches in, components and their reliability out. Pure tensors."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from ..errors import FNSFTError
-from .ica import TOLERANCE, fast_ica
+from .components import IcaSettings, Reduced, components_of
+from .ica import TOLERANCE
 from .matching import match_components
 from .moments import COLUMNS, Moments, exact
 from .sketch import ActivationSketch, eigh_descending
 from .units import Units
 
 
-# ICA unmixes this many times k principal directions and the k strongest components stay. With exactly k, the space cut
+# Components are made of this many times k principal directions and the k strongest stay. With exactly k, the space cut
 # off at k differs from one half of the tokens to the other, and every component with it.
 _OVERSAMPLING = 1.5
 
 
-@dataclass(frozen=True)
-class IcaSettings:
-    """How activations are decomposed.
-
-    Attributes:
-        components (`int`): k.
-        variant (`str`): `"temporal"` or `"spatial"`.
-        contrast (`str`): FastICA's `"logcosh"`, `"cube"` or `"exp"`.
-        backend (`str`): whose FastICA: `"torch"` (our own) or `"sklearn"`.
-        seed (`int`): of FastICA's starts.
-        restarts (`int`): of FastICA; a single start now and then ends in a poor optimum.
-        max_iterations (`int`): of FastICA.
-    """
-
-    components: int
-    variant: str = "temporal"
-    contrast: str = "logcosh"
-    backend: str = "torch"
-    seed: int = 0
-    restarts: int = 4
-    max_iterations: int = 400
-
-
 @dataclass
 class Decomposition:
-    """Independent components of a stream of activations, in canonical order and sign.
+    """Components of a stream of activations, in canonical order and sign.
 
     Components are ordered by explained variance, largest first; the largest loading of each is positive.
 
     Attributes:
         loadings (`torch.Tensor`): shape (components, neurons), float32: what one standard deviation of the component
-            adds to the neuron's activation (to its z-score, when z-scored; of a massive neuron, to its activation
-            divided down, see [`~fnsft_trl.discovery.units.Units`]).
-        explained_variance (`list[float]`): share of the total variance in these units, per component.
+            adds to the neuron's activation (when z-scored, to its z-score; by layers, to its activation over the RMS
+            of the layer; of a massive neuron, to its activation divided down, see
+            [`~fnsft_trl.discovery.units.Units`]). Of clusters, the cosine of the neuron to the centroid.
+        explained_variance (`list[float]`): share of the total variance in these units, per component; of clusters,
+            that of the neurons in it.
         kurtosis (`list[float]`): excess kurtosis of the component over tokens (temporal) or neurons (spatial).
         reliability (`list[float]`): |correlation| of the component's loadings between two disjoint halves, in [0, 1].
         jaccard (`list[float]`): overlap of its 2% largest |loadings| between the halves.
@@ -100,17 +79,17 @@ def decompose(
             )
     units = units or Units()
     together = [sketch for half in halves for sketch in half]
-    whole, first, second = (_components(sketches, settings, units) for sketches in (together, *halves))
+    whole, first, second = (_components(sketches, settings, units, weights) for sketches in (together, *halves))
     loadings = whole.loadings[:k]
     reliability, jaccard, pairs = _replication(loadings, first.loadings, second.loadings, weights)
     # how far the components that matter are from settled: those kept, and their counterparts in the halves
     change = float(torch.cat([whole.change[:k], first.change[pairs[0]], second.change[pairs[1]]]).max())
     moments = whole.moments
     total = float((moments.variance / units.divisor(moments).square()).sum())
-    power = loadings.square().sum(1, dtype=torch.float64)
+    unit = 1.0 if settings.decomposition == "kmeans" else units.loading_unit(moments)  # cosines have none
     return Decomposition(
-        loadings=loadings * units.loading_unit(moments),
-        explained_variance=[float(p) / total for p in power],
+        loadings=loadings * unit,
+        explained_variance=[float(p) / total for p in whole.power[:k]],
         kurtosis=whole.kurtosis[:k],
         reliability=reliability,
         jaccard=jaccard,
@@ -120,24 +99,7 @@ def decompose(
     )
 
 
-@dataclass
-class _Reduced:
-    """The m strongest principal directions of a stream of activations: 1.5 k, or all there are.
-
-    Attributes:
-        moments: of the stream.
-        singular: shape (m,), float64.
-        basis: shape (m, neurons), orthonormal: the directions.
-        scores: shape (sampled tokens, m): coordinates along them.
-    """
-
-    moments: Moments
-    singular: torch.Tensor
-    basis: torch.Tensor
-    scores: torch.Tensor
-
-
-def _reduce(sketches: Sequence[ActivationSketch], settings: IcaSettings, units: Units) -> _Reduced:
+def _reduce(sketches: Sequence[ActivationSketch], settings: IcaSettings, units: Units) -> tuple[Reduced, Moments]:
     sketches = [sketch for sketch in sketches if sketch.count]
     moments = Moments.union([sketch.moments for sketch in sketches])
     divisor = units.divisor(moments)
@@ -152,7 +114,7 @@ def _reduce(sketches: Sequence[ActivationSketch], settings: IcaSettings, units: 
         )
     turn = (vectors / singular).T  # (m, all rows)
     strips = [(turn.to(stack) @ stack).to(sketches[0].dtype) for stack in _strips(sketches, moments, divisor)]
-    return _Reduced(moments, singular, torch.cat(strips, 1), scores)
+    return Reduced(singular / moments.count**0.5, torch.cat(strips, 1), scores), moments
 
 
 def _remedy(scores: torch.Tensor, excluded: int) -> str:
@@ -198,40 +160,25 @@ def _sampled_scores(sketches: Sequence[ActivationSketch], along: torch.Tensor) -
 @dataclass
 class _Run:
     loadings: torch.Tensor  # (components and more, neurons), strongest first
+    power: torch.Tensor  # (components and more,)
     kurtosis: list[float]
     change: torch.Tensor  # (components and more,)
     moments: Moments
 
 
-def _components(sketches: Sequence[ActivationSketch], settings: IcaSettings, units: Units) -> _Run:
-    reduced = _reduce(sketches, settings, units)
-    moments, basis, scores = reduced.moments, reduced.basis, reduced.scores
-    unmix = partial(
-        fast_ica,
-        contrast=settings.contrast,
-        backend=settings.backend,
-        seed=settings.seed,
-        restarts=settings.restarts,
-        needed=settings.components,
-        max_iterations=settings.max_iterations,
-    )
-    if settings.variant == "temporal":
-        if len(scores) <= len(basis):
-            raise FNSFTError(f"{len(scores)} tokens were sampled for {len(basis)} directions; raise ica_reservoir")
-        ica = unmix(scores)
-        loadings = ica.mixing.T.to(basis) @ basis  # (m, neurons)
-    else:
-        deviations = (reduced.singular / moments.count**0.5).to(basis)
-        ica = unmix((basis * deviations[:, None]).T.cpu())
-        # With unit-variance maps the time course of component c is (white scores) @ mixing[:, c].
-        loadings = (ica.sources * ica.mixing.norm(dim=0).float()).T
-    loadings = loadings.float().cpu()
+def _components(
+    sketches: Sequence[ActivationSketch], settings: IcaSettings, units: Units, weights: torch.Tensor | None
+) -> _Run:
+    reduced, moments = _reduce(sketches, settings, units)
+    found = components_of(reduced, settings, weights)
+    loadings = found.loadings
     loadings[:, (moments.variance / units.divisor(moments) == 0).cpu()] = 0
-    order = loadings.square().sum(1).argsort(descending=True, stable=True)
+    order = found.power.argsort(descending=True, stable=True)
     loadings = loadings[order]
-    peaks = loadings.gather(1, loadings.abs().argmax(1, keepdim=True))  # (m, 1)
-    kurtosis = ica.sources.double().pow(4).mean(0) - 3  # they have mean zero and unit variance
-    return _Run(loadings * peaks.sign(), kurtosis[order].tolist(), ica.change[order], moments)
+    peaks = loadings.gather(1, loadings.abs().argmax(1, keepdim=True))  # (components and more, 1)
+    return _Run(
+        loadings * peaks.sign(), found.power[order], found.kurtosis[order].tolist(), found.change[order], moments
+    )
 
 
 def _replication(

@@ -7,8 +7,9 @@ batches, the first one decomposes, and all get the same template.
 
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,16 +24,19 @@ from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.sites import base_model, find_neuron_sites
+from ..ranks import Ranks
 from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate
 from ..template.weights import weight_probes, weights_sha256
 from .activations import ActivationReader
+from .basis import SiteBases
 from .decomposition import Decomposition, IcaSettings, decompose
 from .moments import Moments
 from .null import null_reliability
 from .progress import WEIGHTS, DiscoveryProgress, Milestones
 from .recurrence import recurrence
 from .sketch import ActivationSketch
+from .surrogate import shifted_in_time
 from .units import Units
 
 
@@ -62,7 +66,8 @@ def discover_networks(
         texts: strings, conversations (lists of messages), or rows of a dataset (see
             [`~fnsft_trl.data.sequences.text_token_ids`]); or several such datasets by name, see [`discover_group`].
         config: the `ica_*` fields are used; defaults to `FunctionalNetworkConfig()`.
-        progress_dir: where to save the sketch ten times on the way. Emptied at the end.
+        progress_dir: where to save the sketch ten times on the way. The last save stays there until
+            [`~fnsft_trl.discovery.progress.clear_progress`] removes it: call that when the template is saved.
         resume: go on from what an interrupted call left in `progress_dir`; the result is the same, bit for bit.
             Refused for a model with other weights, whatever its name.
 
@@ -108,6 +113,11 @@ def discover_group(
 def _halves(parts: list[list[ActivationSketch]]) -> list[list[ActivationSketch]]:
     """The sketches of all datasets and processes, by half."""
     return [[entry for part in parts[half::2] for entry in part] for half in (0, 1)]
+
+
+def _compact(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same on the CPU without what tensors are views of, which would be sent too."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 @dataclass
@@ -158,7 +168,8 @@ class _Discovery:
             for name, texts in datasets.items()
         ]
         self.units = Units(config.ica_standardize, config.ica_drop_massive, tuple(self.reader.columns.values()))
-        self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.ranks = Ranks()
+        self.share = (self.ranks.index, self.ranks.count)
         self.parts = self._empty(self.share[0])
         self.ica = IcaSettings(
             config.ica_components,
@@ -166,8 +177,16 @@ class _Discovery:
             contrast=config.ica_contrast,
             backend=config.ica_backend,
             seed=config.ica_seed,
+            decomposition=config.ica_decomposition,
         )
         self.curve: list[dict] = []
+        leading = config.ica_store_basis
+        self.bases = SiteBases(self.reader, sources=len(self.names), leading=leading) if leading else None
+
+    @property
+    def _read_so_far(self) -> list:
+        """All that has a state to go on with."""
+        return [*self.parts, *([self.bases] if self.bases else [])]
 
     def _empty(self, process: int) -> list[ActivationSketch]:
         """The sketches of a process that has read nothing yet."""
@@ -195,21 +214,25 @@ class _Discovery:
         about |= config.discovery_settings() | {"processes": self.share[1]}
         if progress_dir is not None:
             about[WEIGHTS] = weights_sha256(self.whole_model)
-        progress = DiscoveryProgress(progress_dir, about, self.share, max_tokens=config.ica_max_tokens)
-        if resume:
-            self.curve = progress.resume(self.parts)["curve"]
-        self._read(progress)
+        progress = DiscoveryProgress(
+            progress_dir, about, self.share, max_tokens=config.ica_max_tokens, meet=self.ranks.meet
+        )
+        with self.ranks.together():
+            if resume:
+                self.curve = progress.resume(self._read_so_far)["curve"]
+            self._read(progress)
+        directions = self.bases.of_all_processes(self.share) if self.bases else {}
         template, of_datasets, point = self._on_first_process(self._templates)
+        template.basis = directions
         if config.ica_until_reliable:
             self.curve.append(point)
             template.calibration["curve"] = self.curve
             if point["above_null"] < config.ica_until_reliable:
                 logger.warning(self._not_reached(point, template.null))
-        progress.clear()
         return template, of_datasets
 
     def _not_reached(self, point: dict, null: dict[str, float]) -> str:
-        centred = self.config.ica_standardize == "center"
+        centred = self.config.ica_standardize != "zscore"
         return (
             f"the mean reliability above null is {point['above_null']:.2f} after {sum(self.reader.tokens)} tokens "
             f"(reliability {point['reliability']:.2f}; without co-activation {null['reliability']:.2f}, at most "
@@ -234,7 +257,7 @@ class _Discovery:
             share=self.share,
             description="discovering networks",
         )
-        with closing(blocks):
+        with closing(blocks), self.bases.reading(self.model) if self.bases else nullcontext():
             if progress.first_batch:  # what was read before the interruption is only counted
                 for _ in islice(blocks, progress.first_batch):
                     pass
@@ -244,15 +267,21 @@ class _Discovery:
             for block in blocks:
                 for number in block.parts.unique().tolist():
                     chosen = (block.parts == number).nonzero().flatten().to(block.rows.device)
-                    self.parts[number].update(block.rows, chosen)
+                    if config.ica_surrogate:
+                        seed = random.Random(f"{config.ica_seed} {number} {block.batch}").getrandbits(32)
+                        self.parts[number].update(shifted_in_time(block.rows[chosen], seed=seed))
+                    else:
+                        self.parts[number].update(block.rows, chosen)
                 tokens = sum(reader.tokens)
                 if checks.passed(tokens) and config.ica_until_reliable and self._is_reliable():
                     break
                 if progress.marks.passed(tokens):
-                    progress.save(self.parts, batch=block.batch, sha256=self._sha256(), curve=self.curve)
+                    progress.save(self._read_so_far, batch=block.batch, sha256=self._sha256(), curve=self.curve)
         if sum(reader.tokens) == 0:
             raise FNSFTError("the texts for the discovery hold no token to read; give at least some sentences of text")
         for name, count in zip(self.names, reader.tokens, strict=True):
+            if count == 0:
+                raise FNSFTError(f"the texts of {name} hold no token to read; give others, or leave {name} out")
             if count < each and not config.ica_until_reliable:
                 of = "the texts" if len(self.names) == 1 else f"the texts of {name}"
                 logger.warning(f"{of} ended after {count} of {each} tokens (ica_max_tokens)")
@@ -278,9 +307,10 @@ class _Discovery:
             part.finish()
         if self.share[1] == 1:
             return work([[part] for part in self.parts])
-        gathered: list = [None] * self.share[1]
-        dist.all_gather_object(gathered, [part.state_dict() for part in self.parts])
-        outcome = [None]
+        self.ranks.meet()
+        gathered: list | None = [None] * self.share[1] if self.share[0] == 0 else None
+        dist.gather_object([_compact(part.state_dict()) for part in self.parts], gathered)
+        outcome, failure = [None], None
         if self.share[0] == 0:
             of_processes = []
             for process, states in enumerate(gathered):
@@ -289,11 +319,10 @@ class _Discovery:
                     part.load_state_dict(state)
             try:
                 outcome = [work([list(entries) for entries in zip(*of_processes, strict=True)])]
-            except FNSFTError as error:  # the others wait for an answer
-                outcome = [error]
+            except Exception as error:  # the others wait for an answer
+                failure = error
+        self.ranks.meet(failure)
         dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], FNSFTError):
-            raise outcome[0]
         return outcome[0]
 
     def _found(self, halves: list[list[ActivationSketch]]) -> _Found:
@@ -330,11 +359,12 @@ class _Discovery:
         if massive:
             strongest = max(massive, key=lambda column: float(moments.variance[column]))
             layer = next(layer for layer, columns in self.reader.columns.items() if strongest < columns.stop)
+            of_layer = "of their layer " if self.units.standardize == "layer" else ""
             logger.warning(
                 f"{len(massive)} neurons are massive (most of all neuron "
                 f"{strongest - self.reader.columns[layer].start} of layer {layer}): by themselves they vary more than "
-                "all weaker neurons together, and are counted as varying as much; ica_drop_massive leaves out neurons "
-                "so much stronger than their layer"
+                f"all weaker neurons {of_layer}together, and are counted as varying as much; ica_drop_massive leaves "
+                "out neurons so much stronger than their layer"
             )
 
     def _template(self, found: _Found, names: list[str], sha256: str) -> FunctionalNetworkTemplate:

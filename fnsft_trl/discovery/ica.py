@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import FNSFTError
+
 
 TOLERANCE = 1e-4  # of the change of every source's direction
 _SCREENED = 4096  # samples on which the starts are compared
@@ -78,10 +80,14 @@ def fast_ica(
         needed: stop when this many sources, those of the largest power in the data, have settled; all by default.
             scikit-learn always waits for all of them.
         max_iterations: with all samples.
+
+    Raises:
+        FNSFTError: some columns are constant, or follow from the others.
     """
     samples, k = data.shape
     centred = data - data.mean(0)
     covariance = (centred.T @ centred / samples).to("cpu", torch.float64)
+    _check_independent(covariance, torch.finfo(data.dtype).eps)
     values, vectors = torch.linalg.eigh(covariance)
     whitening = (vectors / values.sqrt()).T  # (k, k)
     white = centred @ whitening.T.to(data)  # (samples, k)
@@ -101,6 +107,22 @@ def fast_ica(
         change=change,
         iterations=iterations,
     )
+
+
+def _check_independent(covariance: torch.Tensor, precision: float) -> None:
+    """Refuse columns that span fewer dimensions than they are, for white data cannot be made of them."""
+    k = len(covariance)
+    scale = covariance.diagonal().clamp(min=0).sqrt()
+    correlation = covariance / torch.outer(scale, scale)
+    if bool(correlation.isfinite().all()):
+        rank = int((torch.linalg.eigvalsh(correlation) > 10 * k * precision).sum())
+    else:
+        rank = int((scale > 0).sum())
+    if rank < k:
+        raise FNSFTError(
+            f"the {k} columns to be unmixed span only {rank} dimensions (some are constant, or follow from others); "
+            "ask for fewer components (ica_components), or give more and more varied text"
+        )
 
 
 def _iterate(

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +14,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from ..errors import FNSFTError
 from ..writing import written_whole
 
+
+logger = logging.get_logger(__name__)
 
 WEIGHTS = "weights"  # in what a discovery is about: the SHA-256 of its model's weights
 
@@ -77,6 +82,7 @@ class DiscoveryProgress:
         about: what the discovery is of; another one cannot be resumed from here.
         share: (i, n): this is process i of n.
         max_tokens: that the discovery will read; it is saved ten times on the way, by each process.
+        meet: waits for all processes; a barrier by default.
 
     Attributes:
         first_batch (`int`): number of the first batch that was not read before the interruption.
@@ -84,7 +90,13 @@ class DiscoveryProgress:
     """
 
     def __init__(
-        self, directory: str | os.PathLike | None, about: dict[str, Any], share: tuple[int, int], *, max_tokens: int
+        self,
+        directory: str | os.PathLike | None,
+        about: dict[str, Any],
+        share: tuple[int, int],
+        *,
+        max_tokens: int,
+        meet: Callable[[], None] | None = None,
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.about = about
@@ -92,10 +104,11 @@ class DiscoveryProgress:
         self.first_batch = 0
         every = max(max_tokens / _SAVES, _LEAST_SAVED)
         self.marks = Milestones(every, lambda mark: mark + every)
+        self._meet = meet or dist.barrier
         self._sha256: str | None = None  # of the tokens read before the interruption
 
     def save(self, parts: Sequence[Stateful], *, batch: int, sha256: str, **notes: Any) -> None:
-        """Save, then delete the save before.
+        """Save, then delete the saves before. Where the disk does not take it, warn and keep these.
 
         Args:
             parts: whose state is saved.
@@ -108,13 +121,19 @@ class DiscoveryProgress:
         folder = self.directory / f"batch-{batch}"
         tensors = {f"{number}.{name}": t for number, part in enumerate(parts) for name, t in part.state_dict().items()}
         state = json.dumps({"about": self.about, "batch": batch, "sha256": sha256, "notes": notes})
-        with written_whole(self._file(folder, self.index)) as scratch:
-            save_file(tensors, scratch, metadata={_STATE: state, _DIGEST: _digest(state, tensors)})
+        try:
+            with written_whole(self._file(folder, self.index)) as scratch:
+                save_file(tensors, scratch, metadata={_STATE: state, _DIGEST: _digest(state, tensors)})
+        except (OSError, SafetensorError) as error:  # the discovery itself needs no disk
+            self._file(folder, self.index).unlink(missing_ok=True)  # of another discovery, with the same number
+            logger.warning(
+                f"the discovery could not be saved after batch {batch} ({error}), and goes on; an interruption now "
+                "would set it back to the save before, if there is one"
+            )
         if self.count > 1:
-            dist.barrier()
-        if self.index == 0:
-            for older in self._saves()[:-1]:
-                shutil.rmtree(older)
+            self._meet()
+        if self.index == 0 and self._is_complete(folder):
+            _remove(other for other in _folders(self.directory) if other != folder)
 
     def resume(self, parts: Sequence[Stateful]) -> dict[str, Any]:
         """Bring the parts to where the newest complete save has them.
@@ -174,23 +193,42 @@ class DiscoveryProgress:
                 "or start again without resume"
             )
 
-    def clear(self) -> None:
-        """Delete all saves."""
-        if self.directory is None:
-            return
-        if self.count > 1:
-            dist.barrier()
-        if self.index == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
     def _file(self, folder: Path, index: int) -> Path:
         return folder / f"process-{index}.safetensors"
 
+    def _is_complete(self, folder: Path) -> bool:
+        return all(self._file(folder, index).is_file() for index in range(self.count))
+
     def _saves(self) -> list[Path]:
         """Complete saves, oldest first."""
-        complete = [
-            folder
-            for folder in self.directory.glob("batch-*")
-            if all(self._file(folder, index).is_file() for index in range(self.count))
-        ]
-        return sorted(complete, key=lambda folder: int(folder.name.removeprefix("batch-")))
+        return [folder for folder in _folders(self.directory) if self._is_complete(folder)]
+
+
+def clear_progress(directory: str | os.PathLike) -> None:
+    """Delete the saves of discoveries from a directory, and nothing else in it: once the template is saved.
+
+    Args:
+        directory: the `progress_dir` of [`~fnsft_trl.discovery.discovery.discover_networks`].
+    """
+    _remove(_folders(Path(directory)))
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The folders of saves, complete or not, by their numbers."""
+    found = {}
+    for path in directory.glob("batch-*"):
+        if path.is_dir() and (match := re.fullmatch(r"batch-(\d+)", path.name)):
+            found[int(match[1])] = path
+    return [found[number] for number in sorted(found)]
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """Remove folders of saves, but for what no discovery has written into them."""
+    for folder in folders:
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if re.fullmatch(r"process-\d+\.safetensors", path.name):
+                    path.unlink()
+                elif re.fullmatch(r"\.process-\d+\.safetensors\..*", path.name):  # of a killed process
+                    shutil.rmtree(path)
+            folder.rmdir()

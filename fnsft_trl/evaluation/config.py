@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import PurePath
 
@@ -77,20 +78,12 @@ class RetentionConfig:
         Raises:
             FNSFTError: a name that stands twice, is reserved, or cannot be found.
         """
-        found: dict[str, str] = {}
-        for text in self.retention_datasets or ():
-            name, source = _named(text)
-            if name == TASK:
-                raise FNSFTError(
-                    f"retention_datasets holds {text!r}, but {TASK} is the series of the prompts that are trained on; "
-                    "give another name"
-                )
-            if name in found:
-                raise FNSFTError(
-                    f"retention_datasets names {name!r} twice ({found[name]} and {source}); give each text a name of "
-                    "its own, as name=source"
-                )
-            found[name] = source
+        found = named_sources("retention_datasets", self.retention_datasets or ())
+        if TASK in found:
+            raise FNSFTError(
+                f"retention_datasets holds {TASK}={found[TASK]}, but {TASK} is the series of the prompts that are "
+                "trained on; give another name"
+            )
         return found
 
     def metrics(self) -> list[str]:
@@ -99,20 +92,42 @@ class RetentionConfig:
         return [*names, metric_name(TASK, "kl")]
 
 
-def _named(text: str) -> tuple[str, str]:
-    """The name of a series and its source, of what was given."""
+def named_sources(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """Name -> source of texts that are given as `name=source`, or as a source that gives itself a name.
+
+    Args:
+        option: that they are given as, for messages.
+        texts: as they are given.
+
+    Raises:
+        FNSFTError: a name that stands twice, or cannot be found.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, source = _named(option, text)
+        if name in found:
+            raise FNSFTError(
+                f"{option} names {name!r} twice ({found[name]} and {source}); give each text a name of its own, as "
+                "name=source"
+            )
+        found[name] = source
+    return found
+
+
+def _named(option: str, text: str) -> tuple[str, str]:
+    """The name and the source of what was given."""
     name, separator, source = text.partition("=")
     if separator and _NAME.fullmatch(name):
         if not source.strip():
-            raise FNSFTError(f"retention_datasets holds {text!r}, which names no source; write name=source")
+            raise FNSFTError(f"{option} holds {text!r}, which names no source; write name=source")
         return name, source.strip()
     if separator and not name.strip():
-        raise FNSFTError(f"retention_datasets holds {text!r}, which has no name; write name=source")
+        raise FNSFTError(f"{option} holds {text!r}, which has no name; write name=source")
     source = text.strip()
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(os.path.expanduser(source)).stem).strip("-._")
     if not _NAME.fullmatch(name):
         raise FNSFTError(
-            f"retention_datasets holds {text!r}, which no name can be made of; write name=source, the name of "
-            "letters, digits, _, - and ."
+            f"{option} holds {text!r}, which no name can be made of; write name=source, the name of letters, digits, "
+            "_, - and ."
         )
     return name, source

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..data.embedded import resolve_model
-from ..errors import FNSFTError
+from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
 from ..interventions.masking import MaskHandle, lesion, preserve
@@ -105,10 +105,8 @@ class EvaluatedModel:
             return getattr(processor, "tokenizer", processor)
         missing = f"the model {self.place!r} has no tokenizer that can be loaded"
         remedy = "save it there (tokenizer.save_pretrained)"
-        try:
+        with library_errors(lambda error: f"{missing} ({first_line(error)}); {remedy}"):
             tokenizer = AutoTokenizer.from_pretrained(_path(self.place), **_source(self.loading))
-        except (OSError, ValueError, ImportError) as error:
-            raise FNSFTError(f"{missing} ({first_line(error)}); {remedy}") from error
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a type without files
             raise FNSFTError(f"{missing} (its vocabulary is empty); {remedy}")
         return tokenizer
@@ -239,10 +237,10 @@ def _model_config(found: str, place: str, loading: dict[str, Any]) -> Pretrained
         raise FNSFTError(f"{place} holds neither a model (config.json) nor an adapter ({_ADAPTER_CONFIG}){inner}")
     if path.is_file():
         raise FNSFTError(f"{place} is a file; give the directory of a model, an adapter or a run, or an id on the Hub")
-    try:
-        return AutoConfig.from_pretrained(found, **_source(loading))
-    except (OSError, ValueError, ImportError) as error:
-        raise FNSFTError(
+    with library_errors(
+        lambda error: (
             f"the model {place!r} cannot be loaded ({first_line(error)}); give the directory of a model, an adapter "
             "or a run, an id on the Hub, or `embedded`"
-        ) from error
+        )
+    ):
+        return AutoConfig.from_pretrained(found, **_source(loading))

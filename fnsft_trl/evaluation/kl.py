@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..errors import FNSFTError
+
 
 TOP_K = 64  # tokens of each stored distribution
 
@@ -93,8 +95,9 @@ class TopDistributions:
             logs = trained[part].float().log_softmax(-1)
             ids = self.ids[part].to(logs.device).long()
             p, p_rest = self.log_probs[part].to(logs.device), self.log_rest[part].to(logs.device)
-            rest = _weighted(p_rest, _log_rest(logs, ids))
-            found.append(_weighted(p, logs.gather(-1, ids)).sum(-1) + rest)
+            own = _weighted(p, logs.gather(-1, ids)).sum(-1)
+            has_rest = ids.shape[-1] < logs.shape[-1]  # nothing has no gradient
+            found.append(own + _weighted(p_rest, _log_rest(logs, ids)) if has_rest else own)
         return torch.cat(found)
 
 
@@ -160,7 +163,10 @@ class KeptStates(AdapterOff):
                 self._states[number] = states[: int(present.sum())].to("cpu", copy=True)
 
         with _before_head(model, note):
-            return super().keep(model, inputs, numbers)
+            return self._of_base(model, inputs, numbers)
+
+    def _of_base(self, model: nn.Module, inputs: dict, numbers: list[int]) -> torch.Tensor:
+        return super().keep(model, inputs, numbers)
 
     def _both(self, model: nn.Module, inputs: dict, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         kept = [self._states[number] for number in numbers]
@@ -175,8 +181,27 @@ class KeptStates(AdapterOff):
         with _before_head(model, join):
             logits = model(**inputs).logits
         if len(logits) != 2 * len(numbers):  # compiled without the hook
-            return super()._both(model, inputs, numbers)
+            return self._both_again(model, inputs, numbers)
         return logits[: len(numbers)], logits[len(numbers) :]
+
+    def _both_again(self, model: nn.Module, inputs: dict, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return super()._both(model, inputs, numbers)
+
+
+class StatesBefore(KeptStates):
+    """The same for a model whose own weights are trained, but for those of its head: what it gave to it before.
+
+    They are kept in memory, for as many tokens as there are; a checkpoint does not hold them.
+    """
+
+    def _of_base(self, model: nn.Module, inputs: dict, numbers: list[int]) -> torch.Tensor:
+        return model(**inputs).logits
+
+    def _both_again(self, model: nn.Module, inputs: dict, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise FNSFTError(
+            "the exact KL needs what the head of the model is given, and the model was compiled without the hook that "
+            "notes it; measure before it is compiled, or without exact"
+        )
 
 
 class StoredBase:
@@ -221,13 +246,23 @@ class StoredBase:
         return cls({number: TopDistributions(*part) for number, part in enumerate(parts)})
 
 
-def reference_of(model: nn.Module) -> AdapterOff | StoredBase:
-    """How the base of a model can be had while it is trained."""
-    if not has_switch(model):
-        return StoredBase()
+def reference_of(model: nn.Module, *, exact: bool = False) -> AdapterOff | StoredBase:
+    """How the base of a model can be had while it is trained.
+
+    Args:
+        exact: keep what the base gives to its head, rather than its most probable tokens, where weights of the model
+            itself are trained.
+
+    Raises:
+        FNSFTError: exact, and the head is trained.
+    """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     head = model.get_output_embeddings()
     is_kept = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
+    if not has_switch(model):
+        if exact and not is_kept:
+            raise FNSFTError("the exact KL needs a head that is not trained; freeze it (tied embeddings too)")
+        return StatesBefore() if exact else StoredBase()
     whole = [name for name in trained if any(mark in name for mark in _OF_WHOLE)]  # tied weights may be among them
     return KeptStates() if is_kept and not whole else AdapterOff()
 

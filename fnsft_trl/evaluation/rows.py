@@ -4,14 +4,12 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trl import get_training_chat_template
-
 from ..data.cells import UnusableRow, is_empty
 from ..data.dialects import dialect_of
 from ..data.formats import convert_row, find_formats
 from ..data.left_out import LeftOut
 from ..data.prompts import adds_bos, set_chat_template, teach_end, without_bos
-from ..data.rendering import RENDER_ERRORS, kwargs_of, template_arguments, tools_of
+from ..data.rendering import RENDER_ERRORS, answers_template, kwargs_of, template_arguments, tools_of
 from ..errors import FNSFTError
 
 
@@ -64,15 +62,7 @@ class RowReader:
         self.tokenizer, self.text_field, self.max_length = tokenizer, text_field, max_length
         self.assistant_only_loss = assistant_only_loss
         self._bos = tokenizer.bos_token if adds_bos(tokenizer) else None
-        self._chat_template = None
-        if assistant_only_loss and "endgeneration" not in str(tokenizer.chat_template):
-            try:
-                self._chat_template = get_training_chat_template(tokenizer)
-            except ValueError as error:
-                raise FNSFTError(
-                    "assistant_only_loss needs a chat template that marks the answers (by generation), which the "
-                    "tokenizer's does not, and TRL has none in its place; set another template_format, or drop it"
-                ) from error
+        self._chat_template = answers_template(tokenizer) if assistant_only_loss else None
 
     def read(self, row: Mapping, number: int = 0) -> EvaluationRow:
         """One row, as the trainer is given it.

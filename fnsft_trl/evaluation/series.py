@@ -107,6 +107,8 @@ class RetentionSeries:
         name (`str`): of the series; empty for one whose values have no name in theirs.
         batch_size (`int`): sequences of up to 256 tokens in a forward pass; fewer of longer ones.
         measures (`tuple[str, ...]`): of `MEASURES`, those that are given out.
+        exact (`bool`): keep what is needed for an exact KL where the model's own weights are trained, but not its
+            head: in memory, so that a run with it cannot be resumed.
 
     Attributes:
         base (`float` or `None`): cross-entropy of the base model, in nats per token; `None` until it is known.
@@ -114,18 +116,27 @@ class RetentionSeries:
             64 most probable tokens and a rest at each position, a lower bound.
         values (`dict[str, float]`): what was measured last, by measure.
         nll (`list[float]`): negative log-likelihood of each sequence when it was measured last, in nats.
+        kl_sums (`list[float]`): KL of each sequence then, summed over its tokens, in nats.
     """
 
     def __init__(
-        self, text: RetentionText, *, name: str = "", batch_size: int = 8, measures: Sequence[str] = MEASURES
+        self,
+        text: RetentionText,
+        *,
+        name: str = "",
+        batch_size: int = 8,
+        measures: Sequence[str] = MEASURES,
+        exact: bool = False,
     ) -> None:
         self.text = text
         self.name = name
         self.batch_size = batch_size
         self.measures = tuple(measures)
+        self.exact = exact
         self.base: float | None = None
         self.values: dict[str, float] = {}
         self.nll: list[float] = []
+        self.kl_sums: list[float] = []
         self._reference: AdapterOff | StoredBase | None = None
         self._model: ref[nn.Module] | None = None
 
@@ -149,7 +160,7 @@ class RetentionSeries:
             model: with its forward masks off.
             title: of the progress bar; none by default.
         """
-        self._reference = reference_of(model)
+        self._reference = reference_of(model, exact=self.exact)
         self.base = self._keep(model, title)
         if isinstance(self._reference, AdapterOff):
             now, kl = self._compare(model, title)
@@ -214,8 +225,8 @@ class RetentionSeries:
             self._reference = reference_of(model)
             if not isinstance(self._reference, AdapterOff):
                 raise FNSFTError(
-                    f"the base of {shown} was the model with its adapter off, and this run trains weights of the "
-                    "model; resume with what it had, or start anew"
+                    f"the base of {shown} was the model with its adapter off, or was kept in memory, and this run "
+                    "trains weights of the model; resume with what it had, or start anew"
                 )
             if abs((found := self._keep(model, title)) - state["base"]) > _NEAR:
                 raise FNSFTError(
@@ -239,7 +250,7 @@ class RetentionSeries:
     def _means(self, model: nn.Module, read: Callable, title: str | None) -> list[float]:
         """Means over tokens; summed over sequences in their order, so that they are the same in any run."""
         sums = _sums(model, self.text, read, batch_size=self.batch_size, title=title)
-        self.nll = sums[:, 0].tolist()
+        self.nll, self.kl_sums = sums.T.tolist()
         return (sums.sum(0) / self.text.tokens).tolist()
 
     def _values(self, cross_entropy: float, kl: float) -> dict[str, float]:

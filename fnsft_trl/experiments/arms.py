@@ -1,7 +1,7 @@
 """Arm: one way of fine-tuning, trained and scored by one function."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from .. import __version__
 from ..evaluation.generation import check_generates
 from ..evaluation.metrics import RowScores
+from ..evaluation.series import RetentionSeries
 from ..interventions.masking import masks_off
 from ..template.template import FunctionalNetworkTemplate
 from ..training.budget import RetentionBudgetExceeded
@@ -80,9 +81,8 @@ class _Points(TrainerCallback):
         with masks_off(trainer.model):
             self.last = self.held_out.score(trainer.model, batch_size=trainer.args.per_device_eval_batch_size)
         summary = self.held_out.summary(self.last)
-        retention = {name: dict(series.values) for name, series in self.series().items()}
         self.found = [point for point in self.found if point["step"] != step]
-        self.found.append({"step": step, "learning": summary["nll"], **summary, "retention": retention})
+        self.found.append({"step": step, "learning": summary["nll"], **summary, **lost(self.series())})
 
     def finish(self) -> None:
         """Measure what the training has left, where that may not be what was measured last."""
@@ -117,7 +117,8 @@ def train_and_score(
     Returns:
         The cell, as JSON values. It holds no date and no duration: the same arm, seed and data give the same cell.
         `points` are what was learnt (`learning`: mean negative log-likelihood of a held-out answer, in nats; lower is
-        better) and what was lost (`retention`, by series), at each `step`; the last is that of the saved model.
+        better) and what was lost (`retention`, by series; `kl_sums`, the KL of each sequence), at each `step`; the
+        last is that of the saved model.
     """
     trainer = arm.make_trainer(seed, directory, template)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
@@ -153,6 +154,22 @@ def train_and_score(
     }
     cell["also"] = {} if also is None else also(trainer, directory)
     return cell
+
+
+def lost(series: Mapping[str, RetentionSeries]) -> dict[str, dict[str, Any]]:
+    """What was measured last of retention series, as it stands in a point of a cell.
+
+    Args:
+        series: by name.
+
+    Returns:
+        `retention`: series -> measure -> nats per token; and `kl_sums`: series -> KL of each sequence, summed over its
+        tokens, to six digits.
+    """
+    return {
+        "retention": {name: dict(each.values) for name, each in series.items()},
+        "kl_sums": {name: [float(f"{kl:.6g}") for kl in each.kl_sums] for name, each in series.items()},
+    }
 
 
 def _train(trainer: FNSFTTrainer) -> str | None:

@@ -11,7 +11,7 @@ from ..writing import remove_leftovers, written_whole
 from .arms import Arm, versions
 
 
-Key = tuple[str, int]  # name of the arm, seed
+Key = tuple  # of a cell: its arm and seed, or what else it is found by
 
 _MOST_SHOWN = 4
 
@@ -21,23 +21,25 @@ class Cells:
 
     Args:
         path (`str` or `os.PathLike`): of the file; this process must be the only one that writes it.
+        by (`tuple[str, ...]`): the entries of a cell by which it is found, defaults to its arm and its seed.
 
     Attributes:
-        found (`dict`): (name of the arm, seed) -> cell.
+        found (`dict`): values of these entries -> cell.
 
     Raises:
         FNSFTError: it holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, *, by: Sequence[str] = ("arm", "seed")) -> None:
         self.path = Path(path)
+        self.by = tuple(by)
         self.found: dict[Key, dict[str, Any]] = {}
         remove_leftovers(self.path)
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             for line in lines:
                 cell = json.loads(line)
-                self.found[cell["arm"], cell["seed"]] = cell
+                self.found[self._key(cell)] = cell
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise FNSFTError(
                 f"{self.path} holds no cells of an experiment ({error}); choose another output directory"
@@ -45,7 +47,7 @@ class Cells:
 
     def add(self, cell: dict[str, Any]) -> None:
         """Add a finished cell, and bring all of them to the disk."""
-        self.found[cell["arm"], cell["seed"]] = cell
+        self.found[self._key(cell)] = cell
         self._write()
 
     def drop(self, keys: Sequence[Key]) -> None:
@@ -53,6 +55,9 @@ class Cells:
         for key in keys:
             del self.found[key]
         self._write()
+
+    def _key(self, cell: Mapping[str, Any]) -> Key:
+        return tuple(cell[name] for name in self.by)
 
     def _write(self) -> None:
         lines = [json.dumps(cell) + "\n" for _, cell in sorted(self.found.items())]
@@ -63,7 +68,8 @@ class Cells:
         """The cells that arms of these names would not give now, with what has changed since, in words."""
         by_name, now = {arm.name: arm for arm in arms}, versions()
         found = {}
-        for (name, seed), cell in self.found.items():
+        for key, cell in self.found.items():
+            name = cell["arm"]
             if name not in by_name:
                 continue
             arm = by_name[name]
@@ -74,7 +80,7 @@ class Cells:
             ]
             if said:
                 more = f" and {len(said) - _MOST_SHOWN} more" if said[_MOST_SHOWN:] else ""
-                found[name, seed] = "; ".join(said[:_MOST_SHOWN]) + more
+                found[key] = "; ".join(said[:_MOST_SHOWN]) + more
         return found
 
 

@@ -218,6 +218,7 @@ def _result(task: _Task) -> Any:
 def _begin(numbers, threads: int) -> None:
     """Give a process its share of the machine, and end it when the one that began it ends, however that does."""
     threading.Thread(target=_end_with, args=(parent_process().sentinel,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes, and the first one says so
     visible = own_device(numbers.get(), os.environ.get(_DEVICES), torch.cuda.device_count())
     if visible is not None:
         os.environ[_DEVICES] = visible

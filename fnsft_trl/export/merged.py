@@ -12,12 +12,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..compat.transformers import align_special_tokens
 from ..errors import FNSFTError
 from ..hub.card import merged_card
+from ..occupied import EXPORTED_MODEL, check_target, write_export_mark
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner.saved import SavedAdapter
-from .adapter import check_target
+from ..writing import disk_errors, files_written_whole
+from .adapter import sources_of
 
 
+_OWNED = ("model*.safetensors", "model*.safetensors.index.json", NETWORK_DIR)  # of an older export
 # Task type of an adapter -> what the Hub calls it.
 _PIPELINES = {
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -58,7 +61,7 @@ def to_merged(
             f"{adapter_dir} holds an adapter of type {adapter.config.peft_type}, which is part of the input and "
             "merges into no weights; load it with PEFT"
         )
-    check_target(output_dir, adapter, beside="adapter_config.json")
+    check_target(output_dir, EXPORTED_MODEL, sources=sources_of(adapter))
     if "quantization_config" not in loading:
         _check_precision(adapter, adapter.base_config(**loading))
     processor = adapter.load_processor(**loading)
@@ -72,10 +75,12 @@ def to_merged(
     align_special_tokens(merged, tokenizer)
     _align_whole(merged.config)
     _part_tied(merged)
-    merged.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
     pipeline = _PIPELINES.get(adapter.config.task_type, "text-generation" if merged.can_generate() else None)
-    _describe_merged(adapter, Path(output_dir), pipeline)
+    with disk_errors(output_dir), files_written_whole(output_dir, owned=_OWNED, exchanged=True) as scratch:
+        merged.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        _describe_merged(adapter, scratch, pipeline)
+        write_export_mark(scratch, "merged")
     return adapter.config
 
 

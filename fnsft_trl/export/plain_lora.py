@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -14,9 +13,11 @@ from transformers import Conv1D
 from ..compat.peft import get_pattern_key
 from ..errors import FNSFTError
 from ..neurons.sites import NeuronSite, WeightSlice, base_linear, find_neuron_sites, linear_shape
+from ..occupied import EXPORTED_ADAPTER, check_target, write_export_mark
 from ..tuner import NeuronTunerConfig
 from ..tuner.saved import PREFIX
-from .adapter import check_target, delta_key, delta_mask, read_deltas
+from ..writing import disk_errors, files_written_whole
+from .adapter import delta_key, delta_mask, read_deltas, sources_of
 
 
 # Arguments of LoRA beside the deltas that have a counterpart in one LoRA for all modules.
@@ -55,17 +56,20 @@ def to_plain_lora(
     """
     processor = None
     if isinstance(model_or_adapter, PeftModel):
+        check_target(output_dir, EXPORTED_ADAPTER)
         lora, tensors = _as_lora(*_of_model(model_or_adapter, adapter_name))
     else:
         saved = read_deltas(model_or_adapter)
-        check_target(output_dir, saved, beside="config.json")
+        check_target(output_dir, EXPORTED_ADAPTER, sources=sources_of(saved))
         if saved.has_tokenizer:
             processor = saved.load_processor()
         lora, tensors = _as_lora(saved.config, saved.tensors, saved.outline())
-    lora.save_pretrained(str(output_dir))
-    if processor is not None:
-        processor.save_pretrained(output_dir)
-    save_file(tensors, Path(output_dir) / "adapter_model.safetensors", metadata={"format": "pt"})
+    with disk_errors(output_dir), files_written_whole(output_dir, exchanged=True) as scratch:
+        lora.save_pretrained(str(scratch))
+        if processor is not None:
+            processor.save_pretrained(scratch)
+        save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_export_mark(scratch, "lora")
     return lora
 
 

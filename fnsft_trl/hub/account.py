@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 from ..errors import FNSFTError
 from .credentials import HubToken, find_token
@@ -45,18 +46,21 @@ class HubAccount:
         return repo_id.partition("/")[0] in {self.name, *self.organisations, *scopes}
 
 
-def whose_token(token: HubToken) -> HubAccount:
+def whose_token(token: HubToken, *, again: bool = True) -> HubAccount:
     """Ask the Hub whose token it is.
+
+    Args:
+        token: the token.
+        again: whether to ask anew where this process has asked before; the Hub answers only so often.
 
     Raises:
         FNSFTError: the Hub does not accept it, or cannot be reached.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     with hub_errors("your account", token=token.value):
         try:
-            answer = HfApi(library_name="fnsft_trl").whoami(token=token.value)
+            answer = _api().whoami(token=token.value, cache=not again)
         except HfHubHTTPError as error:
             if error.response.status_code != 401:
                 raise
@@ -86,6 +90,14 @@ def whose_token(token: HubToken) -> HubAccount:
     )
 
 
+@cache
+def _api():
+    """The one that remembers whose a token is."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="fnsft_trl")
+
+
 def check_upload(given: str | None = None, repo_id: str | None = None) -> None:
     """Check, before the work whose result is to be pushed, that there is a token which may write.
 
@@ -106,7 +118,7 @@ def check_upload(given: str | None = None, repo_id: str | None = None) -> None:
         token = find_token()
     if token is None:
         raise FNSFTError(f"there is no token to push with; {LOG_IN} write")
-    account = whose_token(token)
+    account = whose_token(token, again=False)
     if not account.may_write:
         raise FNSFTError(
             f"the token from {token.source} ({account.name}) may only read, so nothing could be pushed; {LOG_IN} write"

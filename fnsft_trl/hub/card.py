@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,19 @@ def publishable_card(card: str) -> str:
         return card
     found.data = CardData(**public)
     return str(found)
+
+
+def named_card(card: str, name: str, base_model: str) -> str:
+    """A card of TRL with names in the places where it has none, because a model was not loaded from the Hub.
+
+    Args:
+        card: the README.
+        name: of the trained model.
+        base_model: that it was trained from.
+    """
+    card = card.replace("[None](https://huggingface.co/None)", plain(base_model))
+    card = card.replace("# Model Card for None\n", f"# Model Card for {plain(name)}\n")
+    return card.replace('model="None"', f"model={json.dumps(name)}")
 
 
 def merged_card(base_model: str, adapter_card: str | None, *, pipeline: str | None = "text-generation") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FNSFTError
+from ..occupied import check_repository, kind_of
 from .credentials import check_token, hide_tokens
 
 
@@ -103,7 +104,7 @@ def push_directory(
     commit_message: str,
     create_pr: bool = False,
 ) -> str:
-    """Push all files of a directory in one commit.
+    """Push all files of a directory in one commit, unless the repository holds something of another kind.
 
     Args:
         directory: what to push.
@@ -124,6 +125,8 @@ def push_directory(
     from huggingface_hub import HfApi
 
     with hub_errors(repo_id, branch, token=token):
+        if (kind := kind_of(directory)) is not None:
+            check_repository(repo_id, kind, branch=branch, token=token, subfolder=subfolder)
         repo_id = prepare_repo(repo_id, private=private, token=token, branch=branch)
         commit = HfApi(token=token, library_name="fnsft_trl").upload_folder(
             repo_id=repo_id,

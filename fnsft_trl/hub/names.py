@@ -84,6 +84,23 @@ def absolute_sources(sources: Sequence[str]) -> list[str]:
     return found
 
 
+# Datasets that the Hub knows by a name without an owner.
+_CANONICAL = """
+ag_news aeslc amazon_polarity billsum blimp bookcorpus boolq c4 cnn_dailymail commonsense_qa conll2003 daily_dialog
+dbpedia_14 drop eli5 emotion glue gsm8k hans hellaswag hotpot_qa imdb lambada math_qa mbpp mc4 ms_marco multi_news
+multi_nli natural_questions openai_humaneval openbookqa openwebtext opus100 opus_books oscar paws pg19 piqa
+ptb_text_only quac quail race rotten_tomatoes samsum sciq scitail snli squad squad_v2 sst sst2 super_glue swag
+tiny_shakespeare trec trivia_qa truthful_qa tweet_eval web_questions wikihow wikipedia wikitext winogrande wmt14 wmt16
+wmt19 xnli xsum yahoo_answers_topics yelp_polarity yelp_review_full
+"""
+
+
+def is_dataset_id(name: str) -> bool:
+    """Whether a name is that of a dataset on the Hub, which a card may link: `org/name`, or one without an owner."""
+    has_owner = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) is not None
+    return name in _CANONICAL.split() or (has_owner and not os.path.splitext(name)[1])
+
+
 def one_line(text: str) -> str:
     """Text with blanks in the place of line breaks and of all else that is not shown."""
     return "".join(char if char.isprintable() else " " for char in text).strip()

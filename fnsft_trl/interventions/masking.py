@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask, fitting_sites
-from ..neurons.sites import base_model
+from ..neurons.sites import NeuronSite, base_model
 from ..neurons.taps import checking, tapping
 
 
@@ -96,7 +96,7 @@ class MaskHandle:
         for site in sites:
             members = self.silenced.layers.get(site.layer)
             if members is not None and members.any():
-                self._hooks += site.tap(_Silence(self, members), self._is_on)
+                self._hooks += site.tap(_Silence(self, members.to(_device_of(model, site))), self._is_on)
 
     def _taps(self, model: nn.Module) -> int:
         return sum(isinstance(function, _Silence) and function.handle is self for function in tapping(model))
@@ -120,13 +120,21 @@ class MaskHandle:
             self.remove()
 
 
+def _device_of(model: nn.Module, site: NeuronSite) -> torch.device:
+    """Where a site computes, as far as its weights say it."""
+    device = site.layout.slices[0].tensor(model).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 @dataclass(eq=False)
 class _Silence:
     handle: MaskHandle
     members: torch.Tensor
 
     def __call__(self, values: torch.Tensor, neurons: slice, tokens: torch.Tensor | None) -> torch.Tensor:
-        return values.masked_fill(self.members[neurons].to(values.device), 0)
+        if self.members.device != values.device:  # once, where the model has moved since
+            self.members = self.members.to(values.device)
+        return values.masked_fill(self.members[neurons], 0)
 
 
 def masks_of(model: nn.Module) -> list[MaskHandle]:

@@ -1,6 +1,7 @@
 """Figures of reports, as PNG. They need matplotlib."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
@@ -25,6 +26,14 @@ def _pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _finished(figure, axes, *, columns: int) -> bytes:
+    """A picture of one pair of axes with its legend above, in so many columns."""
+    axes.grid(color="#e6ebf0", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=columns)
+    return _png(figure)
 
 
 def _png(figure) -> bytes:
@@ -81,7 +90,76 @@ def curves_figure(
     axes.axhline(0, color="#9fb0c0", linewidth=1, zorder=1)
     axes.set_xlabel(learning)
     axes.set_ylabel(forgetting)
-    axes.grid(color="#e6ebf0", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
-    return _png(figure)
+    return _finished(figure, axes, columns=2)
+
+
+def tradeoff_figure(
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    loss: str,
+    divergence: str,
+    limit: float | None = None,
+    chosen: tuple[float, float] | None = None,
+) -> bytes:
+    """What ways to restore a fine-tune cost and give, as PNG: a colour for each kind of way, each point with its name.
+
+    Args:
+        points: kind of way -> loss on the task, divergence (on a logarithmic axis) and name of each.
+        loss, divergence: labels of the axes.
+        limit: loss up to which a way may be chosen.
+        chosen: the point that is marked.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    colors = ["#8a8f98", "#3b6ea5", "#c0392b", "#2e8b57", "#b8860b"]
+    every = [x for of_kind in points.values() for x, *_ in of_kind]
+    middle = (min(every) + max(every)) / 2  # from here on, names stand to the left, where there is room
+    for (kind, of_kind), color in zip(points.items(), colors, strict=False):
+        x, y, names = zip(*of_kind, strict=True)
+        axes.plot(x, [max(value, 1e-6) for value in y], "o-", color=color, linewidth=1, markersize=5, label=kind)
+        for place in zip(x, y, names, strict=True):
+            side = {"ha": "right", "xytext": (-5, -9)} if place[0] > middle else {"ha": "left", "xytext": (5, 4)}
+            axes.annotate(place[2], place[:2], fontsize=7, textcoords="offset points", color="#55636f", **side)
+    if chosen is not None:
+        axes.scatter(*chosen, s=160, facecolors="none", edgecolors="#1c2733", linewidths=1.4, zorder=4, label="chosen")
+    if limit is not None:
+        axes.axvline(limit, color="#9fb0c0", linewidth=1, linestyle="--", label="most that may be lost of the task")
+    axes.set_yscale("log")
+    axes.set_xlabel(loss)
+    axes.set_ylabel(divergence)
+    return _finished(figure, axes, columns=3)
+
+
+def learning_figure(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    *,
+    loss: str,
+    divergence: str,
+    targets: Mapping[str, float],
+) -> bytes:
+    """Learning against forgetting of arms with several seeds, as PNG: a curve for each arm, its seeds as dots.
+
+    Args:
+        curves: arm -> for each seed, the points (loss on the task, divergence) of its path, all paths of an arm of the
+            same length; the curve is their mean, of the divergence the geometric one.
+        loss, divergence: labels of the axes; that of the divergence is logarithmic.
+        targets: name -> loss, marked by a line.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.8), layout="constrained")
+    colors = ["#c0392b", "#3b6ea5", "#2e8b57", "#8a8f98", "#b8860b", "#7d3c98", "#1c2733", "#d98880"]
+    for (name, lines), color in zip(curves.items(), colors * len(curves), strict=False):
+        seeds = [[(x, max(y, 1e-6)) for x, y in line] for line in lines]
+        axes.scatter(*zip(*(place for line in seeds for place in line), strict=True), s=14, color=color, alpha=0.6)
+        steps = list(zip(*seeds, strict=True))
+        x = [sum(place[0] for place in step) / len(step) for step in steps]
+        y = [math.exp(sum(math.log(place[1]) for place in step) / len(step)) for step in steps]
+        axes.plot(x, y, "-", color=color, linewidth=1.6, label=name)
+    for name, value in targets.items():
+        axes.axvline(value, color="#9fb0c0", linewidth=1, linestyle="--")
+        axes.annotate(name, (value, 0.985), xycoords=("data", "axes fraction"), fontsize=8, va="top", color="#55636f")
+    axes.set_yscale("log")
+    axes.invert_xaxis()  # to the right, more is learnt
+    axes.set_xlabel(loss)
+    axes.set_ylabel(divergence)
+    return _finished(figure, axes, columns=4)

@@ -4,10 +4,11 @@ import base64
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from ..writing import disk_errors, files_written_whole
 
 
 _STYLE = """
@@ -16,6 +17,7 @@ h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-t
 table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
 td { font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; }
+h1, h2, p, figcaption { overflow-wrap: anywhere; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #9fb0c0; }
 img { max-width: 100%; } figcaption { color: #55636f; font-size: .9rem; }
 figure { margin: 1.2rem 0; overflow-x: auto; }
@@ -77,16 +79,28 @@ class Report:
         file = f"{name}.png" if picture.startswith(_PNG) else f"{name}.svg"
         self._parts.append(("figure", file, picture, caption))
 
-    def save(self, directory: str | os.PathLike, results: dict[str, Any]) -> None:
-        """Write `report.md` with its pictures beside it, `report.html` with them inside, and `results.json`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for part in self._parts:
-            if part[0] == "figure":
-                (directory / part[1]).write_bytes(part[2])
-        (directory / "report.md").write_text(self._markdown(), encoding="utf-8")
-        (directory / "report.html").write_text(self._html(), encoding="utf-8")
-        (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    def save(
+        self, directory: str | os.PathLike, results: dict[str, Any], *, beside: Mapping[str, str] | None = None
+    ) -> None:
+        """Write `report.md` with its pictures beside it, `report.html` with them inside, and `results.json`; over an
+        older report all of them, or none.
+
+        Args:
+            directory: made where it does not exist.
+            results: the numbers.
+            beside: name -> text of further files of the report.
+
+        Raises:
+            FNSFTError: the disk does not take it.
+        """
+        texts = {"report.md": self._markdown(), "report.html": self._html(), **(beside or {})}
+        texts["results.json"] = json.dumps(results, indent=2) + "\n"
+        with disk_errors(directory), files_written_whole(directory) as scratch:
+            for part in self._parts:
+                if part[0] == "figure":
+                    (scratch / part[1]).write_bytes(part[2])
+            for name, text in texts.items():
+                (scratch / name).write_text(text, encoding="utf-8")
 
     def _markdown(self) -> str:
         blocks = [f"# {self.title}"]
@@ -121,7 +135,8 @@ class Report:
                 blocks.append(f"<figure>{inside}<figcaption>{html.escape(caption)}</figcaption></figure>")
         title = html.escape(self.title)
         return (
-            f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
+            f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
         )
 

@@ -1,11 +1,10 @@
 """The model card of a template, made from its description alone."""
 
 import re
-from pathlib import PurePath
 from typing import Any
 
 from ..hub.card import TAGS, card_text, plain
-from ..hub.names import UNKNOWN
+from ..hub.names import UNKNOWN, is_dataset_id
 from .description import TemplateDescription
 from .storage import FIGURE_FILE
 
@@ -86,8 +85,7 @@ def _metadata(description: TemplateDescription) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "fnsft_trl", "tags": TAGS}
     if _is_model_id(description.base_model):
         metadata["base_model"] = description.base_model
-    sources = [source for source in description.calibration.sources if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
-    if datasets := [source for source in sources if not PurePath(source).suffix]:
+    if datasets := [source for source in description.calibration.sources if is_dataset_id(source)]:
         metadata["datasets"] = datasets
     if description.license:
         metadata["license"] = description.license
@@ -106,10 +104,10 @@ def _reliability(description: TemplateDescription) -> str:
             "\nThe same activations shuffled in time give a reliability of "
             f"{description.null.reliability:.2f} and an overlap of {description.null.jaccard:.2f}, which is chance."
         )
-    if description.settings.get("ica_standardize") == "center":
+    if description.settings.get("ica_standardize") in ("center", "layer"):
         null += (
-            " Judge these\nnetworks by their overlap: where activations are only centred, a few neurons of large "
-            "variance give a high reliability\nwithout any co-activation."
+            " Judge these\nnetworks by their overlap: where neurons keep their scale, a few of large variance give a "
+            "high reliability\nwithout any co-activation."
         )
     return (
         "Reliability is the correlation of a network's loadings between two disjoint halves of the tokens, overlap "

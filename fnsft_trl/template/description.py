@@ -10,8 +10,10 @@ from typing import Any
 from .. import __version__
 from ..config import ThresholdRule
 from ..hub.names import UNKNOWN, clean_model_name, source_names
-from .schema import FORMAT, FORMAT_VERSION, check_config, signed
+from .schema import FORMAT, FORMAT_VERSION, PLAIN_VERSION, check_config, signed
 
+
+SIDES = ("basis", "input_basis")  # of an MLP, of whose inputs a template may hold directions
 
 _STATISTICS = ("mean", "rms")
 
@@ -121,6 +123,8 @@ class TemplateDescription:
     Attributes:
         widths (`dict[int, int]`): number of neurons of every layer.
         statistics (`bool`): whether mean and RMS of each neuron's activations are among the tensors.
+        basis (`dict[int, list[int]]`): numbers of directions of each layer's neurons and of its MLP's input, and the
+            width of that; empty where there are none.
         tensors_sha256 (`str` or `None`): of the bytes of the tensors' file.
         format_version (`int`): of the files that it was read from.
         fnsft_trl_version (`str`): of the package that made the template.
@@ -140,8 +144,9 @@ class TemplateDescription:
     weights: dict[int, dict] | None
     tensors_sha256: str | None
     components: tuple[Component, ...]
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_VERSION
     fnsft_trl_version: str = __version__
+    basis: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, template, tensors_sha256: str) -> TemplateDescription:
@@ -160,7 +165,7 @@ class TemplateDescription:
             component["recurrence"] = dict(zip(source_names(list(found)), found.values(), strict=True))
         config = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": version_of(template),
             "fnsft_trl_version": __version__,
             "base_model": clean_model_name(template.base_model),
             "widths": _layer_json(template.widths),
@@ -170,6 +175,9 @@ class TemplateDescription:
             "null": template.null,
             "weights": _layer_json(template.weights) if template.weights else None,
             "tensors_sha256": tensors_sha256,
+            "basis": {
+                str(layer): [len(of["basis"]), *of["input_basis"].shape] for layer, of in template.basis.items()
+            },
             "components": components,
         }
         same = ("revision", "architecture", "site", "license", "settings")
@@ -197,6 +205,7 @@ class TemplateDescription:
             calibration=Calibration.from_json(config["calibration"]),
             null=NullReliability(null["reliability"], null["jaccard"], null.get("highest")) if null else None,
             weights=_by_layer(weights) if weights else None,
+            basis=_by_layer(config["basis"]),
             components=tuple(map(_component, config["components"])),
         )
 
@@ -219,6 +228,7 @@ class TemplateDescription:
             "null": _known(self.null) if self.null else None,
             "weights": _layer_json(self.weights) if self.weights else None,
             "tensors_sha256": self.tensors_sha256,
+            **({"basis": _layer_json(self.basis)} if self.basis else {}),
             "components": [_component_json(component) for component in self.components],
         }
 
@@ -233,6 +243,10 @@ class TemplateDescription:
             shapes[f"layers.{layer}.loadings"] = (len(self.components), width)
             if self.statistics:
                 shapes |= {f"layers.{layer}.{part}": (width,) for part in _STATISTICS}
+            if self.basis:
+                of_neurons, of_input, input_width = self.basis[layer]
+                shapes |= {f"layers.{layer}.basis": (of_neurons, width)}
+                shapes |= {f"layers.{layer}.input_basis": (of_input, input_width)}
         return shapes
 
     def reliability_above_null(self, number: int) -> float | None:
@@ -253,12 +267,26 @@ class TemplateDescription:
         settings = self.settings
         if not {"ica_variant", "ica_contrast", "ica_standardize", "ica_rank", "ica_seed"} <= set(settings):
             return UNKNOWN
-        scaled = {"center": "centred", "zscore": "z-scored"}.get(settings["ica_standardize"], UNKNOWN)
+        scaled = {"center": "centred", "zscore": "z-scored", "layer": "centred"}
+        activations = f"{scaled.get(settings['ica_standardize'], UNKNOWN)} activations"
+        if settings["ica_standardize"] == "layer":
+            activations += " over the RMS of their layer"
+        if settings.get("ica_surrogate"):
+            activations += ", each neuron shifted in time by itself (a control)"
         backend = " of scikit-learn" if settings.get("ica_backend") == "sklearn" else ""
-        return (
-            f"{settings['ica_variant']} FastICA{backend} ({settings['ica_contrast']}) of {scaled} activations, rank "
-            f"{settings['ica_rank']}, seed {settings['ica_seed']}"
+        how = {
+            "pca": "principal components (a control)",
+            "kmeans": "clusters of neurons by k-means on their principal loadings (a control)",
+        }.get(
+            settings.get("ica_decomposition"),
+            f"{settings['ica_variant']} FastICA{backend} ({settings['ica_contrast']})",
         )
+        return f"{how} of {activations}, rank {settings['ica_rank']}, seed {settings['ica_seed']}"
+
+
+def version_of(template) -> int:
+    """Of the format that a template is written in: the lowest that holds what it has."""
+    return FORMAT_VERSION if template.basis else PLAIN_VERSION
 
 
 def _known(value: CurvePoint | NullReliability) -> dict[str, Any]:

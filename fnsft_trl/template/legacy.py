@@ -13,6 +13,8 @@ from .storage import read_json
 
 LEGACY_FILE = "global_templates.json"
 
+_FEW, _ROOM = 2**26, 1000  # loadings that any file may ask for, and more of them for each of its bytes
+
 Members = list[dict[int, list[int]]]  # for each network: layer -> its neurons, ascending
 
 
@@ -40,6 +42,12 @@ def read_legacy(path: Path) -> tuple[TemplateDescription, Members]:
     if not _is_index(width, 2**24) or width == 0 or site not in SITES:
         raise FNSFTError(f"{path}: hidden_size must be a number of neurons, site one of: {', '.join(SITES)}")
     networks = data["templates"]
+    count = len(networks) if isinstance(networks, dict) else 0
+    if count * len(set(layers)) * width > _FEW + _ROOM * path.stat().st_size:
+        raise FNSFTError(
+            f"{path}: hidden_size is {width} in {len(set(layers))} layers, of which its {count} networks name hardly "
+            "any neuron: loadings for all of them would fill the memory; correct hidden_size"
+        )
     if (
         not isinstance(networks, dict)
         or set(networks) != {str(number) for number in range(len(networks))}

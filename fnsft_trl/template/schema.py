@@ -19,7 +19,8 @@ from ..hub.names import UNKNOWN, is_model_name, is_source_name, is_text, source_
 
 
 FORMAT = "fnsft_trl.template"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # with directions of inputs
+PLAIN_VERSION = 3  # of templates without any
 PROBES = 16  # numbers for each layer by which weights are compared, see weights.py
 
 _MOST = 2**24  # layers, neurons of a layer, networks
@@ -65,7 +66,7 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
         )
     if version == 1:
         config = {"license": None, "weights": None, "statistics": True, "tensors_sha256": None, "null": None, **config}
-    config = {"fnsft_trl_version": UNKNOWN, **config}
+    config = {"fnsft_trl_version": UNKNOWN, "basis": {}, **config}
     is_name = is_source_name if version > 2 else is_text
     _check_values(config, path, is_name)
     for number, component in enumerate(config["components"]):
@@ -109,6 +110,7 @@ def _check_values(config: dict[str, Any], path: Path, is_name: Callable[[Any], b
         raise FNSFTError(f"{path}: calibration.curve must be a list of tokens and reliability")
     need("null", lambda v: v is None or _is_null(v), "null, or reliability and jaccard")
     need("weights", lambda v: v is None or _is_weights(v, config["widths"]), "null, or norm and probes of every layer")
+    need("basis", lambda v: _is_basis(v, config["widths"]), "the numbers of directions of every layer, or no mapping")
     need("components", lambda v: isinstance(v, list) and 0 < len(v) <= _MOST, "a list of networks")
 
 
@@ -188,6 +190,16 @@ def _is_null(value: Any) -> bool:
 def _is_recurrence(value: Any) -> bool:
     counted = _has_shares(value, "correlation", "iou") and _is_count(value.get("component"))
     return counted and isinstance(value.get("recurs"), bool)
+
+
+def _is_basis(value: Any, widths: dict[str, int]) -> bool:
+    """Whether it is empty, or has for every layer: directions of the neurons, of the MLP's input, and its width."""
+    if value == {}:
+        return True
+    valid = isinstance(value, dict) and set(value) == set(widths)
+    return valid and all(
+        isinstance(v, list) and len(v) == 3 and all(_is_count(n) and 0 < n <= _MOST for n in v) for v in value.values()
+    )
 
 
 def _is_weights(value: Any, widths: dict[str, int]) -> bool:

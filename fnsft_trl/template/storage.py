@@ -35,12 +35,16 @@ _LARGEST_DESCRIPTION = 64 * 2**20  # bytes of config.json and of the tensors' he
 _ITEM_SIZE = {"F32": 4, "F64": 8}
 
 
-def write_files(directory: Path, files: dict[str, bytes]) -> None:
+def write_files(directory: Path, files: dict[str, bytes | None]) -> None:
     """Write the files of a template; of several processes that write into one directory, each in its turn.
 
     Whoever is killed or fails leaves the old template or the new one, whole. The new one is written into a folder
     beside the old one, which from the renaming of that folder on no longer counts, though its files are still there:
     whoever reads looks into the folder first. Then file after file moves into its place.
+
+    Args:
+        directory: made where it does not exist.
+        files: name -> content of all `FILES`, and of others that belong to them; `None` removes an older one.
 
     Raises:
         OSError: the disk does not take them.
@@ -50,16 +54,20 @@ def write_files(directory: Path, files: dict[str, bytes]) -> None:
         _settle(directory)
         with written_whole(directory / _READY) as scratch:
             scratch.mkdir()
-            for name in FILES:
-                (scratch / name).write_bytes(files[name])
+            for name in (*FILES, *(files.keys() - set(FILES))):
+                if files[name] is not None:
+                    (scratch / name).write_bytes(files[name])
         _settle(directory)
+        for name in files:
+            if files[name] is None:
+                (directory / name).unlink(missing_ok=True)
 
 
 def _settle(directory: Path) -> None:
     """Move the files of a newer template into their places, and remove what killed writers did not finish."""
     ready = directory / _READY
     if ready.is_dir():
-        for name in FILES:
+        for name in (*FILES, *(set(os.listdir(ready)) - set(FILES))):
             if (ready / name).exists():
                 os.replace(ready / name, directory / name)
         ready.rmdir()

@@ -18,11 +18,13 @@ from ..errors import FNSFTError
 from ..hub.card import TAGS
 from ..hub.files import hub_errors, prepare_repo
 from ..hub.names import UNKNOWN, model_name
+from ..occupied import TEMPLATE, check_repository, check_target
+from ..writing import disk_errors
 from .card import template_card
-from .description import Component, NullReliability, TemplateDescription, reliability_above_null
+from .description import SIDES, Component, NullReliability, TemplateDescription, reliability_above_null, version_of
 from .figure import networks_svg
-from .legacy import Members
-from .schema import FORMAT, FORMAT_VERSION
+from .legacy import LEGACY_FILE, Members, legacy_bytes
+from .schema import FORMAT
 from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
 from .stored import StoredTemplate
 
@@ -57,6 +59,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
             calibration text. Empty where they are unknown.
         weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
+        basis (`dict[int, dict]`): layer -> `basis` of its neurons and `input_basis` of its MLP's input (orthonormal,
+            shape (directions, width); position 0, the mean, then leading ones). Empty without `ica_store_basis`.
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
@@ -76,6 +80,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     rms: dict[int, torch.Tensor] = field(repr=False)
     weights: dict[int, dict] | None = field(default=None, repr=False)
     license: str | None = None
+    basis: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     hub_id: str | None = None
     commit: str | None = None
 
@@ -192,6 +197,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
+        with_lists: bool = False,
         **push_to_hub_kwargs,
     ) -> str | None:
         """Write `config.json`, `template.safetensors`, and the model card `README.md` with its figure `networks.svg`.
@@ -204,31 +210,21 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             push_to_hub: whether to push as well, with the other arguments of
                 [`~FunctionalNetworkTemplate.push_to_hub`].
             model_card_kwargs: `repo_id`, by which the card says to load the template.
+            with_lists: whether to write the networks as the original project has them, too (`global_templates.json`),
+                where its form has room for them: all layers of one width.
 
         Returns:
             The address of the commit on the Hub, or `None`.
-        """
-        from safetensors.torch import save
 
+        Raises:
+            FNSFTError: the directory holds a model, an adapter or the like, or the disk does not take the template.
+        """
         push_to_hub_kwargs.pop("config", None)  # what the mixin would write, were it not written here
-        tensors = {}
-        for layer in self.loadings:
-            tensors[f"layers.{layer}.loadings"] = self.loadings[layer].contiguous()
-            if self.mean:
-                tensors[f"layers.{layer}.mean"] = self.mean[layer].contiguous()
-                tensors[f"layers.{layer}.rms"] = self.rms[layer].contiguous()
-        # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
-        data = save(tensors, metadata={FORMAT: str(FORMAT_VERSION)})
-        description = TemplateDescription.of(self, hashlib.sha256(data).hexdigest())
+        check_target(save_directory, TEMPLATE)
         directory = Path(save_directory)
         name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
-        files = {
-            TENSOR_FILE: data,
-            CARD_FILE: template_card(description, name).encode(),
-            FIGURE_FILE: networks_svg(description).encode(),
-            CONFIG_FILE: description.to_bytes(),
-        }
-        write_files(directory, files)
+        with disk_errors(directory):
+            write_files(directory, _files_of(self, name, with_lists=with_lists))
         return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs) if push_to_hub else None
 
     @classmethod
@@ -265,9 +261,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         found = stored.description
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
         for layer in found.widths:
-            for part, values in parts.items():
-                if part == "loadings" or found.statistics:
-                    values[layer] = tensors[f"layers.{layer}.{part}"]
+            for part in parts if found.statistics else ("loadings",):
+                parts[part][layer] = tensors[f"layers.{layer}.{part}"]
         same = ("base_model", "revision", "architecture", "site", "settings", "threshold", "weights", "license")
         template = cls(
             calibration=found.calibration.to_json(),
@@ -277,6 +272,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             commit=stored.commit,
             **{name: getattr(found, name) for name in same},
             **parts,
+            basis={layer: {side: tensors[f"layers.{layer}.{side}"] for side in SIDES} for layer in found.basis},
         )
         _check_counts(template, found, pretrained_model_name_or_path)
         return template
@@ -308,10 +304,12 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             The address of the commit.
 
         Raises:
-            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+            FNSFTError: the repository holds a model or an adapter, or the Hub refuses it or cannot be reached; the
+                message says what to do.
         """
         branch = branch or revision
         with hub_errors(repo_id, branch, token=token):
+            check_repository(repo_id, TEMPLATE, branch=branch, token=token)
             repo_id = prepare_repo(repo_id, private=private, token=token, branch=branch)
             commit = super().push_to_hub(
                 repo_id,
@@ -331,6 +329,32 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             members = self.members(number).items()
             networks.append({layer: m.nonzero().flatten().tolist() for layer, m in members if m.any()})
         return networks
+
+
+def _files_of(template: FunctionalNetworkTemplate, name: str | None, *, with_lists: bool) -> dict[str, bytes | None]:
+    """What a template is on disk: name of each file -> its content, `None` for one that it has not."""
+    from safetensors.torch import save
+
+    tensors = {}
+    for layer in template.loadings:
+        tensors[f"layers.{layer}.loadings"] = template.loadings[layer].contiguous()
+        if template.mean:
+            tensors[f"layers.{layer}.mean"] = template.mean[layer].contiguous()
+            tensors[f"layers.{layer}.rms"] = template.rms[layer].contiguous()
+        tensors |= {f"layers.{layer}.{side}": rows for side, rows in template.basis.get(layer, {}).items()}
+    # One pair only: safetensors writes several in a random order, and the same template must be the same bytes.
+    data = save(tensors, metadata={FORMAT: str(version_of(template))})
+    description = TemplateDescription.of(template, hashlib.sha256(data).hexdigest())
+    files: dict[str, bytes | None] = {
+        TENSOR_FILE: data,
+        CARD_FILE: template_card(description, name).encode(),
+        FIGURE_FILE: networks_svg(description).encode(),
+        CONFIG_FILE: description.to_bytes(),
+    }
+    if with_lists:
+        has_room = len(set(template.widths.values())) == 1
+        files[LEGACY_FILE] = legacy_bytes(template.listed(), template.widths, template.site) if has_room else None
+    return files
 
 
 def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescription, where: str | os.PathLike) -> None:

@@ -6,12 +6,15 @@ from ..lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "AnchorConfig": "config",
+        "ReplayConfig": "config",
         "DivergenceGuard": "divergence",
         "FNSFTTrainer": "trainer",
         "FrozenNeuronGuard": "guard",
         "FrozenNeuronMoved": "guard",
         "MaskPhase": "schedule",
         "MaskScheduleCallback": "schedule",
+        "ProtectionConfig": "protection_config",
         "RetentionBudgetExceeded": "budget",
         "RetentionCallback": "retention",
         "TrainingDiverged": "divergence",

@@ -121,6 +121,14 @@ def _find(asked: str | bool, output_dir: Path, has_mark: bool) -> Path:
     raise FNSFTError(f"there is no checkpoint in {output_dir} to resume from; drop resume_from_checkpoint")
 
 
+def newest_complete(output_dir: Path, *, has_mark: bool) -> Path | None:
+    """The newest checkpoint that a training can go on from, if there is any."""
+    for directory in _newest_first(output_dir):
+        if damage(directory) is None and (not has_mark or (directory / NETWORK_DIR / MARKER_FILE).is_file()):
+            return directory
+    return None
+
+
 def _newest_first(output_dir: Path) -> list[Path]:
     steps = {}
     for path in output_dir.glob("checkpoint-*"):

@@ -52,9 +52,10 @@ class FrozenNeuronGuard(TrainerCallback):
         self.neurons = self.others = 0
         self.checked: int | None = None
         self._sums: dict[str, torch.Tensor] = {}
+        self._has_begun = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._sums, self.checked, self.others = {}, None, 0
+        self._sums, self.checked, self.others, self._has_begun = {}, None, 0, True
         of_layers: dict[int, list[torch.Tensor]] = {}
         for layer, name, rows, neurons in self._frozen():
             self._sums[name] = _row_checksums(rows)
@@ -89,7 +90,17 @@ class FrozenNeuronGuard(TrainerCallback):
         self.check(step=state.global_step)
 
     def check(self, *, step: int) -> None:
-        """Compare all checksums with those taken when training began."""
+        """Compare all checksums with those taken when training began.
+
+        Raises:
+            FrozenNeuronMoved: naming the parameter and the neuron.
+            FNSFTError: no training has begun.
+        """
+        if not self._has_begun:
+            raise FNSFTError(
+                "the guard compares frozen weights with what they were when a training began, and none has begun; "
+                "call check after train, or on_train_begin first"
+            )
         for _, name, rows, neurons in self._frozen():
             moved = (_row_checksums(rows) != self._sums[name]).nonzero().flatten()
             if len(moved):

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import Trainer
 
 from ..hub.credentials import UnsavedToken
 from ..hub.files import hub_errors, prepare_repo
+from ..occupied import ADAPTER, MODEL, check_repository
 
 
 class HubTrainer(Trainer):
@@ -24,9 +26,17 @@ class HubTrainer(Trainer):
         """As the parent's; the branch `hub_revision` is made where it does not exist.
 
         Raises:
-            FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+            FNSFTError: the repository holds something of another kind, or the Hub refuses it or cannot be reached; the
+                message says what to do.
         """
         with self._hub_errors():
+            if self.is_world_process_zero() and self.args.hub_model_id is not None:
+                check_repository(
+                    self.args.hub_model_id,
+                    ADAPTER if isinstance(self.model, PeftModel) else MODEL,
+                    branch=self.args.hub_revision,
+                    token=self.args.hub_token,
+                )
             super().init_hf_repo(*args, **kwargs)
             if self.hub_model_id is not None and self.args.hub_revision is not None:
                 prepare_repo(self.hub_model_id, token=self.args.hub_token, branch=self.args.hub_revision)

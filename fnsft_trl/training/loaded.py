@@ -6,13 +6,14 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..config import FunctionalNetworkConfig
+from ..config import RANDOM_SELECTORS, FunctionalNetworkConfig
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, source_names
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..ranges import format_ranges
-from ..selection import select_neurons
+from ..selection.evidence import SelectorEvidence
+from ..selection.select import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 
 
@@ -73,12 +74,16 @@ def chosen_layers(
 
 
 def select_as_configured(
-    config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate, layers: list[int] | None
+    config: FunctionalNetworkConfig,
+    template: FunctionalNetworkTemplate,
+    layers: list[int] | None,
+    evidence: SelectorEvidence | None = None,
 ) -> NeuronMask:
     """The neurons that a config selects.
 
     Args:
         layers: of the template, to select in; `None` for all of them.
+        evidence: of selectors that are measured on texts.
     """
     return select_neurons(
         template,
@@ -89,6 +94,7 @@ def select_as_configured(
         min_reliability=config.ica_min_reliability,
         seed=config.ica_seed,
         layers=layers,
+        evidence=evidence,
     )
 
 
@@ -110,11 +116,11 @@ def _check_settings(config: FunctionalNetworkConfig, template: FunctionalNetwork
 def _given(config: FunctionalNetworkConfig) -> dict[str, Any]:
     """The settings of the discovery that differ from their defaults, but for those that a loaded template heeds."""
     heeded = {"ica_layers"}
-    if config.ica_select == "random":
+    if config.ica_select in RANDOM_SELECTORS:
         heeded.add("ica_seed")
     settings = config.discovery_settings()
     given = {name: value for name, value in settings.items() if value != _DEFAULTS[name] and name not in heeded}
-    if config.ica_datasets:
+    if config.ica_datasets and config.ica_select != "gradient_conflict":  # which compares with any text
         given["ica_datasets"] = sorted(source_names(absolute_sources(config.ica_datasets)))
     return _comparable(given)
 
@@ -122,6 +128,8 @@ def _given(config: FunctionalNetworkConfig) -> dict[str, Any]:
 def _made_with(template: FunctionalNetworkTemplate) -> dict[str, Any]:
     """The settings that a template was made with, as far as it says so."""
     known = {**template.settings, "ica_components": len(template.components)}
+    if template.settings:  # older templates do not say what there was no choice of
+        known = {"ica_decomposition": "ica", "ica_surrogate": False} | known
     if sources := template.calibration["sources"]:
         known["ica_datasets"] = sorted(sources)
     return _comparable(known)

@@ -1,7 +1,9 @@
 """NetworkedTrainer: a Trainer with the trainable neurons and the forward mask of a FunctionalNetworkConfig."""
 
+import filecmp
 import inspect
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,15 +14,27 @@ from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
-from ..hub.files import is_hub_id
+from ..hub.card import named_card
+from ..hub.names import is_dataset_id, model_name
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
+from ..neurons.sites import base_model
+from ..ranks import Ranks
+from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
+from ..writing import disk_errors, files_written_whole, write_text_whole
+from .anchor import KLToBase
 from .budget import RetentionBudgetExceeded
+from .checkpoints import MARKER_FILE
+from .config import AnchorConfig, ReplayConfig
 from .kinds import TrainerKind
-from .results import RunResults, forget_results
+from .learning_rate import warn_of_high_rate
+from .protecting import ProtectingTrainer
+from .protection import PROTECTION_DIR, Protection
+from .protection_config import ProtectionConfig
+from .replay import Replay
+from .results import RESULTS_FILE, RunResults, forget_results
 from .resumption import Resumption, check_plain
-from .retained import RetainingTrainer
 from .retention_texts import RetentionTexts
 from .run import Run
 from .run_record import RunRecord
@@ -34,7 +48,18 @@ logger = logging.get_logger(__name__)
 _OWN = ("data_collator", "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "reward_funcs", "rollout_func")
 
 
-class NetworkedTrainer(RetainingTrainer):
+# Of an older run: what must not stay beside the weights of another one.
+_OWNED = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "adapter_model*",
+    NETWORK_DIR,
+    PROTECTION_DIR,
+    RESULTS_FILE,
+)
+
+
+class NetworkedTrainer(ProtectingTrainer):
     """What networks add to a trainer. It goes in front of the class of the trainer: see [`with_networks`].
 
     Args:
@@ -47,6 +72,13 @@ class NetworkedTrainer(RetainingTrainer):
             either, they are discovered on `network_config.ica_datasets` or on the training data.
         retention ([`RetentionConfig`], *optional*):
             The general texts on which it is measured what the model loses, with networks and without, and a budget.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
+        anchor ([`AnchorConfig`], *optional*):
+            The general texts on which the model is kept near its base, with networks and without, and how much.
+        replay ([`ReplayConfig`], *optional*):
+            The rows that are trained beside the task; of [`FNSFTTrainer`] alone.
 
     Attributes: those of [`FNSFTTrainer`].
 
@@ -55,7 +87,9 @@ class NetworkedTrainer(RetainingTrainer):
     """
 
     mask_handle: MaskHandle | None = None
+    replay: Replay | None = None
     _trainer_class: type[Trainer] = Trainer
+    _replays = False
     _run: Run | None = None
     _resumption: Resumption | None = None
     _results: RunResults | None = None
@@ -67,15 +101,23 @@ class NetworkedTrainer(RetainingTrainer):
         network_config: FunctionalNetworkConfig | None = None,
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         retention: RetentionConfig | None = None,
+        protection: ProtectionConfig | None = None,
+        anchor: AnchorConfig | None = None,
+        replay: ReplayConfig | None = None,
         **kwargs,
     ) -> None:
         kind = TrainerKind(self._trainer_class)
         given = kind.by_name(args, kwargs)
-        if retention is not None and kind.scores:
-            raise FNSFTError("retention is measured by the next token, which a reward model does not predict; drop it")
+        for name, asked in (("retention is", retention), ("kl_to_base is", anchor)):
+            if asked is not None and kind.scores:
+                raise FNSFTError(f"{name} measured by the next token, which a reward model does not predict; drop it")
+        if replay is not None:
+            self.replay = self._replay_of(replay, given)
+        kept = None if anchor is None else KLToBase(anchor)
         read = ("args", "train_dataset", "processing_class", "formatting_func")
         retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
         own = {name: given[name] for name in _OWN if name in given}
+        self._protection = Protection.of(protection, given)
         if network_config is not None:
             self._run = Run(network_config, given, kind)
             self._run.prepare(network_template)
@@ -84,10 +126,25 @@ class NetworkedTrainer(RetainingTrainer):
         elif network_template is not None:
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
-            super().__init__(**given, retention=retained)
+            super().__init__(**given, retention=retained, anchor=kept)
+        if self.replay is not None and self.replay.task is None:
+            raise FNSFTError("replay_datasets have no effect, since the training data was not prepared; drop them")
         if self._run is not None:
             self.mask_handle = self._run.hold(self)
             self._resumption = Resumption(self, self._run, own)
+        if self._protection is not None:
+            self._protection.hold(self, *((self._run.trainable, self._run.template) if self._run else (None, None)))
+        warn_of_high_rate(self, self.plan and self.plan.method)
+
+    def _replay_of(self, config: ReplayConfig, given: dict) -> Replay:
+        if not self._replays:
+            raise FNSFTError(
+                f"replay_datasets are rows of next tokens beside those of the task, which FNSFTTrainer trains and "
+                f"{self._trainer_class.__name__} does not; drop them, or keep the model near its base (kl_to_base)"
+            )
+        replay = Replay(config)
+        replay.check(given.get("args"), given.get("train_dataset"))
+        return replay
 
     @property
     def network_config(self) -> FunctionalNetworkConfig | None:
@@ -196,25 +253,36 @@ class NetworkedTrainer(RetainingTrainer):
     def _conclude(self) -> None:
         """Say at the end of a training what came of it."""
         record, guard = (self._record, self._run.guard) if self._run is not None else (None, None)
-        self._results = RunResults.of(self, record, guard)
+        self._results = RunResults.of(self, record, guard, self._protection)
         if self._results is not None and self.is_world_process_zero():
             logger.warning(f"the run in short:\n{self._results.table()}")
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the parent's, with a section on what was trained, what was frozen and how to load the result.
 
-        The Hub refuses cards that name a local file as their dataset, so such a name is left out.
+        The Hub refuses cards that name a local file as their dataset, so such a name is left out. What the parent's
+        has no name for (a base model that is here, a repository) is called by its directory.
         """
         call = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-        dataset = call.arguments.get("dataset_name")
-        if dataset is not None and (not is_hub_id(dataset) or Path(dataset).exists()):
+        dataset, directory = call.arguments.get("dataset_name"), Path(self.args.output_dir)
+        if dataset is not None and (not is_dataset_id(dataset) or Path(dataset).exists()):
             call.arguments["dataset_name"] = None
+        if "model_name" in inspect.signature(super().create_model_card).parameters:
+            call.arguments["model_name"] = call.arguments.get("model_name") or self._card_name
         super().create_model_card(*call.args, **call.kwargs)
-        directory = Path(self.args.output_dir)
+        if self.is_world_process_zero() and (directory / CARD_FILE).is_file():
+            card = (directory / CARD_FILE).read_text(encoding="utf-8")
+            base = model_name(base_model(self.model)) or "a model made in memory"
+            write_text_whole(directory / CARD_FILE, named_card(card, self._card_name, base))
         if self._run is not None and self.is_world_process_zero():
             self._record.extend_card(directory, self.model)
+        self._extend_card_with_protection()
         if self._results is not None and self.is_world_process_zero():
             self._results.extend_card(directory)
+
+    @property
+    def _card_name(self) -> str:
+        return (self.hub_model_id or os.path.abspath(self.args.output_dir)).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def _record(self) -> RunRecord:
@@ -226,12 +294,42 @@ class NetworkedTrainer(RetainingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's, with the template, what was selected, and after a training its results beside the weights.
 
-        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same.
+        Where FSDP keeps them sharded in checkpoints, what is saved elsewhere is whole all the same. Over an older run
+        in the same directory, all of it is the new one's or none.
+
+        Raises:
+            FNSFTError: the disk does not take it.
         """
-        super().save_model(output_dir, _internal_call)
-        if self._run is not None:
-            self._save_networks(output_dir)
         directory = Path(output_dir or self.args.output_dir)
+        if self._run is None:
+            super().save_model(output_dir, _internal_call)
+            self._save_results(directory)
+            return
+        ranks = Ranks()
+        with ranks.together():
+            self._save_whole(directory)
+        ranks.meet()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, directory: Path) -> None:
+        # A checkpoint counts when it is marked, and what DeepSpeed shards is written by every process.
+        if self._resumption.is_writing or self.is_deepspeed_enabled or not self.args.should_save:
+            self._save_all(directory)
+            return
+        with disk_errors(directory), files_written_whole(directory, owned=_OWNED) as scratch:
+            for name in (CARD_FILE, RESULTS_FILE):  # which are changed
+                if (directory / name).is_file():
+                    shutil.copyfile(directory / name, scratch / name)
+            self._save_all(scratch)
+
+    def _save_all(self, directory: Path) -> None:
+        super().save_model(str(directory), _internal_call=True)
+        self._save_networks(str(directory))
+        self._save_results(directory)
+
+    def _save_results(self, directory: Path) -> None:
+        self._save_protection(directory)
         if self._results is not None and self.args.should_save:
             self._results.save(directory)
         elif self.args.should_save:
@@ -242,6 +340,16 @@ class NetworkedTrainer(RetainingTrainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         if self.args.should_save:
             self._record.save(Path(output_dir or self.args.output_dir), self.model)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        networks, pushed = Path(checkpoint_folder) / NETWORK_DIR, Path(self.args.output_dir)
+        if self._run is not None and self.is_world_process_zero() and networks.is_dir():  # as the card says
+            names = set(os.listdir(networks)) - {MARKER_FILE}
+            same, *_ = filecmp.cmpfiles(networks, pushed / NETWORK_DIR, names, shallow=False)
+            if names != set(same):  # or an upload that is under way would see files come and go
+                with files_written_whole(pushed) as scratch:
+                    shutil.copytree(networks, scratch / NETWORK_DIR, ignore=shutil.ignore_patterns(MARKER_FILE))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         # A search over hyperparameters writes elsewhere.

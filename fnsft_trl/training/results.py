@@ -14,8 +14,9 @@ from .. import __version__
 from ..hub.card import plain, with_section, without_section
 from ..hub.names import one_line
 from ..template.storage import CARD_FILE
-from ..writing import written_whole
+from ..writing import write_text_whole
 from .guard import FrozenNeuronGuard
+from .protection import Protection
 from .retention import retention_of
 from .retention_run import RetentionRun
 from .run_record import RunRecord
@@ -42,18 +43,28 @@ class RunResults:
     content: dict[str, Any]
 
     @classmethod
-    def of(cls, trainer: Trainer, record: RunRecord | None, guard: FrozenNeuronGuard | None) -> "RunResults | None":
+    def of(
+        cls,
+        trainer: Trainer,
+        record: RunRecord | None,
+        guard: FrozenNeuronGuard | None,
+        protection: Protection | None = None,
+    ) -> "RunResults | None":
         """What the last training of a trainer ended with; `None` where there is nothing to say beyond its log: neither
-        networks nor retention.
+        networks nor retention, replay, an anchor or protection.
 
         Args:
             trainer: after training.
             record: what it trained, of a run with networks.
             guard: what watched the frozen weights, if anything did.
+            protection: in which directions its layers were kept.
         """
         retention, state = retention_of(trainer), trainer.state
-        if record is None and retention is None:
+        replay, anchor = trainer.replay and trainer.replay.settings(), trainer.anchor and trainer.anchor.settings()
+        if not (record or retention or replay or anchor or protection):
             return None
+        if anchor is not None:
+            anchor["base"] = trainer.anchor.kind
         best = state.best_global_step if trainer.args.load_best_model_at_end else None
         weights = retention.weights_step if retention is not None else best or state.global_step
         content = {
@@ -64,9 +75,12 @@ class RunResults:
             "epoch": state.epoch,
             "weights_of_step": weights,
             "networks": record and _networks(record),
+            "protection": protection and protection.to_dict() | {"in_words": protection.in_words()},
             "evaluation": _evaluations(
                 state, weights, has_mask=record is not None and trainer.mask_handle is not None
             ),
+            "replay": replay,
+            "kl_to_base": anchor,
             "retention": retention and _retention(retention),
             "guard": None,
         }
@@ -94,10 +108,20 @@ class RunResults:
             if networks["mask_mode"] is not None or networks["mask_phases"]:
                 rows.append(("mask", f"{networks['mask_mode'] or 'by phases'}, in training; not part of the weights"))
         rows += [(f"evaluation{where}", told) for where, told in self._evaluated()]
+        if (replay := found["replay"]) is not None:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in replay["rows"].items())
+            rows.append(
+                ("replay", f"{replay['share']:.0%} of each batch, of {sum(replay['rows'].values()):,} rows: {shown}")
+            )
+        if (anchor := found["kl_to_base"]) is not None:
+            told = f"weight {anchor['weight']:g}, on {anchor['tokens']:,} tokens of general text ({anchor['base']})"
+            rows.append(("KL to the base", told))
         if found["retention"] is not None:
             rows += [(f"retention {name}".strip(), _lost(s)) for name, s in found["retention"]["series"].items()]
             if found["retention"]["budget"] is not None or weights != found["steps"]:
                 rows.append(("done", found["retention"]["done"]))
+        if (protected := found["protection"]) is not None:
+            rows.append(("protected", f"{protected['in_words']}; left along them {protected['left']:.1e}"))
         if networks is not None:
             rows.append(("guard", self._guarded()))
         return rows
@@ -126,8 +150,7 @@ class RunResults:
 
     def save(self, directory: Path) -> None:
         """Write `results.json`, and the table into the model card if there is one."""
-        with written_whole(directory / RESULTS_FILE) as scratch:
-            scratch.write_text(json.dumps(self.content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_text_whole(directory / RESULTS_FILE, json.dumps(self.content, indent=2, allow_nan=False) + "\n")
         self.extend_card(directory)
 
     def extend_card(self, directory: Path) -> None:
@@ -136,7 +159,7 @@ class RunResults:
         if card.exists():
             rows = "\n".join(f"| {plain(name)} | {plain(told)} |" for name, told in self.rows())
             section = f"{RESULTS_SECTION}\n\n| | |\n|---|---|\n{rows}\n"
-            card.write_text(with_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")
+            write_text_whole(card, with_section(card.read_text(encoding="utf-8"), section))
 
 
 def forget_results(directory: Path) -> None:
@@ -149,7 +172,7 @@ def forget_results(directory: Path) -> None:
     if isinstance(found, dict) and found.get("format") == _FORMAT:
         file.unlink()
         if card.exists():
-            card.write_text(without_section(card.read_text(encoding="utf-8"), RESULTS_SECTION), encoding="utf-8")
+            write_text_whole(card, without_section(card.read_text(encoding="utf-8"), RESULTS_SECTION))
 
 
 def _networks(record: RunRecord) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..compat.transformers import TRAINER_STATE_FILE
 from ..errors import FNSFTError
+from ..ranks import Ranks
 from ..template.storage import NETWORK_DIR
 from .checkpoints import SCALER_FILE, find_checkpoint, mark, marked
 from .run import Run
@@ -75,6 +76,13 @@ class Resumption:
         finally:
             args.save_total_limit, self.is_writing = limit, False
         trainer.accelerator.wait_for_everyone()
+        ranks = Ranks()
+        with ranks.together():
+            self._mark(directory, mask_phases, limit)
+        ranks.meet()
+
+    def _mark(self, directory: Path, mask_phases: list[dict], limit: int | None) -> None:
+        trainer, args = self.trainer, self.trainer.args
         if args.should_save:
             frozen = {"frozen": self.run.guard.fingerprint} if self.run.guard is not None else {}
             mark(directory, self._settings(mask_phases) | frozen)

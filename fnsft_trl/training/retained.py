@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from .anchored import AnchoredTrainer
 from .retention import callbacks_of, retention_of
 from .retention_texts import RetentionTexts
-from .watched import WatchedTrainer
 
 
-class RetainingTrainer(WatchedTrainer):
+class RetainingTrainer(AnchoredTrainer):
     """Trainer with retention series.
 
     Args:
@@ -19,6 +19,11 @@ class RetainingTrainer(WatchedTrainer):
         super().__init__(*args, **kwargs)
         if retention is not None:
             retention.add_to(self)
+
+    @property
+    def task_dataset(self):
+        """The rows of the task among those that are trained."""
+        return self.train_dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the parent's.

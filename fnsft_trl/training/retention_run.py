@@ -98,7 +98,7 @@ class RetentionRun:
         state.stateful_callbacks[_STATE] = {each.name: each.state() for each in self.series}
         for each in self.series:
             name = each.name or "general text"
-            kind = "exact, from the model with its adapter off" if each.kl_kind == "exact" else "top-k, a lower bound"
+            kind = "exact, from the base itself" if each.kl_kind == "exact" else "top-k, a lower bound"
             self._say(f"retention: {name}: {each.text.tokens} tokens, base {each.base:.4f} nats, KL {kind}")
         about = {metric_name(each.name, "base"): each.base for each in self.series if "rise" in each.measures}
         about |= {metric_name(each.name, "tokens"): each.text.tokens for each in self.series}

@@ -25,6 +25,35 @@ _LEAST = 1000  # rows of a stream of training data that are compared
 _IGNORED = -100  # the label of a token that is not learnt
 
 
+def read_texts(option: str, name: str, source: str, *, tokens: int, embedded: str = "discovery") -> list:
+    """Rows of a source of general text, in its order, until they hold enough characters.
+
+    Args:
+        option: that names it, for messages.
+        name: of the text.
+        source: of the rows.
+        tokens: that they are to hold.
+        embedded: which half of the articles `embedded` is: those of `"discovery"`, or of `"retention"`.
+
+    Raises:
+        FNSFTError: it cannot be read, or holds no text.
+    """
+    if source == EMBEDDED:
+        rows: Iterable = wikipedia_passages(embedded)
+    else:
+        (rows,) = load_texts([source]).values()
+    found, characters = [], 0
+    for row in rows:
+        if pieces := written(row):
+            found.append(row)
+            characters += sum(map(len, pieces))
+        if characters >= _CHARACTERS * tokens:
+            break
+    if not found:
+        raise FNSFTError(f"the text {name!r} ({source}) of {option} holds no text; give some sentences")
+    return found
+
+
 class RetentionTexts:
     """The texts of a RetentionConfig.
 
@@ -42,7 +71,10 @@ class RetentionTexts:
 
     def __init__(self, config: RetentionConfig, processing_class=None) -> None:
         self.config = config
-        self.texts = {name: self._read(name, source) for name, source in config.sources().items()}
+        self.texts = {
+            name: read_texts("retention_datasets", name, source, tokens=config.retention_tokens, embedded="retention")
+            for name, source in config.sources().items()
+        }
         self._tokenized: dict[str, RetentionText] | None = None
         if processing_class is not None:
             self._tokenized = self._tokenize(processing_class)
@@ -63,23 +95,6 @@ class RetentionTexts:
         found = cls(config, processing_class if is_final else None)
         if args is None or args.process_index == 0:
             found.warn_of_shared_rows(train_dataset, formatting_func)
-        return found
-
-    def _read(self, name: str, source: str) -> list:
-        """Rows of a source, in its order, until they hold enough characters."""
-        if source == EMBEDDED:
-            rows: Iterable = wikipedia_passages("retention")
-        else:
-            (rows,) = load_texts([source]).values()
-        found, characters = [], 0
-        for row in rows:
-            if pieces := written(row):
-                found.append(row)
-                characters += sum(map(len, pieces))
-            if characters >= _CHARACTERS * self.config.retention_tokens:
-                break
-        if not found:
-            raise FNSFTError(f"the retention text {name!r} ({source}) holds no text; give some sentences")
         return found
 
     def _tokenize(self, processing_class) -> dict[str, RetentionText]:
@@ -124,7 +139,7 @@ class RetentionTexts:
         config = self.config
         texts = dict(self._tokenized or self._tokenize(trainer.processing_class))
         prompts = task_prompts(
-            trainer.train_dataset,
+            trainer.task_dataset,
             trainer.processing_class,
             tokens=config.retention_tokens,
             seed=trainer.args.seed,

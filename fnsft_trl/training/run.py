@@ -12,13 +12,14 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..config import FunctionalNetworkConfig
+from ..config import MEASURED_SELECTORS, FunctionalNetworkConfig
 from ..constraints import trainable_neurons
 from ..data.sequences import compared_part, trained_part
 from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle
 from ..neurons.mask import NeuronMask
+from ..occupied import ADAPTER, MODEL, check_target
 from ..ranges import format_ranges
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
@@ -27,12 +28,15 @@ from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template, select_as_configured
 from .preparation import (
+    check_selector,
     discover_template,
     keep_4bit_layers_differentiable,
     load_base_model,
     load_processing_class,
+    selector_evidence,
 )
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
+from .refused import check_refused
 from .same_run import networks_text
 from .ways import WAYS, Way, is_sharded
 
@@ -79,6 +83,7 @@ class Run:
         self.args = args = given["args"] = kind.args_of(given)
         self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)
         self.way.check(model, args)
+        _check_output(args.output_dir, model, is_full=self.plan.method == "full")
         if self.plan.mask_mode is not None:
             check_maskable(args)
         if args.push_to_hub and args.process_index == 0:
@@ -100,6 +105,8 @@ class Run:
             FNSFTError: they are of another model, or the model cannot be trained in this way.
         """
         given = self.given
+        has_template = template is not None or self.config.ica_template_path is not None
+        check_selector(self.config, has_template=has_template or self.checkpoint is not None)
         self._load()
         model = given["model"]
         self._find_networks(template, model)
@@ -123,19 +130,27 @@ class Run:
     def _load(self) -> None:
         """Load what was given by name: networks must be known before PEFT wraps the model."""
         given, kind = self.given, self.kind
+        if given.get("processing_class") is None and kind.is_of_trl:
+            given["processing_class"] = self._processing_class()
+        if kind.is_sft:
+            check_refused(given, self.args)
         set_seed(self.args.seed)  # as the trainers of TRL do before they load a model
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
             given["model"] = load_base_model(
-                given["model"], self.args, self._model_init_kwargs, quantization, scores=kind.scores
+                given["model"],
+                self.args,
+                self._model_init_kwargs,
+                quantization,
+                scores=kind.scores,
+                frozen=self.plan.method != "full",
             )
         keep_4bit_layers_differentiable(given["model"])
-        if given.get("processing_class") is None and kind.is_of_trl:
-            given["processing_class"] = self._processing_class()
 
     def _processing_class(self):
-        kwargs, generates = self._model_init_kwargs, self.kind.generates
-        return load_processing_class(self.given["model"], self.args, kwargs, generates=generates)
+        model = self.given["model"]
+        name = model if isinstance(model, str) else model.config.name_or_path
+        return load_processing_class(name, self.args, self._model_init_kwargs, generates=self.kind.generates)
 
     def _text_of(self, row):
         """The text of a row of the training data that networks are discovered on."""
@@ -166,15 +181,13 @@ class Run:
             self.template = check_template(self.config, model, template)
             self.layers = chosen_layers(self.config, model, template)
             return
+        self.template = discover_template(self.config, *self._read_with(model))
+
+    def _read_with(self, model: PreTrainedModel | PeftModel) -> tuple:
+        """What texts are read with: model, tokenizer or processor, arguments; the rows, and what is read of one."""
         reader = self.given.get("processing_class")
-        self.template = discover_template(
-            self.config,
-            model,
-            self._processing_class() if reader is None else reader,
-            self.args,
-            self.given.get("train_dataset"),
-            self._text_of,
-        )
+        reader = self._processing_class() if reader is None else reader
+        return model, reader, self.args, self.given.get("train_dataset"), self._text_of
 
     def _checkpoint_template(self, given: FunctionalNetworkTemplate | None) -> FunctionalNetworkTemplate:
         template = FunctionalNetworkTemplate.from_pretrained(self.checkpoint)
@@ -193,7 +206,10 @@ class Run:
             What PEFT is to wrap the model with.
         """
         config = self.config
-        self.selected = select_as_configured(config, self.template, self.layers)
+        evidence = None
+        if config.ica_select in MEASURED_SELECTORS:
+            evidence = selector_evidence(config, self.template, *self._read_with(model))
+        self.selected = select_as_configured(config, self.template, self.layers, evidence)
         self.trainable = trainable_neurons(model, self.selected, self.plan.train)
         logger.info(f"selected {self.selected}; to be trained {self.trainable}; method {self.plan.method}")
         peft_config = self.way.peft_config(model, self.trainable, peft_config)
@@ -257,6 +273,16 @@ class Run:
                 "leave target_modules out"
             )
         self.trainable = reached
+
+
+def _check_output(directory: str, model: str | PreTrainedModel | PeftModel, *, is_full: bool) -> None:
+    """Refuse to save the trained model over the one that it is made from, or over something else.
+
+    Raises:
+        FNSFTError: the output directory is that of the model, or holds a template or the other kind of a model.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "name_or_path", None)
+    check_target(directory, MODEL if is_full else ADAPTER, sources={"the model to train": name or None})
 
 
 def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None) -> PeftConfig | None:

@@ -14,6 +14,7 @@ from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
 from ..template.storage import CARD_FILE, NETWORK_DIR, SELECTION_FILE
 from ..template.template import FunctionalNetworkTemplate
+from ..writing import write_text_whole
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ class RunRecord:
         self.template.save_pretrained(networks)
         card = directory / CARD_FILE
         if card.exists():  # of PEFT, which names the base model by where it was loaded from
-            card.write_text(publishable_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+            write_text_whole(card, publishable_card(card.read_text(encoding="utf-8")))
         self.extend_card(directory, model)
-        (networks / SELECTION_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text_whole(networks / SELECTION_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def extend_card(self, directory: Path, model: nn.Module) -> None:
         """Put the section on functional networks into the model card of a directory if there is one."""
         card = directory / CARD_FILE
         if card.exists():
-            card.write_text(with_section(card.read_text(encoding="utf-8"), self._section(model)), encoding="utf-8")
+            write_text_whole(card, with_section(card.read_text(encoding="utf-8"), self._section(model)))
 
     def _section(self, model: nn.Module) -> str:
         trained, template = self.trainable, self.template
@@ -117,11 +118,21 @@ class RunRecord:
         layers = "every layer"
         if set(self.selected.layers) != set(self.template.loadings):
             layers = f"layers {format_ranges(sorted(self.selected.layers))}"
+        selector = config.ica_select
+        if selector == "surrogate":
+            networks += ", of activations shifted in time (a control)"
         if config.ica_fraction is None:
-            return f"the neurons of {networks}" + (f", in {layers}" if layers != "every layer" else "")
-        share = f"{config.ica_fraction:.1%} of the neurons of {layers}"
-        if config.ica_select == "random":
-            return f"{share}, drawn at random: a control"
-        if config.ica_select == "activation":
-            return f"{share}, those with the {config.ica_rank_by} activity: a control"
-        return f"{share}, those that rank {config.ica_rank_by} in {networks}"
+            where = "" if layers == "every layer" else f", in {layers}"
+            if selector == "layer_shuffled":
+                return f"as many neurons of every layer as there are in {networks}{where}, shuffled: a control"
+            return f"the neurons of {networks}{where}"
+        share, rank = f"{config.ica_fraction:.1%} of the neurons of {layers}", config.ica_rank_by
+        told = {
+            "random": "drawn at random: a control",
+            "activation_rms": f"those with the {rank} activity: a control",
+            "contrast": f"those that rank {rank} in how much more the task uses them than general text: a control",
+            "gradient_conflict": f"those that rank {rank} in how far their gradients on the task and on general text "
+            "conflict: a control",
+            "layer_shuffled": f"those that rank {rank} in {networks}, the neurons of every layer shuffled: a control",
+        }
+        return f"{share}, {told.get(selector, f'those that rank {rank} in {networks}')}"

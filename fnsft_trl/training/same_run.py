@@ -79,6 +79,8 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "train_dataset": data_text(trainer.train_dataset, _TOKENS if isinstance(trainer, SFTTrainer) else None),
         "fsdp": fsdp_form(trainer),
         "deepspeed": trainer.is_deepspeed_enabled,
+        "replay": trainer.replay and trainer.replay.settings(),
+        "kl_to_base": trainer.anchor and trainer.anchor.settings(),
         **{name: _name(value) for name, value in given.items()},
         **_argument_settings(trainer.args),
     }

@@ -1,5 +1,6 @@
 """FNSFTTrainer: SFTTrainer, with the trainable neurons and the forward mask of a FunctionalNetworkConfig."""
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,9 @@ from ..data.preparation import Preparation
 from ..data.tokenized import TokenizedCache
 from ..evaluation.config import RetentionConfig
 from ..template.template import FunctionalNetworkTemplate
+from .config import AnchorConfig, ReplayConfig
 from .networked import NetworkedTrainer
+from .protection_config import ProtectionConfig
 
 
 class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
@@ -68,6 +71,13 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             lengths and versions are the same.
         retention ([`RetentionConfig`], *optional*):
             The general texts on which it is measured what the model loses, with networks and without, and a budget.
+        protection ([`ProtectionConfig`], *optional*):
+            In which directions of their inputs the layers that train go on answering as before, with networks and
+            without.
+        replay ([`ReplayConfig`], *optional*):
+            Rows of other texts that are trained beside the task, a share of each batch, with networks and without.
+        anchor ([`AnchorConfig`], *optional*):
+            The general texts on which the model is kept near its base, with networks and without, and how much.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -80,6 +90,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
     """
 
     _trainer_class = SFTTrainer
+    _replays = True
 
     def __init__(
         self,
@@ -103,6 +114,9 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         network_template: FunctionalNetworkTemplate | str | os.PathLike | None = None,
         tokenized_cache: bool = False,
         retention: RetentionConfig | None = None,
+        protection: ProtectionConfig | None = None,
+        replay: ReplayConfig | None = None,
+        anchor: AnchorConfig | None = None,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         super().__init__(
@@ -124,7 +138,15 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             network_config=network_config,
             network_template=network_template,
             retention=retention,
+            protection=protection,
+            replay=replay,
+            anchor=anchor,
         )
+
+    @property
+    def task_dataset(self):
+        """The rows of the task among those that are trained; the others are replayed."""
+        return self.train_dataset if self.replay is None else self.replay.task
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """As the parent's; with `tokenized_cache`, what it made of the same data before is read again.
@@ -133,20 +155,34 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             FNSFTError: no row teaches anything, or the chat template refuses them all.
         """
 
-        def make(rows, args, packing, is_processed=False):
-            function = None if is_processed else formatting_func
-            return super(FNSFTTrainer, self)._prepare_dataset(
-                rows, processing_class, args, packing, function, dataset_name
-            )
+        def prepare(rows, args, function, name):
+            def make(rows, args, packing, is_processed=False):
+                given = None if is_processed else function
+                return super(FNSFTTrainer, self)._prepare_dataset(rows, processing_class, args, packing, given, name)
 
-        return Preparation(
-            make=make,
-            args=args,
-            packing=packing,
-            name=dataset_name,
-            processing_class=processing_class,
-            chat_template=self.chat_template,
-            completion_only_loss=self.completion_only_loss,
-            is_formatted=formatting_func is not None,
-            cache=self._tokenized_cache,
-        ).of(dataset)
+            return Preparation(
+                make=make,
+                args=args,
+                packing=packing,
+                name=name,
+                processing_class=processing_class,
+                chat_template=self.chat_template,
+                completion_only_loss=self.completion_only_loss,
+                is_formatted=function is not None,
+                cache=self._tokenized_cache,
+            ).of(rows)
+
+        prepared = prepare(dataset, args, formatting_func, dataset_name)
+        # A text to evaluate on may be named `train` too; it comes later.
+        if self.replay is None or self.replay.task is not None or dataset_name != "train":
+            return prepared
+        of_text = copy.copy(args)
+        of_text.dataset_text_field = "text"  # as the rows to replay have it
+        return self.replay.beside(prepared, lambda rows, name: prepare(rows, of_text, None, name))
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As the parent's; with rows to replay, a share of them in each batch."""
+        if self.replay is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return self.replay.sampler(seed)

@@ -1,8 +1,8 @@
 """SavedAdapter: an adapter on disk, of any PEFT method, and the base model that it was trained on."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..errors import FNSFTError
+from ..errors import FNSFTError, library_errors
 
 
 PREFIX = "base_model.model."  # of the names of PEFT's tensors
@@ -63,7 +63,12 @@ class SavedAdapter:
         """
         if not (Path(directory) / "adapter_config.json").is_file():
             raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
-        config = PeftConfig.from_pretrained(str(directory))
+        with library_errors(
+            lambda error: (
+                f"{directory}/adapter_config.json cannot be read ({first_line(error)}); save the adapter again"
+            )
+        ):
+            config = PeftConfig.from_pretrained(str(directory))
         if not config.base_model_name_or_path:
             raise FNSFTError(f"{directory}/adapter_config.json does not name its base model (base_model_name_or_path)")
         return cls(Path(directory), config)
@@ -71,7 +76,12 @@ class SavedAdapter:
     @cached_property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensors of its file, by their names there."""
-        return load_peft_weights(str(self.directory), device="cpu")
+        with library_errors(
+            lambda error: (
+                f"the weights of the adapter {self.directory} cannot be read ({first_line(error)}); save it again"
+            )
+        ):
+            return load_peft_weights(str(self.directory), device="cpu")
 
     @cached_property
     def whole(self) -> dict[str, torch.Tensor]:
@@ -96,6 +106,7 @@ class SavedAdapter:
             loading: arguments of `from_pretrained`; `revision` is by default the one in the adapter's configuration.
         """
         name = self.config.base_model_name_or_path
+        loading = {"trust_remote_code": False, **loading}  # without, transformers asks at the terminal
         if base is None or str(base) == name:
             loading = {"revision": self.config.revision, **loading}
         return str(base or name), {key: loading[key] for key in _SOURCE if loading.get(key) is not None}
@@ -113,17 +124,15 @@ class SavedAdapter:
         name, source = self.source(**loading)
         if self.has_tokenizer and not of_base:
             name, source = str(self.directory), {key: source[key] for key in source if key == "trust_remote_code"}
-        try:
+        with suppress(FNSFTError), library_errors(first_line):
             return AutoProcessor.from_pretrained(name, **source)
-        except (OSError, ValueError, ImportError):
-            pass  # of a processor no more may be there than its tokenizer
-        try:
-            return AutoTokenizer.from_pretrained(name, **source)
-        except (OSError, ValueError, ImportError) as error:
-            raise FNSFTError(
+        with library_errors(  # of a processor no more may be there than its tokenizer
+            lambda error: (
                 f"no tokenizer can be loaded from {name} ({first_line(error)}); save the one that was trained with "
                 f"into {self.directory} (tokenizer.save_pretrained)"
-            ) from error
+            )
+        ):
+            return AutoTokenizer.from_pretrained(name, **source)
 
     def base_config(self, base: str | os.PathLike | None = None, **loading) -> PretrainedConfig:
         """The configuration of the base model.
@@ -208,15 +217,10 @@ class SavedAdapter:
         Raises:
             FNSFTError: the adapter's tensors are not those that the base model has a place for.
         """
-        try:
+        self.tensors  # noqa: B018 (read, so that a damaged file is not taken for a model that does not fit)
+        with library_errors(lambda error: str(self._does_not_fit(base, str(error)))):
             model = PeftModel.from_pretrained(base, str(self.directory))
             found = model.load_adapter(str(self.directory), model.active_adapter)
-        except FNSFTError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-                raise
-            raise self._does_not_fit(base, " ".join(str(error).split())) from error
         left = [key for key in found.unexpected_keys if not _WRAPPERS & set(key.split("."))]
         if found.missing_keys or left:
             raise self._does_not_fit(base, min([*found.missing_keys, *left]))
@@ -280,21 +284,16 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", **loading) -> Pr
     Raises:
         FNSFTError: it cannot be loaded.
     """
+    loading = {"trust_remote_code": False, **loading}
     with _loading_errors(name):
         config = AutoConfig.from_pretrained(name, **{key: loading[key] for key in _SOURCE if key in loading})
         return model_class(config).from_pretrained(name, dtype=dtype, **loading)
 
 
-@contextmanager
-def _loading_errors(name: str, adapter: Path | None = None) -> Iterator[None]:
-    try:
-        yield
-    except FNSFTError:
-        raise
-    except (OSError, ValueError) as error:
-        moved = f"base_model_name_or_path of {adapter}/adapter_config.json"
-        remedy = "" if adapter is None else f"; if it has moved, say where to in {moved}"
-        raise FNSFTError(f"the model {name!r} cannot be loaded ({first_line(error)}){remedy}") from error
+def _loading_errors(name: str, adapter: Path | None = None) -> AbstractContextManager[None]:
+    moved = f"base_model_name_or_path of {adapter}/adapter_config.json"
+    remedy = "" if adapter is None else f"; if it has moved, say where to in {moved}"
+    return library_errors(lambda error: f"the model {name!r} cannot be loaded ({first_line(error)}){remedy}")
 
 
 def model_class(config: PretrainedConfig, adapter: PeftConfig | None = None) -> type:
@@ -331,7 +330,9 @@ def _class_named(name: str) -> type[PreTrainedModel] | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error says; or that a model's own code was not run, and how it would be."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which runs only if that is asked for: trust_remote_code"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

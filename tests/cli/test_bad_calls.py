@@ -120,7 +120,6 @@ def contradiction(draw) -> Call:
             (["--no_peft", "--use_peft"], "use_peft"),
             (["--lora_alpha", "8"], "lora_alpha"),
             (["--use_dora"], "use_dora"),
-            (["--push_to_hub"], "hub_model_id"),
             (["--hub_repo_id", "a/b"], "push_to_hub"),
             (["--hub_token", "x"], "push_to_hub"),
             (["--dataset_name_or_path", "other"], "dataset_name"),

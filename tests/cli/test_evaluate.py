@@ -213,6 +213,13 @@ def refused(capsys, *words) -> str:
         (["tiny", "--data", "qa.jsonl", "--limit", "3"], "limit: no effect without tasks"),
         (["tiny", "--data", "qa.jsonl", "--mask_mode", "lesion"], "mask_mode: no effect without ica_template_path"),
         (["tiny", "--data", "qa.jsonl", "--ica_layers", "0"], "ica_layers: no effect without mask_mode"),
+        (
+            [
+                *("tiny", "--data", "qa.jsonl", "--mask_mode", "lesion", "--ica_template_path", "t"),
+                *("--ica_fraction", ".1", "--ica_select", "contrast"),
+            ],
+            "ica_select=contrast is measured on the rows of a training",
+        ),
         (["tiny", "--data", "qa.jsonl", "--base"], "base: none of the models is an adapter"),
         (["base=tiny", "adapter", "--data", "qa.jsonl", "--base"], "base: tiny is called so already"),
         (["tiny", "--data", "qa.jsonl", "--masked"], "masked: none of the models was trained under a mask"),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import state, tiny_model
+from helpers import state, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_quantization_config
 
@@ -72,7 +72,7 @@ def test_quantised_weights_are_those_of_trl(settings, model_dir, loads):
 
 
 def test_what_is_not_asked_for_is_not_passed_on():
-    assert loading_arguments(LoadingConfig()) == {"dtype": "float32"}
+    assert loading_arguments(LoadingConfig()) == {"dtype": "float32", "trust_remote_code": False}
     asked = LoadingConfig("auto", "cpu", model_revision="v1", trust_remote_code=True, attn_implementation="eager")
     assert loading_arguments(asked) == {
         **{"dtype": "auto", "device_map": "cpu", "revision": "v1", "trust_remote_code": True},
@@ -210,3 +210,24 @@ def test_the_fields_are_the_words_of_the_design():
         *("dtype", "device_map", "load_in_4bit", "load_in_8bit", "model_revision", "trust_remote_code"),
         "attn_implementation",
     }
+
+
+def test_no_verb_asks_whether_to_run_the_code_of_a_model(tmp_path, capsys, monkeypatch):
+    """A model that brings code is refused in one line, unless it is asked for."""
+    home = tmp_path / "model"
+    tiny_tokenizer().save_pretrained(home)
+    (home / "code.py").write_text("raise SystemExit('ran')\n")
+    about = {"model_type": "own", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "code.Own")}
+    (home / "config.json").write_text(json.dumps(about))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(home), "task_type": "CAUSAL_LM", "r": 1}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "rows.txt").write_text("some text\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    for argv in (
+        ["discover", home, tmp_path / "rows.txt", "--output_dir", tmp_path / "out"],
+        ["export", tmp_path / "adapter", "--to", "merged", "--output_dir", tmp_path / "out"],
+        ["evaluate", home, "--data", tmp_path / "rows.txt", "--output_dir", tmp_path / "out"],
+    ):
+        assert main([str(part) for part in argv]) == 2, argv
+        assert "trust_remote_code" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 from test_options_of_verbs import each_verb, options_of, words_for
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, select_neurons
-from fnsft_trl.cli import main
+from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.cli.options.schema import Option
 from fnsft_trl.ranges import is_open, parse_ranges
@@ -18,7 +18,7 @@ MOST = 2200  # letters of a message, with the name of its verb
 def values(option: Option) -> list[str]:
     """What to write in YAML: a long text, a path of long names, a long list and a long mapping, deep nesting."""
     long = "9" * 20_000 if option.kind in ("int", "float") else "x" * 20_000
-    listed = f"[{', '.join(map(str, range(400)))}]"
+    listed = f"[{', '.join(str(10**20 + n) for n in range(120))}]"
     return [long, f"{'y' * 300}/{'z' * 300}", listed, f"{{a: {listed}, {'k' * 1000}: 1}}", "[" * 45 + "]" * 45]
 
 
@@ -31,8 +31,11 @@ def workplace(tmp_path, monkeypatch, hub):
 
 @each_verb
 def test_a_value_of_any_size_is_refused_in_few_words_or_taken(verb, workplace, capsys):
-    """What is taken is refused with the rest of the call, whose model or template does not exist."""
-    for option in options_of(verb):
+    """What is taken is refused with the rest of the call, whose model or template does not exist. An option that
+    several verbs have is tried in one of them."""
+    verbs = list(VERBS)
+    earlier = [option for other in verbs[: verbs.index(verb)] for option in options_of(other)]
+    for option in (option for option in options_of(verb) if option not in earlier):
         base = ["--model_name_or_path", "no/model", "--dataset_name", "rows.jsonl"]
         base = words_for(verb, option) if verb != "train" else base
         place = base.index(f"--{option.name}") if f"--{option.name}" in base else len(base)

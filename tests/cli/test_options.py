@@ -16,7 +16,15 @@ from fnsft_trl.cli.options.help import format_help
 from fnsft_trl.cli.options.parse import parse_options, training_options
 from fnsft_trl.cli.options.schema import TRL, describe
 from fnsft_trl.cli.options.sources import read_sources
-from fnsft_trl.cli.options.translate import DEVICE_DTYPE, DROPPED, NETWORK_NAMES, RENAMED, SWITCHES, original_options
+from fnsft_trl.cli.options.translate import (
+    DEVICE_DTYPE,
+    DROPPED,
+    INSTRUCTION,
+    NETWORK_NAMES,
+    RENAMED,
+    SWITCHES,
+    original_options,
+)
 from fnsft_trl.config import FunctionalNetworkConfig
 from fnsft_trl.errors import FNSFTError
 
@@ -333,14 +341,45 @@ def test_an_evaluation_that_is_described_and_not_asked_for_is_noted():
         (["--evaluation_strategy", "steps"], "eval_strategy", "steps"),
         (["--lora_target_modules", "q_proj"], "lora_target_modules", ["q_proj"]),
         (["--merge_adapter_with_base"], "merge_adapter_with_base", True),
+        (["--wandb_run_name", "a7"], "run_name", "a7"),
+        (["--instruction_template", "alpaca"], "template_format", "alpaca"),
+        (["--instruction_template", "Q {instruction}\\nA "], "prompt_template", "Q {instruction}\\nA {response}"),
+        (["--instruction_template", "Q {instruction} A {response}"], "template_format", "basic"),
+        (["--pretokenize", "--pretokenize_num_proc", "4", "--pretokenize_dir=x"], "use_peft", True),
+        (["--use_existing_splits", "--anti_drift_unwrap_on_save", "true"], "use_peft", True),
     ],
     ids=str,
 )
 def test_names_of_the_original(words, name, expected):
     found = parsed(*words, base=ORIGINAL)
     assert found.values[name] == expected
-    assert not {*RENAMED, *SWITCHES, *DROPPED} & set(found.values)
+    assert not {*RENAMED, *SWITCHES, *DROPPED, INSTRUCTION} & set(found.values)
+    assert all(word[2:].partition("=")[0] in str(found.notes) for word in words if word.startswith("--pretok"))
     assert "dataset_name_or_path -> dataset_name" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_existing_splits": False}, r"write datasets: \[\{path: NAME, split: train\}\]"),
+        ({"anti_drift_unwrap_on_save": False}, "weights that only this training could load: drop it"),
+        ({"instruction_template": "Q {input}"}, "write template_format: basic and prompt_template"),
+        ({"instruction_template": "alpaca", "template_format": "chatml"}, "drop instruction_template"),
+        ({"pretokenise": True}, "did you mean 'pretokenize'"),
+    ],
+    ids=str,
+)
+def test_what_the_original_has_and_this_has_not_says_what_to_write(tmp_path, settings, message):
+    with pytest.raises(FNSFTError, match=message):
+        from_yaml(tmp_path, settings, base=ORIGINAL)
+
+
+def test_a_family_of_names_is_known_in_a_file_too(tmp_path):
+    found = from_yaml(
+        tmp_path, {"pretokenize": True, "pretokenize_batch_size": 100, "pretokenize_x": ["a"]}, base=ORIGINAL
+    )
+    assert found.notes[0].count("tokenized_cache") == 1
+    assert not any("pretokenize" in name for name in found.values)
 
 
 def test_networks_of_the_original():
@@ -401,15 +440,17 @@ def test_notes_name_each_new_name_once(tmp_path):
 def test_the_guide_has_every_name_beside_what_it_is_here():
     page = (ROOT / "docs" / "migration.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
-    for old, new in (RENAMED | SWITCHES | dict.fromkeys(DROPPED, "not needed")).items():
+    for old, new in (
+        RENAMED | SWITCHES | dict.fromkeys(DROPPED, "not needed") | {INSTRUCTION: "prompt_template"}
+    ).items():
         assert any(f"`{old}`" in row[1] and new in row[2] for row in rows), old
     for name in NETWORK_NAMES - {"ica_rank", "ica_datasets"}:
         assert any(f"`{name}`" in row[1] and "the same" in row[2] for row in rows), name
 
 
 def test_no_name_of_the_original_is_an_option_here(options):
-    assert not {*RENAMED, *SWITCHES, *DROPPED} & set(options)
-    assert {*RENAMED, *SWITCHES, *DROPPED} == set(original_options(options))
+    assert not {*RENAMED, *SWITCHES, *DROPPED, INSTRUCTION} & set(options)
+    assert {*RENAMED, *SWITCHES, *DROPPED, INSTRUCTION} == set(original_options(options))
 
 
 # --- refusals

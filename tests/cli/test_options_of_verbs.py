@@ -36,7 +36,8 @@ def samples(option: Option) -> list[tuple[list[str], object]]:
     if option.kind == "datasets":
         return [(["x", "y"], ["x", "y"]), (["z"], ["z"])]
     if option.kind in ("int", "float"):
-        lowest, highest = option.lowest or 0, 10 if option.highest is None else option.highest
+        lowest = option.lowest or 0
+        highest = lowest + 2 if option.highest is None else option.highest
         numbers = [lowest + 1, lowest + 2] if highest >= lowest + 2 else [highest / 2, highest / 4]
         numbers = [float(n) if option.kind == "float" else int(n) for n in numbers]
         texts = [str(number) for number in numbers]

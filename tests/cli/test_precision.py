@@ -6,7 +6,8 @@ import bitsandbytes
 import pytest
 import torch
 
-from fnsft_trl.cli import precision
+from fnsft_trl.cli import fine_tuning, precision
+from fnsft_trl.cli.options.parse import parse_options as training_options_of
 from fnsft_trl.cli.precision import Precision, check_quantization
 from fnsft_trl.errors import FNSFTError
 
@@ -87,3 +88,24 @@ def test_quantisation_needs_bitsandbytes_and_a_device_that_it_supports(monkeypat
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
     with pytest.raises(FNSFTError, match="needs bitsandbytes; run: python -m pip install"):
         check_quantization("load_in_4bit", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "expected"),
+    [
+        (["--use_peft"], "cuda", "bfloat16"),
+        (["--use_peft", "--load_in_4bit"], "cuda", "bfloat16"),
+        (["--use_peft", "--dtype", "auto"], "cuda", "auto"),
+        (["--use_peft", "--dtype", "float32"], "cuda", "float32"),
+        ([], "cuda", "float32"),
+        (["--use_peft", "--bf16"], "cpu", "float32"),
+    ],
+)
+def test_a_frozen_base_is_loaded_in_what_suits_the_device(device, monkeypatch, tmp_path, given, kind, expected):
+    monkeypatch.setattr(Precision, "training_arguments", property(lambda self: {"use_cpu": True, "bf16": False}))
+    monkeypatch.setattr(Precision, "choose", classmethod(lambda cls, **_: cls(kind, "bf16")))
+    argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), *given]
+    settings = fine_tuning._settings(training_options_of(argv))
+    assert settings.model_init_kwargs["dtype"] == expected
+    if "--load_in_4bit" in given:
+        assert settings.quantization.bnb_4bit_compute_dtype == torch.bfloat16

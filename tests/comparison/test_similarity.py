@@ -132,6 +132,17 @@ def test_passages_are_cut_at_spaces_and_have_about_one_length(passages):
         split_passages(["too short"])
 
 
+def test_passages_without_tokens_are_one_line(templates, tokenizer):
+    model = tiny_model("llama")
+    for given, message in (
+        ([], "no passages"),
+        (["the red fox went", "x"], "passage 1 of 2"),
+        ([""], "passage 0|empty"),
+    ):
+        with pytest.raises(FNSFTError, match=message):
+            network_time_courses(model, tokenizer, templates["llama"], given)
+
+
 def test_the_fingerprint_tells_a_child_from_strangers(tokenizer, rows, passages):
     texts = [row["prompt"] + row["completion"] for row in rows]
     config = FunctionalNetworkConfig(ica_components=3, ica_rank=16, ica_max_tokens=600, ica_max_length=32)

@@ -211,3 +211,14 @@ def test_torch_counts_writes_to_a_tensor():
     assert compat.version_counter(tensor) == first + 1
     with torch.inference_mode():
         assert compat.version_counter(torch.zeros(2)) == -1
+
+
+def test_torch_takes_all_bits_of_float32_in_a_block_and_goes_back(precision):
+    torch.set_float32_matmul_precision("medium")
+    x = torch.ones(2)
+    assert not compat.multiplies_exactly(x)
+    with compat.full_products():
+        assert compat.multiplies_exactly(x)
+        assert not torch.is_grad_enabled()
+    assert not compat.multiplies_exactly(x)
+    assert torch.get_float32_matmul_precision() == "medium"

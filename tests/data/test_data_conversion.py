@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -9,14 +7,6 @@ from fnsft_trl.data import conversion
 
 QUESTIONS = [{"question": f"q{i}", "answer": "" if i % 4 == 1 else f"a{i}"} for i in range(12)]
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What the package logs."""
-    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
-    caplog.set_level("WARNING")
-    return caplog
 
 
 def contents(rows) -> list[str]:
@@ -124,8 +114,9 @@ def test_text_beside_questions_is_an_error():
 
 
 def test_errors_name_the_dataset_and_the_row():
-    with pytest.raises(FNSFTError, match="nq, row 1: 'answer' holds a list"):
-        to_trl_format([{"question": "q", "answer": "a"}, {"question": "q", "answer": ["a"]}], name="nq")
+    with pytest.raises(FNSFTError, match="nq has no row to train on: 'answer' holds a list; expected text in row 0"):
+        to_trl_format([{"question": "q", "answer": ["a"]}] * 2, name="nq")
+    assert len(to_trl_format([{"question": "q", "answer": "a"}, {"question": "q", "answer": ["a"]}])) == 1
     with pytest.raises(FNSFTError, match="nli has the columns 'premise'"):
         to_trl_format([{"premise": "p"}], name="nli")
 

@@ -78,6 +78,20 @@ CASES = [
     ),
     ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, {"messages": [user("q"), assistant("a")]}),
     ({"conversations": MULTI}, {"messages": MULTI}),
+    ({"conversation": [{"input": "q", "output": "a"}, {"input": "q2", "output": "a2"}]}, {"messages": MULTI[1:]}),
+    ({"dialog": ["q", "a", "q2", "a2"]}, {"messages": MULTI[1:]}),
+    ({"dialogue": '[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]'}, {"messages": MULTI[1:3]}),
+    ({"system": "SYSTEM: s\n", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>\n"}, {"messages": MULTI[:3]}),
+    ({"query": "q", "response": "a"}, turns("q", "a")),
+    ({"query": "q", "answer": "a"}, turns("q", "a")),
+    ({"query": "q", "answers": "a"}, turns("q", "a")),
+    ({"definition": "d", "inputs": "q", "targets": "a"}, turns("d\n\nq", "a")),
+    ({"input": "q", "target": "a"}, turns("q", "a")),
+    ({"inputs": "q", "targets": "a"}, turns("q", "a")),
+    ({"inputs": [3], "inputs_pretokenized": "q", "targets": [4], "targets_pretokenized": " a"}, turns("q", " a")),
+    ({"problem": "q", "solution": "a", "answer": "other"}, turns("q", "a")),
+    ({"problem": "q", "solution": "a", "messages": MULTI[1:3]}, {"messages": MULTI[1:3]}),
+    ({"\ufeffprompt": "q", " completion": "a", "Prompt": "other"}, turns("q", "a")),
     ({"text": "t"}, {"text": "t"}),
     ({"Text": "t", "label": 3}, {"text": "t"}),
     ({"input_ids": [1, 2], "labels": [1, 2]}, {}),
@@ -160,7 +174,7 @@ def test_an_answer_may_be_a_call_of_a_tool():
         ({"question": "q", "answer": ["a", "b"]}, "'answer' holds a list; expected text"),
         ({"question": "q", "answer": {"a": "b"}}, "'answer' holds a dict; expected text"),
         ({"messages": "q"}, "'messages' holds a str; expected a list of messages"),
-        ({"conversations": [{"from": "narrator", "value": "q"}]}, "role 'narrator'; expected one of: human, gpt"),
+        ({"conversations": [{"from": "narrator", "value": "q"}]}, "role 'narrator'; expected one of: human, prompter"),
         ({"text": {"a": 1}}, "'text' holds a dict"),
     ],
     ids=str,
@@ -186,7 +200,8 @@ def test_of_two_shapes_the_one_that_goes_further_is_read(form, answers, unanswer
         assert not has_answer
         assert answers == 0
         return
-    expected = "messages" if 2 * answers > 2 * has_answer else "prompt"
+    further = 2 * answers >= 2 * has_answer + (not form.is_short) if answers else False
+    expected = "messages" if further or not has_answer else "prompt"
     assert expected in converted
     assert converted.get("messages", conversation) == conversation
 

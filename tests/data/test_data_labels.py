@@ -1,7 +1,5 @@
 """Rows that teach nothing are counted, wherever their labels were lost; where all do, it is an error."""
 
-import logging
-
 import pytest
 from datasets import Dataset, IterableDataset
 from helpers import sft_config, tiny_model, tiny_tokenizer
@@ -12,12 +10,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fnsft_trl import FNSFTError, FNSFTTrainer
 from fnsft_trl.data.labels import check_labels, watch_labels
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fnsft_trl"), "propagate", True)
-    return caplog
 
 
 class Args:

@@ -1,5 +1,6 @@
 """However a conversation is spelt, it is read as what it says; what is no text is in no text."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from fnsft_trl import FNSFTError, to_trl_format
 from fnsft_trl.data.cells import UnusableRow
 from fnsft_trl.data.conversion import convert
+from fnsft_trl.data.dialects import dialect_of
 from fnsft_trl.data.formats import convert_row, find_formats
 from fnsft_trl.data.messages import ROLES, TURN_KEYS, Dialect, read_messages, unread_keys
 
@@ -179,3 +181,69 @@ def test_what_no_template_reads_goes_no_further():
 def test_half_a_surrogate_pair_is_no_text():
     rows = [{"question": "q", "answer": "a\ud800"}, {"question": "q", "answer": "a\x00b"}]
     assert to_trl_format(rows).to_list()[0]["completion"] == [{"role": "assistant", "content": "a\x00b"}]
+
+
+CALL = "{% for m in messages %}{% for c in m['tool_calls'] or [] %}{{ ARGUMENTS }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("c['function']['arguments'] | tojson", dict),  # text would be written as text within JSON
+        ("c['function']['arguments'].items() | list | string + c['function']['name']", None),  # neither is JSON
+        ("c['function']['arguments']", str),  # an object would be written as Python does
+        ("c['function']['arguments'] | string + c['function']['arguments']", str),  # an object is refused
+        ("c['function']['arguments'] if c['function']['arguments'] is string else c['function']['arguments'] | tojson",
+         None),
+    ],
+)  # fmt: skip
+def test_arguments_of_calls_are_what_the_template_reads(written, kind, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CALL.replace("ARGUMENTS", written)
+    dialect = dialect_of(tokenizer)
+    assert dialect.arguments is kind
+    for arguments in ({"city": "Ö"}, '{"city": "Ö"}', "no JSON", "[1]"):
+        calls = [call(arguments)]
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        found = read_messages(turns, "messages", dialect)[1]["tool_calls"][0]["function"]["arguments"]
+        is_object = arguments in ({"city": "Ö"}, '{"city": "Ö"}')
+        wanted = {dict: {"city": "Ö"}, str: '{"city": "Ö"}', None: arguments}[kind] if is_object else arguments
+        assert found == wanted
+
+
+SPELT_TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["q", "a"],
+        [{"input": "q", "output": "a"}],
+        {"human": ["q"], "assistant": ["a"]},
+        json.dumps(SPELT_TURNS),
+        json.dumps([{"user": "q", "assistant": "a"}]),
+        "\n\nHuman: q\n\nAssistant: a",
+        "USER: q\nASSISTANT: a <|endoftext|>\n",
+        "[|Human|]q[|AI|] a\n[|Human|] ",
+        "### Human: q### Assistant: a",
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>",
+        [{"role": "prompter", "text": "q"}, {"role": "assistant", "text": "a"}],
+    ],
+    ids=str,
+)
+def test_every_shape_of_a_conversation_is_read(value):
+    assert read_messages(value, "messages") == SPELT_TURNS
+
+
+@pytest.mark.parametrize("value", ["a text", "[1, 2", "{}", 3, [1], [["q", "a"]], {"a": 1}], ids=str)
+def test_what_is_no_conversation_makes_its_row_unusable(value):
+    with pytest.raises(UnusableRow, match="expected a list of messages"):
+        read_messages(value, "messages")
+
+
+def test_a_transcript_keeps_what_looks_like_another_speaker():
+    """One way of writing speakers in one transcript: what another way would take for one is text."""
+    assert read_messages("\n\nHuman: q\n\nAssistant: a\nHuman: b\nUSER: c", "chosen") == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a\nHuman: b\nUSER: c"},
+    ]

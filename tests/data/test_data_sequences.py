@@ -10,6 +10,7 @@ from test_data_prompts import INST, pad_is_eos, plain, with_bos
 from trl import DatasetMixtureConfig, ScriptArguments, SFTTrainer
 
 from fnsft_trl import DataConfig, FNSFTError
+from fnsft_trl.data.dialects import dialect_of
 from fnsft_trl.data.sequences import text_token_ids, token_sequences, trained_part
 from fnsft_trl.data.sources import load_texts
 from fnsft_trl.data.training import load_training_data
@@ -117,6 +118,7 @@ UNUSABLE = {
     "no answer": {"question": "q", "answer": ""},
     "refused": {"messages": [{"role": "system", "content": "s"}, *CHAT]},
     "no JSON": {"messages": CHAT, "tools": "{"},
+    "no text at all": {"question": "q", "answer": {"a": 1}},
 }
 
 
@@ -137,7 +139,18 @@ def test_a_row_that_cannot_be_read_is_left_out_of_a_discovery_and_said(kind, cap
         list(token_sequences([UNUSABLE[kind]] * 2, tokenizer, max_length=50, name="wiki"))
 
 
-@pytest.mark.parametrize("text", [3, {"premise": "p"}, {"question": "q", "answer": {"a": 1}}])
+@pytest.mark.parametrize("text", [3, {"premise": "p"}])
 def test_what_is_no_text_at_all_is_an_error(text):
     with pytest.raises(FNSFTError):
         list(token_sequences(["good", text], with_bos(), max_length=50))
+
+
+@pytest.mark.parametrize("where", [text_token_ids, lambda turns, tokenizer: dialect_of(tokenizer)])
+def test_a_chat_template_that_loops_is_one_line(where, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.data.rendering._LONGEST", 0.2)
+    tokenizer = plain()
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(FNSFTError, match=r"took more than 0\.2 s .*template_format"):
+        where([{"role": "user", "content": "a"}], tokenizer)
+    tokenizer.chat_template = ALL
+    assert text_token_ids([{"role": "user", "content": "a"}], tokenizer)

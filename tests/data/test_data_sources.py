@@ -219,3 +219,30 @@ def test_a_comparison_reads_the_text_of_any_format(tmp_path):
     (tmp_path / "c.jsonl").write_text(chat)
     parts = load_texts([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.jsonl")])
     assert [text for rows in parts.values() for text in _strings(rows)] == ["one", "s\nq\na", "q\na"]
+
+
+def test_one_broken_character_ends_no_run(tmp_path, log):
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(5)]
+    rows[2]["completion"] = "\ud800"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_data(str(tmp_path / "a.jsonl"))["train"]["completion"][:] == ["a0", "a1", "a3", "a4"]
+    assert "1 of 5 rows are left out: 1 where a text holds half a surrogate pair (the first is row 2)" in log.text
+
+
+def test_a_dataset_of_several_configurations_names_them(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    files = "\n".join(f"- config_name: {name}\n  data_files: {name}.jsonl" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}\n---\n")
+    with pytest.raises(FNSFTError, match="has the configurations 'one', 'two'; name one with dataset_config"):
+        load_data(str(tmp_path))
+    assert load_data(str(tmp_path), config_name="two")["train"]["text"][:] == ["two"]
+
+
+def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
+    (tmp_path / "train_sft.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_sft\n    path: train_sft.jsonl\n---\n"
+    )
+    with pytest.raises(FNSFTError, match="train_sft"):
+        load_data(str(tmp_path), split="train")

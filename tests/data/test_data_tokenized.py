@@ -236,7 +236,7 @@ def test_what_a_template_reads_of_the_clock_is_in_the_key_or_is_not_kept(cache, 
     assert cache.key(data, tokenizer, {}) != key or not follows
 
 
-DATED = "{% for m in messages %}{{ strftime_now('%H') }}{{ m['content'] }}<eos>{% endfor %}"
+DATED = "{% for m in messages %}{{ strftime_now('%Y') }}{{ m['content'] }}<eos>{% endfor %}"
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -10,7 +10,7 @@ from helpers import tiny_model, tiny_rows
 from sklearn.decomposition import FastICA
 
 import fnsft_trl
-from fnsft_trl import FunctionalNetworkConfig, discover_networks
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
 from fnsft_trl.discovery.ica import CONTRASTS, TOLERANCE, fast_ica
 from fnsft_trl.discovery.matching import match_components
 
@@ -137,3 +137,13 @@ def test_only_the_needed_sources_have_to_settle():
     few, all_of_them = fast_ica(both, needed=3), fast_ica(both)
     assert few.change[few.mixing.norm(dim=0).topk(3).indices].max() < TOLERANCE
     assert few.iterations < all_of_them.iterations
+
+
+@pytest.mark.parametrize("backend", ["torch", "sklearn"])
+def test_columns_that_follow_from_others_are_one_line(backend):
+    data = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    for column in (data[:, 0] * 2 - data[:, 1], torch.ones(500), torch.zeros(500)):
+        with pytest.raises(FNSFTError, match=r"the 5 columns .* span only 4 dimensions .*ica_components"):
+            fast_ica(torch.cat([data, column[:, None]], 1), backend=backend)
+    spread = data * torch.tensor([1e4, 1.0, 1e-4, 1e-6])  # of any size, as long as they are independent
+    assert fast_ica(spread, backend=backend).sources.isfinite().all()

@@ -60,7 +60,7 @@ def others(template):
     return torch.cat([v[:, kept] if layer == LAYER else v for layer, v in template.loadings.items()], 1)
 
 
-@pytest.mark.parametrize(("architecture", "factor"), [("bert", 1e4), ("bert", 1e8), ("bert", 1e20), ("llama", 1e8)])
+@pytest.mark.parametrize(("architecture", "factor"), [("bert", 1e4), ("bert", 1e20), ("llama", 1e8)])
 def test_networks_beside_a_massive_neuron_are_those_without(architecture, factor, caplog):
     """The two that are most alike: on so few tokens, the others depend on the least change of the model."""
     model, tokenizer = load(architecture)

@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
+from faults.injector import at_every_step, file_size_limit
 from helpers import tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
 from fnsft_trl.discovery.activations import ActivationReader
-from fnsft_trl.discovery.progress import DiscoveryProgress, Milestones
+from fnsft_trl.discovery.progress import DiscoveryProgress, Milestones, clear_progress
 from fnsft_trl.template.weights import weights_sha256
 
 
@@ -70,7 +71,52 @@ def test_resumed_discovery_is_the_uninterrupted_one(tokenizer, tmp_path, monkeyp
     assert same(resumed, whole)
     assert resumed.calibration == whole.calibration
     assert len(seen) < whole.calibration["tokens"] / 10  # what was read before was not run again
-    assert not (tmp_path / "p").exists()
+    (saved,) = (tmp_path / "p").iterdir()  # until the template is saved
+    (tmp_path / "p/batch-7").write_text("a file of the user's")
+    (saved / "notes.txt").write_text("of the user")
+    clear_progress(tmp_path / "p")
+    assert [path.name for path in (tmp_path / "p").rglob("*") if path.is_file()] == ["batch-7", "notes.txt"]
+
+
+def test_a_directory_of_the_users_keeps_all_that_is_in_it(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.discovery.progress._LEAST_SAVED", 1)
+    for name in ("thesis.txt", "batch-1.txt", "batch-x/data", "process-0.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = FunctionalNetworkConfig(**SMALL, ica_max_tokens=300)
+    discover_networks(tiny_model("llama"), tokenizer, texts(100), config, progress_dir=tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
+    clear_progress(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_discovery_keeps_its_own_save_beside_older_ones(tmp_path):
+    progress(tmp_path, about={"a": "older"}).save([Number(1)], batch=50, sha256="x")
+    new = progress(tmp_path)
+    for batch in (3, 6):
+        new.save([Number(batch)], batch=batch, sha256="x")
+        part = Number(0)
+        progress(tmp_path).resume([part])
+        assert int(part.value) == batch
+        assert [path.name for path in tmp_path.iterdir()] == [f"batch-{batch}"]
+
+
+def test_a_save_that_the_disk_refuses_is_a_warning_and_keeps_the_one_before(tmp_path):
+    discovery = progress(tmp_path)
+    discovery.save([Number(3)], batch=3, sha256="x")
+    with file_size_limit(20):
+        discovery.save([Number(6)], batch=6, sha256="x")
+    part = Number(0)
+    progress(tmp_path).resume([part])
+    assert int(part.value) == 3
+    for disk in at_every_step(
+        lambda: discovery.save([Number(9)], batch=9, sha256="x"), tmp_path, "full", prepare=lambda: None
+    ):
+        assert disk.error is None, disk.seen[-1]
+        progress(tmp_path).resume([part])
+        assert int(part.value) in (3, 9), disk.seen[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["batch-9"]
 
 
 def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypatch):
@@ -80,7 +126,6 @@ def test_resume_refuses_what_it_cannot_go_on_with(tokenizer, tmp_path, monkeypat
         discover_networks(model, tokenizer, texts(), config, resume=True)
     with pytest.raises(FNSFTError, match="no interrupted discovery"):
         discover_networks(model, tokenizer, texts(), config, progress_dir=tmp_path, resume=True)
-    monkeypatch.setattr(DiscoveryProgress, "clear", lambda self: None)
     monkeypatch.setattr("fnsft_trl.discovery.progress._LEAST_SAVED", 1)
     discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p")
     other = FunctionalNetworkConfig(**SMALL, ica_max_tokens=1000, ica_seed=1)
@@ -105,9 +150,7 @@ def interrupted(tokenizer, tmp_path, monkeypatch):
     def discover(model, resume=True):
         return discover_networks(model, tokenizer, texts(300), config, progress_dir=tmp_path / "p", resume=resume)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(DiscoveryProgress, "clear", lambda self: None)
-        discover(tiny_model("llama"), resume=False)
+    discover(tiny_model("llama"), resume=False)
     return discover, tmp_path / "p"
 
 
@@ -207,7 +250,6 @@ def test_a_save_counts_only_when_every_process_has_written(tmp_path, monkeypatch
 def test_without_a_directory_nothing_is_saved():
     nowhere = progress(None)
     nowhere.save([Number(3)], batch=7, sha256="x")
-    nowhere.clear()
     with pytest.raises(FNSFTError, match="without a progress_dir"):
         nowhere.resume([Number(0)])
 

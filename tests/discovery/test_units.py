@@ -180,3 +180,29 @@ def test_too_few_directions_are_told_with_what_helps():
     with pytest.raises(FNSFTError, match=r"a few tokens.*ica_skip_tokens.*ica_dtype=float64"):
         found(sink, Units(), NETWORKS)
     assert found(sink, Units(), NETWORKS, dtype=torch.float64).loadings.shape == (NETWORKS, NEURONS)
+
+
+def test_by_layers_the_scale_of_a_layer_changes_nothing_and_that_of_a_neuron_does():
+    data, _ = planted()
+    units = Units("layer", layers=LAYERS)
+    expected = found(data, units, NETWORKS)
+    louder = data.clone()
+    louder[:, LAYERS[1]] *= 1024  # a power of two, by which no bit of a result changes
+    scaled = found(louder, units, NETWORKS)
+    assert torch.equal(scaled.loadings, expected.loadings)
+    assert scaled.explained_variance == expected.explained_variance
+    variance = expected.moments.variance / units.divisor(expected.moments).square()
+    for columns in LAYERS:
+        assert float(variance[columns].mean()) == pytest.approx(1, abs=1e-6)
+    louder = data.clone()
+    louder[:, 100] *= 16
+    assert not torch.equal(found(louder, units, NETWORKS).loadings, expected.loadings)
+
+
+def test_by_layers_a_massive_neuron_counts_for_no_more_than_its_layer():
+    data, _ = planted()
+    units = Units("layer", layers=LAYERS)
+    loud = found(with_massive(data, 1e12, [70], "dense"), units, NETWORKS)
+    assert units.massive(loud.moments).nonzero().flatten().tolist() == [70]
+    variance = loud.moments.variance / units.divisor(loud.moments).square()
+    assert float(variance[70]) == pytest.approx(float(variance[LAYERS[1]].sum() - variance[70]), rel=1e-6)

@@ -89,6 +89,23 @@ def test_a_whole_model_is_compared_with_what_is_stored(text):
     assert 0.5 * expected["kl"] < found["kl"] <= expected["kl"] + 1e-6
 
 
+def test_a_whole_model_is_compared_exactly_where_that_is_asked_for_and_its_head_does_not_train(text):
+    base, model = tiny_model("llama"), tiny_model("llama")
+    with pytest.raises(FNSFTError, match="head that is not trained"):
+        RetentionSeries(text, exact=True).begin(model)
+    model.get_output_embeddings().requires_grad_(False)
+    series = RetentionSeries(text, batch_size=3, exact=True)
+    series.begin(model)
+    move(model, 0.02)
+    found, expected = series.measure(model), by_hand(base, model, text)
+    assert series.kl_kind == "exact"
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert sum(series.kl_sums) / text.tokens == pytest.approx(expected["kl"], abs=1e-5)
+    assert len(series.kl_sums) == len(text.sequences)
+    with pytest.raises(FNSFTError, match="kept in memory"):
+        RetentionSeries(text).resume(series.state(), None, model)
+
+
 def test_the_base_of_an_adapter_that_was_trained_before_is_the_model_with_it(text):
     model = get_peft_model(tiny_model("llama"), DELTAS)
     move(model)

@@ -151,3 +151,9 @@ def test_the_command_of_the_original_project_is_installed_and_needs_no_torch(hub
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "alice" in done.stdout
+
+
+def test_whose_token_it_is_is_asked_once(hub):
+    for _ in range(3):
+        check_upload(ALICE, "alice/any")
+    assert sum(path.endswith("/whoami-v2") for _, path in hub.requests) <= 1

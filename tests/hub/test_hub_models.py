@@ -141,6 +141,13 @@ def test_a_run_is_pushed_to_a_private_branch_with_its_checkpoints(hub, model_dir
     assert {"checkpoint-1/adapter_model.safetensors", "checkpoint-1/functional_networks/selection.json"} <= set(pushed)
     everything = b"".join(content for files in repo.commits.values() for content in files.values())
     assert ALICE.encode() not in everything
+    # And it does so in every commit with weights, as those that are made on the way.
+    with_weights = [files for files in repo.commits.values() if "adapter_model.safetensors" in files]
+    assert len(with_weights) > 1
+    assert all("functional_networks/selection.json" in files for files in with_weights)
+    assert not any("functional_networks/complete.json" in files for files in with_weights)
+    assert b"# Model Card for tuned" in pushed["README.md"]
+    assert b"None" not in pushed["README.md"]
     for card in ("README.md", "checkpoint-1/README.md"):  # model and dataset are local files
         assert not any(str(path).encode() in pushed[card] for path in (tmp_path, model_dir))
     template = FunctionalNetworkTemplate.from_pretrained("alice/tuned", revision="trial", cache_dir=tmp_path / "cache")

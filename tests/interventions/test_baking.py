@@ -16,6 +16,7 @@ from fnsft_trl import (
     find_neuron_sites,
     keep_neurons,
     lesion,
+    select_neurons,
     unbake,
 )
 from fnsft_trl.interventions.baking import lesion_note
@@ -138,3 +139,12 @@ def test_the_model_card_names_a_baked_lesion(templates, rows, tokenizer, tmp_pat
     card = (tmp_path / "README.md").read_text()
     assert f"the outgoing weights of {trainer.neuron_mask.count} neurons" in card
     assert "The mask is not part of these weights" not in card
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_lesion_is_taken_out_of_a_model_that_was_moved(templates, dtype):
+    model = tiny_model("llama")
+    expected = state(tiny_model("llama").to(dtype))
+    kept = bake_lesion(model, select_neurons(templates["llama"], component_ids=[0]))
+    unbake(model.to(dtype), kept)
+    assert all(torch.equal(value, expected[name]) for name, value in state(model).items())

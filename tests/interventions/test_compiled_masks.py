@@ -99,9 +99,8 @@ def random_life(make, compiled, seed, steps=7):
 
 
 LIVES = [
-    *((way, tiny_model, seed) for way in (whole, in_place, blocks, function) for seed in (0, 1)),
-    (whole, lambda _: MIXTRAL.model(), 2),
-    (in_place, lambda _: MIXTRAL.model(), 3),
+    *((way, tiny_model, seed) for seed, way in enumerate((whole, in_place, blocks, function))),
+    (whole, lambda _: MIXTRAL.model(), 4),
 ]
 
 

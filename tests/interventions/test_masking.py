@@ -22,10 +22,12 @@ from fnsft_trl import (
     keep_neurons,
     lesion,
     preserve,
+    select_neurons,
 )
 from fnsft_trl.constraints import trainable_neurons
 from fnsft_trl.interventions import masks_of, masks_off
 from fnsft_trl.neurons.sites import SITES
+from fnsft_trl.neurons.taps import tapping
 
 
 @pytest.fixture
@@ -381,3 +383,15 @@ def test_a_mask_that_went_with_a_merged_adapter_is_said_to_be_gone_and_comes_bac
         assert torch.allclose(logits(merged, ids), expected, atol=1e-5)
         handle.remove()
         assert torch.equal(logits(merged, ids), plain)
+
+
+def test_a_mask_is_moved_once_to_where_its_model_is(templates):
+    model = tiny_model("llama")
+    lesion(model, select_neurons(templates["llama"], component_ids=[0]))
+    silence = next(f for f in tapping(model) if f.members.any())
+    values, places = torch.zeros(1, 2, len(silence.members), device="meta"), []
+    for _ in range(2):
+        silence(values, slice(None), None)
+        places.append(silence.members)
+    assert places[0].device == values.device
+    assert places[0] is places[1]

@@ -51,3 +51,15 @@ def test_table_is_aligned():
     lines = format_table(["arm", "n"], [["longer name", "5"], ["x", "1,000"]]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[2].endswith("    5")
+
+
+def test_a_page_fits_a_narrow_screen(tmp_path):
+    report = Report("a report")
+    report.text("sha256 " + "0" * 64)
+    report.table(["name", "value"], [["long", "1" * 200]])
+    report.save(tmp_path, {})
+    page = (tmp_path / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    for part in ("table", "h1, h2, p, figcaption", "code"):
+        (rule,) = re.findall(rf"^{part} {{(.*)}}$", page, flags=re.MULTILINE)
+        assert "overflow-x: auto" in rule or "overflow-wrap: anywhere" in rule

@@ -136,3 +136,11 @@ def test_the_original_s_training_command_takes_the_file(model_dir, rows, file, t
     selection = json.loads((tmp_path / "out" / "functional_networks" / "selection.json").read_text())
     assert selection["neurons"] == {"0": "1,5,9", "2": "0"}
     assert selection["network_config"]["ica_site"] == "mlp_output"
+
+
+def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path):
+    path = tmp_path / "template.json"
+    layout = {"captured_layers_sorted": list(range(16)), "hidden_size": 2**24 - 1}
+    path.write_text(json.dumps({"name": "x", "layout": layout, "templates": {"0": {"0": [1]}}}))
+    with pytest.raises(FNSFTError, match="hardly any neuron"):
+        FunctionalNetworkTemplate.from_pretrained(path)

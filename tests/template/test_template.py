@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.config import ThresholdRule
-from fnsft_trl.template.description import FORMAT_VERSION
+from fnsft_trl.template.schema import FORMAT_VERSION, PLAIN_VERSION
 from fnsft_trl.template.stored import StoredTemplate
 
 
@@ -71,7 +72,7 @@ def test_a_template_is_printed_without_its_numbers_and_compared_by_identity(save
 
 def test_metadata_of_the_tensors_is_format_and_version_alone(saved):
     with safe_open(saved / "template.safetensors", framework="pt") as file:
-        assert file.metadata() == {"fnsft_trl.template": str(FORMAT_VERSION)}
+        assert file.metadata() == {"fnsft_trl.template": str(PLAIN_VERSION)}
 
 
 def test_thresholds_change_without_discovery(templates, tmp_path):
@@ -144,7 +145,8 @@ def test_a_template_goes_before_that_of_a_model_beside_it(templates, tmp_path):
     templates["opt"].save_pretrained(tmp_path / "functional_networks")
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     assert StoredTemplate.open(tmp_path).description.architecture == "OPTForCausalLM"
-    templates["llama"].save_pretrained(tmp_path)
+    templates["llama"].save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tmp_path, dirs_exist_ok=True)
     assert StoredTemplate.open(tmp_path).description.architecture == "LlamaForCausalLM"
 
 

@@ -89,7 +89,7 @@ for first in range(100):
     found = unchanged_by_reading()
     assert found == "two" if finished else found in ("one", "two"), (first, found)
     shutil.copytree(directory, scratch / "left")
-    for second in range(100):
+    for second in range(first % 2, 100, 2):  # every second step, by turns
         shutil.rmtree(directory)
         shutil.copytree(scratch / "left", directory)
         again = save(three, second)
@@ -105,7 +105,7 @@ for first in range(100):
 print(first, second, pairs)
 """
 WRITER = """
-for number in range(60):
+for number in range(30):
     for name in sys.argv[2:]:
         new = files(name)
         config = json.loads(new["config.json"]) | {"revision": f"{os.getpid()} {number}"}  # no two are the same
@@ -135,8 +135,9 @@ def test_writers_killed_at_every_step_one_after_the_other(three):
     out, err = process.communicate()
     assert process.returncode == 0, err
     first, second, pairs = map(int, out.split())
-    assert first == second > 15  # steps of one save, the lock's included
-    assert pairs > first * second
+    assert first - 1 <= second <= first + 1  # steps of one save, the lock's included
+    assert first > 15
+    assert pairs > first * second / 2
 
 
 def test_two_writers_and_a_reader_at_once(three):

@@ -5,7 +5,7 @@ from helpers import sft_config, tiny_model
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from fnsft_trl import FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig
+from fnsft_trl import FNSFTError, FNSFTTrainer, FrozenNeuronGuard, FunctionalNetworkConfig, select_neurons
 from fnsft_trl.training.guard import FrozenNeuronMoved, _row_checksums
 
 
@@ -87,3 +87,9 @@ def test_guard_is_silent_when_nothing_moved(templates, rows, tokenizer, tmp_path
     assert len(guards) == 1
     trainer.train()
     guards[0].check(step=99)
+
+
+def test_guard_says_that_no_training_has_begun(templates):
+    guard = FrozenNeuronGuard(tiny_model("llama"), select_neurons(templates["llama"], component_ids=[0]))
+    with pytest.raises(FNSFTError, match="none has begun"):
+        guard.check(step=0)

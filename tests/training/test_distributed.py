@@ -59,6 +59,15 @@ def test_two_processes_train_as_one_does(runs, method):
         assert (checkpoint / "selection.json").is_file()
         ended = [json.loads((root / n / f"{method}-out-0" / "results.json").read_text()) for n in ("1", "2")]
         lost = [end.pop("retention")["series"] for end in ended]
+        protected = [end.pop("protection") for end in ended]
+        if kind == "ddp" and not method.endswith("experts"):
+            assert max(each.pop("left") for each in protected) < 1e-6
+            assert protected[0]["inputs"] > 0
+        assert protected[0] == protected[1]
+        for end in ended:
+            assert ((end.pop("kl_to_base") is None), end["replay"] is None) == 2 * (
+                kind != "ddp" or "experts" in method,
+            )
         assert ended[0] == ended[1]
         for name, series in lost[0].items():
             assert lost[1][name]["rise"] == pytest.approx(series["rise"], abs=1e-5)

@@ -1,12 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import tiny_model
 
 from fnsft_trl import FunctionalNetworkConfig
 from fnsft_trl.data.sequences import trained_part
-from fnsft_trl.training.preparation import discover_template
+from fnsft_trl.training.preparation import discover_template, load_base_model
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,21 @@ def test_a_discovery_runs_where_the_trainer_will_place_the_model(rows, tokenizer
     config = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
     discover_template(config, model, tokenizer, args, Dataset.from_list(rows), trained_part)
     assert moved == ["the accelerator"] * is_placed
+
+
+@pytest.mark.parametrize(
+    ("device", "frozen", "given", "expected"),
+    [
+        ("cuda", True, {}, torch.bfloat16),
+        ("cuda", True, {"dtype": "auto"}, "auto"),
+        ("cuda", False, {}, None),
+        ("cpu", True, {}, None),
+    ],
+)
+def test_a_frozen_base_is_loaded_in_what_suits_the_device(monkeypatch, device, frozen, given, expected):
+    loaded = []
+    monkeypatch.setattr("fnsft_trl.training.preparation.create_model_from_path", lambda name, **o: loaded.append(o))
+    state = SimpleNamespace(distributed_type="NO")
+    args = SimpleNamespace(bf16=True, device=torch.device(device), distributed_state=state)
+    load_base_model("m", args, given, None, frozen=frozen)
+    assert loaded[0].get("dtype") == expected

@@ -1,5 +1,6 @@
 """A run goes on from a checkpoint only if all that changes the training is as it was."""
 
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -238,10 +239,23 @@ def prepared(settings):
     return settings
 
 
+@pytest.fixture(scope="module")
+def plain_run(templates, tokenizer, tmp_path_factory):
+    """A run with nothing of its own, with its checkpoints."""
+    directory = tmp_path_factory.mktemp("plain") / "run"
+    make(directory, templates["llama"], tokenizer).train()
+    return directory
+
+
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_run_that_differs_is_refused_and_the_error_names_both_values(templates, tokenizer, tmp_path, name):
+def test_a_run_that_differs_is_refused_and_the_error_names_both_values(
+    templates, tokenizer, tmp_path, plain_run, name
+):
     first, second, message = OTHERS[name]
-    make(tmp_path, templates["llama"], tokenizer, **first).train()
+    if first:
+        make(tmp_path, templates["llama"], tokenizer, **first).train()
+    else:
+        shutil.copytree(plain_run, tmp_path, dirs_exist_ok=True)
     trainer = make(tmp_path, templates["llama"], tokenizer, **{**first, **prepared(second)})
     before = state(trainer.model)
     with pytest.raises(FNSFTError, match=message) as error:

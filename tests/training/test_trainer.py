@@ -403,7 +403,7 @@ def test_an_adapter_that_already_moved_frozen_neurons_is_refused(templates, rows
 
 
 def test_no_training_rows_is_an_error(rows, tokenizer, tmp_path):
-    with pytest.raises(FNSFTError, match="no training data"):
+    with pytest.raises(FNSFTError, match="train_dataset has no rows"):
         FNSFTTrainer(
             model=tiny_model("llama"),
             args=sft_config(tmp_path),

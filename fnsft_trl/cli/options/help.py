@@ -16,6 +16,8 @@ _TITLES = {
     "FunctionalNetworkConfig": "functional networks",
     "DataConfig": "data",
     "RetentionConfig": "retention: what the model loses",
+    "ReplayConfig": "replay: rows of other texts beside the task",
+    "AnchorConfig": "staying near the base model",
     "LoadingConfig": "loading the model",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",

@@ -35,6 +35,7 @@ class Option:
         positional (`bool`): whether its name may be left out on the command line.
         required (`bool`): whether there is no call without it.
         metavar (`str`): what the help calls its value; empty for `VALUE`.
+        family (`bool`): whether every name that begins with its own and an underscore is such an option too.
     """
 
     name: str
@@ -53,15 +54,16 @@ class Option:
     positional: bool = False
     required: bool = False
     metavar: str = ""
+    family: bool = False
 
 
-def row(name: str, help: str, default: bool | int | str | None = None, **more: Any) -> Option:
+def row(name: str, help: str, default: bool | int | float | str | None = None, **more: Any) -> Option:
     """An option that belongs to no dataclass: of the kind of its default, text if it has none.
 
     Args:
         more: further fields of [`Option`].
     """
-    kind = "str" if default is None else {bool: "bool", int: "int", str: "str"}[type(default)]
+    kind = "str" if default is None else _PLAIN[type(default)]
     settings = {"group": "options", "kind": kind, "nullable": default is None and not more.get("required")} | more
     return Option(name, default=default, help=help, **settings)
 

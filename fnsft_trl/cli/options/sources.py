@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,7 @@ def read_sources(argv: list[str], known: dict[str, Option]) -> dict[str, dict[st
         FNSFTError: a name that is not known, an option that is given twice, a value that its option cannot have, or a
             file that is no YAML mapping.
     """
+    known = {"config": _CONFIG, **known}
     words, path = _split(argv, known)
     sources = {path: _read_config(path, known)} if path is not None else {}
     sources[COMMAND_LINE] = words
@@ -61,7 +63,6 @@ def under_own_names(given: dict[str, Any], names: Mapping[str, str]) -> dict[str
 
 def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[str, ...]], str | None]:
     """The words of every option, and the path of the YAML file."""
-    known = {"config": _CONFIG, **known}
     found: dict[str, tuple[str, ...]] = {}
     free: list[str] = []  # words without a flag: one run of them, for the options whose name may be left out
     may_be_free = any(option.positional for option in known.values())
@@ -103,11 +104,19 @@ def _named(flag: str, known: dict[str, Option]) -> tuple[str, bool]:
     """The option that a flag names, and whether it is its negation."""
     name = flag[2:].replace("-", "_")
     positive = name.removeprefix("no_")
-    if name not in known and positive != name and positive in known and known[positive].kind == "bool":
+    if not _knows(name, known) and positive != name and positive in known and known[positive].kind == "bool":
         return positive, True
     if name not in known:
         raise FNSFTError(f"there is no option --{name}{_nearest(name, known)}")
     return name, False
+
+
+def _knows(name: str, known: dict[str, Option]) -> bool:
+    """Whether there is such an option; one of a family becomes known by its own name."""
+    family = next((o for o in known.values() if o.family and str(name).startswith(f"{o.name}_")), None)
+    if name not in known and family is not None:
+        known[name] = replace(family, name=name, family=False)
+    return name in known
 
 
 def _count(option: Option, words: list[str], is_negated: bool) -> int:
@@ -139,12 +148,12 @@ def _place(words: list[str], known: dict[str, Option], found: dict[str, Any]) ->
 def _read_config(path: str, known: dict[str, Option]) -> dict[str, Any]:
     settings = read_yaml(path)
     for name, value in settings.items():
-        if name not in known:
+        if not _knows(name, known) or name == "config":
             nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
             raise FNSFTError(f"{path}: there is no option {str(name)!r}{_nearest(name, known)}{nested}")
     return {name: value for name, value in settings.items() if value is not None or known[name].group in TRL}
 
 
 def _nearest(name: str, known: dict[str, Option]) -> str:
-    near = difflib.get_close_matches(name[:100], known, n=1)
+    near = difflib.get_close_matches(name[:100], known.keys() - {name}, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...cache import cache_dir
+from ...hub.credentials import TOKEN_HELP
 from ...writing import written_whole
 from . import schema
 from .schema import TRL, Option, describe
@@ -64,6 +65,7 @@ def trl_options() -> list[Option]:
     # What their types do not say.
     more = {name: {"lowest": lowest, "highest": highest} for name, (lowest, highest) in _RANGES.items()}
     more |= {"report_to": {"choices": trackers}, "resume_from_checkpoint": {"switch": True}}
+    more["hub_token"] = {"help": f"The token to push with. {TOKEN_HELP}"}
     more["pad_to_multiple_of"] |= {"choices": ("auto",)}
     options = [dataclasses.replace(option, **more.get(option.name, {})) for option in options]
     _write(path, key, options)

@@ -1,19 +1,32 @@
-"""Selectors: networks, and the controls they must be compared with, as NeuronMasks."""
+"""select_neurons: networks, and the controls they must be compared with, as NeuronMasks.
+
+| selector | which neurons |
+|---|---|
+| `"networks"` | those of the networks |
+| `"layer_shuffled"` | as many of every layer as the networks have there, the neurons of the layer shuffled |
+| `"surrogate"` | those of as many networks of activations that are shifted in time, neuron by neuron |
+| `"random"` | drawn at random |
+| `"activation_rms"` | by RMS on the calibration text (`"activation"` is the same) |
+| `"contrast"` | by how much more the task uses them than the calibration text does |
+| `"gradient_conflict"` | by how much gradients on the task and on general text point against each other |
+
+The first three look at networks.
+"""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from transformers.utils import logging
 
-from .errors import FNSFTError
-from .neurons.mask import NeuronMask
-from .ranges import format_ranges, parse_ranges
-from .template.template import FunctionalNetworkTemplate
+from ..config import MEASURED_SELECTORS, NETWORK_SELECTORS, SELECTOR_ALIASES, SELECTORS
+from ..errors import FNSFTError
+from ..neurons.mask import NeuronMask
+from ..ranges import format_ranges, parse_ranges
+from ..template.template import FunctionalNetworkTemplate
+from .evidence import SelectorEvidence
 
 
 logger = logging.get_logger(__name__)
-
-SELECTORS = ("networks", "random", "activation")
 
 
 def select_neurons(
@@ -28,46 +41,47 @@ def select_neurons(
     like: NeuronMask | None = None,
     min_reliability: float = 0.0,
     layers: Sequence[int] | None = None,
+    evidence: SelectorEvidence | None = None,
 ) -> NeuronMask:
-    """Select neurons by the networks they belong to, or by a control.
+    """Select neurons by the networks they belong to, or by a control (`SELECTORS`).
 
-    Without `fraction` and `like`, `"networks"` selects the union of the named networks, by the template's threshold.
-    With one of them, neurons are ranked by their largest |loading| in these networks (`"networks"`), by RMS on the
-    calibration text (`"activation"`), or drawn at random (`"random"`).
+    Of networks, without `fraction` and `like`, the union of the named ones is selected, by the template's threshold;
+    with one of them, neurons are ranked by their largest |loading| in these networks.
 
     Args:
         template: the networks.
-        component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for
-            `"networks"`.
-        selector: `"networks"`, `"random"` or `"activation"`.
+        component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for selectors
+            that look at networks.
+        selector: `"networks"`, or a control: `"layer_shuffled"`, `"surrogate"`, `"random"`, `"activation_rms"`,
+            `"contrast"`, `"gradient_conflict"`.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
-        rank: `"highest"`, or `"lowest"`: those most outside the networks, or most quiet.
-        seed: of `"random"`.
+        rank: `"highest"`, or `"lowest"`: those most outside the networks, most quiet, least in conflict.
+        seed: of `"random"` and `"layer_shuffled"`.
         like: take as many neurons of every layer as this mask has, instead of a fraction.
         min_reliability: leave out networks whose reliability above null (`template.reliability_above_null`) is lower,
-            in [0, 1]. Of a template that knows no null, with a warning, the bare reliability counts. Only for
-            `"networks"`.
+            in [0, 1]. Of a template that knows no null, with a warning, the bare reliability counts.
         layers: select in these layers only; in all of the template's by default. What belongs to a network stays as
             its threshold over all layers has it.
+        evidence: model and texts that `"surrogate"`, `"contrast"` and `"gradient_conflict"` are measured on.
 
     Returns:
         A [`NeuronMask`] over these layers.
 
     Raises:
-        FNSFTError: an unknown selector, network or layer, a fraction out of range, or a selection without any neuron.
+        FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, or no neuron.
     """
-    _check_request(selector, rank, component_ids, fraction, like)
-    ids = _networks(template, component_ids, min_reliability if selector == "networks" else 0)
+    selector = SELECTOR_ALIASES.get(selector, selector)
+    _check_request(selector, rank, component_ids, fraction, like, evidence)
+    ids = _networks(template, component_ids, min_reliability if selector in NETWORK_SELECTORS else 0)
     chosen = _layers(template, layers)
+    source = evidence.surrogate(template) if selector == "surrogate" else template
     if fraction is None and like is None:
-        members = [template.members(number) for number in ids]
-        mask = NeuronMask({layer: _union(m[layer] for m in members) for layer in chosen}, template.site)
+        found = _members(source, ids, seed if selector == "layer_shuffled" else None)
+        mask = NeuronMask({layer: found[layer] for layer in chosen}, template.site)
     else:
-        scores = _scores(template, ids, selector, seed)
-        scores = {layer: scores[layer] for layer in chosen}
-        if rank == "lowest":
-            scores = {layer: -values for layer, values in scores.items()}
+        found = _scores(source, ids, selector, seed, evidence)
+        scores = {layer: -found[layer] if rank == "lowest" else found[layer] for layer in chosen}
         mask = NeuronMask(_take(scores, fraction, per_layer, like), template.site)
     if mask.count == 0:
         raise FNSFTError(
@@ -77,7 +91,14 @@ def select_neurons(
     return mask
 
 
-def _check_request(selector, rank, component_ids, fraction, like) -> None:
+def _members(template, ids, seed: int | None) -> dict[int, torch.Tensor]:
+    """The union of some networks, those of each layer shuffled by a seed if there is one."""
+    members = [template.members(number) for number in ids]
+    found = {layer: _union(m[layer] for m in members) for layer in template.loadings}
+    return found if seed is None else _shuffled(found, seed)
+
+
+def _check_request(selector, rank, component_ids, fraction, like, evidence) -> None:
     if selector not in SELECTORS:
         raise FNSFTError(f"selector {selector!r} is unknown; it must be one of: {', '.join(SELECTORS)}")
     if rank not in ("highest", "lowest"):
@@ -89,10 +110,17 @@ def _check_request(selector, rank, component_ids, fraction, like) -> None:
     if fraction is None and like is None:
         if rank == "lowest":
             raise FNSFTError("rank='lowest' needs fraction or like: how many neurons to select")
-        if selector != "networks":
+        if selector not in NETWORK_SELECTORS:
             raise FNSFTError(f"selector={selector!r} needs fraction or like: how many neurons to select")
-    if selector != "networks" and component_ids is not None:
-        raise FNSFTError(f"selector={selector!r} takes no component_ids; only 'networks' does")
+    if selector not in NETWORK_SELECTORS and component_ids is not None:
+        raise FNSFTError(
+            f"selector={selector!r} takes no component_ids; only {', '.join(map(repr, NETWORK_SELECTORS))} do"
+        )
+    if selector in MEASURED_SELECTORS and evidence is None:
+        raise FNSFTError(
+            f"selector={selector!r} is measured on texts: give evidence=SelectorEvidence(model, tokenizer, task=..., "
+            "general=...)"
+        )
 
 
 def _networks(template, component_ids, min_reliability: float) -> list[int]:
@@ -129,7 +157,7 @@ def _reliable(template, ids: list[int], least: float) -> list[int]:
     reliable = [number for number in ids if known[number] >= least]
     if not reliable:
         best = max(ids, key=lambda number: (known[number], bare[number]))
-        centred = template.null is not None and template.settings.get("ica_standardize") == "center"
+        centred = template.null is not None and template.settings.get("ica_standardize") in ("center", "layer")
         raise FNSFTError(
             f"no network has a {what} of {least:g}; the highest is {known[best]:.2f} (its reliability is "
             f"{bare[best]:.2f}): lower min_reliability, or discover on more tokens"
@@ -155,18 +183,29 @@ def _union(parts: Iterator[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(parts)).any(0)
 
 
-def _scores(template, ids, selector, seed) -> dict[int, torch.Tensor]:
-    if selector == "networks":
-        return {layer: values[ids].abs().amax(0) for layer, values in template.loadings.items()}
-    if selector == "activation":
+def _scores(template, ids, selector, seed, evidence) -> dict[int, torch.Tensor]:
+    if selector in NETWORK_SELECTORS:
+        found = {layer: values[ids].abs().amax(0) for layer, values in template.loadings.items()}
+        return _shuffled(found, seed) if selector == "layer_shuffled" else found
+    if selector == "contrast":
+        return evidence.contrast(template)
+    if selector == "gradient_conflict":
+        return evidence.gradient_conflict(template)
+    if selector == "activation_rms":
         if not template.rms:
             raise FNSFTError(
-                "selector='activation' needs each neuron's RMS, which this template (converted from lists of neurons) "
-                "does not know; discover the networks again"
+                "selector='activation_rms' needs each neuron's RMS, which this template (converted from lists of "
+                "neurons) does not know; discover the networks again"
             )
         return template.rms
     random = torch.Generator().manual_seed(seed)
     return {layer: torch.rand(width, generator=random) for layer, width in template.widths.items()}
+
+
+def _shuffled(values: dict[int, torch.Tensor], seed: int) -> dict[int, torch.Tensor]:
+    """The values of each layer in another order, drawn by a seed."""
+    random = torch.Generator().manual_seed(seed)
+    return {layer: found[torch.randperm(len(found), generator=random)] for layer, found in values.items()}
 
 
 def _take(scores, fraction, per_layer, like) -> dict[int, torch.Tensor]:

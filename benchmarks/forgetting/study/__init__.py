@@ -1,0 +1,1 @@
+"""The study of forgetting: see PLAN.md."""
