@@ -27,8 +27,8 @@ _ARM = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_OF_ARMS = (
     *("dataset_name", "datasets", "dataset_name_or_path", "dataset_config", "seed", "output_dir", "push_to_hub"),
     *("resume_from_checkpoint", "merge_adapter_with_base", "convert_to_gguf", "ica_template_output"),
-    *("adapter_name_or_path", "ewc_from", "ewc_save", "ewc_datasets", "olora_adapters", "protect_basis"),
-    *("dataset_streaming", "hub_token", "packing", "max_samples", "columns"),
+    *("adapter_name_or_path", "ewc_from", "ewc_save", "ewc_datasets", "olora_adapters"),
+    *("dataset_streaming", "hub_token", "max_samples", "columns"),
 )
 
 
@@ -101,6 +101,9 @@ class PlanFile:
             arm: _staged(arm, ways[arm], options or {}, shared, command_line, known)
             for arm, options in found_arms.items()
         }
+        for option in OF_LORA:
+            if option in command_line and not any(arm.values.get("use_peft") for arm in staged.values()):
+                raise FNSFTError(f"{option} has no effect, since no arm has LoRA; drop it")
         if seeds is None:
             seeds = read_value(Option("seeds", "plan", "int", many=True, lowest=0), own["seeds"] or ["0"], "seeds")
         if len(set(seeds)) < len(seeds):

@@ -103,10 +103,8 @@ def free_directions(kept: KeptDirections) -> dict[str, Any]:
 
 def say_free(free: Mapping[str, Any]) -> None:
     """Log how many directions are left, and warn where that is less than a tenth."""
-    told = (
-        f"{free['fewest']} of {free['of']} directions ({free['share']:.0%}) are free at the input of {free['module']}"
-    )
-    logger.warning(f"protection grows: the next stage may change what it may; {told}, where the fewest are left")
+    left = f"{free['fewest']} of {free['of']} directions ({free['share']:.0%})"
+    logger.warning(f"protection grows: {left} are free for later stages at the input of {free['module']}, the fewest")
     if free["scarce"]:
         logger.warning(
             f"under a tenth of the directions are free at {free['scarce']} of {free['inputs']} inputs: later stages "

@@ -1,4 +1,4 @@
-"""Plan: what a continual run is to do: tasks, the orders in which they are trained, the ways to train them. No torch."""
+"""Plan: what a continual run is to do: tasks, orders in which they are trained, and ways to train them. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -42,7 +42,7 @@ class Way:
     )
     protect_grows: bool = option(
         False,
-        "With `protect: subspace`: after each stage, the directions of its task are added to those that are protected.",
+        "With `protect: subspace`: after each stage, the directions of its task are added to what is protected.",
     )
 
     def __post_init__(self) -> None:

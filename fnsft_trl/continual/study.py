@@ -122,9 +122,11 @@ class ContinualStudy:
         return found
 
     def _is_single(self, stage: Stage) -> bool:
-        return (
-            stage.number == 1 and len(stage.tasks) == 1 and all(len(names) > 1 for names in self.plan.orders.values())
+        """Whether a stage trains a task alone, and ends no order."""
+        is_last = any(
+            stage in self.plan.stages(arm, order)[-1:] for arm in self.plan.ways for order in self.plan.orders
         )
+        return stage.before is None and not is_last
 
     def _work(self, arm: str, stage: Stage) -> StageWork:
         """What a stage needs; nothing but scores where none goes on from it."""
@@ -137,18 +139,13 @@ class ContinualStudy:
         for wave in reversed(waves):
             for arm, stage in wave:
                 for seed in seeds:
-                    waits = (stage_name(arm, stage), seed) not in cells.found or (
-                        stage_name(arm, stage),
-                        seed,
-                    ) in changed
-                    if stage.before is None or not waits:
+                    key = stage_name(arm, stage), seed
+                    if stage.before is None or (key in cells.found and key not in changed):
                         continue
-                    before = (stage_name(arm, stage.before), seed)
-                    if before in cells.found and not self._is_whole(
-                        folder_of(directory, arm, stage.before, seed), arm
-                    ):
-                        say(f"trains {before[0]}, seed {seed}, again, since its model is gone")
-                        cells.drop([before])
+                    before, folder = stage_name(arm, stage.before), folder_of(directory, arm, stage.before, seed)
+                    if (before, seed) in cells.found and not self._is_whole(folder, arm):
+                        say(f"trains {before}, seed {seed}, again, since its model is gone")
+                        cells.drop([(before, seed)])
 
     def _is_whole(self, folder: Path, arm: str) -> bool:
         """Whether what the next stage goes on from is there."""

@@ -41,7 +41,7 @@ def make_plan(directory: Path, model_dir: Path, arms: dict, **changes) -> Path:
     for number, (name, task) in enumerate(TASKS.items()):
         for split, count in (("train", 12), ("test", 6)):
             rows = [
-                {column: f"{name[:2]} {row['prompt']}" for column in task["columns"]} | {"label": place % 2}
+                dict.fromkeys(task["columns"], f"{name[:2]} {row['prompt']}") | {"label": place % 2}
                 for place, row in enumerate(tiny_rows(count, seed=2 * number + (split == "test")))
             ]
             (directory / f"{name}-{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_study import LORA, TASKS, every_arm, make_plan, report, run
+from small_study import TASKS, every_arm, make_plan, run
 
 
 @pytest.fixture(scope="module", autouse=True)
