@@ -16,9 +16,8 @@ RECIPES = sorted((ROOT / "recipes" / "continual").glob("*.yaml"))
 
 
 def test_orders_that_begin_alike_share_their_beginning():
-    plan = Plan(
-        ("a", "b", "c"), {"one": ("a", "b", "c"), "two": ("a", "c", "b")}, {"lora": Way(), "all": Way(multitask=True)}
-    )
+    orders = {"one": ("a", "b", "c"), "two": ("a", "c", "b")}
+    plan = Plan(("a", "b", "c"), orders, {"lora": Way(), "all": Way(multitask=True)})
     first, second, third = ([(arm, stage.name) for arm, stage in wave] for wave in plan.waves())
     assert first == [("lora", "a"), ("lora", "b"), ("lora", "c"), ("all", "a+b+c")]
     assert second == [("lora", "a-b"), ("lora", "a-c")]

@@ -41,9 +41,8 @@ def test_labels_that_the_data_names_are_taken(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     rows = Dataset.from_dict({"text": ["x", "y", "z", "w"], "label": [0, 1, 1, 0]}, features=features)
     rows.save_to_disk(tmp_path / "saved")
-    task = Task.read(
-        "a", TaskConfig(dataset=str(tmp_path / "saved"), test_split="train", prompt="{text} ", answer="{label}")
-    )
+    given = {"test_split": "train", "prompt": "{text} ", "answer": "{label}"}
+    task = Task.read("a", TaskConfig(dataset=str(tmp_path / "saved"), **given))
     assert {(row["prompt"], row["completion"]) for row in task.train + task.test} == {
         *(("x ", "bad"), ("y ", "good"), ("z ", "good"), ("w ", "bad")),
     }
