@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..continual.plan import WAY_NAMES, Plan, Way, orders_of
-from ..continual.stages import StagedArm
+from ..continual.stages import AFTER_FIRST, StagedArm
 from ..continual.task_config import TaskConfig
 from ..errors import FNSFTError
 from .options.parse import OF_LORA, TrainOptions, asked_of, training_options
@@ -145,14 +145,14 @@ def _staged(arm: str, way: Way, written: dict, shared, command_line, known: dict
     values = {**shared, **own, **command_line}
     if not values.get("use_peft"):
         values = {name: value for name, value in values.items() if name not in OF_LORA or name in own}
-    checked = StagedArm(arm, way, {n: v for n, v in values.items() if v is not None}, "full", False)
-    first = {name: value for name, value in values.items() if name not in ("ewc", "lwf", "lwf_temperature", "olora")}
-    asked = train_options(first, f"arm {arm}")
+    values = {name: value for name, value in values.items() if value is not None}
+    first = {name: value for name, value in values.items() if name not in AFTER_FIRST}
+    asked = train_options(first | ({"ewc_save": True} if values.get("ewc") else {}), f"arm {arm}")
     config = asked.network_config
     method = "lora" if values.get("use_peft") else "full"
     if config is not None:
         method = config.plan(lora_config=bool(values.get("use_peft"))).method
-    return StagedArm(arm, way, checked.values, method, config is not None)
+    return StagedArm(arm, way, values, method, config is not None)
 
 
 def _tasks(written: Any, folder: Path) -> dict[str, TaskConfig]:

@@ -22,7 +22,7 @@ from .stages import GROWN_DIR
 
 logger = logging.get_logger(__name__)
 
-SCARCE = 0.1  # the share of free directions under which a run says so
+_SCARCE = 10  # a run says so where less than one in so many directions is free
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ def free_directions(kept: KeptDirections) -> dict[str, Any]:
         `fewest`: of the input that has the smallest share of them left, `of` so many; `share`; `module`: the first
         that reads it; `scarce`: at how many of the `inputs` less than a tenth is left.
     """
-    shares = [(1 - each.basis.shape[1] / each.width, each) for each in kept.inputs]
-    share, least = min(shares, key=lambda pair: pair[0])
+    free = [(each.width - each.basis.shape[1], each.width, each.modules[0]) for each in kept.inputs]
+    fewest, width, module = min(free, key=lambda each: each[0] / each[1])
     return {
-        "fewest": least.width - least.basis.shape[1],
-        "of": least.width,
-        "share": share,
-        "module": least.modules[0],
-        "scarce": sum(left < SCARCE for left, _ in shares),
-        "inputs": len(shares),
+        "fewest": fewest,
+        "of": width,
+        "share": fewest / width,
+        "module": module,
+        "scarce": sum(_SCARCE * left < of for left, of, _ in free),
+        "inputs": len(free),
     }
 
 

@@ -13,7 +13,9 @@ from .plan import Stage, Way
 MERGED_DIR, GROWN_DIR = "merged", "grown"
 
 _OF_NEW_ADAPTER = ("lora_", "use_rslora", "use_dora")  # how these begin
-# What needs a stage before.
+AFTER_FIRST = ("ewc", "lwf", "lwf_temperature", "olora")  # options without effect in a first stage
+
+# What has no effect in one stage alone.
 _IN_SEQUENCE = ("replay", "protect_grows", "adapter", "networks", "ewc", "lwf", "olora")
 _OF_GENERAL = ("protect_datasets", "protect_shares", "protect_tokens", "protect_dims")
 
@@ -102,9 +104,7 @@ class StagedArm:
         if self.values.get("ewc"):
             given["ewc_save"] = True
         if stage.before is None:  # nothing that could be kept
-            for name in ("ewc", "lwf", "lwf_temperature", "olora"):
-                given.pop(name, None)
-            return given
+            return {name: value for name, value in given.items() if name not in AFTER_FIRST}
         before = folder(stage.before)
         if self.method == "full" or self.merges:
             given["model_name_or_path"] = str(before / MERGED_DIR if self.merges else before)
