@@ -34,7 +34,10 @@ ABOUT = (
 ROWS = "tasks"  # the folder of the rows, in the output directory
 
 # What a score of the model before training does not depend on.
-_OF_TRAINING = ("ica_", "protect", "kl_", "replay_", "retention_", "ewc", "lwf", "olora", "lora_", "use_", "learning_")
+_OF_TRAINING = (
+    *("ica_", "mask_", "protect", "kl_", "replay_", "retention_", "ewc", "lwf", "olora", "lora_", "use_peft"),
+    *("use_rslora", "use_dora", "learning_rate", "train_", "anti_drift_", "frozen_guard", "max_steps", "num_train_"),
+)
 
 
 def options() -> list[Option]:

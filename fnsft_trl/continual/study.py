@@ -16,7 +16,7 @@ from ..training.elastic import EWC_DIR
 from ..writing import one_writer
 from .finishing import StageWork, finish_stage
 from .plan import Plan, Stage
-from .stages import MERGED_DIR
+from .stages import GROWN_DIR, MERGED_DIR
 from .tasks import Task
 
 
@@ -149,6 +149,8 @@ class ContinualStudy:
 
     def _is_whole(self, folder: Path, arm: str) -> bool:
         """Whether what the next stage goes on from is there."""
+        if self.works[arm].grows and not (folder / GROWN_DIR).is_dir():
+            return False
         names = [_WEIGHTS[0], "adapter_model.safetensors"]
         if self.works[arm].merges:
             names = [f"{MERGED_DIR}/{_WEIGHTS[0]}"]
