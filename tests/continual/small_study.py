@@ -18,7 +18,7 @@ TASKS = {
     "yahoo": {"columns": ("question_title", "best_answer"), "labels": ["Health", "Sports"]},
     "agnews": {"columns": ("text", "text"), "labels": ["World", "Business"]},
 }
-NETWORKS = {"ica_components": 3, "ica_rank": 8, "ica_max_tokens": 200, "ica_max_length": 32, "ica_fraction": 0.25}
+NETWORKS = {"ica_components": 3, "ica_rank": 8, "ica_max_tokens": 400, "ica_max_length": 32, "ica_fraction": 0.25}
 LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["up_proj", "down_proj"]}
 SHARED = {
     "use_cpu": True,
@@ -87,9 +87,16 @@ def every_arm(directory: Path) -> dict:
         | {"protect_grows": True, "protect_tokens": 64},
         "grows_lora": {**LORA, "protect": "subspace", "protect_datasets": kept, "protect_dims": 1}
         | {"protect_grows": True, "protect_tokens": 64},
-        "once": {**NETWORKS, "ica_datasets": [str(directory / "kept.jsonl")]},
+    }
+
+
+def arms_with_networks(directory: Path) -> dict:
+    """An arm for each place in which networks are found."""
+    kept = [str(directory / "kept.jsonl")]
+    return {
+        "once": {**NETWORKS, "ica_datasets": kept},
         "per_task": {**NETWORKS, "networks": "per_task"},
-        "so_far": {**NETWORKS, "networks": "so_far", "ica_datasets": [str(directory / "kept.jsonl")]},
+        "so_far": {**NETWORKS, "networks": "so_far", "ica_datasets": kept},
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import ROOT
-from small_study import LORA, NETWORKS, every_arm, make_plan
+from small_study import LORA, NETWORKS, arms_with_networks, every_arm, make_plan
 
 from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.continual.plan import Plan, Stage, Way
@@ -54,7 +54,7 @@ def test_the_sequences_are_those_of_the_papers():
 @pytest.fixture
 def options(tmp_path, model_dir):
     """Options of the third stage of an arm."""
-    path = make_plan(tmp_path, model_dir, every_arm(tmp_path))
+    path = make_plan(tmp_path, model_dir, every_arm(tmp_path) | arms_with_networks(tmp_path))
     file = PlanFile.read(str(path), {})
     files = {name: tmp_path / f"{name}.jsonl" for name in file.tasks}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from small_experiment import killed_after
-from small_study import LORA, SHARED, TASKS, every_arm, make_plan, report, run
+from small_study import LORA, SHARED, TASKS, arms_with_networks, every_arm, make_plan, report, run
 
 from fnsft_trl.cli import main
 
@@ -37,6 +37,18 @@ def test_order_1_of_the_four_tasks_with_every_method(tmp_path, model_dir, capsys
     assert [stage["fewest"] for stage in free] == sorted([stage["fewest"] for stage in free], reverse=True)
     assert len(free) == len(TASKS) - 1
     assert free[0]["fewest"] < free[0]["of"]
+
+
+@pytest.mark.slow
+def test_networks_are_found_once_for_each_task_or_on_what_was_learnt(tmp_path, model_dir):
+    plan = make_plan(tmp_path, model_dir, arms_with_networks(tmp_path), orders=[["dbpedia", "agnews"]], single=False)
+    assert run(plan, tmp_path / "out") == 0
+    cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").open()]
+    networks = {cell["arm"]: cell["networks"] for cell in cells}
+    assert networks["once/dbpedia"] == networks["once/dbpedia-agnews"] == networks["so_far/dbpedia"]
+    others = [networks[f"{arm}/dbpedia-agnews"] for arm in ("once", "per_task", "so_far")]
+    assert len({*others, networks["per_task/dbpedia"]}) == 4
+    assert all(cell["trained"]["method"] == "neuron_delta" for cell in cells)
 
 
 @pytest.mark.slow
