@@ -27,7 +27,7 @@ study: install  ## go on with the study of forgetting (benchmarks/forgetting), a
 test: install  ## the whole test suite
 	$(PYTEST)
 
-test-quick: install  ## the tests that need no real model
+test-quick: install  ## the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
 quality: install  ## lint and format check
@@ -40,7 +40,7 @@ floors:  ## the core tests on the oldest versions, in a fresh virtual environmen
 	grep "^torch==" constraints.txt > $(FLOORS)/torch.txt
 	$(FLOORS)/bin/python -m uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct \
 		--constraint $(FLOORS)/torch.txt --editable ".[test]"
-	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -m "not slow" $(CORE)
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE)
 
 install: $(VENV)/.installed
 

@@ -39,6 +39,7 @@ ORDER = {
             "messages",
             "formats",
             "left_out",
+            "long_lines",
             "choices",
             "rendering",
             "notes",

@@ -146,6 +146,7 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
     """As shown, with the model, the data and the amount of work replaced by small local ones."""
@@ -205,6 +206,7 @@ def _of_prompts(example: str) -> str:
     return "".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", snippets())
 def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten, monkeypatch):
     """Alone, with nothing defined before it. What is tiny is the model and the data of that name, and what is short

@@ -37,6 +37,7 @@ def found():
     return whole_study()
 
 
+@pytest.mark.slow
 def test_the_plan_has_the_cells_that_it_says(found):
     stages = Counter(cell["stage"] for cell in found.values())
     assert stages["gate"] == 4 * 3 + 4  # and the base of each shift
@@ -126,12 +127,14 @@ def test_a_way_that_never_learns_enough_spares_nothing():
     assert kept_shifts(slow({"lora", "full"})) == list(plan.SHIFTS)  # then the best is what they reach
 
 
+@pytest.mark.slow
 def test_the_rival_is_the_unprotected_arm_that_forgot_least(found):
     assert rival(found, "routing") == "replay"
     assert rival(whole_study({"lora": 0.1}), "german") == "lora"
     assert networks_arm(found, "german") in {f"networks {m}" for m in plan.SCREENED_NETWORKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subspace", "word"),
     [(0.02, "yes"), (0.2, "less, but not by half"), (0.3, "no difference"), (0.6, "no")],
@@ -159,6 +162,7 @@ def test_protection_that_does_not_learn_enough_is_a_no_however_little_it_forgets
     assert "never reached in 4 (protection) and 0 of 10" in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("networks", "word"), [(0.3, "yes"), (0.6, "no"), (0.9, "no")], ids=["better", "alike", "worse"]
 )
@@ -176,6 +180,7 @@ def test_a_question_is_open_until_its_cells_are_there(found):
     assert answer_q1(fewer).text == "Not decided: 12 of 60 confirming cells are not there yet."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [(), ("gate",), None], ids=["none", "gate", "all"])
 def test_the_report_is_the_same_bytes_from_the_same_cells(stages, tmp_path):
     found = whole_study() if stages is None else whole_study(stages=stages)

@@ -73,6 +73,7 @@ def setting(arm, **changes):
     return replace(Setting("german", arm, 1e-2, 0, "gate", "choose"), **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["full", "lora", "replay", "subspace", "random", "networks 3"])
 def test_a_cell_has_what_was_learnt_and_lost_on_both_paths(arm, study):
     cell = json.loads(json.dumps(study.cell(setting(arm))))
@@ -94,6 +95,7 @@ def test_a_cell_has_what_was_learnt_and_lost_on_both_paths(arm, study):
     assert not list(study.work.glob("cell"))
 
 
+@pytest.mark.slow
 def test_a_confirming_cell_is_scored_on_its_path_alone(study, monkeypatch):
     monkeypatch.setattr("study.running.capability", lambda trainer: {"acc_norm": 0.5})
     cells = [study.cell(setting("lora", part="confirm", path=path)) for path in ("steps", "scales")]
@@ -103,6 +105,7 @@ def test_a_confirming_cell_is_scored_on_its_path_alone(study, monkeypatch):
     assert [cell["also"]["capability"] for cell in cells] == [{"acc_norm": 0.5}] * 2
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_same_again_and_a_line_each_in_the_file(study):
     wanted = [setting("full"), setting("base", learning_rate=0.0)]
     study.run(lambda found: wanted)
@@ -117,6 +120,7 @@ def test_a_cell_is_the_same_again_and_a_line_each_in_the_file(study):
     assert trained["points"][0]["learning"] == pytest.approx(base["points"][0]["learning"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["subspace", "random", "networks of docs 3", "full"])
 def test_what_is_protected_does_not_change_and_nothing_but_the_mlps_trains(arm, place, tmp_path):
     chosen = setting(arm)
@@ -136,6 +140,7 @@ def test_what_is_protected_does_not_change_and_nothing_but_the_mlps_trains(arm, 
     assert (max(ratios) < 1e-5) == (arm != "full")
 
 
+@pytest.mark.slow
 def test_half_of_a_change_is_half_of_it(place, tmp_path):
     for arm in ("full", "lora"):
         trainer = make_arm(setting(arm), place).make_trainer(0, tmp_path / arm, None)
@@ -165,6 +170,7 @@ def merged(model) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_the_screen_takes_directions_out_of_a_trained_model_and_leaves_it_as_it_was(study):
     cell = study.cell(setting("screen", part="screen", stage="screen"))
     ways = {way["way"]: way for way in cell["also"]["screen"]}
