@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..continual.plan import WAY_NAMES, Plan, Way, orders_of
-from ..continual.stages import AFTER_FIRST, StagedArm
+from ..continual.stages import StagedArm, first_values
 from ..continual.task_config import TaskConfig
 from ..errors import FNSFTError
 from .options.parse import OF_LORA, TrainOptions, asked_of, training_options
@@ -146,8 +146,7 @@ def _staged(arm: str, way: Way, written: dict, shared, command_line, known: dict
     if not values.get("use_peft"):
         values = {name: value for name, value in values.items() if name not in OF_LORA or name in own}
     values = {name: value for name, value in values.items() if value is not None}
-    first = {name: value for name, value in values.items() if name not in AFTER_FIRST}
-    asked = train_options(first | ({"ewc_save": True} if values.get("ewc") else {}), f"arm {arm}")
+    asked = train_options(first_values(values), f"arm {arm}")
     config = asked.network_config
     method = "lora" if values.get("use_peft") else "full"
     if config is not None:

@@ -13,7 +13,8 @@ from .plan import Stage, Way
 MERGED_DIR, GROWN_DIR = "merged", "grown"
 
 _OF_NEW_ADAPTER = ("lora_", "use_rslora", "use_dora")  # how these begin
-AFTER_FIRST = ("ewc", "lwf", "lwf_temperature", "olora")  # options without effect in a first stage
+# Options without effect in a first stage, which has nothing to keep.
+_AFTER_FIRST = ("ewc", "lwf", "lwf_temperature", "olora")
 
 # What has no effect in one stage alone.
 _IN_SEQUENCE = ("replay", "protect_grows", "adapter", "networks", "ewc", "lwf", "olora")
@@ -101,10 +102,8 @@ class StagedArm:
         given = dict(self.values) | {"dataset_name": ",".join(str(files[name]) for name in stage.tasks)}
         given.setdefault("save_strategy", "no")
         earlier = [f"{name}={files[name]}" for name in stage.earlier]
-        if self.values.get("ewc"):
-            given["ewc_save"] = True
-        if stage.before is None:  # nothing that could be kept
-            return {name: value for name, value in given.items() if name not in AFTER_FIRST}
+        if stage.before is None:
+            return first_values(given)
         before = folder(stage.before)
         if self.method == "full" or self.merges:
             given["model_name_or_path"] = str(before / MERGED_DIR if self.merges else before)
@@ -116,7 +115,7 @@ class StagedArm:
             given["replay_datasets"] = [*(given.get("replay_datasets") or ()), *earlier]
             given["replay_share"] = self.way.replay
         if self.values.get("ewc"):
-            given["ewc_from"] = str(before)
+            given |= {"ewc_from": str(before), "ewc_save": True}
         if self.values.get("olora"):
             given["olora_adapters"] = [str(folder(each)) for each in _up_to(stage.before)]
         if self.has_networks and self.way.networks in (None, "once") and not given.get("ica_template_path"):
@@ -127,6 +126,18 @@ class StagedArm:
             given = {name: value for name, value in given.items() if name not in _OF_GENERAL}
             given["protect_basis"] = str(before / GROWN_DIR)
         return given
+
+
+def first_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an arm in a first stage.
+
+    Args:
+        values: of all stages.
+    """
+    given = {name: value for name, value in values.items() if name not in _AFTER_FIRST}
+    if not values.get("replay_datasets"):
+        given.pop("replay_rows", None)
+    return given | ({"ewc_save": True} if values.get("ewc") else {})
 
 
 def _up_to(stage: Stage) -> list[Stage]:

@@ -12,15 +12,18 @@ prompt), the sum over its tokens (the empirical Fisher information).
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from ..data.cells import UnusableRow
 from ..data.sources import load_texts
 from ..errors import FNSFTError
 from ..evaluation.rows import EvaluationRow, RowReader, read_rows
@@ -66,8 +69,11 @@ class ElasticWeights:
             trainer: with its model.
 
         Raises:
-            FNSFTError: what was saved is of another model or adapter.
+            FNSFTError: what was saved is of another model or adapter, or the rows of the task cannot be counted.
         """
+        if self.config.ewc_save and not isinstance(trainer.task_dataset, Dataset):
+            raise FNSFTError("ewc_save reads rows of the training data again, which is streamed; load it, or drop it")
+        self.fisher, self.center = {}, {}
         parameters = trained_parameters(trainer.model)
         if self._saved is not None:
             self._take(parameters)
@@ -77,8 +83,10 @@ class ElasticWeights:
 
     def end(self, trainer) -> None:
         """Add what counts for the task of this training, after it."""
-        rows, reader = trainer.task_dataset, _reader(trainer)
-        read = [reader.read(rows[number]) for number in range(min(self.config.ewc_rows, len(rows)))]
+        rows, reader, read = trainer.task_dataset, _reader(trainer), []
+        for row in rows.select(range(min(self.config.ewc_rows, len(rows)))):
+            with suppress(UnusableRow):
+                read.append(reader.read(row))
         parameters = trained_parameters(trainer.model)
         self._add(parameters, _measured(trainer, read, parameters, "Fisher information of the task"))
 
