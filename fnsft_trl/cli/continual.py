@@ -159,7 +159,7 @@ def _study(file: PlanFile, tasks: list["Task"], output: Path) -> "ContinualStudy
         works=works,
         score_base=partial(_score_base, _plain_values(file), tasks, files),
         settings=settings_of(_plain_values(file) | {"scorers": scorers}),
-        sources=sources_of(base, scored, hashes),
+        sources=_placed(sources_of(base, scored, hashes), output),
     )
 
 
@@ -181,8 +181,13 @@ def _arm(file: PlanFile, name: str, stage: "Stage", files, scored, scorers, hash
         ", ".join(stage.tasks),
         partial(_trainer, staged, stage, rows, held_out, own_epochs, output),
         settings | ({"epochs": epochs} if epochs else {}),
-        sources_of(first, [*(str(rows[task]) for task in trained), *scored], hashes),
+        _placed(sources_of(first, [*(str(rows[task]) for task in trained), *scored], hashes), output),
     )
+
+
+def _placed(sources: dict[str, str], output: Path) -> dict[str, str]:
+    """The same with rows named by where they lie in the output directory, so that this may be moved."""
+    return {os.path.relpath(n, output) if Path(n).is_relative_to(output) else n: v for n, v in sources.items()}
 
 
 def _trainer(staged, stage: "Stage", rows, held_out, epochs, output: Path, seed: int, directory: Path, template):

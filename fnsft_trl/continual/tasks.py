@@ -83,13 +83,14 @@ def _splits(config: TaskConfig) -> tuple[Dataset, Dataset]:
         train = _split(config, config.train_split, config.data_files)
         is_same = config.train_split == config.test_split and config.test_data_files is None
         test = train if is_same else _split(config, config.test_split, config.test_data_files or config.data_files)
-    for part in (train, test):
+    files = (config.data_files, config.test_data_files or config.data_files)
+    for part, name in zip((train, test), files, strict=True):
         for column in config.columns:
             if column not in part.column_names:
                 near = difflib.get_close_matches(column, part.column_names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise FNSFTError(
-                    f"{config.dataset} has no column {column!r} (it has {', '.join(part.column_names)}){hint}"
+                    f"{name or config.dataset} has no column {column!r} (it has {', '.join(part.column_names)}){hint}"
                 )
     return train, test
 
