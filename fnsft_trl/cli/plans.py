@@ -38,7 +38,7 @@ class PlanFile:
 
     Attributes:
         path (`Path`): of the file.
-        tasks (`dict[str, TaskConfig]`): name -> task, those that the chosen orders name.
+        tasks (`dict[str, TaskConfig]`): name -> task, those that any order names.
         plan ([`Plan`]): orders and arms.
         arms (`dict[str, StagedArm]`): name -> arm, with its options.
         shared (`dict[str, Any]`): options of `fnsft train` that hold for all arms.
@@ -85,13 +85,13 @@ class PlanFile:
         own = {name: written.pop(name, None) for name in _OWN}
         known = training_options()
         shared = _options(written, known, "the options of all arms") | dict(command_line)
-        found_orders = _chosen(orders_of(own["orders"] or {}), orders, "orders")
+        every_order = orders_of(own["orders"] or {})
+        found_orders = _chosen(every_order, orders, "orders")
         found_arms = own["arms"] or {}
         if not isinstance(found_arms, dict):
             raise FNSFTError("arms must be a mapping of names to options of fnsft train")
         found_arms = _chosen(found_arms, arms, "arms")
         every = _tasks(own["tasks"], path.parent)
-        used = dict.fromkeys(task for names in found_orders.values() for task in names)
         ways = {arm: _way(arm, options or {}) for arm, options in found_arms.items()}
         single = True
         if own["single"] is not None:
@@ -108,6 +108,8 @@ class PlanFile:
             seeds = read_value(Option("seeds", "plan", "int", many=True, lowest=0), own["seeds"] or ["0"], "seeds")
         if len(set(seeds)) < len(seeds):
             raise FNSFTError(f"seeds holds {max(seeds, key=list(seeds).count)} twice; give each once")
+        # Of all orders, so that a cell is the same whichever of them are trained.
+        used = dict.fromkeys(task for names in every_order.values() for task in names if task in every)
         return cls(path, {name: every[name] for name in used}, plan, staged, shared, seeds)
 
 
