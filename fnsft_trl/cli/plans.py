@@ -11,6 +11,7 @@ from ..continual.plan import WAY_NAMES, Plan, Way, orders_of
 from ..continual.stages import StagedArm, first_values
 from ..continual.task_config import TaskConfig
 from ..errors import FNSFTError
+from ..training.protection_config import ProtectionConfig
 from .options.parse import OF_LORA, TrainOptions, asked_of, training_options
 from .options.schema import Option, by_name, describe
 from .options.sources import read_mapping
@@ -23,6 +24,11 @@ PLACEHOLDER = "tasks.jsonl"  # in the place of rows that are not written yet
 _OWN = ("tasks", "orders", "arms", "seeds", "single")
 _NAME = re.compile(r"[A-Za-z0-9_]+")  # of a task, of which the names of folders are made
 _ARM = re.compile(r"[A-Za-z0-9_.-]+")
+# Switch -> options that hold for the arms that have it, where they are given for all.
+_SWITCHED = {
+    "use_peft": OF_LORA,
+    "protect": tuple(option.name for option in describe(ProtectionConfig) if option.name.startswith("protect_")),
+}
 # What each stage sets itself, or does around its training.
 NOT_OF_ARMS = (
     *("dataset_name", "datasets", "dataset_name_or_path", "dataset_config", "seed", "output_dir", "push_to_hub"),
@@ -101,9 +107,10 @@ class PlanFile:
             arm: _staged(arm, ways[arm], options or {}, shared, command_line, known)
             for arm, options in found_arms.items()
         }
-        for option in OF_LORA:
-            if option in command_line and not any(arm.values.get("use_peft") for arm in staged.values()):
-                raise FNSFTError(f"{option} has no effect, since no arm has LoRA; drop it")
+        for switch, names in _SWITCHED.items():
+            for name in names:
+                if name in command_line and not any(arm.values.get(switch) for arm in staged.values()):
+                    raise FNSFTError(f"{name} has no effect, since no arm has {switch}; drop it")
         if seeds is None:
             seeds = read_value(Option("seeds", "plan", "int", many=True, lowest=0), own["seeds"] or ["0"], "seeds")
         if len(set(seeds)) < len(seeds):
@@ -145,9 +152,8 @@ def _staged(arm: str, way: Way, written: dict, shared, command_line, known: dict
     """An arm with its own options over those of all arms, but for what was given on the command line."""
     own = _options({name: value for name, value in written.items() if name not in WAY_NAMES}, known, f"arm {arm}")
     values = {**shared, **own, **command_line}
-    if not values.get("use_peft"):
-        values = {name: value for name, value in values.items() if name not in OF_LORA or name in own}
-    values = {name: value for name, value in values.items() if value is not None}
+    idle = [name for switch, names in _SWITCHED.items() if not values.get(switch) for name in names]
+    values = {n: v for n, v in values.items() if v is not None and (n not in idle or n in own)}
     asked = train_options(first_values(values), f"arm {arm}")
     config = asked.network_config
     method = "lora" if values.get("use_peft") else "full"

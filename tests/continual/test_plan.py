@@ -136,11 +136,15 @@ def test_a_plan_that_is_none_is_one_line(tmp_path, model_dir, changes, message):
 
 def test_the_command_line_holds_for_all_arms_that_it_can_hold_for(tmp_path, model_dir):
     path = make_plan(tmp_path, model_dir, {"lora": LORA, "full": {}})
-    file = PlanFile.read(str(path), {"lora_r": 5, "max_steps": 7}, arms=["full", "lora"], seeds=[4])
+    arms = every_arm(tmp_path)
+    edit(path, arms={"lora": LORA, "full": {}, "grows": arms["grows"]})
+    given = {"lora_r": 5, "max_steps": 7, "protect_dims": 3.0}
+    file = PlanFile.read(str(path), given, arms=["full", "lora", "grows"], seeds=[4])
     assert (file.arms["lora"].values["lora_r"], file.arms["full"].values["max_steps"]) == (5, 7)
-    assert "lora_r" not in file.arms["full"].values
+    assert not {"lora_r", "protect_dims"} & set(file.arms["full"].values)
+    assert file.arms["grows"].values["protect_dims"] == 3
     assert file.seeds == [4]
-    with pytest.raises(FNSFTError, match="lora_r has no effect, since no arm has LoRA"):
+    with pytest.raises(FNSFTError, match="lora_r has no effect, since no arm has use_peft"):
         PlanFile.read(str(path), {"lora_r": 5}, arms=["full"])
     with pytest.raises(FNSFTError, match="no 'other' among the arms"):
         PlanFile.read(str(path), {}, arms=["other"])
