@@ -18,7 +18,7 @@ from ..hub.card import named_card
 from ..hub.names import is_dataset_id, model_name
 from ..interventions.masking import MaskHandle, masks_off
 from ..neurons.mask import NeuronMask
-from ..neurons.sites import base_model
+from ..neurons.sites import base_model, check_in_memory
 from ..ranks import Ranks
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
@@ -135,6 +135,8 @@ class NetworkedTrainer(ProtectingTrainer):
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
             super().__init__(**given, retention=retained, anchor=kept, penalties=added)
+        if self._run is not None or self._protection is not None:
+            check_in_memory(self.model, "training with networks or protect")
         if self.replay is not None and self.replay.task is None:
             raise FNSFTError("replay_datasets have no effect, since the training data was not prepared; drop them")
         if self._run is not None:
