@@ -19,6 +19,7 @@ ROOT = TESTS.parent
 ORDER = {
     "lazy": [],
     "errors": [],
+    "json_text": [],
     "compat": [
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
@@ -78,6 +79,12 @@ ORDER = {
             "retention_texts",
             "anchor",
             "anchored",
+            "penalty_config",
+            "elastic",
+            "earlier_answers",
+            "orthogonal",
+            "penalties",
+            "penalized",
             "retained",
             "protection_config",
             "protected_bases",
@@ -92,12 +99,16 @@ ORDER = {
     "export": ["adapter", "plain_lora", "merged", "difference", "gguf", "restored", "restored_model"],
     "report": ["report", "figures"],
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
+    "continual": [
+        *("transfer", "task_config", "tasks", "plan", "stages", "scorers", "growth", "finishing", "study", "outcome"),
+        "reporting",
+    ],
     "cli": [
         *("endings", "output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
         *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
         *("fine_tuning", "train"),
-        *("recipe_arms", "experiment", "demo", "recipes"),
+        *("recipe_arms", "experiment", "plans", "continual", "demo", "recipes"),
         "__main__",
     ],
 }

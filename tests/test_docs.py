@@ -26,6 +26,7 @@ from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.arguments import read_arguments
 from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
+from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.config import COMBINATIONS
 from fnsft_trl.training.protection_config import EVIDENCE
 
@@ -36,6 +37,9 @@ QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
+    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
+    "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
@@ -256,8 +260,11 @@ def yaml_blocks() -> list:
 @pytest.mark.parametrize("text", yaml_blocks())
 def test_every_yaml_file_is_one_that_its_command_takes(text, workplace):
     program, verb, *words = text.splitlines()[0].removeprefix("# ").split()
-    assert (program, words[0]) == ("fnsft", "--config")
     Path("config.yaml").write_text(text)
+    if verb == "continual":
+        assert PlanFile.read("config.yaml", {}).arms
+        return
+    assert (program, words[0]) == ("fnsft", "--config")
     words[1] = "config.yaml"
     if verb == "train":
         asked = parse_options(words)
