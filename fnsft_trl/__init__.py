@@ -24,6 +24,8 @@ _HOMES = {
     "select_neurons": "selection",
     "lesion": "interventions",
     "preserve": "interventions",
+    "amplify": "interventions",
+    "bake_amplification": "interventions",
     "bake_lesion": "interventions",
     "keep_neurons": "interventions",
     "unbake": "interventions",

@@ -58,7 +58,7 @@ ORDER = {
         *("saved_directions", "network_directions", "module_directions"),
     ],
     "selection": ["evidence", "select"],
-    "interventions": ["masking", "baking", "restoring"],
+    "interventions": ["replacement", "places", "masking", "baking", "restoring"],
     "tuner": ["config", "held", "changes", "hooks", "merged", "layer", "linear", "experts", "model", "saved"],
     "constraints": ["neurons", "momentum", "frozen", "full", "lora_config", "lora", "trained_maps", "protection"],
     "comparison": ["similarity", "fingerprint"],
