@@ -32,6 +32,7 @@ QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
+    "probe": "--max_tokens 60 --draws 3 --batch_size 8 --prompts 1",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
@@ -153,6 +154,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
         if verb == "discover":
             arguments[:2] = [str(model_dir), data]
             arguments = [word.replace("--max_tokens", "--ica_max_tokens") for word in arguments]
+        if verb == "probe":
+            arguments[0] = str(model_dir)
         if verb == "export":
             arguments[0] = str(_adapter(model_dir, workplace / "adapter"))
         if verb == "restore":
@@ -240,7 +243,8 @@ def yaml_blocks() -> list:
     brought = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
     brought |= {
         str(path.relative_to(ROOT)): path.read_text()
-        for path in sorted((ROOT / "recipes" / "peft_vs_peft_ica").rglob("*.yaml"))
+        for folder in ("peft_vs_peft_ica", "probes")
+        for path in sorted((ROOT / "recipes" / folder).rglob("*.yaml"))
     }
     return [pytest.param(text, id=name) for name, text in (shown | brought).items()]
 

@@ -24,6 +24,7 @@ VERBS = {
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
     "evaluate": "score models on rows, general text and tasks, and compare them",
+    "probe": "silence and scale networks beside controls, and say which of them matter",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "restore": "take a fine-tune back where it touches text that is to be kept, without training",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
@@ -31,7 +32,7 @@ VERBS = {
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
-_RESUMABLE = ("train", "discover", "experiment", "demo")  # which go on where they were interrupted
+_RESUMABLE = ("train", "discover", "probe", "experiment", "demo")  # which go on where they were interrupted
 
 
 def _help() -> str:

@@ -19,6 +19,7 @@ _TITLES = {
     "ReplayConfig": "replay: rows of other texts beside the task",
     "AnchorConfig": "staying near the base model",
     "LoadingConfig": "loading the model",
+    "ProbeConfig": "what is probed",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",
     "DatasetMixtureConfig": "mixtures of datasets (TRL)",
