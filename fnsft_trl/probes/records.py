@@ -53,6 +53,8 @@ class Records:
                 self._check(path, first["about"])
                 for line in lines:
                     self._take(line)
+            except FNSFTError:
+                raise
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise FNSFTError(
                     f"{path} holds no passes of a probe ({error}); delete it, or name another output_dir"

@@ -1,5 +1,6 @@
 """The atlas: one page, nothing asked for, every text escaped, the same on a phone and on a desk."""
 
+import html
 import json
 import re
 import shutil
@@ -150,7 +151,7 @@ def test_examples_are_the_tokens_of_the_largest_activity(templates, tokenizer, r
         assert len(peaks) == 3
         assert peaks == sorted(peaks, reverse=True)
         assert peaks[0] > 1  # in standard deviations
-    whole = "".join("".join(found.networks[0][0].tokens).replace("<eos>", "").split())
+    whole = "".join("".join(found.networks[0][0].tokens).replace("<eos>", "").replace("\u0120", "").split())
     assert whole
     assert any(whole in "".join(text.split()) for text in texts)
 
@@ -164,19 +165,24 @@ def test_it_opens_from_disk_without_an_error(page, tmp_path, width):
         "<script>addEventListener('load', () => { const box = document.getElementById('search');"
         "document.querySelectorAll('#table th button')[0].click();"
         "const first = document.querySelector('#table tbody tr').dataset.network;"
-        "box.value = 'network 1'; box.dispatchEvent(new Event('input'));"
+        "box.value = 'no such word'; box.dispatchEvent(new Event('input'));"
         "const shown = [...document.querySelectorAll('details')].filter((card) => !card.hidden).length;"
         "const width = document.documentElement.scrollWidth;"
-        "document.title = JSON.stringify([width, innerWidth, first, shown]); });</script>"
+        "parent.document.title = JSON.stringify([width, innerWidth, first, shown]); });</script>"
     )
     text = page.read_text()
-    tested = tmp_path / "tested.html"
-    tested.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"{probe}</body>"))
+    inside = re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"{probe}</body>")
+    tested = tmp_path / "tested.html"  # in a frame, for a window is never as narrow as a phone
+    frame = f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(inside)}"></iframe>'
+    tested.write_text(f"<!doctype html><title>0</title>{frame}")
     common = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    common += [f"--window-size={width},900", "--enable-logging=stderr"]
+    common += ["--enable-logging=stderr"]
     ran = [
         subprocess.run([*common, *more], capture_output=True, text=True, timeout=120, check=True)
-        for more in ([f"--screenshot={tmp_path / 'shot.png'}", page.as_uri()], ["--dump-dom", tested.as_uri()])
+        for more in (
+            [f"--window-size={width},900", f"--screenshot={tmp_path / 'shot.png'}", page.as_uri()],
+            ["--window-size=1400,900", "--dump-dom", tested.as_uri()],
+        )
     ]
     assert (tmp_path / "shot.png").stat().st_size > 10_000
     assert not [line for each in ran for line in each.stderr.splitlines() if "CONSOLE" in line]
@@ -186,4 +192,4 @@ def test_it_opens_from_disk_without_an_error(page, tmp_path, width):
     assert inner == width
     assert scroll <= inner
     assert first == str(text.count("<details") - 1)
-    assert shown >= 1
+    assert shown == 0

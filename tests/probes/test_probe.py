@@ -5,11 +5,19 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from planted import PLANTED, PLANTED_LAYER, planted_mask, planted_model, planted_texts
 
-from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks, lesion
 from fnsft_trl.evaluation import EvaluationConfig, EvaluationData
+from fnsft_trl.evaluation.metrics import score_tokens
+from fnsft_trl.evaluation.share import ALONE, Share
+from fnsft_trl.interventions import Zero
 from fnsft_trl.probes import ProbeConfig, ProbeData, probe_networks
-from fnsft_trl.probes.passes import _CHECKED
-from fnsft_trl.probes.records import INTACT
+from fnsft_trl.probes.condition import Condition
+from fnsft_trl.probes.controls import Controls
+from fnsft_trl.probes.found import Found
+from fnsft_trl.probes.passes import _CHECKED, ProbePasses, Work
+from fnsft_trl.probes.plan import networks_of, plan
+from fnsft_trl.probes.prefix import SharedPrefix
+from fnsft_trl.probes.records import INTACT, Records
 from fnsft_trl.template.description import Component
 
 
@@ -76,9 +84,6 @@ def test_the_planted_neurons_are_the_function(planted, tmp_path):
     probe = probe_networks(
         model, tokenizer, template, [data], ProbeConfig(curves=["lesion"], draws=3), output_dir=tmp_path
     )
-    from fnsft_trl import lesion
-    from fnsft_trl.evaluation.metrics import score_tokens
-
     sequences = [item.ids for item in data.items]
     (condition,) = probe.found.of("lesion", selector="networks", network="0")
     for key, mask in ((INTACT, None), (condition.key, condition.mask)):
@@ -97,8 +102,6 @@ def test_a_probe_goes_on_where_it_was_and_refuses_another_one(planted, tmp_path,
     config = ProbeConfig(curves=["lesion"], draws=3, batch_size=2)
     whole = probe_networks(model, tokenizer, template, [data], config, output_dir=tmp_path / "whole")
     calls = []
-    from fnsft_trl.probes.prefix import SharedPrefix
-
     run_from = SharedPrefix.run_from
 
     def counted(self, layer, inputs):
@@ -124,21 +127,14 @@ def test_a_probe_goes_on_where_it_was_and_refuses_another_one(planted, tmp_path,
         assert [v.to_dict() for v in other.found.verdicts("text")] == [
             v.to_dict() for v in whole.found.verdicts("text")
         ]
+    other = ProbeConfig(ablation="mean", batch_size=2)
     with pytest.raises(FNSFTError, match="holds the passes of another probe: ablation was"):
-        probe_networks(
-            model, tokenizer, template, [data], ProbeConfig(ablation="mean"), output_dir=tmp_path / "broken"
-        )
+        probe_networks(model, tokenizer, template, [data], other, output_dir=tmp_path / "broken")
 
 
 @pytest.mark.parametrize("share", [(0, 2), (1, 2)])
 def test_each_process_does_its_batches_alone(planted, tmp_path, share):
     """What two processes do is what one does, each half of it."""
-    from fnsft_trl.evaluation.share import Share
-    from fnsft_trl.interventions import Zero
-    from fnsft_trl.probes.condition import Condition
-    from fnsft_trl.probes.passes import ProbePasses, Work
-    from fnsft_trl.probes.records import Records
-
     model, tokenizer, _ = planted
     data = data_of(planted_texts(6, seed=9), tokenizer)
     condition = Condition("lesion", "networks", "0", 0.0, 0, planted_mask())
@@ -154,20 +150,21 @@ def test_networks_without_structure_matter_no_more_often_than_is_stated(tmp_path
     """Over 100 seeds: random networks of a random model, which are one more draw of their controls."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     random = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(3, 100, (24,), generator=random).tolist()} for _ in range(4)]
+    rows = [{"input_ids": torch.randint(3, 100, (16,), generator=random).tolist()} for _ in range(4)]
     data = data_of(rows, tokenizer)
+    work = Work("mlp_intermediate", {None: Zero()}, False, 4, ALONE)
     wrong = 0
     for seed in range(100):
-        template = random_template(model, seed)
-        probe = probe_networks(
-            model,
-            tokenizer,
-            template,
-            [data],
-            ProbeConfig(curves=["lesion"], batch_size=4, seed=1000 * seed),
-            output_dir=tmp_path / str(seed),
-        )
-        wrong += any(verdict.comparisons["random"].is_stronger for verdict in probe.found.verdicts("text"))
+        networks = networks_of(Controls(model, random_template(model, seed)), [0, 1])
+        conditions = [
+            condition
+            for condition in plan(networks, curves=["lesion"], seed=1000 * seed)
+            if condition.selector in ("networks", "random")
+        ]
+        records = Records(tmp_path / str(seed), {})
+        ProbePasses(model, tokenizer, [data], work, records).run(conditions)
+        verdicts = Found([data], conditions, records, 4).verdicts("text")
+        wrong += any(verdict.comparisons["random"].is_stronger for verdict in verdicts)
     assert wrong <= 10  # 5% of 100, and two standard errors
 
 

@@ -9,14 +9,14 @@ from fnsft_trl.probes.statistics import LEVEL, Sums, compare, p_of_draws
 @pytest.mark.parametrize("kind", ["normal", "heavy", "skewed"])
 @pytest.mark.parametrize("count", [1, 10])
 def test_one_more_draw_is_called_stronger_no_more_often_than_is_stated(kind, count):
-    """Over 400 probes without structure, in which every network is one more draw of its control."""
+    """Over 200 probes without structure, in which every network is one more draw of its control."""
     random = np.random.default_rng(0)
     drawn_from = {
         "normal": random.standard_normal,
         "heavy": lambda size: random.standard_t(2, size),
         "skewed": lambda size: random.lognormal(0, 1.2, size),
     }[kind]
-    wrong, trials = 0, 400
+    wrong, trials = 0, 200
     for _ in range(trials):
         scales = random.lognormal(0, 1, count)
         values = {str(n): scales[n] * drawn_from(21) for n in range(count)}
