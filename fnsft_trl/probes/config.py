@@ -51,8 +51,8 @@ class ProbeConfig:
     )
     draws: int = option(
         20,
-        "Random masks of each control of a network, and a quarter of them on the other curves. Fewer than 20 give no "
-        "verdict.",
+        "Masks of random neurons and of neurons of the same amplitude for each network, and a quarter of them of "
+        "other controls and on the other curves. Fewer than 20 give no verdict.",
         least=3,
     )
     max_tokens: int = option(8192, "Tokens of each dataset to score.", least=16)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..evaluation.bootstrap import Interval
 from .condition import Condition
+from .controls import MATCHED
 from .data import ProbeData
 from .records import INTACT, Records
 from .statistics import Comparison, Sums, compare, effect, spread
@@ -168,10 +169,6 @@ def _over(comparison: Comparison, intact: float) -> dict[str, float]:
 
 
 _CALLED = {
-    "random": "random neurons of the same layers",
-    "rms_matched": "neurons of the same amplitude",
-    "layer_shuffled": "its own layers shuffled",
-    "surrogate": "networks of activations shifted in time",
     "activation_rms": "the loudest neurons of the same layers",
     "weight_norm": "the neurons with the largest weights",
 }
@@ -186,15 +183,15 @@ def in_words(rise: Interval, comparisons: dict[str, Comparison]) -> str:
     """
     if rise.low <= 0:
         return "silencing it does no damage that could be told from none"
-    few = [name for name in ("random", "rms_matched") if _too_few(comparisons.get(name))]
+    few = [name for name in MATCHED if _too_few(comparisons.get(name))]
     if few:
         return f"it does damage; {comparisons[few[0]].draws} draws are too few for a verdict (20 are needed)"
-    random, matched = (comparisons[name].is_stronger for name in ("random", "rms_matched"))
+    random, matched = (comparisons[name].is_stronger for name in MATCHED)
     if not random:
         return "no stronger than random neurons of the same layers: it may be chance"
     if not matched:
         return "stronger than random neurons, but no stronger than neurons of the same amplitude: it may be loudness"
-    others = [name for name, each in comparisons.items() if name not in ("random", "rms_matched")]
+    others = [name for name, each in comparisons.items() if each.draws == 1]
     beaten = [_CALLED[name] for name in others if comparisons[name].is_stronger]
     stronger = [_CALLED[name] for name in others if comparisons[name].interval[1] < 0]
     told = "stronger than random neurons and than neurons of the same amplitude"

@@ -12,7 +12,7 @@ from ..selection.select import select_neurons
 from ..template.template import FunctionalNetworkTemplate
 from .condition import Condition
 from .config import CURVES
-from .controls import Controls
+from .controls import MATCHED, Controls
 
 
 DOSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -20,8 +20,7 @@ KEPT = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 FACTORS = (0.5, 2.0, 4.0)
 
 _MANY = 0.15  # of all neurons, drawn at random, which the first paper compares its networks with
-_ON_CURVES = 4  # a curve has one draw for so many of a verdict, and at least 3
-_FEWEST_ON_CURVES = 3
+_PART, _FEWEST = 4, 3
 
 
 @dataclass(frozen=True)
@@ -80,24 +79,29 @@ def plan(
 ) -> list[Condition]:
     """All conditions of a probe.
 
-    The lesion of every network has all draws of every control; a point of another curve has a quarter of them, at
-    least 3, of the random and of the amplitude-matched control, and the highest activation and weight norm.
+    The lesion of every network has all draws of the random and the amplitude-matched control, by which verdicts are
+    told, and a quarter of them, at least 3, of shuffled and surrogate networks; a point of another curve has that many
+    of the first two, and the highest activation and weight norm.
 
     Args:
         networks: those that are probed; of one template, or of several for one model.
         curves: which of `CURVES`; `lesion` is always among them.
-        draws: of each control that is drawn.
+        draws: of the random and the amplitude-matched control.
         seed: of the draws.
     """
     everything = _everything(networks)
     found = [Condition("full", "networks", None, 0.0, 0, everything)]
     for network in networks:
         found += _with_controls("lesion", network.label, 0.0, network.mask, network.controls, draws, seed)
-    fewer = max(_FEWEST_ON_CURVES, draws // _ON_CURVES)
     for curve in curves:
         if curve != "lesion":
-            found += _CURVES[curve](networks, fewer, seed)
+            found += _CURVES[curve](networks, fewer(draws), seed)
     return found
+
+
+def fewer(draws: int) -> int:
+    """The draws of what no verdict is told by: a quarter, at least 3."""
+    return max(_FEWEST, draws // _PART)
 
 
 def _everything(networks: Sequence[Network]) -> NeuronMask:
@@ -127,7 +131,8 @@ def _with_controls(
 
     yield condition("networks", 0, mask)
     for name in controls.names() if names is None else names:
-        for draw, chosen in enumerate(controls.draws(name, mask, draws, seed=seed)):
+        count = draws if name in MATCHED else fewer(draws)
+        for draw, chosen in enumerate(controls.draws(name, mask, count, seed=seed)):
             shared = (chosen & mask).count / mask.count
             loudness = controls.loudness(chosen, mask)
             yield condition(name, draw, chosen, shared=round(shared, 4), loudness=round(loudness, 4))

@@ -118,10 +118,10 @@ def _summary(probe: Probe, about: Mapping[str, Any]) -> str:
     return (
         f"{len(probe.networks)} networks of {about.get('template')} in {about.get('model')}. Scored on "
         f"{'; '.join(sizes)}. Silenced neurons are {how[config.ablation]}, {where}. Each network is compared with "
-        f"{config.draws} draws of every control that is drawn, with as many neurons in every layer. Intervals: 95%, "
-        "by a bootstrap over sequences (and draws, where controls are compared). p: by the standardised effects of "
-        "the draws of all networks, adjusted by Holm over the networks. A cell of a control shows the mean of its "
-        "draws and, in brackets, the highest."
+        f"{config.draws} draws of random neurons and of neurons of the same amplitude, and with fewer of other "
+        "controls, all with as many neurons in every layer. Intervals: 95%, by a bootstrap over sequences (and draws, "
+        "where controls are compared). p: by the standardised effects of the draws of all networks, adjusted by Holm "
+        "over the networks. A cell of a control shows the mean of its draws and, in brackets, the highest."
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_model
 
 from fnsft_trl.probes.config import CURVES
-from fnsft_trl.probes.controls import DRAWN, Controls, strata, weight_norms
+from fnsft_trl.probes.controls import DRAWN, MATCHED, Controls, strata, weight_norms
 from fnsft_trl.probes.plan import networks_of, plan
 
 
@@ -62,7 +62,7 @@ def test_the_plan_has_every_curve_with_controls(controls, templates):
         lesions = [c for c in conditions if c.curve == "lesion" and c.network == network]
         for name in controls.names():
             drawn = [c for c in lesions if c.selector == name]
-            assert len(drawn) >= (20 if name in ("random", "rms_matched", "layer_shuffled") else 1)
+            assert len(drawn) >= (20 if name in MATCHED else 3 if name in DRAWN else 1)
     for curve in CURVES:
         of_curve = [c for c in conditions if c.curve == curve]
         assert {"networks", "random", "rms_matched"} <= {c.selector for c in of_curve}
