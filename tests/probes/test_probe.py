@@ -18,6 +18,7 @@ from fnsft_trl.probes.passes import _CHECKED, ProbePasses, Work
 from fnsft_trl.probes.plan import networks_of, plan
 from fnsft_trl.probes.prefix import SharedPrefix
 from fnsft_trl.probes.records import INTACT, Records
+from fnsft_trl.probes.statistics import compare
 from fnsft_trl.template.description import Component
 
 
@@ -163,8 +164,12 @@ def test_networks_without_structure_matter_no_more_often_than_is_stated(tmp_path
         ]
         records = Records(tmp_path / str(seed), {})
         ProbePasses(model, tokenizer, [data], work, records).run(conditions)
-        verdicts = Found([data], conditions, records, 4).verdicts("text")
-        wrong += any(verdict.comparisons["random"].is_stronger for verdict in verdicts)
+        found = Found([data], conditions, records, 4)
+        sums = {c: found.measures("text", c.key)["cross_entropy"] for c in conditions if c.curve == "lesion"}
+        own = {c.network: sums[c] for c in sums if c.selector == "networks"}
+        drawn = {label: [sums[c] for c in sums if (c.network, c.selector) == (label, "random")] for label in own}
+        assert [len(each) for each in drawn.values()] == [20, 20]
+        wrong += any(each.is_stronger for each in compare(own, drawn, "random", draws=10).values())
     assert wrong <= 10  # 5% of 100, and two standard errors
 
 
