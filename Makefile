@@ -16,7 +16,7 @@ CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tes
 	tests/tuner/test_model.py tests/constraints/test_constraints.py tests/training/test_trainer.py \
 	tests/training/test_refused.py tests/export/test_merged.py tests/cli/test_options.py
 
-.PHONY: demo study test test-quick quality floors install clean
+.PHONY: demo study test test-quick quality docs faults floors install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
@@ -27,12 +27,20 @@ study: install  ## go on with the study of forgetting (benchmarks/forgetting), a
 test: install  ## the whole test suite
 	$(PYTEST)
 
-test-quick: install  ## the tests that need no real model
+test-quick: install  ## the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
 quality: install  ## lint and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: install  ## the pages of docs/ as a site, in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+faults: install  ## processes killed at random moments, 100,000 damaged files, long runs: under 20 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --tries 5 --output faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --executions 100000 --found faults
+	FNSFT_SOAK_STEPS=2000 FNSFT_SOAK_TRAINERS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 floors:  ## the core tests on the oldest versions, in a fresh virtual environment
 	$(FLOOR_PYTHON) -m venv --clear $(FLOORS)
@@ -40,7 +48,7 @@ floors:  ## the core tests on the oldest versions, in a fresh virtual environmen
 	grep "^torch==" constraints.txt > $(FLOORS)/torch.txt
 	$(FLOORS)/bin/python -m uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct \
 		--constraint $(FLOORS)/torch.txt --editable ".[test]"
-	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -m "not slow" $(CORE)
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE)
 
 install: $(VENV)/.installed
 
@@ -53,4 +61,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOORS) demo_output
+	rm -rf $(VENV) $(FLOORS) demo_output site

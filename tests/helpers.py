@@ -1,11 +1,8 @@
 """Tiny models, a tiny tokenizer and tiny data, all made here from seeds."""
 
 import copy
-import os
 import random
-import socket
 import string
-import subprocess
 import sys
 from pathlib import Path
 
@@ -169,25 +166,6 @@ def zeroed(model, mask):
                 parameter = part.tensor(model)
                 parameter.masked_fill_(part.mask(mask.indices(site.layer), parameter), 0)
     return model
-
-
-def run_processes(count: int, *arguments) -> list[str]:
-    """Run Python in `count` processes on the CPU that know of each other as under torchrun; what each printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(count):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if count > 1:
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, *map(str, arguments)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=600) for process in processes]
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error
-    return [printed for printed, _ in outputs]
 
 
 # A GGUF converter that only notes how it was called.

@@ -19,6 +19,7 @@ ROOT = TESTS.parent
 ORDER = {
     "lazy": [],
     "errors": [],
+    "json_text": [],
     "compat": [
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
@@ -39,6 +40,7 @@ ORDER = {
             "messages",
             "formats",
             "left_out",
+            "long_lines",
             "choices",
             "rendering",
             "notes",
@@ -80,6 +82,12 @@ ORDER = {
             "retention_texts",
             "anchor",
             "anchored",
+            "penalty_config",
+            "elastic",
+            "earlier_answers",
+            "orthogonal",
+            "penalties",
+            "penalized",
             "retained",
             "protection_config",
             "protected_bases",
@@ -111,13 +119,17 @@ ORDER = {
         *("examples", "atlas"),
     ],
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
+    "continual": [
+        *("transfer", "task_config", "tasks", "plan", "stages", "scorers", "growth", "finishing", "study", "outcome"),
+        "reporting",
+    ],
     "cli": [
         *("endings", "output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
         *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
         "probe",
         *("fine_tuning", "train"),
-        *("recipes", "experiment", "demo"),
+        *("recipe_arms", "experiment", "plans", "continual", "demo", "recipes"),
         "__main__",
     ],
 }

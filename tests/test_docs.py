@@ -2,8 +2,11 @@
 
 import doctest
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import tomllib
 from importlib import import_module
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from api_reference import api_reference
+from api_reference import api_pages
 from architectures import architectures_table
 from helpers import ROOT, instead, tiny_rows
 from hub import ORG
@@ -23,6 +26,7 @@ from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.arguments import read_arguments
 from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
+from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.config import COMBINATIONS
 
 
@@ -33,6 +37,9 @@ QUICK = {
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
     "probe": "--max_tokens 60 --draws 3 --batch_size 8 --prompts 1",
+    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
+    "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
@@ -143,6 +150,7 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
     """As shown, with the model, the data and the amount of work replaced by small local ones."""
@@ -204,6 +212,7 @@ def _of_prompts(example: str) -> str:
     return "".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", snippets())
 def test_every_snippet_runs_as_it_is_printed(code, workplace, template_of_ten, monkeypatch):
     """Alone, with nothing defined before it. What is tiny is the model and the data of that name, and what is short
@@ -252,8 +261,11 @@ def yaml_blocks() -> list:
 @pytest.mark.parametrize("text", yaml_blocks())
 def test_every_yaml_file_is_one_that_its_command_takes(text, workplace):
     program, verb, *words = text.splitlines()[0].removeprefix("# ").split()
-    assert (program, words[0]) == ("fnsft", "--config")
     Path("config.yaml").write_text(text)
+    if verb == "continual":
+        assert PlanFile.read("config.yaml", {}).arms
+        return
+    assert (program, words[0]) == ("fnsft", "--config")
     words[1] = "config.yaml"
     if verb == "train":
         asked = parse_options(words)
@@ -271,8 +283,19 @@ def combinations_table() -> str:
 
 
 def test_the_reference_is_that_of_the_docstrings():
-    page = (ROOT / "docs" / "api.md").read_text()
-    assert page == api_reference(), "run: python tests/api_reference.py > docs/api.md"
+    written = {path.name: path.read_text() for path in (ROOT / "docs" / "api").iterdir()}
+    assert written == api_pages(), "run: python tests/api_reference.py"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """No link or anchor is dead, and every page is reached."""
+    words = ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
 
 
 def test_the_lines_that_install_are_those_of_the_makefile():

@@ -1,10 +1,7 @@
 """Of processes that wait for each other, one that fails tells the others what it failed with, wherever they wait."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from processes import run_processes
 
 from fnsft_trl import FNSFTError
 from fnsft_trl.ranks import Ranks
@@ -76,19 +73,10 @@ print(rank, "discovery", outcome(lambda: discover_networks(model, tiny_tokenizer
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_that_of_all(tmp_path):
-    port = 20000 + os.getpid() % 20000
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-        environment |= {"MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen([sys.executable, "-c", PROCESS], env=environment, text=True, stdout=-1, stderr=-1)
-        )
-    done = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), done
     told = {}
-    for out, _ in done:
+    for out in run_processes(2, "-c", PROCESS):
         for line in out.splitlines():
             rank, what, said = line.split(" ", 2)
             told[rank, what] = said

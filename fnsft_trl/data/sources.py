@@ -29,9 +29,11 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, Da
 
 from ..cache import make_private
 from ..errors import FNSFTError
+from ..json_text import from_json
 from .conversion import to_trl_format
 from .embedded import EMBEDDED, wikipedia_passages
 from .left_out import LeftOut
+from .long_lines import is_encodable, is_long, json_lines, load_lines
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -140,6 +142,8 @@ def _load_file(path: Path, split: str | None) -> Dataset | DatasetDict:
         raise FNSFTError(f"the ending of {path} is not known; expected one of: {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise FNSFTError(f"the dataset {path} is empty; at least one row was expected")
+    if is_long(path):
+        return _of_splits(DatasetDict(train=load_lines(path, _cache_of([path]))), split)
     try:
         data = load_dataset(
             _BUILDERS[path.suffix], data_files=str(path), split=split, cache_dir=_cache_of([path]), **_options([path])
@@ -157,9 +161,7 @@ def _load_file(path: Path, split: str | None) -> Dataset | DatasetDict:
 
 def _json_rows(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return from_json(text) if text.lstrip().startswith("[") else list(json_lines(path))
 
 
 def _may_hold_rows(file: Path, root: Path) -> bool:
@@ -173,12 +175,10 @@ def _encodable(path: Path) -> Dataset:
     rows, left_out = _json_rows(path), LeftOut(str(path), "read")
     usable = []
     for number, row in enumerate(rows):
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            left_out.add(number, "a text holds half a surrogate pair")
-        else:
+        if is_encodable(row):
             usable.append(row)
+        else:
+            left_out.add(number, "a text holds half a surrogate pair")
     left_out.check(len(rows))
     return Dataset.from_list(usable)
 

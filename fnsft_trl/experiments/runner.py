@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +188,15 @@ def _each(tasks: Sequence[_Task], jobs: int, say: Callable[[str], None]) -> Iter
     for number in range(jobs):
         numbers.put(number)
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(numbers, threads)) as pool:
+    heard, held = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(numbers, threads, heard)) as pool:
         running = {pool.submit(_result, task): task for task in tasks}
-        for done in as_completed(running):
-            yield running[done], _unbroken(done)
+        try:
+            for done in as_completed(running):
+                yield running[done], _unbroken(done)
+        except BaseException:  # the pool would wait for all tasks, those that have not begun among them
+            held.close()
+            raise
 
 
 def _unbroken(done) -> Any:
@@ -215,9 +220,9 @@ def _result(task: _Task) -> Any:
             torch.cuda.empty_cache()
 
 
-def _begin(numbers, threads: int) -> None:
-    """Give a process its share of the machine, and end it when the one that began it ends, however that does."""
-    threading.Thread(target=_end_with, args=(parent_process().sentinel,), daemon=True).start()
+def _begin(numbers, threads: int, heard: connection.Connection) -> None:
+    """Give a process its share of the machine, and end it when the one that began it gives up or ends."""
+    threading.Thread(target=_end_with, args=(heard,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes, and the first one says so
     visible = own_device(numbers.get(), os.environ.get(_DEVICES), torch.cuda.device_count())
     if visible is not None:
@@ -225,8 +230,8 @@ def _begin(numbers, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _end_with(sentinel) -> None:
-    connection.wait([sentinel])
+def _end_with(heard: connection.Connection) -> None:
+    connection.wait([heard])  # nothing is ever sent
     os.kill(os.getpid(), signal.SIGTERM)
 
 

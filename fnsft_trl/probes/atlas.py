@@ -5,7 +5,6 @@ Every text goes through Jinja's escaping; the page runs one script, whose hash i
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
+from ..json_text import from_json
 from ..ranges import format_ranges
 from ..report.charts import line_chart, strip_chart
 from ..template.description import Component, TemplateDescription
@@ -54,7 +54,7 @@ class ProbeResults:
         """
         path = Path(directory).expanduser() / "results.json"
         try:
-            found = cls(json.loads(path.read_text(encoding="utf-8")))
+            found = cls(from_json(path.read_text(encoding="utf-8")))
             found.charts()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise FNSFTError(f"{path} holds no results of `fnsft probe` ({error}); give its output_dir") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..writing import disk_errors, write_text_whole
 
 
@@ -82,7 +83,7 @@ class Examples:
         try:
             if path.stat().st_size > _LARGEST:
                 raise ValueError("it is too large")
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = from_json(path.read_text(encoding="utf-8"))
             if found["format"] != FORMAT:
                 raise ValueError(f"its format is {found['format']!r}")
             parts = tuple(tuple(map(_example, of_network)) for of_network in found["networks"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..writing import disk_errors, remove_leftovers, write_text_whole
 
 
@@ -49,7 +50,7 @@ class Records:
         self._timings.clear()
         for path in sorted(self.directory.glob("passes-*.jsonl")):
             try:
-                first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                first, *lines = map(from_json, path.read_text(encoding="utf-8").splitlines())
                 self._check(path, first["about"])
                 for line in lines:
                     self._take(line)

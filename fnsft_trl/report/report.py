@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,22 +124,27 @@ class Report:
             if kind == "heading":
                 blocks.append(f"<h2>{html.escape(content[0])}</h2>")
             elif kind == "text":
-                blocks.append(f"<p>{html.escape(content[0])}</p>")
+                blocks.append(f"<p>{_inline(content[0])}</p>")
             elif kind == "table":
                 header, rows = content
-                head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-                body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+                head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
+                body = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
                 blocks.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
             else:
                 _, picture, caption = content
                 inside = picture.decode() if picture.startswith(_SVG) else _image(picture, caption)
-                blocks.append(f"<figure>{inside}<figcaption>{html.escape(caption)}</figcaption></figure>")
+                blocks.append(f"<figure>{inside}<figcaption>{_inline(caption)}</figcaption></figure>")
         title = html.escape(self.title)
         return (
             f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
         )
+
+
+def _inline(text: str) -> str:
+    """Text of Markdown in HTML: escaped, its code in `<code>`."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _cell(text: str) -> str:

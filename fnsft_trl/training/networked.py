@@ -27,8 +27,11 @@ from .anchor import KLToBase
 from .budget import RetentionBudgetExceeded
 from .checkpoints import MARKER_FILE
 from .config import AnchorConfig, ReplayConfig
+from .elastic import EWC_DIR
 from .kinds import TrainerKind
 from .learning_rate import warn_of_high_rate
+from .penalties import Penalties
+from .penalty_config import PenaltyConfig
 from .protecting import ProtectingTrainer
 from .protection import PROTECTION_DIR, Protection
 from .protection_config import ProtectionConfig
@@ -55,6 +58,7 @@ _OWNED = (
     "adapter_model*",
     NETWORK_DIR,
     PROTECTION_DIR,
+    EWC_DIR,
     RESULTS_FILE,
 )
 
@@ -79,6 +83,8 @@ class NetworkedTrainer(ProtectingTrainer):
             The general texts on which the model is kept near its base, with networks and without, and how much.
         replay ([`ReplayConfig`], *optional*):
             The rows that are trained beside the task; of [`FNSFTTrainer`] alone.
+        penalties ([`PenaltyConfig`], *optional*):
+            EWC, LwF and O-LoRA beside the loss of the task, with networks and without.
 
     Attributes: those of [`FNSFTTrainer`].
 
@@ -104,6 +110,7 @@ class NetworkedTrainer(ProtectingTrainer):
         protection: ProtectionConfig | None = None,
         anchor: AnchorConfig | None = None,
         replay: ReplayConfig | None = None,
+        penalties: PenaltyConfig | None = None,
         **kwargs,
     ) -> None:
         kind = TrainerKind(self._trainer_class)
@@ -114,6 +121,7 @@ class NetworkedTrainer(ProtectingTrainer):
         if replay is not None:
             self.replay = self._replay_of(replay, given)
         kept = None if anchor is None else KLToBase(anchor)
+        added = None if penalties is None else Penalties(penalties, given.get("args"))
         read = ("args", "train_dataset", "processing_class", "formatting_func")
         retained = RetentionTexts.of(retention, *(given.get(name) for name in read))
         own = {name: given[name] for name in _OWN if name in given}
@@ -126,7 +134,7 @@ class NetworkedTrainer(ProtectingTrainer):
         elif network_template is not None:
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
-            super().__init__(**given, retention=retained, anchor=kept)
+            super().__init__(**given, retention=retained, anchor=kept, penalties=added)
         if self.replay is not None and self.replay.task is None:
             raise FNSFTError("replay_datasets have no effect, since the training data was not prepared; drop them")
         if self._run is not None:

@@ -27,7 +27,7 @@ from .retention_texts import RetentionTexts
 
 logger = logging.get_logger(__name__)
 
-_MOST = 512  # leading directions that are looked at where a share of the energy is asked for
+MOST_LEADING = 512  # leading directions that are looked at where a share of the energy is asked for
 _PROBE = [1, 2, 3, 4]  # token ids by which inputs that modules share are told where no text is given
 
 
@@ -114,7 +114,7 @@ def find_bases(
     giving = {name: text for name, (text, _) in texts.items()}
     counts = None
     if giving:
-        leading = _MOST if config.is_share else 1 if config.protect == "networks" else config.leading
+        leading = MOST_LEADING if config.is_share else 1 if config.protect == "networks" else config.leading
         kept = KeptDirections.find(model, modules, giving, leading=leading, title=title)
         counts = _counts(config, kept, model, texts, title)
     elif stored is not None:
@@ -157,7 +157,7 @@ def _counts(config, kept: KeptDirections, model, texts, title) -> list[int] | No
     ]
     if short:
         logger.warning(
-            f"at {len(short)} inputs, that of {short[0]} first, {_MOST} leading directions hold less than "
+            f"at {len(short)} inputs, that of {short[0]} first, {MOST_LEADING} leading directions hold less than "
             f"{config.protect_dims:.1%} of the energy (protect_dims); all of these are protected there"
         )
     return [max(LEADING, min(int((curve < config.protect_dims).sum()) + 1, len(curve))) for curve in mixed]
@@ -166,8 +166,10 @@ def _counts(config, kept: KeptDirections, model, texts, title) -> list[int] | No
 def _count(config: ProtectionConfig, each: InputDirections) -> int:
     """How many stored directions of an input are taken."""
     has = each.basis.shape[1]
+    if config.protect_dims is None:
+        return has
     wanted = config.leading + LEADING
-    if config.protect_dims is not None and has < min(wanted, each.width):
+    if has < min(wanted, each.width):
         raise FNSFTError(
             f"protect_dims is {config.leading}, and protect_basis holds {max(0, has - LEADING)} leading directions of "
             f"the input of {each.modules[0]}; ask for fewer, or find more (ica_store_basis)"

@@ -47,7 +47,7 @@ class Replay:
         self.config = config
         sources = config.sources()
         loaded = load_texts(list(dict.fromkeys(sources.values())))
-        self.rows = {name: _first(loaded[source], config.replay_rows) for name, source in sources.items()}
+        self.rows = {name: first_rows(loaded[source], config.replay_rows) for name, source in sources.items()}
         self.task: Dataset | None = None
         self.replayed = 0
 
@@ -175,7 +175,8 @@ def _order(count: int, seed: int, turn: int) -> list[int]:
     return order
 
 
-def _first(rows: Dataset | IterableDataset, count: int) -> Dataset:
+def first_rows(rows: Dataset | IterableDataset, count: int) -> Dataset:
+    """At most so many rows from the start of a dataset, which may be a stream."""
     if isinstance(rows, IterableDataset):
         rows = Dataset.from_list(list(rows.take(count)))
     return rows.select(range(min(count, len(rows))))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from study import plan, texts
-from study.arms import KEY
+from study.arms import ATTENTION, KEY, TARGETS, targets_of
 from study.command import HOME
 from study.paths import Levels, Path, at_target
 from study.pausing import Pause
@@ -21,6 +21,7 @@ from study.stages import (
     gate,
     kept_shifts,
     networks_arm,
+    proposed,
     rival,
     third,
     tuning,
@@ -37,6 +38,7 @@ def found():
     return whole_study()
 
 
+@pytest.mark.slow
 def test_the_plan_has_the_cells_that_it_says(found):
     stages = Counter(cell["stage"] for cell in found.values())
     assert stages["gate"] == 4 * 3 + 4  # and the base of each shift
@@ -108,6 +110,34 @@ def test_a_shift_is_kept_only_if_both_ways_forget_enough():
     assert kept_shifts({}) == []
 
 
+def test_shifts_are_made_harder_one_by_one_while_fewer_than_three_are_kept():
+    enough = whole_study(stages=("gate",))
+    assert proposed(enough) == list(plan.SHIFTS)
+    assert proposed({}) == list(plan.SHIFTS)  # not before all of them are known
+    little = whole_study({"lora": 0.04}, stages=("gate",))
+    assert set(proposed(little)) == {*plan.SHIFTS, *plan.HARDER}  # none of which is kept either
+    first = {key: cell for key, cell in little.items() if key[1] not in plan.HARDER[1:]}
+    assert proposed(first) == [*plan.SHIFTS, *plan.HARDER[:2]]
+    mixed = {key: cell for key, cell in enough.items() if key[1] in plan.SHIFTS[:2]}
+    mixed |= {key: cell for key, cell in little.items() if key[1] not in plan.SHIFTS[:2]}
+    assert kept_shifts(mixed) == list(plan.SHIFTS[:2])
+    mixed |= {
+        (*key[:1], plan.HARDER[0], *key[2:]): cell | {"task": plan.HARDER[0]}
+        for key, cell in enough.items()
+        if key[1] == plan.SHIFTS[0]
+    }
+    mixed = {key: cell for key, cell in mixed.items() if key[1] not in plan.HARDER[1:]}
+    assert kept_shifts(mixed) == [*plan.SHIFTS[:2], plan.HARDER[0]]
+    assert proposed(mixed) == [*plan.SHIFTS, plan.HARDER[0]]
+
+
+def test_a_harder_shift_trains_all_linear_layers_on_the_same_rows():
+    for plain, harder in zip(plan.SHIFTS, plan.HARDER, strict=True):
+        assert shift(plain) == shift(harder)
+        assert targets_of(plain) == TARGETS
+        assert set(targets_of(harder)) == {*TARGETS, *ATTENTION}
+
+
 def test_a_way_that_never_learns_enough_spares_nothing():
     found = whole_study(stages=("gate",))
 
@@ -126,12 +156,14 @@ def test_a_way_that_never_learns_enough_spares_nothing():
     assert kept_shifts(slow({"lora", "full"})) == list(plan.SHIFTS)  # then the best is what they reach
 
 
+@pytest.mark.slow
 def test_the_rival_is_the_unprotected_arm_that_forgot_least(found):
     assert rival(found, "routing") == "replay"
     assert rival(whole_study({"lora": 0.1}), "german") == "lora"
     assert networks_arm(found, "german") in {f"networks {m}" for m in plan.SCREENED_NETWORKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subspace", "word"),
     [(0.02, "yes"), (0.2, "less, but not by half"), (0.3, "no difference"), (0.6, "no")],
@@ -159,6 +191,7 @@ def test_protection_that_does_not_learn_enough_is_a_no_however_little_it_forgets
     assert "never reached in 4 (protection) and 0 of 10" in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("networks", "word"), [(0.3, "yes"), (0.6, "no"), (0.9, "no")], ids=["better", "alike", "worse"]
 )
@@ -176,6 +209,7 @@ def test_a_question_is_open_until_its_cells_are_there(found):
     assert answer_q1(fewer).text == "Not decided: 12 of 60 confirming cells are not there yet."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [(), ("gate",), None], ids=["none", "gate", "all"])
 def test_the_report_is_the_same_bytes_from_the_same_cells(stages, tmp_path):
     found = whole_study() if stages is None else whole_study(stages=stages)

@@ -226,6 +226,7 @@ def complete(call: Call, directory) -> list[str]:
     return [*arguments, "--config", "config.yaml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", dict.fromkeys(KINDS), ids=lambda kind: kind.__name__)
 def test_every_wrong_call_is_one_line_and_status_2(kind, workplace, capsys, monkeypatch):
     def started(*args, **kwargs):

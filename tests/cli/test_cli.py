@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 from helpers import ROOT, instead, tiny_model
+from processes import run_python
 from safetensors.torch import load_file
 
 from fnsft_trl import FunctionalNetworkTemplate
@@ -181,12 +182,7 @@ def test_without_any_network_option_it_is_plain_fine_tuning(model_dir, data, tmp
 
 @pytest.mark.slow
 def test_module_form_for_accelerate_launch(train_args, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "fnsft_trl.cli.train", *train_args, "--tokenized_cache", "false"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-m", "fnsft_trl.cli.train", *train_args, "--tokenized_cache", "false")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
@@ -316,6 +312,7 @@ def test_calls_that_cannot_work_are_one_line(arguments, message, capsys, tmp_pat
     assert message in refused(arguments, capsys, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_with_its_own_command(recipe, model_dir, data, tmp_path):
     """The command on top of each recipe, with model and data replaced by local ones and two steps."""

@@ -93,6 +93,7 @@ def refusing(replace, name):
     return refused
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_by_the_command_that_it_says(files, templates, tmp_path, capsys, monkeypatch):
     templates["llama"].save_pretrained(tmp_path / "template")
     argv = ["train", "--model_name_or_path", files / "model", "--dataset_name", files / "rows.txt", "--max_steps", 4]

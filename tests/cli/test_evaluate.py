@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers import instead, run_processes, sft_config, tiny_model, tiny_rows
+from helpers import instead, sft_config, tiny_model, tiny_rows
 from lm_tasks import write_tasks
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import (
@@ -85,6 +86,7 @@ def evaluate(place, *words, output="report"):
     return json.loads((place / output / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_adapter_its_merge_and_its_plain_lora_score_the_same_and_the_base_does_not(place, capsys):
     models = [f"base={place / 'tiny'}", place / "adapter", place / "merged", place / "lora"]
     data = [f"{name}={place / name}.jsonl" for name in ("qa", "chat", "text", "questions")]
@@ -147,6 +149,7 @@ def test_the_base_has_the_prompts_of_its_adapter(place, tokenizer):
     assert found["data"]["base"]["qa"]["tokens"] == found["data"]["adapter"]["qa"]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_as_it_is_saved_and_under_its_mask(place, masked_run, templates):
     data = ["--data", place / "text.jsonl", "--bootstrap_draws", 100]
     found = evaluate(place, masked_run, "--masked", *data)

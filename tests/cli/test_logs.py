@@ -36,6 +36,7 @@ def test_bitsandbytes_says_each_thing_once(package, caplog):
     assert [record.getMessage() for record in caplog.records] == ["cast of layer 1", "cast of layer 2"]
 
 
+@pytest.mark.slow
 def test_no_library_talks_of_its_own_affairs():
     code = (
         "from fnsft_trl.cli.logs import hush_libraries; hush_libraries()\n"

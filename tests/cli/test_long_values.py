@@ -29,6 +29,7 @@ def workplace(tmp_path, monkeypatch, hub):
     return tmp_path
 
 
+@pytest.mark.slow
 @each_verb
 def test_a_value_of_any_size_is_refused_in_few_words_or_taken(verb, workplace, capsys):
     """What is taken is refused with the rest of the call, whose model or template does not exist. An option that

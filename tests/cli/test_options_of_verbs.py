@@ -145,6 +145,7 @@ def refused(capsys, *words: str) -> str:
     return line
 
 
+@pytest.mark.slow
 @each_verb
 def test_a_name_that_is_not_known_is_one_line_with_the_nearest(verb, tmp_path, capsys):
     names = list(by_name(options_of(verb)))

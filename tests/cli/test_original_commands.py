@@ -247,6 +247,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.sub(r"[\\\s]+", " ", command)[:90])
 def test_a_command_of_the_original_runs_as_it_stands(command, workplace, monkeypatch, capsys):
     if command.startswith("convert-gguf"):

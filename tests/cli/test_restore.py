@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from helpers import run_processes, tiny_rows
+from helpers import tiny_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -130,6 +131,7 @@ def test_the_ways_are_scored_and_the_one_of_least_kl_within_the_tolerance_is_wri
     assert f"Chosen: {found['chosen']} (the least KL within 30% of the gain: task loss at most {limit:.4f}" in printed
 
 
+@pytest.mark.slow
 def test_a_restored_lora_is_a_plain_one_of_the_same_rank_that_answers_position_0_no_more(place, model_dir, tokenizer):
     restore(place, place / "lora", "--choose", "off position 0", output="sink")
     code = (

@@ -128,6 +128,7 @@ def first_of_each_form() -> set[tuple[str, str]]:
     return set(found.values())
 
 
+@pytest.mark.slow
 @each_verb
 def test_a_value_means_the_same_however_it_is_written(verb, tmp_path):
     """All spellings for one option of each form, and some for every option."""

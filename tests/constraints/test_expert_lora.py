@@ -301,6 +301,7 @@ def test_the_guard_names_the_entry_of_a_factor_that_moved(name):
     guard.check(step=2)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_plain_peft_files(ids, tmp_path):
     """Loaded and merged in one process that knows nothing of this package."""
     expected = {"ids": ids}

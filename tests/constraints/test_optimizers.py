@@ -96,6 +96,7 @@ def test_refused_by_name_with_the_reason(medium_template, rows, tokenizer, tmp_p
         make(tmp_path, rows, tokenizer, medium_template, optim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", NEEDS)
 def test_what_is_not_installed_fails_before_the_first_step(medium_template, rows, tokenizer, tmp_path, optim):
     if find_spec(NEEDS[optim]):

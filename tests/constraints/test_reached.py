@@ -81,6 +81,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["selected", "all"])
 @pytest.mark.parametrize("case", TRAINED)
 def test_a_run_names_as_trainable_what_can_change(case, train, rows, tokenizer, tmp_path, caplog):

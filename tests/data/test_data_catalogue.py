@@ -36,6 +36,7 @@ def read(data, **options):
     return to_trl_format(load_data(str(data))["train"] if not isinstance(data, list | Dataset) else data, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry["set"])
 def test_a_row_does_what_the_catalogue_says(entry, tmp_path, log):
     for way, data in stored(entry, tmp_path):

@@ -72,6 +72,7 @@ ROWS = {
 CASES = [(make, kind) for make in (with_bos, with_bos_and_all, with_all, pad_is_eos) for kind in ROWS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kind"), [case for case in CASES if case[0] in (with_all, with_bos_and_all) or case[1] != "tools"]
 )

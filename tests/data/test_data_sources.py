@@ -77,6 +77,7 @@ def test_cells_of_a_csv_file_stay_as_they_are_written(tmp_path):
 CELL = st.text('ab,;"\n é', max_size=4)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from(["prompt", "completion", "note", ""]), min_size=2, max_size=4, unique=True),
     st.lists(st.lists(CELL, min_size=1, max_size=6), min_size=1, max_size=5),

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, config
-from helpers import TESTS, run_processes, sft_config, tiny_model, tiny_tokenizer
+from helpers import TESTS, sft_config, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_processes
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -451,7 +452,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from datasets import Dataset
-from helpers import run_processes, sft_config, tiny_model, tiny_tokenizer
+from helpers import sft_config, tiny_model, tiny_tokenizer
 from trl import SFTTrainer
 from fnsft_trl import FNSFTTrainer, to_trl_format
 from fnsft_trl.data import tokenized

@@ -145,6 +145,7 @@ def test_several_datasets_at_once_each_in_its_own_format(load, tmp_path):
         load(f"{first},{tmp_path / 'c.parquet'}")
 
 
+@pytest.mark.slow
 def test_a_mixture_takes_each_dataset_in_its_own_format(load, tmp_path):
     first = write(tmp_path / "a.jsonl", questions(30))
     second = write(tmp_path / "b.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(40)])
@@ -432,6 +433,7 @@ def test_the_command_tells_the_model_of_the_token_that_ends_an_answer(train, tmp
     assert 2 in saved["eos_token_id"]
 
 
+@pytest.mark.slow
 def test_the_command_reads_from_the_cache_what_has_not_changed(train, tmp_path, monkeypatch):
     made = []
     prepare = SFTTrainer._prepare_dataset

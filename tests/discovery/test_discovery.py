@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
-from helpers import run_processes, tiny_model, tiny_rows
+from helpers import tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 
 from fnsft_trl import FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
 from fnsft_trl.discovery.discovery import discover_group
@@ -25,6 +26,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_reading_goes_on_until_the_networks_are_reliable(tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("fnsft_trl.discovery.discovery._FIRST_CHECK", 100)
     model = tiny_model("llama")

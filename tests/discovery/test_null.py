@@ -44,6 +44,7 @@ def measured(data, components, units):
     return torch.tensor(reliability), null, torch.tensor(above)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     neurons=st.sampled_from([60, 700]),

@@ -170,6 +170,7 @@ def one_step_on(name):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -99,6 +99,7 @@ COURSES = st.sampled_from(["dense", "rare", "late"])
 STANDARDIZE = st.sampled_from(["center", "zscore"])
 
 
+@pytest.mark.slow
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(FACTORS, PLACES, COURSES, STANDARDIZE)
 def test_networks_without_massive_neurons_are_those_of_a_model_that_has_none(factor, neurons, course, standardize):
@@ -114,6 +115,7 @@ def test_networks_without_massive_neurons_are_those_of_a_model_that_has_none(fac
     assert sum(without.explained_variance) == pytest.approx(sum(expected.explained_variance), rel=0.01)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(FACTORS, PLACES, COURSES, STANDARDIZE)
 def test_networks_beside_massive_neurons_are_those_of_exact_arithmetic(factor, neurons, course, standardize):

@@ -35,6 +35,7 @@ def model():
     return tiny_model("llama").eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 def test_multiple_choice_is_that_of_lm_eval_on_200_rows(chat, model, tokenizer, tasks_dir):
     expected = simple_evaluate(

@@ -3,8 +3,9 @@ import json
 
 import pytest
 import torch
-from helpers import TESTS, run_processes, tiny_model, tiny_rows
+from helpers import TESTS, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 
 from fnsft_trl import FNSFTError, NeuronTunerConfig
 from fnsft_trl.evaluation.retention import RetentionText

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from itertools import chain
 
 import psutil
@@ -42,6 +45,7 @@ def place(tmp_path_factory, model_dir):
     return directory
 
 
+@pytest.mark.slow
 def test_a_report_after_kills_is_that_of_an_uninterrupted_run(place, tmp_path):
     output = tmp_path / "killed"
     found = []
@@ -103,6 +107,7 @@ def test_changed_data_is_named(copied, place, capsys):
     assert f"the content of {place / 'test.jsonl'} is not what it was" in line
 
 
+@pytest.mark.slow
 def test_restart_trains_anew_what_has_changed_and_nothing_else(copied, monkeypatch):
     edit(copied / "recipes" / "lora.yaml", learning_rate=3e-3)
     cells = {(c["arm"], c["seed"]): c for c in map(json.loads, (copied / "whole" / "cells.jsonl").open())}
@@ -111,6 +116,7 @@ def test_restart_trains_anew_what_has_changed_and_nothing_else(copied, monkeypat
         assert (cell == cells[cell["arm"], cell["seed"]]) == (cell["arm"] != "lora")
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_does_not_keep_the_others_from_being_finished(place, tmp_path, capsys, model_dir):
     folder = make_folder(tmp_path, model_dir)
     (folder / "random.yaml").unlink()
@@ -226,19 +232,7 @@ def test_one_seed_is_said_to_be_one(copied):
 @pytest.mark.slow
 def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began_them(place, tmp_path):
     output = tmp_path / "two"
-    command = [
-        sys.executable,
-        "-m",
-        "fnsft_trl.cli",
-        "experiment",
-        str(place / "recipes"),
-        "--output_dir",
-        str(output),
-    ]
-    with subprocess.Popen([*command, "--jobs", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        while len(list(output.glob("arms/*/*"))) < 2:
-            assert process.poll() is None
-            time.sleep(0.05)
+    with two_jobs(place, output) as process:
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert len(children) >= 2
@@ -246,6 +240,40 @@ def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began
     assert not alive
     assert run(place / "recipes", output, "--jobs", "2") == 0
     assert report(output) == report(place / "whole")
+
+
+@contextmanager
+def two_jobs(place, output, **settings):
+    """A process that trains in two others, of which each has begun; it does not outlive the test."""
+    words = ["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"]
+    command = [sys.executable, "-m", "fnsft_trl.cli", *words]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **settings) as process:
+        try:
+            while len(list(output.glob("arms/*/*"))) < 2:
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["all", "the first"])
+def test_several_jobs_that_are_interrupted_say_so_once_and_at_once(to, place, tmp_path):
+    output = tmp_path / "two"
+    with two_jobs(place, output, stderr=subprocess.PIPE, start_new_session=True) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        (os.killpg if to == "all" else os.kill)(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("fnsft ")]
+    asked = shlex.join(["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"])
+    assert lines == [f"fnsft experiment: interrupted; what was finished is kept, go on with `fnsft {asked}`"]
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    cells = output / "cells.jsonl"
+    assert len(cells.read_text().splitlines() if cells.exists() else []) < len(ARMS) * 2
 
 
 def test_each_process_has_an_accelerator_of_its_own():

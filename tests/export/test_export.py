@@ -72,6 +72,7 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_plain_lora_loads_in_a_process_without_this_package(root):
     done = subprocess.run([sys.executable, "-c", RELOAD, str(root)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

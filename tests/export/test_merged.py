@@ -74,6 +74,7 @@ def eos_of(directory: Path) -> tuple:
     return tuple(json.loads((directory / name).read_text()).get("eos_token_id") for name in names)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     config=DECLARED,
@@ -162,6 +163,7 @@ def test_what_is_trained_with_another_eos_stops_there(method, rows, templates, t
 # Revisions
 
 
+@pytest.mark.slow
 def test_every_export_reads_the_revision_that_was_trained(hub, tmp_path, monkeypatch):
     write_converter(tmp_path / "convert")
     monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path / "convert"))

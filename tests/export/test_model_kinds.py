@@ -133,6 +133,7 @@ def is_lost(kind: Kind, extra: str, added: int, tied: bool) -> bool:
     return kind.name == "LlavaForConditionalGeneration" and added > 0 and (extra != "tokens" or not tied)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(
     kind=st.sampled_from(KINDS),

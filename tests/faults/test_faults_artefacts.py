@@ -45,6 +45,7 @@ def plain(adapters, number, target):
     to_plain_lora(adapters / str(number), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("export", [merged, plain])
 def test_an_export_over_an_older_one(adapters, tmp_path, export):
     """Native writers meet the full disk at half of the weights; Python's own at every step."""
@@ -151,6 +152,7 @@ def run_of(place):
     return neurons, selection["neurons"], selection["selected"]["sha256"], sha, tuple(sorted(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["full", "killed"])
 def test_a_run_saved_over_an_older_one(trainers, how):
     place, second = trainers

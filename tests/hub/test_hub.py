@@ -46,6 +46,7 @@ def refused(cache, repo_id="alice/networks", **options) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_pushed_and_pulled_in_a_fresh_process_it_is_the_same_bytes(hub, template, tmp_path):
     url = template.push_to_hub("alice/networks", commit_message="first")
     pushed = {name: hub.files("alice/networks")[name] for name in FILES}

@@ -128,6 +128,7 @@ def train(model_dir, data, output, **changes) -> int:
     return main(["train", "--config", str(config)])
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_to_a_private_branch_with_its_checkpoints(hub, model_dir, data, tmp_path):
     to = {"hub_model_id": "alice/tuned", "hub_private_repo": True, "hub_revision": "trial"}
     output = tmp_path / "out"
@@ -162,6 +163,7 @@ def test_a_run_opens_no_door_without_the_right_to_write(hub, model_dir, data, tm
     assert ALICE not in line
 
 
+@pytest.mark.slow
 def test_no_log_holds_a_token(hub, model_dir, data, tmp_path, capfd, caplog):
     """Of whatever library, down to the level of debugging."""
     transformers_logging.enable_propagation()

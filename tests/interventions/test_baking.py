@@ -97,6 +97,7 @@ def make(directory, rows, tokenizer, template, method, **config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply_to", ["auto", "base", "both", "lora"])
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_training_is_kept_or_discarded_whatever_is_held(templates, rows, tokenizer, tmp_path, method, apply_to):

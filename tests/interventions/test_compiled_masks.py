@@ -104,6 +104,7 @@ LIVES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "family", "seed"), LIVES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_masks_act_whenever_they_are_put_on_switched_and_removed(way, family, seed):
     for call, right, step in random_life(lambda: family("llama"), way, seed):
@@ -111,6 +112,7 @@ def test_masks_act_whenever_they_are_put_on_switched_and_removed(way, family, se
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda text, step=step: f"{step}: {text}")
 
 
+@pytest.mark.slow
 def test_without_the_guards_they_are_ignored(monkeypatch):
     """The control: of the same lives, some go wrong where compiled code does not notice hooks."""
     monkeypatch.setattr("fnsft_trl.neurons.sites.guard_hooks", lambda: None)
@@ -122,6 +124,7 @@ def test_without_the_guards_they_are_ignored(monkeypatch):
     assert wrong
 
 
+@pytest.mark.slow
 def test_a_mask_of_a_compiled_model_is_that_of_the_plain_one():
     for model in (tiny_model("llama"), get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["down_proj"]))):
         call = whole(model.eval())
@@ -154,6 +157,7 @@ def test_generation_with_a_static_cache_is_masked_or_not_from_the_first_token_on
         assert torch.equal(found, right[state]), state
 
 
+@pytest.mark.slow
 def test_networks_of_a_compiled_model_are_those_of_the_plain_one():
     texts = [row["prompt"] + row["completion"] for row in tiny_rows()]
     config = FunctionalNetworkConfig(
@@ -168,6 +172,7 @@ def test_networks_of_a_compiled_model_are_those_of_the_plain_one():
         torch.testing.assert_close(found.loadings[layer], loadings, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_is_held_in_a_model_that_was_compiled_before():
     model = tiny_model("llama")
     trainable = random_mask(model, "mlp_intermediate", 0.3)

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from fnsft_trl import FNSFTTrainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_without_a_network_config_it_is_sfttrainer_bit_for_bit(family, rows, tokenizer, tmp_path, with_lora):
     runs = []

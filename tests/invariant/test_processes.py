@@ -1,11 +1,10 @@
 """Two processes: frozen weights bit-identical in both, the result that of one process (invariant 7)."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import pytest
+from helpers import TESTS
+from processes import run_processes
 
 
 pytestmark = pytest.mark.slow
@@ -75,15 +74,7 @@ dist.destroy_process_group()
 
 
 def run(way, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += [str(worker), way, str(tmp_path / "result"), str(__file__).rpartition("/invariant/")[0]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes(2, "-c", WORKER, way, tmp_path / "result", TESTS)
     return [json.loads((tmp_path / f"result.{rank}").read_text()) for rank in (0, 1)]
 
 

@@ -76,6 +76,7 @@ def reloaded(tmp_path_factory, templates, rows, tokenizer):
     return root, json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_saved_model_reloads_with_equal_logits(family, method, reloaded):
     assert reloaded[1][f"{family}.{method}"] == 0

@@ -12,6 +12,7 @@ CASES = [(family, {}) for family in FAMILIES]
 CASES += [("llama", {"mask_mode": "lesion"}), ("llama", {"train_neurons": "unselected"})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 @pytest.mark.parametrize(("family", "mask"), CASES, ids=str)
 def test_resumed_run_equals_the_uninterrupted_one(templates, rows, tokenizer, tmp_path, method, family, mask):

@@ -43,6 +43,7 @@ def changed_neurons(model, before, after, site) -> tuple[NeuronMask, set[str]]:
     return NeuronMask(layers, site), set(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("site", ["mlp_intermediate", "mlp_output"])
 def test_selected_train_and_nothing_else(family, method, site, site_templates, rows, tokenizer, tmp_path):
@@ -56,6 +57,7 @@ def test_selected_train_and_nothing_else(family, method, site, site_templates, r
     assert 0 < changed.fraction < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_unselected_train_and_selected_stay(family, method, templates, rows, tokenizer, tmp_path):
     trainer, before, after = train(

@@ -176,6 +176,7 @@ class Tokenizer:
     all_special_ids, chat_template = (0, 1), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SITES)
 def test_networks_are_discovered(architecture, kind):
     generator = torch.Generator().manual_seed(0)

@@ -42,6 +42,17 @@ def test_report_is_saved_in_three_forms(templates, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_code_is_code_wherever_it_stands(tmp_path):
+    report = Report("a report")
+    report.text("with `mask_mode`, and `<script>`")
+    report.table(["`name`"], [["`lora_r`"]])
+    report.save(tmp_path, {})
+    page = (tmp_path / "report.html").read_text()
+    codes = re.findall("<code>(.*?)</code>", page)
+    assert codes == ["mask_mode", "&lt;script&gt;", "name", "lora_r"]
+    assert "`" not in page
+
+
 def test_a_picture_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="neither PNG nor SVG"):
         Report("title").figure("photo", b"\xff\xd8\xff", "A photo.")

@@ -315,6 +315,7 @@ def test_the_first_version_is_read_and_saved_in_the_current_one(files, tmp_path)
     assert (tmp_path / "new" / "template.safetensors").read_bytes() == files["template.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_a_template_of_an_8b_model_loads_in_less_than_a_gibibyte(tmp_path):
     """32 layers of 14,336 neurons, 20 networks; in a process of its own, torch's own memory included."""

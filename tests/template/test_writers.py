@@ -129,6 +129,7 @@ def started(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_writers_killed_at_every_step_one_after_the_other(three):
     """Every pair of steps: the second writer finds what the first one left."""
     process = started(KILLS, three)

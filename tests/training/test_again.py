@@ -38,6 +38,7 @@ def again(trainer, way):
     trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["twice", "after Ctrl-C", "auto_find_batch_size"])
 @pytest.mark.parametrize("method", ["lora", "full", "neuron_delta"])
 def test_a_trainer_trains_again(templates, rows, tokenizer, tmp_path, method, way):

@@ -113,6 +113,7 @@ def test_the_gradient_of_a_step_is_the_sum_of_both(make, method):
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in trainer.model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_a_model_stays_nearer_to_its_base_and_a_resumed_run_is_the_uninterrupted_one(make, method, tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "gradient_accumulation_steps": 2}

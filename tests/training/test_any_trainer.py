@@ -154,6 +154,7 @@ class Note(TrainerCallback):
             each.seen = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_what_trains_is_what_was_selected_and_what_is_saved(make, name, method, model_dir, reward_dir, tmp_path):
     trainer = make(name, method, network={"ica_component_ids": [0]})
@@ -188,6 +189,7 @@ def load_sites(model):
     return find_neuron_sites(copy.deepcopy(model).unload())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "mode"), [("neuron_delta", "lesion"), ("full", "preserve")])
 def test_the_mask_is_on_when_it_is_asked_for(make, name, method, mode):
     trainer = make(name, method, network={"mask_mode": mode, "ica_component_ids": [0]}, max_steps=1)
@@ -204,6 +206,7 @@ def test_the_mask_is_on_when_it_is_asked_for(make, name, method, mode):
 # References
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_REFERENCE)
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_the_reference_is_the_model_before_training(make, name, method, model_dir):
@@ -224,6 +227,7 @@ def test_the_reference_is_the_model_before_training(make, name, method, model_di
     assert not torch.equal(logits(trainer.model.eval(), IDS), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "lesion", "preserve"])
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_dpo_begins_at_ln_2(make, method, mode):
@@ -297,6 +301,7 @@ def test_a_schedule_switches_the_mask_of_the_reference_too(make):
         MaskScheduleCallback(Trainer(tiny_model("llama")), [MaskPhase(1, "preserve")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"), [*((name, "neuron_delta") for name in TRAINERS), ("Trainer", "lora"), ("GRPO", "full")]
 )
@@ -318,6 +323,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, name, method, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Trainer", "DPO", "GRPO"])
 @pytest.mark.parametrize("method", ["neuron_delta", "full"])
 def test_what_is_lost_is_measured(make, name, method, tmp_path):
@@ -343,6 +349,7 @@ def test_retention_of_a_reward_model_is_refused(make, tmp_path):
         make("Reward", retention=RetentionConfig(retention_datasets=[str(tmp_path / "wiki.txt")]))
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):
     def run(directory, **train):
         settings = {"steps_per_generation": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
@@ -357,6 +364,7 @@ def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):
     assert changed_entries(state(whole.model), state(resumed.model)) == {}
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_is_resumed_with_its_reference(make, templates, model_dir, tmp_path):
     config = NeuronTunerConfig(neurons=select_neurons(templates["llama"]).to_ranges(), task_type="CAUSAL_LM")
     tuned = get_peft_model(load(model_dir), config)

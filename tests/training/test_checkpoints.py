@@ -86,6 +86,7 @@ def says_the_same(path, other):
         return False
 
 
+@pytest.mark.slow
 def test_whole_checkpoints_are_complete_and_the_newest_is_taken(runs):
     for method in METHODS:
         assert [damage(runs / method / f"checkpoint-{step}") for step in (1, 2, 3)] == [None] * 3

@@ -6,7 +6,8 @@ import shlex
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import ROOT, TESTS, assert_only_these_changed, medium_experts, medium_model, run_processes, state
+from helpers import ROOT, TESTS, assert_only_these_changed, medium_experts, medium_model, state
+from processes import run_processes
 from safetensors.torch import load_file
 
 from fnsft_trl import NeuronMask, find_neuron_sites

@@ -74,6 +74,7 @@ def spoil_gradient(trainer, value, batch):
     parameter.register_hook(hook)
 
 
+@pytest.mark.slow
 @settings(max_examples=14)
 @example(spoil_loss, math.nan, 0, "neuron_delta", 1, 1.0, False)
 @example(spoil_gradient, math.inf, 3, "full", 2, 0.0, True)

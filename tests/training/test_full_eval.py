@@ -40,6 +40,7 @@ def contents(model):
     return {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16_full_eval", "fp16_full_eval"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_weights_after_an_evaluation_are_those_before_it(templates, rows, tokenizer, tmp_path, method, precision):

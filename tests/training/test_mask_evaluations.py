@@ -56,6 +56,7 @@ class Silent(TrainerCallback):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_eval", [True, False])
 @pytest.mark.parametrize("call", ["evaluate", "evaluate several", "predict"])
 def test_every_kind_of_evaluation_runs_as_mask_eval_says(make, rows, mask_eval, call):
@@ -72,6 +73,7 @@ def test_every_kind_of_evaluation_runs_as_mask_eval_says(make, rows, mask_eval, 
     assert silent.take() == mask_eval
 
 
+@pytest.mark.slow
 def test_predict_and_evaluate_agree(make, rows):
     for mask_eval in (True, False):
         trainer = make(mask_mode="lesion", mask_eval=mask_eval)
@@ -79,6 +81,7 @@ def test_predict_and_evaluate_agree(make, rows):
         assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == trainer.evaluate()["eval_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_eval", [True, False])
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("mode", ["lesion", "preserve"])
@@ -115,6 +118,7 @@ def test_training_ends_with_both_under_names_of_their_own(make, rows, caplog, ma
         assert "eval_mean_token_accuracy" in again
 
 
+@pytest.mark.slow
 def test_nothing_is_evaluated_where_there_is_no_mask_or_no_data(make, caplog):
     for trainer in (make(None, mask_mode="lesion"), make()):
         trainer.train()
@@ -163,6 +167,7 @@ def test_trainers_in_turn_on_one_model_train_each_its_own_neurons(make):
         assert others == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_full_fine_tuning_of_weights_that_were_loaded_into_the_trainer(make, times):
     """It is the run of a trainer that was made with these weights; training twice is, too."""

@@ -106,6 +106,7 @@ def left_of(before, model, kept):
     return max(found.values()), set(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_of_the_change_lies_along_the_directions(way, kind, text, template, tmp_path):
@@ -148,6 +149,7 @@ def test_without_the_projection_the_same_check_fails(text, tmp_path, monkeypatch
         assert left_of(before, merged(trainer.model), kept)[0] > 1000 * MERGED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["full", "LoRA", "neuron deltas"])
 @pytest.mark.parametrize("strength", [1.0, 0.8])
 def test_a_resumed_run_equals_the_uninterrupted_one(way, strength, text, template, tmp_path):
@@ -175,6 +177,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(way, strength, text, templat
             other.train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["full", "LoRA", "neuron deltas"])
 def test_protect_none_is_the_run_without_it(way, template, tmp_path):
     plain = trainer_of(way, tmp_path / "plain", None, template)
@@ -199,6 +202,7 @@ def test_the_card_says_what_is_protected_and_names_no_file_that_lies_here(way, t
     assert str(tmp_path / "rows.jsonl") not in card
 
 
+@pytest.mark.slow
 def test_checkpointing_and_accumulation_change_nothing(text, tmp_path):
     found = []
     for changes in (

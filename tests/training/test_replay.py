@@ -110,6 +110,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(make, kept, packing):
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "full"])
 def test_a_resumed_run_is_the_uninterrupted_one(make, kept, tmp_path, method):
     """In the second epoch, in the middle of it: 12 rows of the task and 4 others are 4 batches."""

@@ -130,6 +130,7 @@ def test_a_run_without_evaluation_and_guard_says_so(make, caplog):
     assert set(rows) == {"steps", "selected", "trained", "guard"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same(make, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings["network"] = {"mask_mode": "lesion"}
@@ -152,6 +153,7 @@ def test_the_evaluation_is_that_of_the_weights(make, rows):
     assert found["evaluation"]["during"]["a b_loss"] == trainer.state.best_metric
 
 
+@pytest.mark.slow
 def test_a_second_training_has_results_of_its_own(make, tmp_path):
     trainer = make(network={"mask_mode": "lesion"})
     first, _ = finish(trainer)
@@ -163,6 +165,7 @@ def test_a_second_training_has_results_of_its_own(make, tmp_path):
     assert f"{second['evaluation']['masked']['loss']:.4f}" in card
 
 
+@pytest.mark.slow
 def test_a_saved_card_is_renewed(make):
     """PEFT keeps the README that lies where an adapter is saved, and with it what an earlier run wrote there."""
     trainer = make(network={"ica_component_ids": [0]}, retention=False)

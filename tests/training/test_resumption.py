@@ -38,6 +38,7 @@ def no_discovery(monkeypatch):
     return lambda: monkeypatch.setattr(name, lambda *a, **k: pytest.fail("networks are discovered anew"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["true", "True", True, "checkpoint-2"])
 def test_networks_are_taken_from_the_checkpoint(rows, tokenizer, tmp_path, no_discovery, asked):
     whole = make(tmp_path, rows, tokenizer, config=DISCOVERY)
@@ -55,6 +56,7 @@ def test_networks_are_taken_from_the_checkpoint(rows, tokenizer, tmp_path, no_di
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_may_be_named_again_or_none_be_taken(templates, rows, tokenizer, tmp_path):
     make(tmp_path, rows, tokenizer, templates["llama"]).train()
     checkpoint = str(tmp_path / "checkpoint-2")
@@ -95,6 +97,7 @@ def test_networks_that_were_discovered_anew_are_told_how_to_be_had(rows, tokeniz
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_a_run_that_was_at_its_end_makes_no_further_step(templates, rows, tokenizer, tmp_path, method):
     lora = LoraConfig(r=2) if method == "lora" else None
@@ -114,6 +117,7 @@ def test_a_run_that_was_at_its_end_makes_no_further_step(templates, rows, tokeni
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_marked_before_an_older_one_is_deleted(templates, rows, tokenizer, tmp_path, monkeypatch):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], save_total_limit=1, save_steps=1)
 
@@ -156,6 +160,7 @@ def test_a_save_that_fails_takes_no_mark_from_an_older_checkpoint(templates, row
     assert marked(tmp_path / "checkpoint-2") is not None
 
 
+@pytest.mark.slow
 def test_runs_with_and_without_networks_do_not_go_on_from_each_other(templates, rows, tokenizer, tmp_path):
     def plain(name, **args):
         return FNSFTTrainer(
@@ -201,6 +206,7 @@ def command(templates, model_dir, rows, tmp_path):
     return [*words, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--learning_rate", "1e-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_networks", [True, False])
 def test_the_command_goes_on_from_the_newest_complete_checkpoint(command, tmp_path, capsys, with_networks):
     """Whatever the broken ones lack; the end is that of the whole run."""
@@ -223,6 +229,7 @@ def test_the_command_goes_on_from_the_newest_complete_checkpoint(command, tmp_pa
     assert "checkpoint-2 cannot be resumed from: scheduler.pt" in line
 
 
+@pytest.mark.slow
 def test_the_command_discovers_nothing_anew_and_compares(command, tmp_path, capsys, no_discovery):
     networks = ["--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "200", "--ica_percentile", "80"]
     assert main([*command, *networks]) == 0

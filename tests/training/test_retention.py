@@ -91,6 +91,7 @@ def test_what_is_logged_is_what_the_reloaded_adapter_has(make, texts, tmp_path, 
     assert measured(trainer)[-1][1] == pytest.approx(rise, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, "neuron_delta", "lora", "full"])
 def test_measuring_changes_nothing_of_the_training(make, texts, method):
     weights = []
@@ -138,6 +139,7 @@ def test_a_metric_of_no_series_is_an_error(make, texts, metric, message):
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "full"])
 def test_a_resumed_run_has_the_values_of_the_uninterrupted_one(make, texts, tmp_path, method):
     whole = make("whole", method=method, retention={"retention_datasets": texts}, **{**SAVED, "save_steps": 2})
@@ -155,6 +157,7 @@ def test_a_resumed_run_has_the_values_of_the_uninterrupted_one(make, texts, tmp_
         assert measured(resumed, name)[-1] == measured(whole, name)[-1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_text_or_of_none_is_an_error(make, texts, tmp_path):
     make("one", retention={"retention_datasets": texts}, **SAVED).train()
     make("none", **SAVED).train()
@@ -167,6 +170,7 @@ def test_a_checkpoint_of_another_text_or_of_none_is_an_error(make, texts, tmp_pa
         trainer.train(resume_from_checkpoint=str(tmp_path / "none" / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_a_second_training_is_measured_against_the_first_base(make):
     trainer = make(max_steps=2)
     callback = RetentionCallback(trainer, ["The red fox went to the sea"] * 9, max_tokens=60)
@@ -194,6 +198,7 @@ def test_callbacks_without_a_name_have_series_of_their_own(make):
     assert other == pytest.approx(two.text.cross_entropy(trainer.model) - two.text.cross_entropy(base), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_series_of_one_name_or_two_budgets_are_an_error(make):
     for settings, message in (
         ({"name": "a"}, "two retention series are named 'a'"),
@@ -209,6 +214,7 @@ def test_two_series_of_one_name_or_two_budgets_are_an_error(make):
             RetentionCallback(trainer, ["Say bako."], budget=budget, on_budget=action)
 
 
+@pytest.mark.slow
 def test_it_is_measured_without_the_mask(templates, rows, tokenizer, tmp_path):
     """The rise is that of the weights: a lesion alone, with hardly any training, does not show in it."""
     for mask_eval in (True, False):
@@ -229,6 +235,7 @@ def test_it_is_measured_without_the_mask(templates, rows, tokenizer, tmp_path):
             assert trainer.evaluate()["eval_retention/rise"] < 1e-4
 
 
+@pytest.mark.slow
 def test_it_works_with_a_plain_trainer(rows, tokenizer, tmp_path):
     """Budget, checkpoints and resume included, on a Trainer that knows nothing of this package."""
 
@@ -287,6 +294,7 @@ def last_line(log) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_a_rollback_brings_the_last_state_within_the_budget_back(make, texts, log, free, method):
     args = {**GROWS, **EACH, "method": method, "learning_rate": 0.03 if method == "lora" else 0.1}
@@ -306,6 +314,7 @@ def test_a_rollback_brings_the_last_state_within_the_budget_back(make, texts, lo
     assert line.endswith("at step 3")
 
 
+@pytest.mark.slow
 def test_a_stop_keeps_the_state_that_passed_and_a_warning_goes_on(make, texts, log, free):
     rises, _, budget = free()
     for action, end in (("stop", 3), ("warn", 6)):
@@ -328,6 +337,7 @@ def test_where_no_state_is_within_the_budget_the_base_comes_back(make, texts):
     assert not trainer.is_in_train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
 def test_the_best_checkpoint_within_the_budget_is_loaded(make, texts, log, free, action):
     """By the loss of the task alone, a later one would be better."""
@@ -368,6 +378,7 @@ def test_a_plain_trainer_that_loads_a_best_model_over_the_budget_is_rolled_back(
     assert all(torch.equal(value, base[name]) for name, value in state(trainer.model).items())
 
 
+@pytest.mark.slow
 def test_no_checkpoint_over_the_budget_is_written_or_resumed(make, texts, tmp_path, free):
     _, _, budget = free()
     trainer = make("out", retention={"retention_datasets": texts, "retention_budget": budget}, **{**GROWS, **SAVED})

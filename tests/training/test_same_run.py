@@ -247,6 +247,7 @@ def plain_run(templates, tokenizer, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_that_differs_is_refused_and_the_error_names_both_values(
     templates, tokenizer, tmp_path, plain_run, name
@@ -275,6 +276,7 @@ SAME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_what_may_change_gives_the_weights_of_the_whole_run(templates, tokenizer, tmp_path, name):
     whole = make(tmp_path / "whole", templates["llama"], tokenizer)
@@ -284,6 +286,7 @@ def test_what_may_change_gives_the_weights_of_the_whole_run(templates, tokenizer
     assert changed_entries(state(whole.model), state(resumed.model)) == {}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_constant_rate_may_be_made_longer(templates, tokenizer, tmp_path):
     def run(name, steps):
         return make(

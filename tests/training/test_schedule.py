@@ -112,6 +112,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "train"), [*((name, "selected") for name in OPTIMIZERS), ("adamw", "unselected")]
 )
@@ -172,6 +173,7 @@ def test_the_momentum_of_newly_frozen_neurons_is_cleared(rows, tokenizer, tmp_pa
     assert after[going].any(1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_run_resumed_in_or_between_phases_equals_the_uninterrupted_one(templates, rows, tokenizer, tmp_path, step):
     args = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
@@ -191,6 +193,7 @@ def test_a_run_resumed_in_or_between_phases_equals_the_uninterrupted_one(templat
     assert changed_entries(state(whole.model), state(plain.model))
 
 
+@pytest.mark.slow
 def test_a_phase_that_cannot_be_meant_is_refused(templates, rows, tokenizer, tmp_path):
     trainer = make(tmp_path, rows, tokenizer, templates["llama"], None)
     run = trainer.trainable_neurons

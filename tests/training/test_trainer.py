@@ -73,6 +73,7 @@ def test_networks_are_discovered_on_the_named_files(model_dir, rows, tmp_path):
     assert trainer.network_template.calibration["sources"] == [file.name]
 
 
+@pytest.mark.slow
 def test_conversations_and_text_train_too(model_dir, rows, tmp_path):
     chats = [
         {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
@@ -144,6 +145,7 @@ def test_training_ends_with_an_evaluation_with_and_without_the_mask(
     assert trainer.mask_handle.enabled
 
 
+@pytest.mark.slow
 def test_held_by_the_forward_mask_alone_when_anti_drift_is_off(templates, rows, tokenizer, tmp_path):
     """Without weight decay lesioned neurons get no gradient and stay; with it they drift."""
     for weight_decay, stays in ((0.0, True), (0.1, False)):
@@ -227,6 +229,7 @@ def test_arguments_may_be_given_by_position(templates, rows, tokenizer, tmp_path
     assert trainer.network_template.calibration["tokens"] == 200
 
 
+@pytest.mark.slow
 def test_streamed_data_and_other_text_fields_are_discovered_on(model_dir, rows, tmp_path):
     texts = Dataset.from_list([{"content": row["completion"] * 2} for row in rows])
     for data in (texts, texts.to_iterable_dataset()):
@@ -308,6 +311,7 @@ def test_attention_targets_that_the_user_names_train_as_usual(templates, rows, t
     assert not any("gate_proj" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_optimizer_state_is_proportional_to_the_selection(templates, rows, tokenizer, tmp_path):
     sizes = []
     for fraction in (0.1, 0.4):

@@ -1,9 +1,7 @@
 """Every training feature of SFTTrainer with each of the three ways to train, and the artefacts in a fresh process."""
 
 import json
-import subprocess
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from datasets import Dataset
 from helpers import ROOT, assert_only_these_changed, medium_model, sft_config, state, tiny_tokenizer
 from peft import LoraConfig
+from processes import run_python
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, find_neuron_sites
 from fnsft_trl.constraints import FrozenSlices
@@ -23,6 +22,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
+QUICK = ("prompt and completion", "`packing`, `bfd`", "weights in bfloat16")
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -36,40 +36,40 @@ class Feature:
     network: dict = field(default_factory=dict)
     needs: str | None = None
     resume: bool = False
-    quick: bool = False
+    control: bool = False
 
 
 FEATURES = {
-    "prompt and completion": Feature(quick=True),
+    "prompt and completion": Feature(control=True),
     "text": Feature(data="text"),
     "streamed data": Feature(data="streamed"),
-    "`packing`, `bfd`": Feature({"packing": True, "packing_strategy": "bfd", "max_length": 48}, quick=True),
+    "`packing`, `bfd`": Feature({"packing": True, "packing_strategy": "bfd", "max_length": 48}, control=True),
     "`packing`, `bfd_split`": Feature({"packing": True, "packing_strategy": "bfd_split", "max_length": 48}),
     "`packing`, `wrapped`": Feature({"packing": True, "packing_strategy": "wrapped", "max_length": 48}),
-    "`padding_free`": Feature({"padding_free": True, "max_length": None}, quick=True),
+    "`padding_free`": Feature({"padding_free": True, "max_length": None}, control=True),
     "`completion_only_loss: false`": Feature({"completion_only_loss": False}),
-    "`assistant_only_loss`": Feature({"assistant_only_loss": True, "max_length": 64}, data="chats", quick=True),
+    "`assistant_only_loss`": Feature({"assistant_only_loss": True, "max_length": 64}, data="chats", control=True),
     "`loss_type: dft`": Feature({"loss_type": "dft"}),
     "accumulation and clipping": Feature({"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
     "`gradient_checkpointing`, not reentrant": Feature(
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, quick=True
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, control=True
     ),
     "`gradient_checkpointing`, reentrant": Feature(
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, quick=True
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, control=True
     ),
     "`torch_compile`, `aot_eager`": Feature({"torch_compile": True, "torch_compile_backend": "aot_eager"}),
     "`torch_compile`, `inductor`": Feature(
         {"torch_compile": True, "torch_compile_backend": "inductor"}, network={"mask_mode": "preserve"}
     ),
     "`bf16`": Feature({"bf16": True}),
-    "weights in bfloat16": Feature({"bf16": True}, dtype=torch.bfloat16, quick=True),
+    "weights in bfloat16": Feature({"bf16": True}, dtype=torch.bfloat16, control=True),
     "`neftune_noise_alpha`": Feature({"neftune_noise_alpha": 5}),
-    "`optim: adamw_8bit`": Feature({"optim": "adamw_8bit"}, needs="bitsandbytes", quick=True),
+    "`optim: adamw_8bit`": Feature({"optim": "adamw_8bit"}, needs="bitsandbytes", control=True),
     "`optim: paged_adamw_8bit`": Feature({"optim": "paged_adamw_8bit"}, needs="bitsandbytes"),
     "`activation_offloading`": Feature({"activation_offloading": True}),
-    "`mask_mode: preserve`": Feature(network={"mask_mode": "preserve"}, quick=True),
+    "`mask_mode: preserve`": Feature(network={"mask_mode": "preserve"}, control=True),
     "`eval_strategy`": Feature({"eval_strategy": "steps", "eval_steps": 1}),
-    "`load_best_model_at_end`": Feature({**EVALUATION, "load_best_model_at_end": True}, quick=True),
+    "`load_best_model_at_end`": Feature({**EVALUATION, "load_best_model_at_end": True}, control=True),
     "resume": Feature({"save_strategy": "steps", "save_steps": 1}, resume=True),
     "`use_liger_kernel`": Feature({"use_liger_kernel": True}, needs="liger_kernel"),
 }
@@ -126,7 +126,7 @@ def make(directory, feature, method, rows, tokenizer, template, **network):
 
 def cells(chosen=FEATURES):
     for name, feature in chosen.items():
-        marks = [] if feature.quick else [pytest.mark.slow]
+        marks = [] if name in QUICK else [pytest.mark.slow]
         if feature.needs is not None:
             marks.append(pytest.mark.skipif(find_spec(feature.needs) is None, reason=f"needs {feature.needs}"))
         for method in METHODS:
@@ -208,7 +208,7 @@ def test_the_saved_models_hold_the_same_in_a_fresh_process(artefacts):
     if not saved:
         pytest.skip("no model was trained in this run")
     dtypes = json.dumps({name: str(dtype).removeprefix("torch.") for name, (_, dtype, _) in saved.items()})
-    done = subprocess.run([sys.executable, "-c", RELOAD, root, dtypes], capture_output=True, text=True, check=False)
+    done = run_python("-c", RELOAD, root, dtypes)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.strip().splitlines()[-1])
     wrong = [cell for name, (cell, _, trainable) in saved.items() if results[name] != [trainable.sha256, []]]
@@ -230,11 +230,7 @@ def switch_off(method, monkeypatch):
 
 
 # Under a forward mask the silenced neurons get no gradient, so that there the mask alone can hold them.
-CONTROLS = {
-    name: replace(feature, quick=name == "prompt and completion")
-    for name, feature in FEATURES.items()
-    if feature.quick and not feature.network
-}
+CONTROLS = {name: feature for name, feature in FEATURES.items() if feature.control and not feature.network}
 
 
 @pytest.mark.parametrize(("name", "method"), cells(CONTROLS))

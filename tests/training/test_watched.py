@@ -34,6 +34,7 @@ def make(directory, train, tokenizer, template, *, evaluated=None, is_streamed=F
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [{}, {"padding_free": True, "max_length": None}], ids=str)
 @pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("row", UNTAUGHT, ids=str)

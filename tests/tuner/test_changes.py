@@ -181,6 +181,7 @@ def test_a_step_that_a_weight_would_round_away_lowers_the_loss_as_in_float32(sit
     assert gain(wrap(site, dtype).train(training), autocast) == pytest.approx(expected, rel=0.25)  # the rest is noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_at_a_small_rate_moves_the_loss_as_in_float32(precision):
     dtype, autocast = PRECISIONS[precision]

@@ -299,6 +299,7 @@ def run(model, with_gradients=False):
         return model(input_ids=IDS, use_cache=False, **inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_gradients", [True, False])
 @pytest.mark.parametrize("count", [4, 8])
 @pytest.mark.parametrize("kind", MODELS)

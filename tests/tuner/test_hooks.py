@@ -159,6 +159,7 @@ def no_hooks_of_all_modules():
         hooks.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("touch", HOOKS)
 def test_hooks_see_what_goes_into_the_changed_layer_and_comes_out(touch, target, when, no_hooks_of_all_modules):
     make, name, _ = TARGETS[target]
