@@ -37,6 +37,7 @@ QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
+    "probe": "--max_tokens 60 --draws 3 --batch_size 8 --prompts 1",
     "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
     "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
     "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -162,6 +163,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
         if verb == "discover":
             arguments[:2] = [str(model_dir), data]
             arguments = [word.replace("--max_tokens", "--ica_max_tokens") for word in arguments]
+        if verb == "probe":
+            arguments[0] = str(model_dir)
         if verb == "export":
             arguments[0] = str(_adapter(model_dir, workplace / "adapter"))
         if verb == "restore":
@@ -252,7 +255,8 @@ def yaml_blocks() -> list:
     brought = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
     brought |= {
         str(path.relative_to(ROOT)): path.read_text()
-        for path in sorted((ROOT / "recipes" / "peft_vs_peft_ica").rglob("*.yaml"))
+        for folder in ("peft_vs_peft_ica", "probes")
+        for path in sorted((ROOT / "recipes" / folder).rglob("*.yaml"))
     }
     return [pytest.param(text, id=name) for name, text in (shown | brought).items()]
 

@@ -1,6 +1,7 @@
 """fnsft evaluate MODEL...: score models on rows, general text and tasks, and compare them row by row."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ ABOUT = (
 _TASKS, _MASK = "tasks of lm-evaluation-harness", "under a mask"
 # Fields of FunctionalNetworkConfig that say which neurons a mask silences.
 _MASK_FIELDS = (
-    *("ica_template_path", "ica_template_revision", "mask_mode", "ica_component_ids", "ica_min_reliability"),
+    *("ica_template_path", "ica_template_revision", "mask_mode", "mask_factor", "ica_component_ids"),
+    "ica_min_reliability",
     *("ica_layers", "ica_site", "ica_threshold", "ica_percentile", "ica_zscore", "ica_select", "ica_fraction"),
     *("ica_rank_by", "ica_seed"),
 )
@@ -71,9 +73,9 @@ def main(argv: list[str]) -> None:
     retention = RetentionConfig(**_given(args, _RETENTION_FIELDS)) if args.retention_datasets else None
     mask = FunctionalNetworkConfig(**_given(args, _MASK_FIELDS)) if args.mask_mode else None
     output = check_writable(args.output_dir)
-    models = _named(args.models, "models")
-    data = _named(args.data or (), "data")
-    _check_output(output, [*models.values(), *data.values()])
+    models = named(args.models, "models")
+    data = named(args.data or (), "data")
+    check_output(output, [*models.values(), *data.values()], _FILES)
 
     from .evaluation_run import evaluate
 
@@ -114,7 +116,7 @@ def _check(args: Arguments) -> None:
         raise FNSFTError(f"num_fewshot is {args.num_fewshot}; it must be at least 0")
 
 
-def _named(given: list[str], what: str) -> dict[str, str]:
+def named(given: list[str], what: str) -> dict[str, str]:
     """Name -> place, of what was given as `NAME=PLACE` or as a place, whose last part is then the name."""
     found: dict[str, str] = {}
     for text in given:
@@ -133,12 +135,12 @@ def _named(given: list[str], what: str) -> dict[str, str]:
     return found
 
 
-def _check_output(output: Path, sources: list[str]) -> None:
-    """Refuse to write over what is read, or into the directory of a model."""
+def check_output(output: Path, sources: list[str], files: Sequence[str]) -> None:
+    """Refuse to write files over what is read, or into the directory of a model."""
     target = output.resolve()
     for source in sources:
         path = Path(source).expanduser().resolve()
-        if target == path or (path.parent == target and path.name in _FILES):
+        if target == path or (path.parent == target and path.name in files):
             raise FNSFTError(f"output_dir is {output}, where {source} is read from; name another directory")
     if held := next((name for name in _OF_MODELS if (output / name).is_file()), None):
         raise FNSFTError(f"output_dir is {output}, which holds a model ({held}); name another directory")

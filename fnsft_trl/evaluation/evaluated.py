@@ -13,7 +13,7 @@ from ..data.embedded import resolve_model
 from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
-from ..interventions.masking import MaskHandle, lesion, preserve
+from ..interventions.masking import MaskHandle, forward_mask
 from ..json_text import from_json
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
@@ -145,7 +145,7 @@ class EvaluatedModel:
                 f"{self.place}: the neurons of {NETWORK_DIR}/{SELECTION_FILE} do not have the SHA-256 that stands "
                 "there; it was changed, or belongs to another model"
             )
-        return (lesion if about["mask_mode"] == "lesion" else preserve)(model, mask)
+        return forward_mask(model, about["mask_mode"], mask, factor=about.get("mask_factor"))
 
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What it is, as JSON values.
