@@ -112,6 +112,12 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
         delattr(model.config, _CONFIG_ENTRY)
 
 
+def baked_neurons(model: nn.Module) -> NeuronMask | None:
+    """The neurons whose lesion is in the weights, as the model's config names them; `None` when there is none."""
+    said = vars(base_model(model).config).get("baked_lesion")
+    return None if said is None else _silenced(model, said)
+
+
 def lesion_note(model: nn.Module) -> str | None:
     """The sentence of a model card on the lesion in the weights; `None` when there is none."""
     lesion = _lesion(base_model(model))
