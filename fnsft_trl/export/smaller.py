@@ -165,7 +165,10 @@ def _shrink(model: nn.Module, site: NeuronSite, kept: torch.Tensor, width: int, 
     for part in site.layout.slices:
         module = model.get_submodule(part.module_name)
         old = part.tensor(model)
-        new = replace(part, count=width, units=width)
+        offsets = tuple(
+            offset // part.units * width for offset in part.offsets
+        )  # of up behind gate, where they are one
+        new = replace(part, count=width, units=width, offsets=offsets)
         shape = list(old.shape)
         shape[part.dim] = width * len(part.offsets)
         values = old.new_zeros(shape)

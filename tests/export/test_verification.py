@@ -19,6 +19,8 @@ from fnsft_trl.cli import main
 from fnsft_trl.export import to_baked, to_merged, to_plain_lora, to_smaller, verify_export
 
 
+pytestmark = pytest.mark.slow
+
 WAYS = {
     "neuron_delta": {"train_neurons": "unselected"},
     "lora": {"train_neurons": "unselected"},
@@ -161,7 +163,6 @@ def test_an_export_that_does_not_load_or_reads_other_tokens_is_refused(trained, 
         verify_export(trained / "neuron_delta", tmp_path / "broken", "merged")
 
 
-@pytest.mark.slow
 def test_the_command_line_verifies_in_a_process_of_its_own(trained, tmp_path, capsys):
     words = ["export", str(trained / "lora"), "--to", "smaller", "--output_dir", str(tmp_path / "out"), "--verify"]
     assert main(words) == 0
