@@ -9,9 +9,9 @@ Measured, on one block of Llama's shape at each size, float32, one thread, media
   lora, delta   CPU seconds of a training step of the block (LoRA r 16 on the MLP; deltas of 10% of the neurons), and
                 what autograd keeps for the backward pass
 Computed from these, and said to be: core minutes of a discovery of 50,000 tokens and of a training step of 1,024, as
-the number of blocks times the block (without embeddings and head, and without the ICA at the end, which takes seconds at
-1B's width); and GiB with weights in bfloat16: `discovery` is weights + block of activations + sketches of two halves,
-`training` is weights + what trains, its gradients and Adam's state in float32 + what autograd keeps.
+the number of blocks times the block, without embeddings and head, and without the ICA at the end; and GiB with weights
+in bfloat16: `discovery` is weights + block of activations + sketches of two halves, `lora` and `delta` are weights +
+what trains, its gradients and Adam's state in float32 + what autograd keeps.
 """
 
 import argparse

@@ -214,7 +214,8 @@ def _verify(args: Arguments, source: Path, written: Path, form: str, silenced, l
 
 def _include(args: Arguments, source: Path, output_dir: Path, silenced, loading: dict[str, Any]) -> None:
     """Put the adapter and a GGUF file beside the model."""
-    from ..export.parts import GGUF_FILE, add_parts
+    from ..export.parts import add_parts
+    from ..export.whole import GGUF_FILE
 
     add_parts(output_dir, source, args.include, outtype=args.outtype or "auto", converter=args.converter)
     print(f"Beside it: {', '.join(args.include)}")

@@ -11,9 +11,9 @@ from ..tuner import NeuronTunerConfig
 from ..tuner.saved import SavedAdapter
 from ..writing import disk_errors, files_written_whole
 from .gguf import to_gguf
+from .whole import ADAPTER_DIR, GGUF_FILE
 
 
-GGUF_FILE, ADAPTER_DIR = "model.gguf", "adapter"
 # What belongs to an adapter, of all that a run leaves beside it.
 _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 

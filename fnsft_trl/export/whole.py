@@ -18,6 +18,9 @@ from ..template.template import FunctionalNetworkTemplate
 from ..tuner.saved import SavedAdapter, first_line, load_model, load_outline
 
 
+ADAPTER_DIR, GGUF_FILE = "adapter", "model.gguf"  # what may lie beside an exported model
+
+
 @dataclass(frozen=True)
 class WholeSource:
     """A saved adapter with its base model, or a model that was saved whole.

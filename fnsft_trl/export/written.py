@@ -20,11 +20,11 @@ from ..occupied import EXPORTED_MODEL, check_target, write_export_mark
 from ..template.storage import CARD_FILE, NETWORK_DIR
 from ..writing import disk_errors, files_written_whole
 from .on_disk import merge_on_disk
-from .whole import WholeSource
+from .whole import ADAPTER_DIR, GGUF_FILE, WholeSource
 
 
 # Of an older export.
-_OWNED = ("model*.safetensors", "model*.safetensors.index.json", NETWORK_DIR)
+_OWNED = ("model*.safetensors", "model*.safetensors.index.json", NETWORK_DIR, ADAPTER_DIR, GGUF_FILE)
 _SHARD_SIZE = "5GB"
 # Task type of an adapter -> what the Hub calls it.
 _PIPELINES = {
