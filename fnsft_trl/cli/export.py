@@ -135,7 +135,7 @@ def _check(args: Arguments) -> None:
             from ..export.verification import check_verifiable
 
             check_verifiable("gguf", args.outtype or "auto")
-    if "adapter" in (args.include or ()) and not (Path(args.adapter).expanduser() / "adapter_config.json").is_file():
+    if "adapter" in (args.include or ()) and not (final_model(args.adapter) / "adapter_config.json").is_file():
         raise FNSFTError(f"include: {args.adapter} holds no adapter (adapter_config.json); drop it")
 
 

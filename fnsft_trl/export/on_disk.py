@@ -1,6 +1,7 @@
 """Weights that are computed one by one and kept in files, so that what a merge changes takes no memory of its own."""
 
 import os
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,12 +23,16 @@ def move_to_disk(parameter: nn.Parameter, folder: Path) -> torch.Tensor:
 
     Returns:
         The tensor that it has now.
+
+    Raises:
+        OSError: the disk does not take it.
     """
     values = parameter.data
     if values.device.type == "cpu" and values.numel():
-        descriptor, name = tempfile.mkstemp(dir=folder)
-        os.close(descriptor)
-        kept = torch.from_file(name, shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            if sys.platform == "linux":  # a full disk is an error here, and the end of the process once it is mapped
+                os.posix_fallocate(file.fileno(), 0, values.nbytes)
+        kept = torch.from_file(file.name, shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
         parameter.data = kept.copy_(values)
     return parameter.data
 
