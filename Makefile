@@ -19,7 +19,7 @@ CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tes
 	tests/tuner/test_model.py tests/constraints/test_constraints.py tests/training/test_trainer.py \
 	tests/training/test_refused.py tests/export/test_merged.py tests/cli/test_options.py
 
-.PHONY: demo study test test-quick quality floors install clean
+.PHONY: demo study test test-quick quality docs floors install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
@@ -36,6 +36,9 @@ test-quick: install  ## the tests that are not marked slow
 quality: install  ## lint and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: install  ## the pages of docs/ as a site, in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 floors:  ## the core tests on the oldest versions, in a fresh virtual environment
 	$(FLOOR_PYTHON) -m venv --clear $(FLOORS)
@@ -57,4 +60,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOORS) demo_output
+	rm -rf $(VENV) $(FLOORS) demo_output site

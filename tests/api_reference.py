@@ -1,11 +1,11 @@
-"""docs/api.md, made from the docstrings of the public names.
+"""docs/api/, a page for each package, made from the docstrings of the public names.
 
-python tests/api_reference.py > docs/api.md
+python tests/api_reference.py
 """
 
 import inspect
 import re
-import sys
+from pathlib import Path
 from textwrap import dedent
 
 import fnsft_trl
@@ -15,13 +15,27 @@ SECTIONS = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$", flags=re.M
 ITEM = re.compile(r"^(?=\S)", flags=re.MULTILINE)
 
 
-def api_reference() -> str:
-    """The page: every public name in the order in which data passes through the package."""
-    head = (
-        "# API reference\n\nMade from the docstrings. Everything here is imported from `fnsft_trl`. "
-        "`fnsft VERB --help` documents the command line.\n"
-    )
-    return "\n".join([head, *(_entry(name) for name in fnsft_trl._HOMES)])
+API = Path(__file__).parent.parent / "docs" / "api"
+
+
+def api_pages() -> dict[str, str]:
+    """File name -> page, the packages in the order in which data passes through them, and the index."""
+    homes: dict[str, list[str]] = {}
+    for name, home in fnsft_trl._HOMES.items():
+        homes.setdefault(home, []).append(name)
+    lines = [
+        "# API reference\n",
+        "Made from the docstrings. Everything here is imported from `fnsft_trl`. `fnsft VERB --help` documents the",
+        "command line.\n",
+        "| page | names |",
+        "|---|---|",
+    ]
+    pages = {}
+    for home, names in homes.items():
+        links = ", ".join(f"[`{name}`]({home}.md#{name.lower()})" for name in names)
+        lines.append(f"| [{home}]({home}.md) | {links} |")
+        pages[f"{home}.md"] = "\n".join([f"# API: {home}\n", *(_entry(name) for name in names)])
+    return pages | {"index.md": "\n".join(lines) + "\n"}
 
 
 def _entry(name: str) -> str:
@@ -98,10 +112,15 @@ def _linked(text: str) -> str:
         name = match[1].lstrip("~").rpartition(".")[2] if match[1].startswith("~") else match[1]
         home = name.partition(".")[0]
         anchor = name.replace(".", "").lower()
-        return f"[`{name}`](#{anchor})" if home in fnsft_trl._HOMES else f"`{name}`"
+        page = fnsft_trl._HOMES.get(home)
+        return f"[`{name}`]({page}.md#{anchor})" if page else f"`{name}`"
 
     return re.sub(r"\[`([~\w.]+)`\]", link, text)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(api_reference())
+    API.mkdir(exist_ok=True)
+    for old in API.glob("*.md"):
+        old.unlink()
+    for file, page in api_pages().items():
+        (API / file).write_text(page, encoding="utf-8")

@@ -112,7 +112,7 @@ ORDER = {
         *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
         *("fine_tuning", "train"),
-        *("recipes", "experiment", "demo"),
+        *("recipe_arms", "experiment", "demo", "recipes"),
         "__main__",
     ],
 }

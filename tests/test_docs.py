@@ -2,8 +2,11 @@
 
 import doctest
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import tomllib
 from importlib import import_module
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from api_reference import api_reference
+from api_reference import api_pages
 from architectures import architectures_table
 from helpers import ROOT, instead, tiny_rows, write_converter
 from hub import ORG
@@ -272,8 +275,19 @@ def combinations_table() -> str:
 
 
 def test_the_reference_is_that_of_the_docstrings():
-    page = (ROOT / "docs" / "api.md").read_text()
-    assert page == api_reference(), "run: python tests/api_reference.py > docs/api.md"
+    written = {path.name: path.read_text() for path in (ROOT / "docs" / "api").iterdir()}
+    assert written == api_pages(), "run: python tests/api_reference.py"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """No link or anchor is dead, and every page is reached."""
+    words = ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
 
 
 def test_the_lines_that_install_are_those_of_the_makefile():

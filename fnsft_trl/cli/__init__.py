@@ -27,6 +27,7 @@ VERBS = {
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "restore": "take a fine-tune back where it touches text that is to be kept, without training",
     "export": "write what was trained as a merged, baked or smaller model, a plain LoRA or GGUF, and verify it",
+    "recipes": "list the recipes that the package brings, and copy them",
     "env": "show versions, devices and settings, for a report of a fault",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",

@@ -7,7 +7,6 @@ from ..errors import FNSFTError
 from ..occupied import REPORT
 from ..report import Report, format_table
 from ..report.figures import check_pyplot, comparison_figure
-from ..template import FunctionalNetworkTemplate
 from .options.arguments import Arguments, read_arguments
 from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, row
@@ -64,11 +63,12 @@ def main(argv: list[str]) -> None:
         from .precision import Precision
 
         check_loading(loading, Precision.choose().device)
-    a = FunctionalNetworkTemplate.from_pretrained(args.a, revision=args.revision_a)
-    b = FunctionalNetworkTemplate.from_pretrained(args.b, revision=args.revision_b)
 
     from ..comparison.similarity import check_comparable, compare_templates, compare_time_courses
+    from ..template import FunctionalNetworkTemplate
 
+    a = FunctionalNetworkTemplate.from_pretrained(args.a, revision=args.revision_a)
+    b = FunctionalNetworkTemplate.from_pretrained(args.b, revision=args.revision_b)
     settings = {"permutations": args.permutations, "seed": args.seed}
     if args.texts is None:
         check_comparable(a, b)

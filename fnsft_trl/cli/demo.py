@@ -13,7 +13,7 @@ from .endings import command
 from .options.arguments import Arguments, read_arguments
 from .options.schema import Option, row
 from .output import check_writable
-from .recipes import find_recipes, read_arms
+from .recipe_arms import find_recipes, read_arms
 
 
 ABOUT = (

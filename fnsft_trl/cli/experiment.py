@@ -12,7 +12,7 @@ from .options.parse import training_options
 from .options.schema import Option, by_name, row
 from .options.sources import read_sources
 from .output import check_writable
-from .recipes import find_recipes, read_arms
+from .recipe_arms import find_recipes, read_arms
 
 
 ABOUT = (

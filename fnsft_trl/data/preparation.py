@@ -60,7 +60,8 @@ class Preparation:
         prepared, refused = None if key is None else self.cache.read(key), 0
         if prepared is None:
             prepared, refused = self._made(rekeyed(dataset, made))
-            if key is not None and self.args.distributed_state.is_local_main_process and not refused:
+            is_kept = len(prepared) and not refused
+            if key is not None and self.args.distributed_state.is_local_main_process and is_kept:
                 self.cache.save(key, prepared)
         check_labels(
             prepared, len(dataset) - refused, self.name, max_length=self.args.max_length, packing=self._strategy

@@ -72,7 +72,7 @@ def test_every_field_of_every_dataclass_is_an_option(options):
         ("fsdp", {"kind": "str", "switch": True}),
         ("ica_component_ids", {"kind": "int", "many": True, "text": True, "nullable": True}),
         ("ica_layers", {"kind": "int", "many": True, "text": True}),
-        ("pad_to_multiple_of", {"kind": "int", "text": True}),
+        ("pad_to_multiple_of", {"kind": "int"}),
     ],
 )
 def test_types_are_read_from_the_dataclasses(options, name, expected):
