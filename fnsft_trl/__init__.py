@@ -45,8 +45,11 @@ _HOMES = {
     "SelectorEvidence": "selection",
     "FNSFTTrainer": "training",
     "with_networks": "training",
+    "to_baked": "export",
     "to_merged": "export",
     "to_plain_lora": "export",
+    "to_smaller": "export",
+    "verify_export": "export",
     "verify_merge": "export",
 }
 
