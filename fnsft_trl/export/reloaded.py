@@ -29,7 +29,8 @@ def found(settings: Mapping[str, Any], prompts: list[tuple[torch.Tensor, torch.T
     """Load an export and compare it with what its source computed.
 
     Args:
-        settings: `form`, `place`, `source`, `site` of the neurons, `trust_remote_code`, `texts` of the prompts.
+        settings: `form`, `place`, `source`, `site` of the neurons, `texts` of the prompts, and `loading`:
+            `trust_remote_code` and, where it was given, the `revision` of the base model.
         prompts: (ids, shape (1, positions); logits of the source after the last) of each.
 
     Returns:
@@ -38,8 +39,8 @@ def found(settings: Mapping[str, Any], prompts: list[tuple[torch.Tensor, torch.T
         differ from the base model, as text, or null where weights are rounded; `others`: parameters that differ in an
         entry that belongs to no neuron; `own`: whether the base model is the source itself.
     """
-    form, place, trusts = settings["form"], settings["place"], settings["trust_remote_code"]
-    model = _load(form, place, trusts).eval()
+    form, place, loading = settings["form"], settings["place"], settings["loading"]
+    model = _load(form, place, **loading).eval()
     differences = [float((last_logits(model, ids) - logits).abs().max()) for ids, logits in prompts]
     told: dict[str, Any] = {"difference": max(differences, key=lambda value: (value != value, value))}
     told |= {"largest": max(float(logits.abs().max()) for _, logits in prompts), "tokens": [], "others": []}
@@ -47,12 +48,12 @@ def found(settings: Mapping[str, Any], prompts: list[tuple[torch.Tensor, torch.T
     if form == "gguf":  # whose weights are rounded, and whose tokenizer only llama.cpp reads as it is
         return told
     if settings["texts"]:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trusts)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=loading["trust_remote_code"])
         made = [tokenizer(text)["input_ids"] for text in settings["texts"]]
         told["tokens"] = [number for number, ids in enumerate(made) if ids != prompts[number][0][0].tolist()]
     if form == "lora":
         model = model.merge_and_unload()
-    base = _load_base(settings["source"], model.dtype, trusts)
+    base = _load_base(settings["source"], dtype=model.dtype, **loading)
     sites = find_neuron_sites(base, kind=settings["site"])
     before, after = (dict(each.named_parameters()) for each in (base, model))
     if form == "smaller":
@@ -62,14 +63,14 @@ def found(settings: Mapping[str, Any], prompts: list[tuple[torch.Tensor, torch.T
     return told | {"neurons": changed.to_ranges(), "others": [*others, *sorted(before.keys() - set(both))]}
 
 
-def _load_base(source: str, dtype: torch.dtype, trusts: bool) -> nn.Module:
+def _load_base(source: str, *, trust_remote_code: bool, **loading) -> nn.Module:
     """The base model of an adapter, or the source itself."""
     if (Path(source) / "adapter_config.json").is_file():
-        return SavedAdapter.read(source).load_base(dtype=dtype, trust_remote_code=trusts)
-    return load_model(source, dtype=dtype, trust_remote_code=trusts)
+        return SavedAdapter.read(source).load_base(trust_remote_code=trust_remote_code, **loading)
+    return load_model(source, dtype=loading["dtype"], trust_remote_code=trust_remote_code)
 
 
-def _load(form: str, place: str, trusts: bool) -> nn.Module:
+def _load(form: str, place: str, *, trust_remote_code: bool, **loading) -> nn.Module:
     if form == "gguf":
         path = Path(place)
         plain = GgufConfig(dequantize=True)
@@ -78,8 +79,8 @@ def _load(form: str, place: str, trusts: bool) -> nn.Module:
         )
     if form == "lora":
         saved = SavedAdapter.read(place)
-        return saved.load_onto(saved.load_base(trust_remote_code=trusts))
-    return load_model(place, trust_remote_code=trusts)
+        return saved.load_onto(saved.load_base(trust_remote_code=trust_remote_code, **loading))
+    return load_model(place, trust_remote_code=trust_remote_code)
 
 
 def _in_old_places(

@@ -38,6 +38,7 @@ TOLERANCES = {
     **{"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2},
     **{"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "auto": 5e-2, "q8_0": 1e-1},
 }
+_SOURCE = ("trust_remote_code", "revision")  # arguments that say which model it is
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def verify_export(
         "place": str(written),
         "source": str(source.directory),
         "site": site,
-        "trust_remote_code": loading.get("trust_remote_code", False),
+        "loading": {"trust_remote_code": False, **{key: loading[key] for key in _SOURCE if key in loading}},
         "texts": PROMPTS if form != "lora" or source.adapter.has_tokenizer else (),
         "prompts": len(prompts),
     }
