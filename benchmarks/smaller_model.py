@@ -87,8 +87,9 @@ def main() -> None:
                 taken[name].append(seconds(model, ids))
     for kind in kinds:
         ratios = [small / baked for small, baked in zip(taken[kind][1:], taken["baked"][1:], strict=True)]
-        results[kind] |= {"forward": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4)}
+        results[kind] |= {"forward": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4)[::2]}
     about = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "rounds": args.rounds}
+    about["load_average"] = round(os.getloadavg()[0], 1)
     text = json.dumps({"machine": about, "torch": torch.__version__, "results": results}, indent=2)
     print(text)
     if args.output:
