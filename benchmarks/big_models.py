@@ -78,7 +78,11 @@ def discovery(model: LlamaModel, shape: Shape, rounds: int) -> dict[str, float]:
     (site,) = find_neuron_sites(model)
     inputs = torch.randn(1, shape.tokens, shape.hidden)
     rows = torch.empty(shape.tokens, site.width)
-    handles = site.tap(lambda values, neurons, tokens: rows.copy_(values[0]) and None)
+
+    def keep(values: torch.Tensor, neurons: slice, tokens: None) -> None:
+        rows.copy_(values[0])
+
+    handles = site.tap(keep)
     sketch = ActivationSketch(site.width, RANK, reservoir=16_384, seed=0)
     seconds: dict[str, list[float]] = {"forward": [], "sketch": []}
     for _ in range(rounds + 1):

@@ -19,6 +19,7 @@ ROOT = TESTS.parent
 ORDER = {
     "lazy": [],
     "errors": [],
+    "json_text": [],
     "compat": [
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],
@@ -78,6 +79,12 @@ ORDER = {
             "retention_texts",
             "anchor",
             "anchored",
+            "penalty_config",
+            "elastic",
+            "earlier_answers",
+            "orthogonal",
+            "penalties",
+            "penalized",
             "retained",
             "protection_config",
             "protected_bases",
@@ -95,6 +102,10 @@ ORDER = {
     ],
     "report": ["report", "figures"],
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
+    "continual": [
+        *("transfer", "task_config", "tasks", "plan", "stages", "scorers", "growth", "finishing", "study", "outcome"),
+        "reporting",
+    ],
     "cli": [
         *(
             "endings",
@@ -112,7 +123,7 @@ ORDER = {
         *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
         *("fine_tuning", "train"),
-        *("recipe_arms", "experiment", "demo", "recipes"),
+        *("recipe_arms", "experiment", "plans", "continual", "demo", "recipes"),
         "__main__",
     ],
 }

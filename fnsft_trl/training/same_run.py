@@ -18,6 +18,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from trl import SFTTrainer
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..template.storage import NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 from .checkpoints import marked
@@ -81,6 +82,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "deepspeed": trainer.is_deepspeed_enabled,
         "replay": trainer.replay and trainer.replay.settings(),
         "kl_to_base": trainer.anchor and trainer.anchor.settings(),
+        "penalties": trainer.penalties and trainer.penalties.settings(),
         **{name: _name(value) for name, value in given.items()},
         **_argument_settings(trainer.args),
     }
@@ -143,14 +145,14 @@ def _unmarked_settings(checkpoint: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FNSFTError(f"{checkpoint} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
+        written = from_json(file.read_text(encoding="utf-8"))
         settings = {name: written[name] for name in ("train_method", "train_neurons", "mask_mode")}
         settings |= {name: _mask_text(**written[name]) for name in ("trainable", "selected")}
         settings["train_other"] = written["network_config"]["train_other"]
         settings["mask_phases"] = written.get("mask_phases", [])
         adapter = checkpoint / ADAPTER_CONFIG_NAME
         if adapter.is_file():
-            settings |= _adapter_settings(json.loads(adapter.read_text(encoding="utf-8")))
+            settings |= _adapter_settings(from_json(adapter.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise FNSFTError(f"{checkpoint} cannot be read ({error}); name another checkpoint") from error
     return json.loads(json.dumps(settings, default=_plain))
