@@ -66,25 +66,14 @@ print("made:" + json.dumps(made))
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp (xllamacpp) is not installed")
 def test_what_was_trained_says_the_same_in_llama_cpp(converter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: run_python(*command[1:]))  # of --verify
     words = ["gold", "silver", "iron", "copper"]
     rows = [{"prompt": f"Name a metal: {word}?", "completion": f" Yes, {word}."} for word in words]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [
-        "--max_steps",
-        "2",
-        "--per_device_train_batch_size",
-        "2",
-        "--learning_rate",
-        "1e-3",
-        "--max_length",
-        "32",
-    ]
-    options += ["--use_peft", "--lora_r", "4", "--lora_target_modules", "up_proj", "down_proj", "--use_cpu"]
-    options += ["--max_length", "32"]
-    options += ["--bf16", "false", "--gradient_checkpointing", "false", "--save_strategy", "no", "--report_to", "none"]
+    options = "--use_peft --lora_r 4 --lora_target_modules up_proj down_proj --max_steps 2 --max_length 32"
+    options += " --per_device_train_batch_size 2 --learning_rate 1e-3 --use_cpu --bf16 false --report_to none"
+    options += " --gradient_checkpointing false --save_strategy no --disable_tqdm true"
     model = ["--model_name_or_path", "embedded", "--dataset_name", "rows.jsonl", "--output_dir", "run"]
-    assert main(["train", *model, *options]) == 0
+    assert main(["train", *model, *options.split()]) == 0
 
     # The original project's command and its path, after a training.
     given = ["convert-gguf", "--model_path", "run/final_model", "--output_path", "output.gguf", "--outtype", "f16"]
@@ -99,6 +88,7 @@ def test_what_was_trained_says_the_same_in_llama_cpp(converter, tmp_path, monkey
     layers = {site.layer: torch.rand(site.width, generator=draw) < 0.05 for site in find_neuron_sites(tuned)}
     to_baked("run", "baked", NeuronMask(layers))
     capsys.readouterr()
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: run_python(*command[1:]))
     export = ["export", "baked", "--to", "gguf", "--output_path", "baked.gguf", "--outtype", "f16", "--verify"]
     assert main(export) == 0
     found = re.search(r"differ by (\S+) of the largest one", capsys.readouterr().out)
