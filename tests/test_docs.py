@@ -16,7 +16,7 @@ import pytest
 import torch
 from api_reference import api_pages
 from architectures import architectures_table
-from helpers import ROOT, instead, tiny_rows
+from helpers import ROOT, instead, tiny_rows, write_converter
 from hub import ORG
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
@@ -28,6 +28,7 @@ from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.config import COMBINATIONS
+from fnsft_trl.export.gguf import CONVERTER_VARIABLE
 from fnsft_trl.training.protection_config import EVIDENCE
 
 
@@ -138,6 +139,8 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     """A working directory in which the names that the documentation gives are those of tiny models and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", ORG)  # of one who may write to org/...
+    write_converter(tmp_path / "convert")
+    monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path / "convert"))
     for name in ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         Path(name).parent.mkdir(parents=True)
         Path(name).symlink_to(model_dir)
