@@ -22,7 +22,7 @@ NO_PROSE = [
     (r"^!\[.*$", ""),
 ]
 UNIT = re.compile(r"\n\s*\n|^\s*(?:[-*]|\d+\.) +", flags=re.MULTILINE)
-SENTENCE = re.compile(r"(?<!\.\.)(?<!et al)(?<=[.!?])[*_)\"]*\s+")
+SENTENCE = re.compile(r"(?<!\.\.)(?<!et al\.)(?<=[.!?])[*_)\"]*\s+")
 
 
 def sentences(text: str) -> list[str]:

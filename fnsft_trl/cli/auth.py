@@ -8,8 +8,8 @@ from .options.schema import Option, row
 
 
 ABOUT = (
-    "Show which token of the Hub models and datasets are loaded with, and which one uploads use: where it was found, "
-    "whose it is, and what it may do. The token itself is never shown."
+    "Show which Hub token loads models and datasets, and which one uploads use. For each: where it was found, whose "
+    "it is, and what it may do. The token itself is never shown."
 )
 
 _ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-grained"}

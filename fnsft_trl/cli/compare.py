@@ -14,8 +14,8 @@ from .output import check_writable
 
 
 ABOUT = (
-    "Compare the networks of two templates: neuron by neuron where both are of one model (or of a model and its "
-    "fine-tuned child), or by their time courses on shared text (texts) where they are not."
+    "Compare the networks of two templates. Templates of one model, or of a model and its fine-tuned child, are "
+    "compared neuron by neuron; others by their time courses on shared text (texts)."
 )
 
 _HEADER = ["network of A", "partner in B", "IoU", "Dice", "correlation", "same network", "nearest in B", "p"]

@@ -25,8 +25,8 @@ class DataConfig:
     )
     template_format: str = option(
         "auto",
-        "How conversations are rendered: `chat` by the tokenizer's chat template, `alpaca`, `chatml`, `basic` by "
-        "`prompt_template`, `auto` by the chat template where there is one and else as `basic`.",
+        "How conversations are rendered: `chat` (the tokenizer's chat template), `alpaca`, `chatml`, `basic` "
+        "(`prompt_template`) or `auto`. `auto` takes the chat template if there is one, and else `basic`.",
         choices=TEMPLATE_FORMATS,
     )
     prompt_template: str | None = option(

@@ -25,8 +25,8 @@ class EvaluationConfig:
     )
     template_format: str = option(
         "auto",
-        "How conversations are rendered, as in training: `chat`, `alpaca`, `chatml`, `basic`, or `auto`, by the chat "
-        "template of each model's tokenizer, in which a training keeps its format, and else as `basic`.",
+        "How conversations are rendered, as in training: `chat`, `alpaca`, `chatml`, `basic`, or `auto`. `auto` takes "
+        "the chat template of each model's tokenizer, where a training keeps its format, and else `basic`.",
         choices=TEMPLATE_FORMATS,
     )
     prompt_template: str | None = option(

@@ -20,7 +20,7 @@ class ReplayConfig:
     replay_datasets: list[str] | None = option(
         None,
         "Rows to train on beside the task, so that what they hold is not forgotten (general text, data of older "
-        "tasks): `source` or `name=source`, where the source is a Hub id, a directory, a file or `embedded` (English "
+        "tasks): `source` or `name=source`. A source is a Hub id, a directory, a file or `embedded` (English "
         "Wikipedia), in any format that is trained.",
     )
     replay_share: float = option(
