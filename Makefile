@@ -16,7 +16,7 @@ CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tes
 	tests/tuner/test_model.py tests/constraints/test_constraints.py tests/training/test_trainer.py \
 	tests/training/test_refused.py tests/export/test_merged.py tests/cli/test_options.py
 
-.PHONY: demo study test test-quick quality docs floors install clean
+.PHONY: demo study test test-quick quality docs faults floors install clean
 
 demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
@@ -36,6 +36,11 @@ quality: install  ## lint and format check
 
 docs: install  ## the pages of docs/ as a site, in site/; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+faults: install  ## processes killed at random moments, 100,000 damaged files, long runs: under 20 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --tries 5 --output faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --executions 100000 --found faults
+	FNSFT_SOAK_STEPS=2000 FNSFT_SOAK_TRAINERS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 floors:  ## the core tests on the oldest versions, in a fresh virtual environment
 	$(FLOOR_PYTHON) -m venv --clear $(FLOORS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FNSFTError
+from .json_text import from_json
 
 
 EXPORT_FILE = "fnsft_export.json"  # in what an export has written, which alone another export may replace
@@ -142,7 +143,7 @@ def _kinds(names: set[str], read: Callable[[str], Any]) -> Iterable[tuple[str, s
 
 def _read(path: Path) -> Any:
     """What a file of JSON holds; `None` where it is none."""
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError):
         if path.stat().st_size <= _LARGEST:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return from_json(path.read_text(encoding="utf-8"))
     return None

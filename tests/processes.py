@@ -16,8 +16,10 @@ import types
 from pathlib import Path
 
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["fnsft_trl.cli.train", "fnsft_trl.training.trainer", "trl.trainer.sft_trainer"])
+_CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows, where each imports all
+_SERVER = multiprocessing.get_context("forkserver" if _CAN_FORK else "spawn")
+if _CAN_FORK:
+    _SERVER.set_forkserver_preload(["fnsft_trl.cli.train", "fnsft_trl.training.trainer", "trl.trainer.sft_trainer"])
 
 
 def _become(words: list[str], environment: dict[str, str], folder: str, files: list[str]) -> None:

@@ -19,6 +19,7 @@ ROOT = TESTS.parent
 ORDER = {
     "lazy": [],
     "errors": [],
+    "json_text": [],
     "compat": [
         *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
     ],

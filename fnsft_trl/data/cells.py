@@ -1,5 +1,6 @@
 """What a cell of a dataset holds: nothing, text, or the reason why its row cannot be used."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from ..errors import FNSFTError
@@ -63,6 +64,15 @@ def _encodable(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise UnusableRow(f"{name} holds half a surrogate pair, which is no text") from error
     return text
+
+
+def check_texts(value, name: str) -> None:
+    """See that all texts of a structure are text.
+
+    Raises:
+        UnusableRow: one of them holds half a surrogate pair.
+    """
+    _encodable(json.dumps(value, ensure_ascii=False, default=str), name)
 
 
 def _squad_answer(value: Mapping):

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..compat.datasets import fingerprint
 from ..errors import FNSFTError
 from . import cells, formats, messages, rendering, turns
-from .cells import UnusableRow
+from .cells import UnusableRow, check_texts
 from .formats import KEPT_COLUMNS, MESSAGES, PROMPT_COMPLETION, TEXT, TOKENS, Match, convert_row, find_formats
 from .left_out import LeftOut
 from .messages import PLAIN, Dialect, unread_keys
@@ -142,7 +142,10 @@ class _Reader:
     def read(self, row: Mapping) -> dict:
         """A row as TRL reads it, without images."""
         converted = convert_row(row, self.matches, self.dialect)
-        return converted | {column: _GIVEN[column](row.get(column)) for column in self.kept}
+        converted |= {column: _GIVEN[column](row.get(column)) for column in self.kept}
+        for column, value in converted.items():
+            check_texts(value, repr(column))
+        return converted
 
     def usable(self, numbered: Iterable[tuple[int, Mapping]], leave_out: Callable[[int, object], None]) -> Iterator:
         """(number, row, converted row) of the rows that can be read."""

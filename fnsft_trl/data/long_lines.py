@@ -8,6 +8,7 @@ import pyarrow as pa
 from datasets import Dataset, Features
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from .left_out import LeftOut
 
 
@@ -34,7 +35,7 @@ def json_lines(path: Path) -> Iterator[dict]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = from_json(line)
             except ValueError as error:
                 raise FNSFTError(f"line {number} of {path} is no JSON: {error}; expected one object a line") from error
             if not isinstance(row, dict):

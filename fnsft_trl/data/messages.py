@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..json_text import from_json
 from .cells import UnusableRow, is_empty, is_parts, text_of, without_nulls
 from .turns import by_rows, by_turns
 
@@ -159,7 +160,7 @@ def _calls(calls, kind: type):
 
 def _object(text: str):
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = from_json(text)
+    except ValueError:
         return text
     return value if isinstance(value, dict) else text

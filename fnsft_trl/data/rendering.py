@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from .cells import UnusableRow, is_empty, without_nulls
 
 
@@ -83,7 +84,7 @@ def kwargs_of(value) -> dict:
 
 def _json(text: str, name: str):
     try:
-        return json.loads(text)
+        return from_json(text)
     except ValueError as error:
         raise UnusableRow(f"{name!r} is no JSON") from error
 
@@ -91,7 +92,7 @@ def _json(text: str, name: str):
 def template_arguments(row: Mapping) -> dict:
     """What `apply_chat_template` is given for a row beside its messages, as SFTTrainer does."""
     tools = tools_of(row.get("tools"))
-    return {"tools": None if tools is None else json.loads(tools), **kwargs_of(row.get("chat_template_kwargs"))}
+    return {"tools": None if tools is None else from_json(tools), **kwargs_of(row.get("chat_template_kwargs"))}
 
 
 def answers_template(processing_class) -> str | None:

@@ -29,6 +29,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, Da
 
 from ..cache import make_private
 from ..errors import FNSFTError
+from ..json_text import from_json
 from .conversion import to_trl_format
 from .embedded import EMBEDDED, wikipedia_passages
 from .left_out import LeftOut
@@ -160,7 +161,7 @@ def _load_file(path: Path, split: str | None) -> Dataset | DatasetDict:
 
 def _json_rows(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8-sig")
-    return json.loads(text) if text.lstrip().startswith("[") else list(json_lines(path))
+    return from_json(text) if text.lstrip().startswith("[") else list(json_lines(path))
 
 
 def _may_hold_rows(file: Path, root: Path) -> bool:

@@ -23,6 +23,7 @@ from trl import SFTConfig
 from ..cache import cache_dir, make_private
 from ..compat.datasets import fingerprint
 from ..compat.trl import PREPARATION_SETTINGS
+from ..json_text import from_json
 from ..writing import one_writer, remove_leftovers, written_whole
 
 
@@ -190,7 +191,7 @@ def _seal(entry: Path) -> None:
 def _damaged_file(entry: Path) -> str | None:
     """The first file of an entry that is not as it was written, or `None`."""
     try:
-        sums = json.loads((entry / _CHECKSUMS).read_text())
+        sums = from_json((entry / _CHECKSUMS).read_text())
         found = {file.name for file in entry.iterdir()} - {_CHECKSUMS}
         if not isinstance(sums, dict) or found != sums.keys():
             return _CHECKSUMS

@@ -1,8 +1,9 @@
 """The shapes that datasets hold a conversation in -> a list of messages, as they came."""
 
-import json
 import re
 from collections.abc import Mapping
+
+from ..json_text import from_json
 
 
 # The two columns of one exchange, in sets that hold a list of these.
@@ -60,8 +61,8 @@ def by_rows(value):
 def _read(text: str):
     if text.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return from_json(text)
+        except ValueError:
             pass  # [|Human|] begins like a list
     return _transcript(text)
 

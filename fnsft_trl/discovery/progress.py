@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..writing import written_whole
 
 
@@ -158,7 +159,7 @@ class DiscoveryProgress:
                 written = opened.metadata()[_STATE]
                 if opened.metadata()[_DIGEST] != _digest(written, tensors):
                     raise ValueError("it is not as it was written")
-                state = json.loads(written)
+                state = from_json(written)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FNSFTError(f"{file} cannot be read ({error}); delete it and start without resume") from error
         for key, value in self.about.items():

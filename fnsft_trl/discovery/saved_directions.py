@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import FNSFTError
 from ..hub.files import MissingFileError, fetch_file, is_hub_id
+from ..json_text import from_json
 from ..writing import write_text_whole, written_whole
 from .directions import InputDirections, KeptDirections
 
@@ -62,7 +63,7 @@ def load_directions(directory: str | os.PathLike) -> tuple[KeptDirections, dict[
     """
     directory = Path(directory)
     try:
-        about = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+        about = from_json((directory / ABOUT_FILE).read_text(encoding="utf-8"))
         if about["format"] != FORMAT or about["format_version"] != 1:
             raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
         tensors = load_file(directory / TENSORS_FILE)

@@ -1,6 +1,5 @@
 """EvaluatedModel: a model to score, found by its directory or its id: whole, an adapter, or what a run has written."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
 from ..interventions.masking import MaskHandle, lesion, preserve
+from ..json_text import from_json
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..template.storage import NETWORK_DIR, SELECTION_FILE
@@ -195,7 +195,7 @@ def _read_record(place: str, revision: str | None) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FNSFTError(f"{file} is no JSON ({error}); it is what a run writes beside its weights") from error
 

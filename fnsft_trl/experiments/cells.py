@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..writing import remove_leftovers, written_whole
 from .arms import Arm, versions
 
@@ -38,7 +39,7 @@ class Cells:
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             for line in lines:
-                cell = json.loads(line)
+                cell = from_json(line)
                 self.found[self._key(cell)] = cell
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise FNSFTError(

@@ -1,7 +1,6 @@
 """A template on disk: files written whole, and tensors checked before use. No torch until tensors are read."""
 
 import hashlib
-import json
 import math
 import os
 import reprlib
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..writing import one_writer, written_whole
 from .description import TemplateDescription
 from .schema import FORMAT
@@ -105,8 +105,8 @@ def read_json(*places: Path) -> Any:
             raise FNSFTError(f"{path} has {size} bytes, too many for the description of a template")
         data = file.read()
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        return from_json(data.decode("utf-8"), parse_constant=_no_constant)
+    except ValueError as error:
         raise FNSFTError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
 
 
@@ -174,8 +174,8 @@ def _check_header(file: BinaryIO, path: Path, description: TemplateDescription) 
     if size < 8 or length > size - 8 or length > _LARGEST_DESCRIPTION:
         raise FNSFTError(f"{path} cannot be read (its header does not fit into {size} bytes); {_AGAIN}")
     try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
+        header = from_json(file.read(length))
+    except ValueError as error:
         raise FNSFTError(f"{path} cannot be read (its header is no JSON: {error}); {_AGAIN}") from error
     if not isinstance(header, dict):
         raise FNSFTError(f"{path} cannot be read (its header is no mapping); {_AGAIN}")

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..compat.transformers import TRAINER_STATE_FILE
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..template.storage import NETWORK_DIR
 from ..writing import written_whole
 
@@ -178,7 +179,7 @@ def _record(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        content = dict(from_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE}: {error}") from error
     if content.get("crc32") != _record_checksum(content.get("record")):
@@ -211,14 +212,14 @@ def _malformed(path: Path) -> str | None:
     size = path.stat().st_size
     try:
         if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = from_json(path.read_text(encoding="utf-8"))
             if path.name.endswith(".index.json"):  # of weights in several files
                 lost = [name for name in content["weight_map"].values() if not (path.parent / name).is_file()]
                 return f"names {lost[0]}, which is missing" if lost else None
         elif path.suffix == ".safetensors":
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                tensors = dict(json.loads(file.read(min(length, size))))
+                tensors = dict(from_json(file.read(min(length, size))))
             ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
             return f"has {size} bytes instead of {expected}" if size != expected else None

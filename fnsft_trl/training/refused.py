@@ -1,7 +1,6 @@
 """What SFTTrainer refuses of its arguments, found out before a model is loaded, with a way out."""
 
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from trl import SFTConfig, is_conversational, is_conversational_from_value
 
 from ..data.rendering import answers_template
 from ..errors import FNSFTError
+from ..json_text import from_json
 
 
 _LOSSES = ("nll", "dft", "chunked_nll")  # the last one is the default of TRL 1.14, and the first one's alias since
@@ -223,7 +223,7 @@ def _check_rows(dataset, name: str, prepares: bool, is_vision: bool) -> None:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        from_json(text)
     except ValueError:
         return False
     return True

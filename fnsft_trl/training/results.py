@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerState
 from .. import __version__
 from ..hub.card import plain, with_section, without_section
 from ..hub.names import one_line
+from ..json_text import from_json
 from ..template.storage import CARD_FILE
 from ..writing import write_text_whole
 from .guard import FrozenNeuronGuard
@@ -166,7 +167,7 @@ def forget_results(directory: Path) -> None:
     """Take the results of an earlier run away from weights that they are not of; other files of that name stay."""
     file, card = directory / RESULTS_FILE, directory / CARD_FILE
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if isinstance(found, dict) and found.get("format") == _FORMAT:

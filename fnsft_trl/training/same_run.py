@@ -18,6 +18,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from trl import SFTTrainer
 
 from ..errors import FNSFTError
+from ..json_text import from_json
 from ..template.storage import NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 from .checkpoints import marked
@@ -143,14 +144,14 @@ def _unmarked_settings(checkpoint: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FNSFTError(f"{checkpoint} holds no {NETWORK_DIR}/{SELECTION_FILE}: not a checkpoint of this trainer")
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
+        written = from_json(file.read_text(encoding="utf-8"))
         settings = {name: written[name] for name in ("train_method", "train_neurons", "mask_mode")}
         settings |= {name: _mask_text(**written[name]) for name in ("trainable", "selected")}
         settings["train_other"] = written["network_config"]["train_other"]
         settings["mask_phases"] = written.get("mask_phases", [])
         adapter = checkpoint / ADAPTER_CONFIG_NAME
         if adapter.is_file():
-            settings |= _adapter_settings(json.loads(adapter.read_text(encoding="utf-8")))
+            settings |= _adapter_settings(from_json(adapter.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise FNSFTError(f"{checkpoint} cannot be read ({error}); name another checkpoint") from error
     return json.loads(json.dumps(settings, default=_plain))

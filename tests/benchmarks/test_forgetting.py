@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from study import plan, texts
-from study.arms import KEY
+from study.arms import ATTENTION, KEY, TARGETS, targets_of
 from study.command import HOME
 from study.paths import Levels, Path, at_target
 from study.pausing import Pause
@@ -21,6 +21,7 @@ from study.stages import (
     gate,
     kept_shifts,
     networks_arm,
+    proposed,
     rival,
     third,
     tuning,
@@ -107,6 +108,34 @@ def test_a_shift_is_kept_only_if_both_ways_forget_enough():
     assert kept_shifts(little) == []
     assert forgetting(little, "routing")["full"].mean > plan.LEAST_FORGETTING
     assert kept_shifts({}) == []
+
+
+def test_shifts_are_made_harder_one_by_one_while_fewer_than_three_are_kept():
+    enough = whole_study(stages=("gate",))
+    assert proposed(enough) == list(plan.SHIFTS)
+    assert proposed({}) == list(plan.SHIFTS)  # not before all of them are known
+    little = whole_study({"lora": 0.04}, stages=("gate",))
+    assert set(proposed(little)) == {*plan.SHIFTS, *plan.HARDER}  # none of which is kept either
+    first = {key: cell for key, cell in little.items() if key[1] not in plan.HARDER[1:]}
+    assert proposed(first) == [*plan.SHIFTS, *plan.HARDER[:2]]
+    mixed = {key: cell for key, cell in enough.items() if key[1] in plan.SHIFTS[:2]}
+    mixed |= {key: cell for key, cell in little.items() if key[1] not in plan.SHIFTS[:2]}
+    assert kept_shifts(mixed) == list(plan.SHIFTS[:2])
+    mixed |= {
+        (*key[:1], plan.HARDER[0], *key[2:]): cell | {"task": plan.HARDER[0]}
+        for key, cell in enough.items()
+        if key[1] == plan.SHIFTS[0]
+    }
+    mixed = {key: cell for key, cell in mixed.items() if key[1] not in plan.HARDER[1:]}
+    assert kept_shifts(mixed) == [*plan.SHIFTS[:2], plan.HARDER[0]]
+    assert proposed(mixed) == [*plan.SHIFTS, plan.HARDER[0]]
+
+
+def test_a_harder_shift_trains_all_linear_layers_on_the_same_rows():
+    for plain, harder in zip(plan.SHIFTS, plan.HARDER, strict=True):
+        assert shift(plain) == shift(harder)
+        assert targets_of(plain) == TARGETS
+        assert set(targets_of(harder)) == {*TARGETS, *ATTENTION}
 
 
 def test_a_way_that_never_learns_enough_spares_nothing():

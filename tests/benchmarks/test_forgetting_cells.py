@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_model, tiny_rows, tiny_tokenizer
-from study.arms import Place, Setting, make_arm, way_of
-from study.bases import mlp_modules
+from study.arms import Place, Setting, make_arm, targets_of, way_of
+from study.bases import linear_modules
 from study.learnt import scaled
 from study.pausing import Pause
+from study.plan import EVERYWHERE
 from study.running import Study
 from study.screening import chosen_networks, index
 
@@ -25,7 +26,7 @@ class TinyBases:
         self.file = path / "kept.jsonl"
         self.file.write_text("".join(json.dumps({"text": row["prompt"]}) + "\n" for row in tiny_rows(30, seed=9)))
         sequences = [tokenizer(row["prompt"])["input_ids"] for row in tiny_rows(30, seed=9)]
-        names = mlp_modules(model)
+        names = linear_modules(model)
         self.kept = KeptDirections.find(model, names, {"kept": KeptText(sequences)}, leading=4, title=None)
         self.names = names
 
@@ -121,9 +122,15 @@ def test_a_cell_is_the_same_again_and_a_line_each_in_the_file(study):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["subspace", "random", "networks of docs 3", "full"])
-def test_what_is_protected_does_not_change_and_nothing_but_the_mlps_trains(arm, place, tmp_path):
-    chosen = setting(arm)
+@pytest.mark.parametrize(
+    ("arm", "task"),
+    [
+        *(("subspace", "german"), ("random", "german"), ("networks of docs 3", "german"), ("full", "german")),
+        ("subspace", f"german{EVERYWHERE}"),
+    ],
+)
+def test_what_is_protected_does_not_change_and_nothing_but_the_shifts_layers_train(arm, task, place, tmp_path):
+    chosen = setting(arm, task=task)
     trainer = make_arm(chosen, place).make_trainer(0, tmp_path, None)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
@@ -131,9 +138,11 @@ def test_what_is_protected_does_not_change_and_nothing_but_the_mlps_trains(arm, 
     bases = {"subspace": place.bases.subspace(0), "random": place.bases.random(0), "full": {}}
     basis = bases.get(arm) or place.bases.of_domain("networks", "docs", 3)
     changed = {name for name, d in change.items() if d.any()}
-    trained = set(basis) if arm != "full" else set(mlp_modules(trainer.model))
+    trained = {name for name in linear_modules(trainer.model) if name.endswith(targets_of(task))}
+    trained &= set(basis) if arm != "full" else trained
     assert changed == {f"{name}.weight" for name in trained}
     along = place.bases.subspace(0) if arm == "full" else basis
+    along = {name: directions for name, directions in along.items() if name in trained}
     ratios = [
         float((change[f"{n}.weight"].double() @ u).norm() / change[f"{n}.weight"].norm()) for n, u in along.items()
     ]

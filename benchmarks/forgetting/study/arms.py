@@ -1,4 +1,4 @@
-"""Arms: the ways of training that the study compares, all of them of the MLPs' weights."""
+"""Arms: the ways of training that the study compares, all of them of the same weights."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ from fnsft_trl.training.trainer import FNSFTTrainer
 
 from .bases import Bases, Basis
 from .learnt import Start
-from .plan import BASES, BATCH, BY_SCALES, DOMAINS, REPLAYED, SCORED_STEPS, STEPS, WARMUP
+from .plan import BASES, BATCH, BY_SCALES, DOMAINS, EVERYWHERE, REPLAYED, SCORED_STEPS, STEPS, WARMUP
 from .shifts import shift
 
 
 TARGETS = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def targets_of(task: str) -> tuple[str, ...]:
+    """Which linear modules of a layer train in all arms of a shift."""
+    return TARGETS + ATTENTION if task.endswith(EVERYWHERE) else TARGETS
 
 
 @dataclass(frozen=True)
@@ -145,15 +151,16 @@ Way = Callable[[Setting, Place, dict[str, Any]], FNSFTTrainer]
 
 
 def _full(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
-    """All weights of the MLPs."""
+    """All weights of the linear modules of the shift."""
     trainer = FNSFTTrainer(**arguments)
-    hold_to(trainer.model, TARGETS)
+    hold_to(trainer.model, targets_of(setting.task))
     return trainer
 
 
 def _lora(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
-    """LoRA of rank 8 on the MLPs."""
-    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    """LoRA of rank 8 on them."""
+    targets = list(targets_of(setting.task))
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     return FNSFTTrainer(**arguments, peft_config=config)
 
 
@@ -163,12 +170,12 @@ def _replay(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTT
     return _full(setting, place, arguments | {"replay": replay})
 
 
-def _protected(basis: Callable[[Bases, Setting], Basis], targets: tuple[str, ...] = TARGETS) -> Way:
-    """Full, with D U = 0 after every step."""
+def _protected(basis: Callable[[Bases, Setting], Basis], targets: tuple[str, ...] | None = None) -> Way:
+    """Full, of some modules or of all those of the shift, with D U = 0 after every step."""
 
     def make(setting: Setting, place: Place, arguments: dict[str, Any]) -> FNSFTTrainer:
         trainer = FNSFTTrainer(**arguments)
-        hold_to(trainer.model, targets)
+        hold_to(trainer.model, targets or targets_of(setting.task))
         protect(trainer, basis(place.bases, setting))
         return trainer
 

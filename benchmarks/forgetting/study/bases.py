@@ -1,4 +1,4 @@
-"""Bases: the directions of the MLPs' inputs that an arm protects, from the texts that are to be kept."""
+"""Bases: the directions of the inputs of linear layers that an arm protects, from the texts that are to be kept."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Bases:
         return load_file(path)
 
     def _subspace(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        names = mlp_modules(model)
+        names = linear_modules(model)
         found = KeptDirections.find(model, names, self.texts(), leading=DIRECTIONS, title=None)
         return {name: found.of(name).basis.clone() for name in names}
 
@@ -166,14 +166,18 @@ class Bases:
         return found
 
 
+_READERS = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
+
+
 def _reader(name: str) -> str:
-    """The first of the modules that read the same input: gate and up do."""
-    return name.replace("up_proj", "gate_proj")
+    """The first of the modules that read the same input: gate and up do, and query, key and value."""
+    block, _, last = name.rpartition(".")
+    return f"{block}.{_READERS.get(last, last)}"
 
 
-def mlp_modules(model: nn.Module) -> list[str]:
-    """Names of the linear modules of the MLPs."""
-    return [name for name, _ in model.named_modules() if name.endswith(("gate_proj", "up_proj", "down_proj"))]
+def linear_modules(model: nn.Module) -> list[str]:
+    """Names of the linear modules of the layers."""
+    return [name for name, _ in model.named_modules() if name.endswith("_proj")]
 
 
 def joint_energy(model: nn.Module, loadings: Mapping[str, torch.Tensor], text: KeptText) -> torch.Tensor:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 # Shifts, in the order in which they are taken when the gate keeps more than are needed: two, and an untouched third.
 SHIFTS = ("routing", "german", "characters", "numbers")
+# The same with all linear layers of the model in training, proposed in this order while fewer than three are kept.
+EVERYWHERE = ", all linear layers"
+HARDER = tuple(f"{name}{EVERYWHERE}" for name in SHIFTS)
+WANTED_SHIFTS = 3
 TRAIN_ROWS, TEST_ROWS = 240, 64
 STEPS, BATCH, WARMUP = 90, 8, 5
 SCORED_STEPS = (22, 45, 90)  # a quarter, half and all of the run

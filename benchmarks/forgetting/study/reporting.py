@@ -13,7 +13,7 @@ from fnsft_trl.report.report import Report
 
 from .comparing import Comparison
 from .paths import At, Cell, Found, Levels, Path, at_target, every_at, of_arm
-from .plan import BY_STEPS, GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, SHIFTS, TUNING_SEED
+from .plan import BY_STEPS, GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, TUNING_SEED
 from .screening import index
 from .stages import (
     CHOOSE,
@@ -24,6 +24,7 @@ from .stages import (
     forgetting,
     gate,
     kept_shifts,
+    proposed,
     rival,
     screen,
     tuned_shifts,
@@ -95,7 +96,7 @@ def _gate(report: Report, found: Found, results: dict[str, Any]) -> None:
         "would choose."
     )
     rows, results["gate"] = [], {}
-    for task in SHIFTS:
+    for task in proposed(found):
         best, levels = forgetting(found, task), Levels.of(found, task, rates=GATE)
         if best is None:
             rows.append([task, *[""] * 6, "not finished"])
@@ -119,12 +120,19 @@ def _gate(report: Report, found: Found, results: dict[str, Any]) -> None:
             "verdict": verdict,
         }
     report.table(["shift", "base", "L5", "L*", "target", *GATE, "verdict"], rows)
-    for task in SHIFTS:
+    for task in proposed(found):
         curves = {}
         for setting in gate(found):
             if setting.task == task and setting.arm in GATE and setting.key in found:
                 curves[f"{setting.arm} {setting.learning_rate:g}"] = [_curve(found[setting.key])]
-        _picture(report, f"gate-{task}", curves, found, task, f"The gate of {task}, one seed.")
+        _picture(
+            report,
+            f"gate-{task.replace(', ', '-').replace(' ', '-')}",
+            curves,
+            found,
+            task,
+            f"The gate of {task}, one seed.",
+        )
 
 
 def _by_validation(found: Found, task: str, arm: str) -> str:

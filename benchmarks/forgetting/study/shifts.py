@@ -8,7 +8,7 @@ from pathlib import Path
 from fnsft_trl.data.embedded import question_routing
 from fnsft_trl.errors import FNSFTError
 
-from .plan import TEST_ROWS, TRAIN_ROWS
+from .plan import EVERYWHERE, TEST_ROWS, TRAIN_ROWS
 
 
 _VERBS = Path(__file__).parent / "german_verbs.txt"
@@ -21,9 +21,10 @@ def shift(name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     Raises:
         FNSFTError: there is no shift of that name.
     """
-    if name not in _SHIFTS:
+    rows = _SHIFTS.get(name.removesuffix(EVERYWHERE))
+    if rows is None:
         raise FNSFTError(f"there is no shift {name!r}; there are: {', '.join(_SHIFTS)}")
-    return _SHIFTS[name]()
+    return rows()
 
 
 def _routing() -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -11,6 +11,7 @@ from .plan import (
     BY_STEPS,
     DOMAINS,
     GATE,
+    HARDER,
     LADDER,
     LEAST_FORGETTING,
     NETWORK_RATES,
@@ -21,6 +22,7 @@ from .plan import (
     TUNING,
     TUNING_SEED,
     UNPROTECTED,
+    WANTED_SHIFTS,
 )
 from .running import BASE, SCREEN
 from .screening import chosen_directions, chosen_networks
@@ -31,20 +33,30 @@ CHOOSE, CONFIRM, DISSOCIATION = "choose", "confirm", "dissociation"  # parts of 
 
 def gate(found: Found) -> list[Setting]:
     """The base, full training and LoRA on every shift that is proposed."""
-    bases = [Setting(task, BASE, 0.0, TUNING_SEED, "gate", CHOOSE) for task in SHIFTS]
-    return bases + [
-        Setting(task, arm, rate, TUNING_SEED, "gate", CHOOSE)
-        for task in SHIFTS
-        for arm, rates in GATE.items()
-        for rate in rates
-    ]
+    return [each for task in proposed(found) for each in _gate_of(task)]
+
+
+def proposed(found: Found) -> list[str]:
+    """All shifts, and harder ones, one after the other, for as long as fewer are kept than are wanted."""
+    tasks = list(SHIFTS)
+    for task in HARDER:
+        kept = [each for each in kept_shifts(found) if each in tasks]
+        if len(kept) >= WANTED_SHIFTS or any(forgetting(found, each) is None for each in tasks):
+            break
+        tasks.append(task)
+    return tasks
+
+
+def _gate_of(task: str) -> list[Setting]:
+    base = Setting(task, BASE, 0.0, TUNING_SEED, "gate", CHOOSE)
+    ways = [(arm, rate) for arm, rates in GATE.items() for rate in rates]
+    return [base, *(Setting(task, arm, rate, TUNING_SEED, "gate", CHOOSE) for arm, rate in ways)]
 
 
 def forgetting(found: Found, task: str) -> dict[str, At] | None:
     """The least that each way of the gate forgets at the target, by arm; `None` until all of its cells are there."""
     levels = Levels.of(found, task, rates=GATE)
-    wanted = [each for each in gate(found) if each.task == task]
-    if levels is None or any(each.key not in found for each in wanted):
+    if levels is None or any(each.key not in found for each in _gate_of(task)):
         return None
     loss, best = levels.target(SHARE), {}
     for arm, rates in GATE.items():
@@ -56,7 +68,7 @@ def forgetting(found: Found, task: str) -> dict[str, At] | None:
 def kept_shifts(found: Found) -> list[str]:
     """Those that forget enough whichever way of the gate is taken; a way that never gets there spares nothing."""
     kept = []
-    for task in SHIFTS:
+    for task in (*SHIFTS, *HARDER):
         best = forgetting(found, task)
         if best is None or all(at.kl is None for at in best.values()):
             continue

@@ -16,6 +16,7 @@ from pathlib import Path
 from ... import __version__
 from ...cache import cache_dir
 from ...hub.credentials import TOKEN_HELP
+from ...json_text import from_json
 from ...writing import written_whole
 from . import schema
 from .schema import TRL, Option, describe
@@ -79,7 +80,7 @@ def _digest(key: str, entries: list) -> str:
 def _read(path: Path, key: str) -> list[Option] | None:
     """The options in a file; `None` when it is missing or is not what was written for these versions."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(path.read_text(encoding="utf-8"))
         if data["sha256"] != _digest(key, data["options"]):
             return None
         listed = ("choices", "aliases")

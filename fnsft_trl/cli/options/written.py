@@ -1,6 +1,5 @@
 """What stands in a YAML or JSON text, as it is written: no scalar is guessed at, and no key may stand twice."""
 
-import json
 import math
 import os
 import re
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 
 from ...errors import FNSFTError
+from ...json_text import from_json
 
 
 _LARGEST = 2**20  # bytes of a file, which a mapping of options is far from
@@ -76,10 +76,7 @@ def read_json(text: str) -> Any:
     Raises:
         ValueError: it is none, is nested too deeply, or says a key twice.
     """
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    return from_json(text, object_pairs_hook=_once)
 
 
 def core_value(written: Any) -> Any:
