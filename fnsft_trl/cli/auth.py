@@ -17,7 +17,7 @@ _ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-graine
 
 def options() -> list[Option]:
     """The options of the verb."""
-    return [row("hub_token", f"The token that an upload would be given by this option. {TOKEN_HELP}")]
+    return [row("hub_token", f"The token that you would give an upload by this option. {TOKEN_HELP}")]
 
 
 def main(argv: list[str]) -> None:

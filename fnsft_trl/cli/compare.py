@@ -26,13 +26,13 @@ def options() -> list[Option]:
     template = {"positional": True, "required": True}
     return [
         row("a", "Directory, JSON file or Hub id of a template.", metavar="A", **template),
-        row("b", "The same of another one.", metavar="B", **template),
+        row("b", "The template to compare it with: directory, JSON file or Hub id.", metavar="B", **template),
         row("revision_a", "Branch, tag or commit of A on the Hub."),
         row("revision_b", "Branch, tag or commit of B on the Hub."),
         row("texts", "Compare by time courses on this shared text.", many=True, metavar="DATASET"),
         row("passages", "With texts: number of passages.", 200, lowest=1),
         row("permutations", "Random permutations for the p-values.", 199, lowest=1),
-        row("seed", "Of the permutations.", 0),
+        row("seed", "Seed of the permutations.", 0),
         row("output_dir", "Where the report goes.", "comparison", metavar="DIR"),
         *_model_options(),
     ]

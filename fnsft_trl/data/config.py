@@ -36,13 +36,13 @@ class DataConfig:
     )
     max_samples: int | None = option(
         None,
-        "Rows taken of each split of each dataset, at random by the seed of the training, in their order; all rows by "
-        "default.",
+        "Rows to take of each split of each dataset, drawn by the seed of the training and kept in their order. All "
+        "rows by default.",
         least=1,
     )
     eval_fraction: float = option(
         0.1,
-        "Share of the training rows held out when there is an evaluation but no split for it, by the seed.",
+        "Share of the training rows to hold out, drawn by the seed, when an evaluation has no split.",
         above=0,
         below=1,
     )

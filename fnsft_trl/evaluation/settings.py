@@ -55,7 +55,7 @@ class EvaluationConfig:
         False, "Put multiple-choice questions, and those of tasks, into the chat template, as a user's turn."
     )
     batch_size: int = option(8, "Rows in a forward pass.", least=1)
-    seed: int = option(0, "Of the rows that are taken, of the bootstrap and of tasks.", least=0)
+    seed: int = option(0, "Seed of the rows that are taken, of the bootstrap and of tasks.", least=0)
     bootstrap_draws: int = option(2000, "Draws of rows for the intervals.", least=100)
 
     def __post_init__(self) -> None:

@@ -54,8 +54,8 @@ class AnchorConfig:
 
     kl_to_base: float | None = option(
         None,
-        "Weight of the KL divergence of the base to the trained model on `kl_datasets`, in nats per token, which is "
-        "added to the loss.",
+        "Add the KL divergence of the base to the trained model on `kl_datasets`, in nats per token, to the loss, "
+        "times this weight.",
         above=0,
     )
     kl_datasets: list[str] | None = option(
