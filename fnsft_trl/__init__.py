@@ -41,6 +41,7 @@ _HOMES = {
     "RetentionCallback": "training",
     "RetentionConfig": "evaluation",
     "ReplayConfig": "training",
+    "PenaltyConfig": "training",
     "AnchorConfig": "training",
     "SelectorEvidence": "selection",
     "FNSFTTrainer": "training",

@@ -69,8 +69,14 @@ def report(output: Path) -> dict[str, bytes]:
     return {name: (output / name).read_bytes() for name in REPORT}
 
 
-def killed_after(events: int, folder: Path, output: Path, *more: str) -> bool:
-    """Run the experiment in a process that is killed (SIGKILL) after so many writes; whether it was."""
+def killed_after(events: int, folder: Path, output: Path, *more: str, start=run) -> bool:
+    """Run the experiment in a process that is killed (SIGKILL) after so many writes; whether it was.
+
+    Args:
+        events: so many.
+        folder, output, more: as [`run`] takes them.
+        start: what is run.
+    """
     child = os.fork()
     if child == 0:
         left = events
@@ -85,6 +91,6 @@ def killed_after(events: int, folder: Path, output: Path, *more: str) -> bool:
 
         sys.addaudithook(count)
         signal.alarm(300)
-        os._exit(run(folder, output, *more))
+        os._exit(start(folder, output, *more))
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

@@ -26,7 +26,9 @@ from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.arguments import read_arguments
 from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
+from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.config import COMBINATIONS
+from fnsft_trl.training.protection_config import EVIDENCE
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +37,9 @@ QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
+    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
+    "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
@@ -170,6 +175,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
             arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
             if "--protect" in arguments:
                 arguments = instead(arguments, "--protect_dims", "3", "--protect_tokens", "100")
+            if "--forgetting" in arguments:
+                arguments = instead(arguments, "--protect_tokens", "100", "--retention_tokens", "100")
         if verb == "experiment":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
@@ -253,8 +260,11 @@ def yaml_blocks() -> list:
 @pytest.mark.parametrize("text", yaml_blocks())
 def test_every_yaml_file_is_one_that_its_command_takes(text, workplace):
     program, verb, *words = text.splitlines()[0].removeprefix("# ").split()
-    assert (program, words[0]) == ("fnsft", "--config")
     Path("config.yaml").write_text(text)
+    if verb == "continual":
+        assert PlanFile.read("config.yaml", {}).arms
+        return
+    assert (program, words[0]) == ("fnsft", "--config")
     words[1] = "config.yaml"
     if verb == "train":
         asked = parse_options(words)
@@ -310,6 +320,15 @@ def test_the_oldest_versions_that_are_named_are_those_of_the_package():
 
 def test_the_table_of_architectures_is_that_of_the_tests():
     assert architectures_table() in (ROOT / "docs" / "architectures.md").read_text()
+
+
+def test_the_page_on_forgetting_says_what_the_log_says_and_the_verdict_of_the_study():
+    page = (ROOT / "docs" / "forgetting.md").read_text()
+    assert EVIDENCE in " ".join(page.replace("\n> ", " ").split())
+    report = (ROOT / "benchmarks" / "forgetting" / "results" / "report.md").read_text()
+    verdict = report.partition("## Verdict\n\n")[2].partition("\n\n## ")[0]
+    assert "Q1:" in verdict
+    assert "\n".join(f"> {line}".rstrip() for line in verdict.splitlines()) in page
 
 
 def test_the_table_of_combinations_is_the_one_in_the_code():

@@ -25,6 +25,7 @@ VERBS = {
     "compare": "find the networks of one template in another",
     "evaluate": "score models on rows, general text and tasks, and compare them",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
+    "continual": "train one task after another, in several ways, and measure what each stage did to the others",
     "restore": "take a fine-tune back where it touches text that is to be kept, without training",
     "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
     "recipes": "list the recipes that the package brings, and copy them",
@@ -32,7 +33,7 @@ VERBS = {
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
-_RESUMABLE = ("train", "discover", "experiment", "demo")  # which go on where they were interrupted
+_RESUMABLE = ("train", "discover", "experiment", "continual", "demo")  # which go on where they were interrupted
 
 
 def _help() -> str:

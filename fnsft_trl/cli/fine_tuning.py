@@ -21,8 +21,10 @@ from ..export.gguf import check_gguf_target, to_gguf
 from ..occupied import ADAPTER, EXPORTED_MODEL, MODEL, TEMPLATE
 from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
+from ..training.preparation import load_base_model
 from ..training.refused import check_refused
 from ..training.trainer import FNSFTTrainer
+from ..tuner.saved import SavedAdapter
 from .checks import check_checkpoint, check_training_arguments
 from .logs import hush_repetitions
 from .models import check_loading, default_lora_targets, loading_arguments, model_errors, source_arguments
@@ -185,10 +187,8 @@ def _trainer(
     if training.process_index == 0:
         for note in asked.notes:
             print(f"fnsft train: note: {note}", file=sys.stderr)
-    precision = settings.precision
-    logger.warning(
-        f"device: {precision.device}; mixed precision: {precision.mixed}; weights held in {settings.loading.dtype}"
-    )
+    told = f"device: {settings.precision.device}; mixed precision: {settings.precision.mixed}"
+    logger.warning(f"{told}; weights held in {settings.loading.dtype}")
     if asked.network_config is None:
         logger.warning("no functional networks were asked for: this is plain supervised fine-tuning")
     given = {
@@ -200,6 +200,7 @@ def _trainer(
         "peft_config": peft,
     }
     check_refused(given, training)
+    given |= _trained_on(asked.values.get("adapter_name_or_path"), given, training)
     with refusals():
         trainer = FNSFTTrainer(
             args=training,
@@ -211,6 +212,7 @@ def _trainer(
             protection=asked.protection,
             replay=asked.replay,
             anchor=asked.anchor,
+            penalties=asked.penalties,
         )
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:
@@ -219,6 +221,17 @@ def _trainer(
             f"{trainer.plan.method}, mask {trainer.plan.mask_mode or 'off'}"
         )
     return trainer
+
+
+def _trained_on(directory: str | None, given: dict[str, Any], args: SFTConfig) -> dict[str, Any]:
+    """What a trainer is given otherwise to train an earlier adapter on, if there is one."""
+    if directory is None:
+        return {}
+    adapter = SavedAdapter.read(Path(directory).expanduser())
+    with model_errors(given["model"]):
+        base = load_base_model(given["model"], args, args.model_init_kwargs, given["quantization_config"], frozen=True)
+    args.model_init_kwargs = None  # of which the trainer would say that it does not use them
+    return {"model": adapter.load_onto(base, trains=True), "peft_config": None, "quantization_config": None}
 
 
 def _export(run: RunConfig, output_dir: Path) -> None:

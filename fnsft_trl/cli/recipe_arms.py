@@ -20,6 +20,7 @@ from .options.parse import OF_LORA, TrainOptions, parse_recipe
 
 if TYPE_CHECKING:
     from ..experiments.arms import Arm
+    from ..training.trainer import FNSFTTrainer
 
 
 SHARED_FILE = "experiment.yaml"  # in a folder of recipes: the options of the experiment
@@ -116,7 +117,7 @@ def read_arms(
     asked = {name: _parsed(file, command_line) for name, file in files.items()}
     _check_used(asked, command_line)
     _check_comparable(asked, data)
-    _check_model(next(iter(asked.values())))
+    check_model(next(iter(asked.values())))
     for notes in dict.fromkeys(tuple(options.notes) for options in asked.values()):
         for note in notes:
             print(f"fnsft experiment: note: {note}", file=sys.stderr)
@@ -178,8 +179,12 @@ def _check_comparable(asked: Mapping[str, TrainOptions], data: Sequence[str] | N
             )
 
 
-def _check_model(asked: TrainOptions) -> None:
-    """The model of all arms must be there."""
+def check_model(asked: TrainOptions) -> None:
+    """Check that the model of all arms is there.
+
+    Raises:
+        FNSFTError: it is not.
+    """
     from transformers import AutoConfig
 
     from ..data.embedded import resolve_model
@@ -195,9 +200,9 @@ def _arm(name: str, asked: TrainOptions, data: Sequence[str] | None, hashes: dic
 
     values, config = asked.values, asked.network_config
     asked = replace(asked, notes=[])
-    settings = _plain({key: value for key, value in values.items() if key not in _IDLE} | {"data": data})
-    sources = _sources(asked, data or (), hashes)
-    trainer = partial(_trainer, asked, data)
+    settings = settings_of(values | {"data": data})
+    sources = sources_of(asked, data or (), hashes)
+    trainer = partial(cell_trainer, asked, data)
     arm = Arm(name, _task(values), trainer, settings, sources)
     if config is None or config.ica_template_path is not None:
         return arm
@@ -212,8 +217,18 @@ def _arm(name: str, asked: TrainOptions, data: Sequence[str] | None, hashes: dic
     return replace(arm, discover=partial(_template, asked, data), networks=digest[:16], networks_by_seed=draws_text)
 
 
-def _trainer(asked: TrainOptions, data: Sequence[str] | None, seed: int, directory: Path, template: Path | None):
-    """The trainer of a cell."""
+def cell_trainer(
+    asked: TrainOptions, data: Sequence[str] | None, seed: int, directory: Path, template: Path | None
+) -> "FNSFTTrainer":
+    """The trainer of a cell of an experiment.
+
+    Args:
+        asked: its options.
+        data: datasets to score answers on.
+        seed: of the training, and of random neurons.
+        directory: to write into.
+        template: the directory of its networks.
+    """
     from .fine_tuning import make_trainer
     from .logs import hush_libraries
 
@@ -233,7 +248,13 @@ def _template(asked: TrainOptions, data: Sequence[str] | None, seed: int, direct
     plain = replace(
         asked.network_config, ica_threshold=None, ica_percentile=None, ica_zscore=None, ica_select="networks"
     )
-    return _trainer(replace(asked, network_config=plain), data, seed, directory, None).network_template
+    asked = replace(asked, network_config=plain, protection=None)
+    return cell_trainer(asked, data, seed, directory, None).network_template
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which the numbers of a cell depend, as JSON gives them back."""
+    return _plain({key: value for key, value in values.items() if key not in _IDLE})
 
 
 def _plain(value: Any) -> Any:
@@ -253,13 +274,20 @@ def _task(values: Mapping[str, Any]) -> str:
     return ", ".join(Path(name).stem or name for name in _names(values))
 
 
-def _sources(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -> dict[str, str]:
-    """The local files and folders that an arm reads, with the hash of what is in them."""
+def sources_of(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str]) -> dict[str, str]:
+    """The local files and folders that an arm reads, with the hash of what is in them.
+
+    Args:
+        asked: its options.
+        data: further files that it reads.
+        hashes: those that are known, which more are added to.
+    """
     values, config, retention = asked.values, asked.network_config, asked.retention
-    read = [config for config in (retention, asked.replay, asked.anchor) if config is not None]
+    kept = (retention, asked.replay, asked.anchor, asked.penalties, asked.protection)
+    read = [config for config in kept if config is not None]
     names = [values["model_name_or_path"], *_names(values), *data]
     names += [source for config in read for source in config.sources().values()]
-    names += [values["chat_template_path"]] if values.get("chat_template_path") else []
+    names += [values[name] for name in ("chat_template_path", "protect_basis") if values.get(name)]
     if config is not None:
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]
     found = {}

@@ -74,6 +74,30 @@ def _rows(*parts: str) -> list[dict]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
+def embedded_tasks() -> tuple[str, ...]:
+    """The names of the tasks that are made of embedded questions; a dataset `embedded:NAME` is one of them."""
+    return tuple(_TASKS)
+
+
+def embedded_task(name: str) -> tuple[list[dict], list[dict]]:
+    """A task that the embedded model has not learnt, made of real questions; all in a fixed order.
+
+    Args:
+        name: `routing`, the desk for a question, of six; `subjects`, the field of a medical question, of six; `units`,
+            what the answer to a sum counts.
+
+    Returns:
+        Training and test rows with the strings `prompt` and `completion`; the test rows are 300.
+
+    Raises:
+        FNSFTError: there is no such task.
+    """
+    if name not in _TASKS:
+        raise FNSFTError(f"there is no embedded task {name!r}; there are {', '.join(_TASKS)}")
+    rows = _TASKS[name]()
+    return rows[_TEST:], rows[:_TEST]
+
+
 def wikipedia_passages(split: str) -> list[str]:
     """Return English Wikipedia passages (of BoolQ), unique and in a fixed order.
 
@@ -94,14 +118,14 @@ def wikipedia_passages(split: str) -> list[str]:
     return [passage for title in chosen for passage in sorted(set(articles[title]))]
 
 
-# topic -> the data file its questions come from, and the longest question taken, in characters
+# topic -> the data file its questions come from
 _QUESTIONS = {
-    "health": (("healthsearchqa", "test.jsonl"), 90),
-    "trivia": (("NQ-open", "test.jsonl"), 90),
-    "finance": (("Fiqa", "test.jsonl"), 90),
-    "household": (("PIQA", "validation.jsonl"), 90),
-    "science": (("OpenBookQA", "test.jsonl"), 90),
-    "arithmetic": (("ASDiv", "test.jsonl"), 90),
+    "health": ("healthsearchqa", "test.jsonl"),
+    "trivia": ("NQ-open", "test.jsonl"),
+    "finance": ("Fiqa", "test.jsonl"),
+    "household": ("PIQA", "validation.jsonl"),
+    "science": ("OpenBookQA", "test.jsonl"),
+    "arithmetic": ("ASDiv", "test.jsonl"),
 }
 
 
@@ -114,15 +138,59 @@ def question_routing(train_rows: int, test_rows: int) -> tuple[list[dict], list[
         Training and test rows with the strings `prompt` and `completion`.
     """
     draw = random.Random(0)
-    pools = []
-    for topic, (parts, longest) in sorted(_QUESTIONS.items()):
-        questions = sorted({" ".join(row["question"].split()) for row in _rows(*parts)})
-        questions = [question for question in questions if 20 <= len(question) <= longest]
-        draw.shuffle(questions)
-        pools.append([{"prompt": f"Question: {question}\nDesk:", "completion": f" {topic}"} for question in questions])
-    mixed = [pool[i] for i in range(min(map(len, pools))) for pool in pools]
+    mixed = _routing(draw)
     if len(mixed) < train_rows + test_rows:
         raise FNSFTError(f"the embedded questions give {len(mixed)} rows, {train_rows + test_rows} were asked for")
     train, test = mixed[:train_rows], mixed[train_rows : train_rows + test_rows]
     draw.shuffle(train)
     return train, test
+
+
+def _routing(draw: random.Random) -> list[dict]:
+    """Questions of all desks in turn."""
+    pools = {topic: [row["question"] for row in _rows(*parts)] for topic, parts in sorted(_QUESTIONS.items())}
+    return _in_turn(pools, draw, "Desk", longest=90)
+
+
+def _in_turn(pools: dict[str, list[str]], draw: random.Random, asked: str, *, longest: int) -> list[dict]:
+    """Questions of all labels in turn, as many of each, none twice and none of more characters."""
+    found = []
+    for label, questions in pools.items():
+        kept = sorted({" ".join(question.split()) for question in questions})
+        kept = [question for question in kept if 20 <= len(question) <= longest]
+        draw.shuffle(kept)
+        found.append([{"prompt": f"Question: {question}\n{asked}:", "completion": f" {label}"} for question in kept])
+    return [pool[number] for number in range(min(map(len, found))) for pool in found]
+
+
+_SUBJECTS = ("Anatomy", "Biochemistry", "Dental", "Pathology", "Pharmacology", "Surgery")
+_TEST = 300  # rows of a task that are held out
+
+
+def _subjects() -> list[dict]:
+    """Medical questions of six fields in turn."""
+    pools = {
+        subject.lower(): [
+            row["question"]
+            for split in ("Test", "Validation")
+            for row in _rows("MedMCQA", f"MedMCQA-{split}", f"{subject}.jsonl")
+        ]
+        for subject in _SUBJECTS
+    }
+    return _in_turn(pools, random.Random(0), "Subject", longest=120)
+
+
+def _units() -> list[dict]:
+    """Sums in words, and what their answer counts."""
+    found = {}
+    for row in _rows("ASDiv", "test.jsonl"):
+        number, _, unit = row["answer"].partition(" ")
+        text = " ".join(f"{row['passage']} {row['question']}".split())
+        if number and unit.isalpha() and len(text) <= 200:
+            found[text] = {"prompt": f"Problem: {text}\nUnit:", "completion": f" {unit}"}
+    rows = [found[text] for text in sorted(found)]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+_TASKS = {"routing": lambda: _routing(random.Random(0)), "subjects": _subjects, "units": _units}

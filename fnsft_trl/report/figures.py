@@ -163,3 +163,54 @@ def learning_figure(
     axes.set_xlabel(loss)
     axes.set_ylabel(divergence)
     return _finished(figure, axes, columns=4)
+
+
+def matrices_figure(matrices: Mapping[str, Sequence[Sequence[float]]], columns: Sequence[str]) -> bytes:
+    """Scores on every task after every stage, a heat map for each arm, as PNG.
+
+    Args:
+        matrices: arm -> a row for each stage, the model before training first, with a score in [0, 1] for each task.
+        columns: names of the tasks.
+    """
+    pyplot = _pyplot()
+    wide = min(3, len(matrices))
+    high = math.ceil(len(matrices) / wide)
+    count, rows = len(columns), max(map(len, matrices.values()))
+    size = (wide * (1.6 + 0.55 * count), high * (1.4 + 0.42 * rows))
+    figure, grid = pyplot.subplots(high, wide, figsize=size, layout="constrained", squeeze=False)
+    places = list(grid.flat)
+    for axes in places[len(matrices) :]:
+        axes.set_axis_off()
+    for axes, (name, values) in zip(places, matrices.items(), strict=False):
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        for stage, of_stage in enumerate(values):
+            for place, value in enumerate(of_stage):
+                color = "white" if value < 0.6 else "#1c2733"
+                axes.text(place, stage, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(count), columns, rotation=45, ha="right", fontsize=7)
+        axes.set_yticks(range(len(values)), ["before", *range(1, len(values))], fontsize=7)
+        axes.set_ylabel("after stage", fontsize=8)
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=places, label="score", shrink=0.8)
+    return _png(figure)
+
+
+def stages_figure(curves: Mapping[str, Sequence[float]], *, measure: str) -> bytes:
+    """How something goes from stage to stage, a line for each arm, as PNG.
+
+    Args:
+        curves: arm -> a value for each stage, the model before training first.
+        measure: label of the axis.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    colors = ["#c0392b", "#3b6ea5", "#2e8b57", "#8a8f98", "#b8860b", "#7d3c98", "#1c2733", "#d98880"]
+    for number, (name, values) in enumerate(curves.items()):
+        line = "-" if number < len(colors) else "--"
+        axes.plot(values, line, marker="o", markersize=4, color=colors[number % len(colors)], label=name)
+    most = max(map(len, curves.values()))
+    axes.set_xticks(range(most), ["before", *range(1, most)])
+    axes.set_xlabel("after stage")
+    axes.set_ylabel(measure)
+    return _finished(figure, axes, columns=4)

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "FNSFTTrainer": "trainer",
         "FrozenNeuronGuard": "guard",
         "FrozenNeuronMoved": "guard",
+        "PenaltyConfig": "penalty_config",
         "MaskPhase": "schedule",
         "MaskScheduleCallback": "schedule",
         "ProtectionConfig": "protection_config",

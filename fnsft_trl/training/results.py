@@ -52,7 +52,7 @@ class RunResults:
         protection: Protection | None = None,
     ) -> "RunResults | None":
         """What the last training of a trainer ended with; `None` where there is nothing to say beyond its log: neither
-        networks nor retention, replay, an anchor or protection.
+        networks nor retention, replay, an anchor, penalties or protection.
 
         Args:
             trainer: after training.
@@ -62,7 +62,8 @@ class RunResults:
         """
         retention, state = retention_of(trainer), trainer.state
         replay, anchor = trainer.replay and trainer.replay.settings(), trainer.anchor and trainer.anchor.settings()
-        if not (record or retention or replay or anchor or protection):
+        penalties = trainer.penalties and trainer.penalties.settings()
+        if not (record or retention or replay or anchor or penalties or protection):
             return None
         if anchor is not None:
             anchor["base"] = trainer.anchor.kind
@@ -82,6 +83,7 @@ class RunResults:
             ),
             "replay": replay,
             "kl_to_base": anchor,
+            "penalties": penalties or None,
             "retention": retention and _retention(retention),
             "guard": None,
         }
@@ -117,6 +119,7 @@ class RunResults:
         if (anchor := found["kl_to_base"]) is not None:
             told = f"weight {anchor['weight']:g}, on {anchor['tokens']:,} tokens of general text ({anchor['base']})"
             rows.append(("KL to the base", told))
+        rows += [(name, f"weight {found['penalties'][name]['weight']}") for name in found["penalties"] or ()]
         if found["retention"] is not None:
             rows += [(f"retention {name}".strip(), _lost(s)) for name, s in found["retention"]["series"].items()]
             if found["retention"]["budget"] is not None or weights != found["steps"]:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from .anchored import AnchoredTrainer
+from .penalized import PenalizedTrainer
 from .retention import callbacks_of, retention_of
 from .retention_texts import RetentionTexts
 
 
-class RetainingTrainer(AnchoredTrainer):
+class RetainingTrainer(PenalizedTrainer):
     """Trainer with retention series.
 
     Args:

@@ -82,6 +82,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "deepspeed": trainer.is_deepspeed_enabled,
         "replay": trainer.replay and trainer.replay.settings(),
         "kl_to_base": trainer.anchor and trainer.anchor.settings(),
+        "penalties": trainer.penalties and trainer.penalties.settings(),
         **{name: _name(value) for name, value in given.items()},
         **_argument_settings(trainer.args),
     }

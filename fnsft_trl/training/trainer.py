@@ -26,6 +26,7 @@ from ..evaluation.config import RetentionConfig
 from ..template.template import FunctionalNetworkTemplate
 from .config import AnchorConfig, ReplayConfig
 from .networked import NetworkedTrainer
+from .penalty_config import PenaltyConfig
 from .protection_config import ProtectionConfig
 
 
@@ -78,6 +79,8 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             Rows of other texts that are trained beside the task, a share of each batch, with networks and without.
         anchor ([`AnchorConfig`], *optional*):
             The general texts on which the model is kept near its base, with networks and without, and how much.
+        penalties ([`PenaltyConfig`], *optional*):
+            EWC, LwF and O-LoRA beside the loss of the task, with networks and without.
 
     Attributes:
         network_template ([`FunctionalNetworkTemplate`] or `None`): the networks.
@@ -117,6 +120,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
         protection: ProtectionConfig | None = None,
         replay: ReplayConfig | None = None,
         anchor: AnchorConfig | None = None,
+        penalties: PenaltyConfig | None = None,
     ) -> None:
         self._tokenized_cache = TokenizedCache() if tokenized_cache else None
         super().__init__(
@@ -141,6 +145,7 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
             protection=protection,
             replay=replay,
             anchor=anchor,
+            penalties=penalties,
         )
 
     @property

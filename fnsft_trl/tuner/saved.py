@@ -211,16 +211,20 @@ class SavedAdapter:
         self._resize(model, name)
         return model
 
-    def load_onto(self, base: PreTrainedModel) -> PeftModel:
+    def load_onto(self, base: PreTrainedModel, *, trains: bool = False) -> PeftModel:
         """Put the adapter on its base model.
+
+        Args:
+            base: the model.
+            trains: whether the adapter is to be trained on.
 
         Raises:
             FNSFTError: the adapter's tensors are not those that the base model has a place for.
         """
         self.tensors  # noqa: B018 (read, so that a damaged file is not taken for a model that does not fit)
         with library_errors(lambda error: str(self._does_not_fit(base, str(error)))):
-            model = PeftModel.from_pretrained(base, str(self.directory))
-            found = model.load_adapter(str(self.directory), model.active_adapter)
+            model = PeftModel.from_pretrained(base, str(self.directory), is_trainable=trains)
+            found = model.load_adapter(str(self.directory), model.active_adapter, is_trainable=trains)
         left = [key for key in found.unexpected_keys if not _WRAPPERS & set(key.split("."))]
         if found.missing_keys or left:
             raise self._does_not_fit(base, min([*found.missing_keys, *left]))

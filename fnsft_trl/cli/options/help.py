@@ -18,6 +18,7 @@ _TITLES = {
     "RetentionConfig": "retention: what the model loses",
     "ReplayConfig": "replay: rows of other texts beside the task",
     "AnchorConfig": "staying near the base model",
+    "PenaltyConfig": "penalties that keep earlier tasks: EWC, LwF, O-LoRA",
     "LoadingConfig": "loading the model",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",

@@ -9,6 +9,7 @@ from ...errors import FNSFTError
 from ...evaluation.config import RetentionConfig
 from ...export.gguf import check_outtype, find_converter
 from ...training.config import AnchorConfig, ReplayConfig
+from ...training.penalty_config import PenaltyConfig
 from ...training.protection_config import ProtectionConfig
 from ..output import check_writable
 from .loading import LoadingConfig
@@ -50,6 +51,7 @@ class TrainOptions:
         protection (`ProtectionConfig` or `None`): the directions in which what trains answers as before.
         replay (`ReplayConfig` or `None`): what is trained beside the task.
         anchor (`AnchorConfig` or `None`): where the model is kept near its base.
+        penalties (`PenaltyConfig` or `None`): what is added to the loss to keep earlier tasks.
         notes (`list[str]`): what the user should know of how the options were read.
     """
 
@@ -58,6 +60,7 @@ class TrainOptions:
     retention: RetentionConfig | None
     replay: ReplayConfig | None
     anchor: AnchorConfig | None
+    penalties: PenaltyConfig | None
     protection: ProtectionConfig | None
     notes: list[str]
 
@@ -79,7 +82,7 @@ def training_options() -> dict[str, Option]:
         option
         for kind in (
             *(FunctionalNetworkConfig, ProtectionConfig, DataConfig),
-            *(RetentionConfig, ReplayConfig, AnchorConfig, RunConfig),
+            *(RetentionConfig, ReplayConfig, AnchorConfig, PenaltyConfig, RunConfig),
         )
         for option in describe(kind)
     ]
@@ -114,6 +117,19 @@ def parse_recipe(path: str, command_line: dict[str, Any]) -> TrainOptions:
     return _asked({**sources, COMMAND_LINE: command_line})
 
 
+def asked_of(values: dict[str, Any], where: str) -> TrainOptions:
+    """What checked values come to.
+
+    Args:
+        values: option -> value.
+        where: they stand, for messages.
+
+    Raises:
+        FNSFTError: as [`parse_options`].
+    """
+    return _asked({where: values})
+
+
 def _asked(sources: dict[str, dict[str, Any]]) -> TrainOptions:
     """What the sources come to, the weakest first."""
     values: dict[str, Any] = {}
@@ -141,7 +157,7 @@ def _asked(sources: dict[str, dict[str, Any]]) -> TrainOptions:
         config.plan(lora_config=bool(values.get("use_peft")))
         if config.ica_template_path is None:
             config.check_named_networks()
-    kept = (_given(kind, values) for kind in (RetentionConfig, ReplayConfig, AnchorConfig))
+    kept = (_given(kind, values) for kind in (RetentionConfig, ReplayConfig, AnchorConfig, PenaltyConfig))
     result = TrainOptions(values, config, *kept, _protection(values, config), notes)
     _check_effects(result)
     if values.get("push_to_hub") and not values.get("hub_model_id"):
@@ -211,6 +227,8 @@ def _given(kind: type, values: dict[str, Any]) -> Any:
 
 def _protection(values: dict[str, Any], networks: FunctionalNetworkConfig | None) -> ProtectionConfig | None:
     """The directions in which what trains answers as before; `None` without `protect`."""
+    if values.get("forgetting") is not None and values.get("protect") == "none":
+        raise FNSFTError(f"forgetting={values['forgetting']} protects, and protect=none does not; drop one of them")
     found = _given(ProtectionConfig, values)
     if found is None or not found.is_on:
         return None
@@ -280,6 +298,13 @@ def _check_effects(options: TrainOptions) -> None:
             raise FNSFTError(f"{name} freezes the model's weights, which are to train; add use_peft, or drop it")
     if values.get("merge_adapter_with_base") and not options.has_adapter:
         raise FNSFTError("merge_adapter_with_base has nothing to merge, since no adapter trains; drop it")
+    if values.get("adapter_name_or_path"):
+        if not options.has_adapter:
+            raise FNSFTError(
+                "adapter_name_or_path is to be trained on, and no adapter trains; add use_peft, or drop it"
+            )
+        if idle := [name for name in OF_LORA if values.get(name) is not None]:
+            raise FNSFTError(f"{idle[0]} has no effect on adapter_name_or_path, which has its own; drop one of them")
     if values.get("ica_template_output") and options.network_config is None:
         raise FNSFTError("ica_template_output has no template to save in plain fine-tuning; drop it")
     for name, switch in _NEEDS.items():

@@ -14,6 +14,10 @@ class RunConfig:
         FNSFTError: a value that its field does not take.
     """
 
+    adapter_name_or_path: str | None = option(
+        None,
+        "Directory of an adapter of this model, LoRA or neuron deltas, that is trained on, in the place of a new one.",
+    )
     merge_adapter_with_base: bool = option(
         False,
         "After training, merge the adapter into its base model and save the result in `merged/` of the output "

@@ -34,12 +34,31 @@ def read_sources(argv: list[str], known: dict[str, Option]) -> dict[str, dict[st
     """
     known = {"config": _CONFIG, **known}
     words, path = _split(argv, known)
-    sources = {path: _read_config(path, known)} if path is not None else {}
-    sources[COMMAND_LINE] = words
-    return {
-        source: {name: read_value(known[name], value, name) for name, value in written.items()}
-        for source, written in sources.items()
-    }
+    sources = {path: read_mapping(read_yaml(path), known, path)} if path is not None else {}
+    sources[COMMAND_LINE] = {name: read_value(known[name], value, name) for name, value in words.items()}
+    return sources
+
+
+def read_mapping(written: Mapping[str, Any], known: dict[str, Option], where: str) -> dict[str, Any]:
+    """Options that stand in a mapping of a YAML file.
+
+    Args:
+        written: as [`~.written.read_yaml`] gives it.
+        known: the options there are, by name.
+        where: they stand, for messages.
+
+    Returns:
+        Name as it is spelt there -> checked value; null means the default, but for options of TRL.
+
+    Raises:
+        FNSFTError: a name that is not known, or a value that its option cannot have.
+    """
+    for name, value in written.items():
+        if not _knows(name, known) or name == _CONFIG.name:
+            nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
+            raise FNSFTError(f"{where}: there is no option {str(name)!r}{_nearest(name, known)}{nested}")
+    given = {name: value for name, value in written.items() if value is not None or known[name].group in TRL}
+    return {name: read_value(known[name], value, name) for name, value in given.items()}
 
 
 def under_own_names(given: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -143,15 +162,6 @@ def _place(words: list[str], known: dict[str, Option], found: dict[str, Any]) ->
         names = ", ".join(name for name, option in known.items() if option.positional and name == option.name)
         raise FNSFTError(f"{rest[0]!r} is one argument too many: {names} can be given without a name, once each")
     return placed
-
-
-def _read_config(path: str, known: dict[str, Option]) -> dict[str, Any]:
-    settings = read_yaml(path)
-    for name, value in settings.items():
-        if not _knows(name, known) or name == "config":
-            nested = " (options are not nested: write them at the top level)" if isinstance(value, dict) else ""
-            raise FNSFTError(f"{path}: there is no option {str(name)!r}{_nearest(name, known)}{nested}")
-    return {name: value for name, value in settings.items() if value is not None or known[name].group in TRL}
 
 
 def _nearest(name: str, known: dict[str, Option]) -> str:

@@ -1,0 +1,63 @@
+"""PenalizedTrainer: a Trainer whose loss holds penalties that keep what was learnt before."""
+
+from pathlib import Path
+
+import torch
+
+from ..constraints import plain_optimizer
+from ..errors import FNSFTError
+from .anchored import AnchoredTrainer
+from .penalties import Penalties
+
+
+class PenalizedTrainer(AnchoredTrainer):
+    """Trainer with EWC, LwF and O-LoRA beside its own loss, whatever that is.
+
+    Args:
+        penalties ([`Penalties`], *optional*): what is asked for.
+        args, kwargs: those of the trainer that it goes in front of.
+    """
+
+    def __init__(self, *args, penalties: Penalties | None = None, **kwargs) -> None:
+        self.penalties: Penalties | None = None  # until the model is there
+        super().__init__(*args, **kwargs)
+        self.penalties = penalties
+        if penalties is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise FNSFTError(
+                "ewc, lwf and olora do not run sharded (FSDP, DeepSpeed), where no process has a weight as a whole; "
+                "use plain data parallelism, or drop them"
+            )
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the parent's; what an infinite weight keeps is put back after each step."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.penalties is not None:
+            self.penalties.attach(plain_optimizer(optimizer), self.model)
+        return optimizer
+
+    def train(self, *args, **kwargs):
+        """As the parent's; the model is what it was before, until it is trained or a checkpoint is loaded."""
+        if self.penalties is None:
+            return super().train(*args, **kwargs)
+        self.penalties.begin(self)
+        result = super().train(*args, **kwargs)
+        self.penalties.end(self)
+        return result
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """As the parent's; the penalties are added to the loss and its gradient."""
+        kept = dict(inputs) if self.penalties is not None else None
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        return loss if kept is None else loss + self.penalties.step(self, model, kept)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's; after a training, with what the next task needs of it."""
+        super().save_model(output_dir, _internal_call)
+        if self.penalties is not None and self.args.should_save:
+            self.penalties.save(Path(output_dir or self.args.output_dir))
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the parent's; with the mean of each penalty since the last entry."""
+        if "loss" in logs and self.penalties is not None:
+            logs = {**logs, **self.penalties.logged()}
+        super().log(logs, *args, **kwargs)

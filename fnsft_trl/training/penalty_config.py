@@ -1,0 +1,107 @@
+"""PenaltyConfig: what is added to the loss of a task so that earlier ones are kept. Free of torch."""
+
+import math
+from dataclasses import dataclass, fields
+
+from ..errors import FNSFTError
+from ..evaluation.config import named_sources
+from ..fields import check_fields, documented, option
+
+
+INFINITE = "inf"  # the weight of a penalty that nothing may outweigh
+
+_OF_EWC = ("ewc_datasets", "ewc_from")
+
+
+@documented
+@dataclass
+class PenaltyConfig:
+    """
+    EWC, LwF and O-LoRA: penalties beside the loss of a task, by which what was learnt before it is kept.
+
+    Raises:
+        FNSFTError: a value that its field does not take, or one that has no effect beside the others.
+    """
+
+    ewc: float | str | None = option(
+        None,
+        "Weight of elastic weight consolidation: half of it times the Fisher information of earlier rows times the "
+        "square of how far each weight is from where it was, summed over all that train. `inf` keeps every weight "
+        "that counts for them where it was.",
+        above=0,
+    )
+    ewc_datasets: list[str] | None = option(
+        None,
+        "Rows of earlier tasks on which the Fisher information is measured before the training: `source` or "
+        "`name=source`, in any format that is trained.",
+    )
+    ewc_from: str | None = option(
+        None,
+        "Directory of an earlier run with `ewc_save`: its Fisher information, and the weights that it belongs to.",
+    )
+    ewc_save: bool = option(
+        False,
+        "Measure after the training how much each weight counts for its rows, and save that, with what `ewc_from` "
+        "held, in `ewc/` of the output directory, for the `ewc_from` of the run on the next task.",
+    )
+    ewc_rows: int = option(200, "Rows of each source on which the Fisher information is measured.", least=1)
+    lwf: float | None = option(
+        None,
+        "Weight of learning without forgetting: the cross-entropy of what the model before this training answers to "
+        "the rows of the task, by the model in training.",
+        above=0,
+    )
+    lwf_temperature: float = option(
+        2.0, "With `lwf`: the temperature of both distributions; 2 as in its paper.", above=0
+    )
+    olora: float | str | None = option(
+        None,
+        "Weight of O-LoRA: the squared products of the factors A of LoRA with those of `olora_adapters`, summed. "
+        "`inf` keeps them orthogonal to these exactly, by a projection after each step.",
+        above=0,
+    )
+    olora_adapters: list[str] | None = option(
+        None, "Directories of the LoRA adapters of earlier tasks, which the model in training holds merged."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("ewc_datasets", "olora_adapters"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        check_fields(self)
+        for name in ("ewc", "olora"):
+            if isinstance(getattr(self, name), str) and getattr(self, name) != INFINITE:
+                raise FNSFTError(f"{name} is {getattr(self, name)!r}; it must be a number above 0, or {INFINITE}")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        has_earlier = self.ewc_datasets is not None or self.ewc_from is not None
+        if self.ewc is not None and not has_earlier:
+            raise FNSFTError("ewc has no effect without rows of earlier tasks: give ewc_datasets or ewc_from")
+        idle = [name for name in given if name in _OF_EWC and self.ewc is None]
+        if self.ewc is None and not self.ewc_save and "ewc_rows" in given:
+            idle.append("ewc_rows")
+        if idle and not (idle == ["ewc_from"] and self.ewc_save):
+            raise FNSFTError(f"{idle[0]} has no effect without ewc, the weight of the penalty; give one")
+        if "lwf_temperature" in given and self.lwf is None:
+            raise FNSFTError("lwf_temperature has no effect without lwf, the weight of the penalty; give one")
+        if (self.olora is None) != (self.olora_adapters is None):
+            lacking = "olora_adapters, the adapters of earlier tasks" if self.olora else "olora, the weight"
+            raise FNSFTError(f"{'olora' if self.olora else 'olora_adapters'} has no effect without {lacking}; give it")
+        self.sources()
+
+    @property
+    def ewc_weight(self) -> float:
+        """Of EWC; infinite for `inf`."""
+        return math.inf if self.ewc == INFINITE else float(self.ewc or 0)
+
+    @property
+    def olora_weight(self) -> float:
+        """Of O-LoRA; infinite for `inf`."""
+        return math.inf if self.olora == INFINITE else float(self.olora or 0)
+
+    def sources(self) -> dict[str, str]:
+        """Name -> source of the rows of earlier tasks.
+
+        Raises:
+            FNSFTError: a name that stands twice, or cannot be found.
+        """
+        return named_sources("ewc_datasets", self.ewc_datasets or ())

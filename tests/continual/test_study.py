@@ -1,0 +1,146 @@
+"""A continual run: every method through order 1, killed and resumed, and what it says where something is wrong."""
+
+import json
+
+import pytest
+import torch
+from small_experiment import killed_after
+from small_study import LORA, SHARED, TASKS, arms_with_networks, every_arm, make_plan, report, run
+
+from fnsft_trl.cli import main
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A forked process cannot use the threads of its parent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_order_1_of_the_four_tasks_with_every_method(tmp_path, model_dir, capsys, log):
+    arms = every_arm(tmp_path)
+    plan = make_plan(tmp_path, model_dir, arms, single=False)
+    assert run(plan, tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["outcomes"]
+    assert [each["arm"] for each in found] == list(arms)
+    printed = capsys.readouterr().out
+    for each in found:
+        stages = 1 if each["arm"] == "multitask" else len(TASKS)
+        assert [len(row) for row in each["mean"]] == [len(TASKS)] * (stages + 1)
+        assert each["mean"][0] == found[0]["mean"][0]  # the model before training is one
+        assert len(each["retention"]["general"][0]) == stages
+        assert each["arm"] in printed
+    free = next(each["free"] for each in found if each["arm"] == "grows")
+    assert [stage["fewest"] for stage in free] == sorted([stage["fewest"] for stage in free], reverse=True)
+    assert len(free) == len(TASKS) - 1
+    assert free[0]["fewest"] < free[0]["of"]
+    assert log.text.count("are free for later stages") == 2 * (len(TASKS) - 1)  # of two arms that grow
+
+
+@pytest.mark.slow
+def test_networks_are_found_once_for_each_task_or_on_what_was_learnt(tmp_path, model_dir):
+    plan = make_plan(tmp_path, model_dir, arms_with_networks(tmp_path), orders=[["dbpedia", "agnews"]], single=False)
+    assert run(plan, tmp_path / "out") == 0
+    cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").open()]
+    networks = {cell["arm"]: cell["networks"] for cell in cells}
+    assert networks["once/dbpedia"] == networks["once/dbpedia-agnews"] == networks["so_far/dbpedia"]
+    others = [networks[f"{arm}/dbpedia-agnews"] for arm in ("once", "per_task", "so_far")]
+    assert len({*others, networks["per_task/dbpedia"]}) == 4
+    assert all(cell["trained"]["method"] == "neuron_delta" for cell in cells)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_three_points_gives_the_same_matrix(tmp_path, model_dir):
+    arms = {name: every_arm(tmp_path)[name] for name in ("ewc", "grows_lora")}
+    plan = make_plan(tmp_path, model_dir, arms, orders=[["dbpedia", "amazon"]], max_steps=1)
+    assert run(plan, tmp_path / "whole") == 0
+    finished = []
+    for events in (8, 60, 110, 160, 210):
+        if len(finished) >= 3 and 0 < finished[-1] < 6:
+            break
+        assert killed_after(events, plan, tmp_path / "killed", start=run), events
+        cells = tmp_path / "killed" / "cells.jsonl"
+        finished.append(len(cells.read_text().splitlines()) if cells.exists() else 0)
+    assert finished == sorted(finished)  # nothing that was finished is lost
+    assert 0 < finished[-1] < 6
+    assert run(plan, tmp_path / "killed") == 0
+    assert report(tmp_path / "killed") == report(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir):
+    """A plan of two stages, done."""
+    place = tmp_path_factory.mktemp("study")
+    plan = make_plan(place, model_dir, {"full": {"learning_rate": 1e-3}}, orders=[["dbpedia", "amazon"]], max_steps=1)
+    assert run(plan, place / "out") == 0
+    return place
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_done_again_and_models_that_are_done_with_go(finished, monkeypatch):
+    before = report(finished / "out")
+    arms = finished / "out" / "arms" / "full"
+    assert sorted(path.name for path in arms.iterdir()) == ["amazon", "dbpedia", "dbpedia-amazon"]
+    kept = {path.parent.parent.name for path in arms.rglob("model.safetensors")}
+    assert kept == {"dbpedia-amazon"}
+    with monkeypatch.context() as patch:
+        patch.setattr("fnsft_trl.experiments.runner.train_and_score", None)
+        assert run(finished / "plan.yaml", finished / "out") == 0
+    assert report(finished / "out") == before
+    cells = finished / "out" / "cells.jsonl"
+    cells.write_text("".join(line for line in cells.open() if '"full/dbpedia-amazon"' not in line))
+    assert run(finished / "plan.yaml", finished / "out") == 0  # for which the first stage is trained again
+    assert report(finished / "out") == before
+
+
+@pytest.mark.slow
+def test_a_plan_that_has_changed_is_refused_or_trained_anew(finished, capsys):
+    plan, out = finished / "plan.yaml", finished / "out"
+    assert run(plan, out, "--max_length", "40") == 2
+    assert "max_length was 48 and is now 40" in capsys.readouterr().err
+    rows = (finished / "amazon-train.jsonl").read_text()
+    (finished / "amazon-train.jsonl").write_text(rows.replace("am Say", "am Tell"))
+    assert run(plan, out) == 2
+    assert "amazon-train.jsonl is not what it was" in capsys.readouterr().err
+    (finished / "amazon-train.jsonl").write_text(rows)
+    assert run(plan, out, "--restart") == 0
+
+
+def test_a_wrong_column_is_one_line_before_a_model_is_loaded(tmp_path, model_dir, capsys, monkeypatch):
+    plan = make_plan(tmp_path, model_dir, {"lora": LORA})
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(tasks.read_text().replace("{title}", "{titel}", 1))
+    monkeypatch.setattr("fnsft_trl.cli.continual.check_model", None)
+    assert run(plan, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if "error:" in line]
+    assert "dbpedia-train.jsonl has no column 'titel' (it has title, content, label); did you mean 'title'?" in line
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
+
+
+def test_a_share_that_replays_nothing_is_one_line(tmp_path, model_dir, capsys):
+    plan = make_plan(tmp_path, model_dir, {"replay_1": {**LORA, "replay": 0.01}})
+    assert run(plan, tmp_path / "out") == 2
+    assert "arm replay_1 replays 0.01 of each batch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stage_is_the_run_of_fnsft_train_that_its_options_say(tmp_path, model_dir):
+    """The second stage of sequential LoRA by hand: the same weights, with a fresh optimizer and schedule."""
+    plan = make_plan(tmp_path, model_dir, {"lora": LORA}, orders=[["dbpedia", "amazon"]], single=False)
+    assert run(plan, tmp_path / "out") == 0
+    folder, rows = tmp_path / "out" / "arms" / "lora", tmp_path / "out" / "tasks"
+    words = [
+        word for name, value in SHARED.items() for word in (f"--{name}", str(value)) if name != "retention_tokens"
+    ]
+    words += ["--model_name_or_path", str(model_dir), "--use_peft", "--seed", "0", "--save_strategy", "no"]
+    words += ["--adapter_name_or_path", str(folder / "dbpedia" / "seed-0")]
+    words += ["--dataset_name", str(rows / "amazon-train.jsonl"), "--output_dir", str(tmp_path / "hand")]
+    assert main(["train", *words]) == 0
+    file = "adapter_model.safetensors"
+    by_hand = (tmp_path / "hand" / file).read_bytes()
+    assert by_hand == (folder / "dbpedia-amazon" / "seed-0" / file).read_bytes()
+    assert by_hand != (folder / "dbpedia" / "seed-0" / file).read_bytes()
