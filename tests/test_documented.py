@@ -23,9 +23,15 @@ HAND_WRITTEN = [page for page in sorted((ROOT / "docs").glob("*.md")) if page !=
 
 @pytest.fixture(scope="module")
 def shown() -> set[str]:
-    """The names that stand as code in hand-written pages."""
-    text = "\n".join(page.read_text() for page in HAND_WRITTEN)
-    return {word for code in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL) for word in re.findall(r"\w+", code)}
+    """The words that stand in code in hand-written pages."""
+    return {word for page in HAND_WRITTEN for code in _codes(page.read_text()) for word in re.findall(r"\w+", code)}
+
+
+def _codes(text: str) -> list[str]:
+    """The blocks of code of a page, and the code in its lines."""
+    fence = re.compile(r"^( *)```.*?^\1```$", flags=re.MULTILINE | re.DOTALL)
+    inline = [code for part in re.split(r"\n\s*\n", fence.sub("", text)) for code in re.findall(r"`[^`]+`", part)]
+    return inline + [block[0] for block in fence.finditer(text)]
 
 
 @pytest.mark.parametrize("verb", VERBS)
