@@ -12,10 +12,11 @@ NOT_YET_HELD = {"forgetting.md", "continual.md", "probes.md", "serving.md"}
 HELD = [page for page in PAGES if page.name not in NOT_YET_HELD]
 LONGEST, MEDIAN = 40, 15
 
-# What is no prose: code, comments, tables, headings, pictures.
+# What is no prose: code, comments, quotes, tables, headings, pictures.
 NO_PROSE = [
     (r"^( *)```.*?^\1```$", ""),
     (r"<!--.*?-->", ""),
+    (r"^>.*$", ""),
     (r"(?:(?<=\n\n)|\A)(?: {4}.*\n+)+", "\n"),
     (r"^ *\|.*$", ""),
     (r"^#.*$", ""),
