@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import RANDOM_SELECTORS
 from ..errors import FNSFTError
 from ..occupied import REPORT
 from ..report.figures import check_pyplot
@@ -192,11 +193,18 @@ def _placed(sources: dict[str, str], output: Path) -> dict[str, str]:
 
 def _trainer(staged, stage: "Stage", rows, held_out, epochs, output: Path, seed: int, directory: Path, template):
     """The trainer of a cell."""
+    from ..continual.stages import stage_seed
     from ..continual.study import folder_of
 
     values = staged.options(stage, lambda each: folder_of(output, staged.name, each, seed), rows)
     if epochs is not None and (values.get("max_steps") or -1) < 0:
         values["num_train_epochs"] = epochs
+    if staged.merges:
+        # Of the new adapter alone: rows and random neurons are drawn as in all stages.
+        values.setdefault("data_seed", seed)
+        if values.get("ica_select") in RANDOM_SELECTORS:
+            values.setdefault("ica_seed", seed)
+        seed = stage_seed(seed, stage)
     return cell_trainer(asked_of(values, f"arm {staged.name}"), held_out, seed, directory, template)
 
 

@@ -1,5 +1,6 @@
 """stage_options: the options of `fnsft train` with which an arm trains one stage. Free of torch."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,17 @@ class StagedArm:
             given = {name: value for name, value in given.items() if name not in _OF_GENERAL}
             given["protect_basis"] = str(before / GROWN_DIR)
         return given
+
+
+def stage_seed(seed: int, stage: Stage) -> int:
+    """The seed from which a stage with a new adapter draws it: that of the sequence in the first stage, another in each
+    later one. With the same one each adapter would begin in the directions of the one before.
+
+    Args:
+        seed: of the sequence.
+        stage: that is to be trained.
+    """
+    return seed if stage.before is None else random.Random(f"{seed} {stage.number}").getrandbits(32)
 
 
 def first_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class ContinualStudy:
         begin with the same tasks share these stages.
 
         Args:
-            seeds: of the trainings; every stage of a sequence has that of the sequence.
+            seeds: of the sequences; a stage with a new adapter draws its own from that ([`stage_seed`]).
             directory: where all goes; an older run in it goes on.
             jobs, restart: as in [`run_experiment`].
             keep_models: whether whole models of stages that others have gone on from are kept.

@@ -8,6 +8,13 @@ from small_experiment import killed_after
 from small_study import LORA, SHARED, TASKS, arms_with_networks, every_arm, make_plan, report, run
 
 from fnsft_trl.cli import main
+from fnsft_trl.cli.continual import _study
+from fnsft_trl.cli.plans import PlanFile
+from fnsft_trl.continual import Task
+from fnsft_trl.continual.plan import Stage
+from fnsft_trl.continual.stages import stage_seed
+from fnsft_trl.continual.study import folder_of
+from fnsft_trl.training.orthogonal import lora_factors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +132,22 @@ def test_a_share_that_replays_nothing_is_one_line(tmp_path, model_dir, capsys):
     plan = make_plan(tmp_path, model_dir, {"replay_1": {**LORA, "replay": 0.01}})
     assert run(plan, tmp_path / "out") == 2
     assert "arm replay_1 replays 0.01 of each batch" in capsys.readouterr().err
+
+
+def test_a_new_adapter_begins_in_other_directions_than_the_one_before(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.cli.continual.check_model", lambda asked: None)
+    plan = make_plan(tmp_path, model_dir, {"new": {**LORA, "adapter": "new"}, "same": LORA})
+    file = PlanFile.read(str(plan), {})
+    study = _study(file, [Task.read(name, config) for name, config in file.tasks.items()], tmp_path)
+    first, second = Stage((("dbpedia",),)), Stage((("dbpedia",), ("amazon",)))
+    merged = folder_of(tmp_path, "new", first, 3) / "merged"
+    merged.parent.mkdir(parents=True)
+    merged.symlink_to(model_dir)
+    trainers = [study.make_arm("new", stage).trainer(3, tmp_path / stage.name, None) for stage in (first, second)]
+    one, two = (torch.cat([a.flatten() for a in lora_factors(trainer.model).values()]) for trainer in trainers)
+    assert abs(float(torch.cosine_similarity(one, two, dim=0))) < 0.3
+    assert [trainer.args.data_seed for trainer in trainers] == [3, 3]
+    assert stage_seed(3, second) != stage_seed(4, second)
 
 
 @pytest.mark.slow
