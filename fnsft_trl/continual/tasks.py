@@ -121,7 +121,8 @@ def _drawn(train: Dataset, test: Dataset, config: TaskConfig, draw: random.Rando
     trained = order[: config.train_rows]
     if not trained or not scored:
         raise FNSFTError(f"{config.dataset} has {len(train)} rows to train and {len(test)} to score; it needs both")
-    return train.select(sorted(trained)), test.select(sorted(scored))
+    # As they are drawn: of rows that are sorted by their label, the first ones must not have one label alone.
+    return train.select(trained), test.select(sorted(scored))
 
 
 def _rows(part: Dataset, config: TaskConfig, labels: Mapping[str, str] | None) -> Iterator[dict[str, str]]:

@@ -37,6 +37,14 @@ def test_rows_are_what_their_columns_say(data, tmp_path):
     assert len(test.read_text().splitlines()) == 5
 
 
+def test_the_first_rows_of_a_sorted_dataset_are_of_all_labels(data, tmp_path):
+    """Replay, Fisher information and directions are of the first rows of a task."""
+    rows = [{"title": f"t{n}", "body": "x", "label": n // 20} for n in range(60)]
+    (tmp_path / "sorted.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = Task.read("topics", config(str(tmp_path / "sorted.jsonl"), test_rows=6))
+    assert {row["completion"] for row in task.train[:12]} == {" A", " B", " C"}
+
+
 def test_labels_that_the_data_names_are_taken(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     rows = Dataset.from_dict({"text": ["x", "y", "z", "w"], "label": [0, 1, 1, 0]}, features=features)
