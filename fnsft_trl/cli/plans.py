@@ -105,6 +105,9 @@ class PlanFile:
             arm: _staged(arm, ways[arm], options or {}, shared, command_line, known)
             for arm, options in found_arms.items()
         }
+        for arm in staged.values():
+            _check_later(arm, plan)
+            _check_epochs(arm, plan, every)
         for switches, names in _SWITCHED:
             for name in names:
                 if name in command_line and not any(
@@ -160,6 +163,25 @@ def _staged(arm: str, way: Way, written: dict, shared, command_line, known: dict
     if config is not None:
         method = config.plan(lora_config=bool(values.get("use_peft"))).method
     return StagedArm(arm, way, values, method, config is not None)
+
+
+def _check_later(arm: StagedArm, plan: Plan) -> None:
+    """What the last stage of each order sets must be understood too, before the first one is trained."""
+    rows = dict.fromkeys(plan.tasks, Path(PLACEHOLDER))
+    for order in plan.orders:
+        last = plan.stages(arm.name, order)[-1]
+        if last.before is not None:
+            train_options(arm.options(last, lambda each: Path(each.name), rows), f"arm {arm.name}")
+
+
+def _check_epochs(arm: StagedArm, plan: Plan, tasks: Mapping[str, TaskConfig]) -> None:
+    """What trains all tasks at once trains all of them for as many epochs."""
+    for order, names in plan.orders.items() if arm.way.multitask and (arm.values.get("max_steps") or -1) < 0 else ():
+        if len(epochs := {tasks[name].epochs for name in names}) > 1:
+            raise FNSFTError(
+                f"arm {arm.name} trains the tasks of {order} at once, and their epochs differ ("
+                f"{', '.join(map(str, epochs))}); give all of them the same, or the arm max_steps"
+            )
 
 
 def _tasks(written: Any, folder: Path) -> dict[str, TaskConfig]:

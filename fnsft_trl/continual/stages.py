@@ -18,7 +18,7 @@ _OF_NEW_ADAPTER = ("lora_", "use_rslora", "use_dora")  # how these begin
 _AFTER_FIRST = ("ewc", "lwf", "lwf_temperature", "olora")
 
 # What has no effect in one stage alone.
-_IN_SEQUENCE = ("replay", "protect_grows", "adapter", "networks", "ewc", "lwf", "olora")
+_IN_SEQUENCE = ("replay", "protect_grows", "adapter", "networks", *_AFTER_FIRST)
 _OF_GENERAL = ("protect_datasets", "protect_shares", "protect_tokens", "protect_dims")
 
 
@@ -81,7 +81,8 @@ class StagedArm:
             )
         if self.merges and (values.get("load_in_4bit") or values.get("load_in_8bit")):
             raise FNSFTError("the adapter of each stage is merged, and quantised weights would be rounded; load in 16")
-        if way.multitask and (idle := [name for name in _IN_SEQUENCE if values.get(name) or getattr(way, name, None)]):
+        given = {**vars(way), **values}
+        if way.multitask and (idle := [name for name in _IN_SEQUENCE if given.get(name) not in (None, False)]):
             raise FNSFTError(f"{idle[0]} has no effect with multitask, which has one stage; drop it")
 
     @property

@@ -41,6 +41,17 @@ class ReplayConfig:
         """
         return named_sources("replay_datasets", self.replay_datasets or ())
 
+    def check_sampling(self, strategy: str) -> None:
+        """Refuse an order of rows (`train_sampling_strategy`) beside that of the replay.
+
+        Raises:
+            FNSFTError: it is not random.
+        """
+        if strategy != "random":
+            raise FNSFTError(
+                f"replay_datasets draw the rows of each batch themselves; drop train_sampling_strategy={strategy}"
+            )
+
 
 @documented
 @dataclass

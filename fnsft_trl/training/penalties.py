@@ -33,11 +33,8 @@ class Penalties:
 
     def __init__(self, config: PenaltyConfig, args) -> None:
         self.config = config
-        if getattr(args, "packing", False) and (config.ewc_save or config.lwf is not None):
-            name = "ewc_save" if config.ewc_save else "lwf"
-            raise FNSFTError(f"{name} reads rows one by one, and packing joins them; drop packing, or {name}")
-        if getattr(args, "padding_free", False) and config.lwf is not None:
-            raise FNSFTError("lwf reads the rows of a batch, and padding_free joins them; drop one of them")
+        joined = {name: bool(getattr(args, name, False)) for name in ("packing", "padding_free")}
+        config.check_batches(**joined)
         is_elastic = config.ewc is not None or config.ewc_save
         self.elastic = ElasticWeights(config) if is_elastic else None
         self.answers = EarlierAnswers(config) if config.lwf is not None else None

@@ -88,6 +88,34 @@ class PenaltyConfig:
             raise FNSFTError(f"{'olora' if self.olora else 'olora_adapters'} has no effect without {lacking}; give it")
         self.sources()
 
+    def check_batches(self, *, packing: bool, padding_free: bool) -> None:
+        """Refuse batches that penalties cannot read.
+
+        Args:
+            packing: whether rows are joined to fill a length.
+            padding_free: whether those of a batch are joined.
+
+        Raises:
+            FNSFTError: one that is asked for reads rows one by one.
+        """
+        if packing and (self.ewc_save or self.lwf is not None):
+            name = "ewc_save" if self.ewc_save else "lwf"
+            raise FNSFTError(f"{name} reads rows one by one, and packing joins them; drop packing, or {name}")
+        if padding_free and self.lwf is not None:
+            raise FNSFTError("lwf reads the rows of a batch, and padding_free joins them; drop one of them")
+
+    def check_protection(self, *, is_protected: bool) -> None:
+        """Refuse a projection of what trains (`protect`) beside that of an infinite O-LoRA.
+
+        Raises:
+            FNSFTError: each of the two would undo the other.
+        """
+        if is_protected and math.isinf(self.olora_weight):
+            raise FNSFTError(
+                "olora=inf and protect each project what trains after a step, and undo one another; give olora a "
+                "number, or drop one"
+            )
+
     @property
     def ewc_weight(self) -> float:
         """Of EWC; infinite for `inf`."""

@@ -90,11 +90,7 @@ class Replay:
             raise FNSFTError(
                 "replay_datasets need rows that can be counted, and the training data is streamed; drop one"
             )
-        strategy = getattr(args, "train_sampling_strategy", "random")
-        if strategy != "random":
-            raise FNSFTError(
-                f"replay_datasets draw the rows of each batch themselves; drop train_sampling_strategy={strategy}"
-            )
+        self.config.check_sampling(getattr(args, "train_sampling_strategy", "random"))
         if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
             raise FNSFTError("replay_datasets are prepared as the training data is; drop skip_prepare_dataset")
 

@@ -305,6 +305,12 @@ def _check_effects(options: TrainOptions) -> None:
             )
         if idle := [name for name in OF_LORA if values.get(name) is not None]:
             raise FNSFTError(f"{idle[0]} has no effect on adapter_name_or_path, which has its own; drop one of them")
+    if options.penalties is not None:
+        joined = {name: bool(values.get(name)) for name in ("packing", "padding_free")}
+        options.penalties.check_batches(**joined)
+        options.penalties.check_protection(is_protected=options.protection is not None)
+    if options.replay is not None:
+        options.replay.check_sampling(values.get("train_sampling_strategy", "random"))
     if values.get("ica_template_output") and options.network_config is None:
         raise FNSFTError("ica_template_output has no template to save in plain fine-tuning; drop it")
     for name, switch in _NEEDS.items():
