@@ -47,11 +47,14 @@ def finish_stage(
         directory: the folder of the cell, `ARM/STAGE/seed-N`.
 
     Returns:
-        `tasks`: name -> what [`score_task`] gives; `free`: of growing directions, how many are left.
+        `tasks`: name -> what [`score_task`] gives; `free`: of growing directions, how many are left; `overlap`:
+        of O-LoRA, see [`OrthogonalFactors.overlap`].
     """
     work = works[f"{directory.parent.parent.name}/{directory.parent.name}"]
     found: dict[str, Any] = {"tasks": score_tasks(trainer.model, _tokenizer(trainer), tasks, trainer.args)}
     if work.grows:
+    if trainer.penalties is not None and trainer.penalties.factors is not None:
+        found["overlap"] = round(trainer.penalties.factors.overlap(trainer.model), 6)
         kept, text = trainer.protection.bases.kept, text_of(trainer.task_dataset, work.tokens)
         grown = GrowingDirections.after(kept, trainer.model, text, dims=work.dims)
         grown.save(directory)

@@ -24,7 +24,10 @@ class Outcome:
         transfers (`list[dict]`): of each seed, what [`Transfer`] says; in multitask the average alone.
         retention (`dict[str, list[list[float]]]`): name of a general text -> of each seed, how much its cross-entropy
             has risen over the model before training after each stage, in nats per token.
-        free (`list[dict] or None`): of growing protection, the directions that are left after each stage but the last.
+        free (`list[dict] or None`): of growing protection, the directions that are left after each stage but the last,
+            with the first seed.
+        overlap (`list[list[float]]`): of O-LoRA, of each seed, the largest cosine of a row of A of each stage but the
+            first with one of an earlier stage.
     """
 
     arm: str
@@ -35,6 +38,7 @@ class Outcome:
     transfers: list[dict[str, float | None]]
     retention: dict[str, list[list[float]]]
     free: list[dict[str, Any]] | None
+    overlap: list[list[float]]
 
     def mean(self) -> list[list[float]]:
         """The mean matrix over seeds."""
@@ -60,6 +64,7 @@ class Outcome:
             "transfer": self.transfers,
             "retention": self.retention,
             "free": self.free,
+            "overlap": self.overlap,
         }
 
 
@@ -80,7 +85,7 @@ def outcomes(
 
 def _outcome(plan: Plan, arm: str, order: str, base, cells, seeds) -> Outcome:
     names, stages, way = plan.orders[order], plan.stages(arm, order), plan.ways[arm]
-    matrices, transfers, retention, free = [], [], {}, None
+    matrices, transfers, retention, free, overlap = [], [], {}, None, []
     for seed in seeds:
         of_stages = [cells[stage_name(arm, stage), seed] for stage in stages]
         scores = [[scored(base)[name] for name in names]]
@@ -97,7 +102,8 @@ def _outcome(plan: Plan, arm: str, order: str, base, cells, seeds) -> Outcome:
             retention.setdefault(text, []).append(rises)
         grown = [cell["also"]["free"] for cell in of_stages if "free" in cell["also"]]
         free = grown if grown and free is None else free
-    return Outcome(arm, order, names, way.multitask, matrices, transfers, retention, free)
+        overlap.append([cell["also"]["overlap"] for cell in of_stages if "overlap" in cell["also"]])
+    return Outcome(arm, order, names, way.multitask, matrices, transfers, retention, free, overlap)
 
 
 _MEASURES = ("average", "backward", "forward_to_single", "forward_to_base", "forgetting")

@@ -104,6 +104,7 @@ def _order(page: Report, order: str, found: Sequence[Outcome]) -> str:
             picture = stages_figure(rises, measure=f"rise of the cross-entropy of {text}, nats per token")
             page.figure(f"retention-{text}-{order}", picture, told)
     _free(page, found)
+    _overlap(page, found)
     return f"{order}: {', '.join(names)}\n{format_table(header, rows)}"
 
 
@@ -117,6 +118,21 @@ def _free(page: Report, found: Sequence[Outcome]) -> None:
     if rows:
         page.text("Directions that growing protection leaves free, at the input with the smallest share of them:")
         page.table(["arm", "after stage", "free", "share", "inputs with under a tenth"], rows)
+
+
+def _overlap(page: Report, found: Sequence[Outcome]) -> None:
+    """How far adapters of O-LoRA read what earlier ones read."""
+    rows = [
+        [each.arm, str(number), spread(list(of_stage))]
+        for each in found
+        for number, of_stage in enumerate(zip(*each.overlap, strict=True), 2)
+    ]
+    if rows:
+        page.text(
+            "The largest cosine between a row of A of a stage and one of an earlier stage, over all modules: 0 where "
+            "all are orthogonal."
+        )
+        page.table(["arm", "stage", "overlap"], rows)
 
 
 def _shown(options: Mapping[str, Any]) -> str:

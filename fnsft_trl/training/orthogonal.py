@@ -6,6 +6,10 @@ the rows of the earlier A_i, shape (r_i, in), and those of A_t, shape (r, in), o
 
     L = L_task + w sum over i of || A_i A_t^T ||^2  (the sum of the squared entries).
 
+The paper's scripts sum the absolute values instead, with a weight of 0.5. Entries of a fresh A lie evenly between
+-1 / sqrt(in) and 1 / sqrt(in), so that two rows have a product of about 1 / (3 sqrt(in)), and w = 0.75 sqrt(in) begins
+with the gradient of the scripts.
+
 With an infinite weight, A_t is projected off the span of the earlier rows at its start and after each step, which is
 where a growing weight leads.
 """

@@ -81,7 +81,8 @@ def every_arm(directory: Path) -> dict:
         "replay": {**LORA, "replay": 0.25},
         "ewc": {**LORA, "ewc": 100.0, "ewc_rows": 4},
         "lwf": {"learning_rate": 1e-3, "lwf": 1.0},
-        "olora": {**LORA, "olora": 0.5},
+        "new": {**LORA, "adapter": "new"},
+        "olora": {**LORA, "olora": 20.0},
         "multitask": {**LORA, "multitask": True},
         "grows": {"learning_rate": 1e-3, "protect": "subspace", "protect_datasets": kept, "protect_dims": 2}
         | {"protect_grows": True, "protect_tokens": 64},

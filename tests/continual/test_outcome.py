@@ -17,7 +17,9 @@ def scores(**found):
 def cell(arm, seed, nll, base_nll, **found):
     """Of general text with 4 and 6 tokens."""
     text = {"sequence_tokens": [4, 6], "base_nll": base_nll, "nll": nll, "sha256": "x"}
-    also = scores(**found) | ({"free": FREE} if arm == "grows/a" else {})
+    also = scores(**found) | (
+        {"free": FREE} if arm == "grows/a" else {"overlap": 0.25 + seed} if arm == "grows/a-b" else {}
+    )
     prompts = {**text, "sha256": arm}  # of each stage's own task
     return {"arm": arm, "seed": seed, "also": also, "retention": {"wiki": text, "task": prompts}}
 
@@ -51,6 +53,7 @@ def test_matrices_transfer_and_what_general_text_has_lost(found):
     assert grows.retention == {"wiki": [pytest.approx([0.1, 0.4])] * 2}  # from the first stage's base, and no prompts
     assert grows.lost("wiki") == pytest.approx([0.4, 0.4])
     assert grows.free == [FREE]
+    assert (grows.overlap, every.overlap) == ([[0.25], [1.25]], [[], []])
     assert (every.of_seeds("average"), every.of_seeds("backward")) == (pytest.approx([0.8, 0.8]), [])
     assert spread([0.5, 0.7]) == "0.600 ± 0.141"
     assert (spread([]), spread([0.5])) == ("-", "0.500")
@@ -65,7 +68,15 @@ def test_the_report_shows_all_of_it_and_is_the_same_for_the_same_cells(found, tm
     assert "forth: a, b" in printed
     assert "0.600 ± 0.071" in printed
     page = (tmp_path / "one" / "report.md").read_text()
-    for part in ("matrix-forth.png", "average-forth.png", "retention-wiki-forth.png", "3 of 10", "30%", "+0.400"):
+    for part in (
+        "matrix-forth.png",
+        "average-forth.png",
+        "retention-wiki-forth.png",
+        "3 of 10",
+        "30%",
+        "+0.400",
+        "0.750 ± 0.707",
+    ):
         assert part in page
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     assert results["outcomes"][0]["mean"][1] == [0.8, 0.3]
