@@ -1,6 +1,6 @@
 """LoRA and full fine-tuning held to a NeuronMask, exactly: every neuron outside it stays bit-identical."""
 
-from .frozen import FrozenSlices
+from .frozen import FrozenSlices, zero_frozen_gradients
 from .full import check_optimizer_name, constrain_full, freeze_neurons
 from .lora import constrain_lora, factor_slices, reached_neurons
 from .lora_config import check_lora_config, set_lora_targets
@@ -22,4 +22,5 @@ __all__ = [
     "reached_neurons",
     "set_lora_targets",
     "trainable_neurons",
+    "zero_frozen_gradients",
 ]

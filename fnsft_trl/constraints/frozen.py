@@ -77,6 +77,12 @@ class FrozenSlice:
             )
         self._written = self._mark()
 
+    def zero_gradient(self) -> None:
+        """Zero the gradient of the positions, where the parameter has one."""
+        if self.parameter.grad is not None:
+            gradient = _local(self.parameter.grad)
+            (gradient if self.shape is None else gradient.view(self.shape)).masked_fill_(self.mask, 0)
+
     def restore(self) -> None:
         """Write the noted values."""
         write_positions(self.view, self.dims, self.positions, self.values)
@@ -241,6 +247,14 @@ class FrozenSlices:
             if frozen.shape is not None:
                 mask = mask.expand(frozen.shape).reshape(frozen.parameter.shape)
             clear_momenta(optimizer, frozen.parameter, mask)
+
+
+@torch.no_grad()
+def zero_frozen_gradients(model: nn.Module) -> None:
+    """Zero what was added to the gradients of a model's frozen positions by other means than a backward pass."""
+    for holder in {_HOLDERS[module] for module in model.modules() if module in _HOLDERS}:
+        for frozen in holder.slices:
+            frozen.zero_gradient()
 
 
 def check_freezable(parameter: torch.Tensor, dims: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import FNSFTError
+from ..constraints import zero_frozen_gradients
 from .earlier_answers import EarlierAnswers
 from .elastic import ElasticWeights
 from .orthogonal import OrthogonalFactors
@@ -82,6 +82,7 @@ class Penalties:
 
     def end(self, trainer) -> None:
         """Measure after the training what the next task needs."""
+        zero_frozen_gradients(trainer.model)
         if self.config.ewc_save:
             self.elastic.end(trainer)
             self._is_measured = True
