@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from ..data.cells import UnusableRow
 from ..data.sources import load_texts
 from ..errors import FNSFTError
 from ..evaluation.rows import EvaluationRow, RowReader, read_rows
+from ..interventions.masking import masks_off
 from ..writing import written_whole
 from .penalty_config import PenaltyConfig
 from .replay import first_rows
@@ -35,6 +37,7 @@ from .replay import first_rows
 EWC_DIR = "ewc"  # beside the weights of a run that saves it
 
 _FILE = "fisher.safetensors"
+_NOTHING = 1e-30  # F of a weight that counts for nothing
 
 
 class ElasticWeights:
@@ -47,6 +50,7 @@ class ElasticWeights:
         fisher (`dict[str, torch.Tensor]`): name of a parameter -> F of its entries, not negative; empty before
             [`begin`], and where nothing came before.
         center (`dict[str, torch.Tensor]`): the same -> c.
+        measured (`tuple` or `None`): both, with the task of this training, once [`end`] has measured it.
 
     Raises:
         FNSFTError: a source cannot be read, or holds no row.
@@ -57,6 +61,7 @@ class ElasticWeights:
         self.weight = config.ewc_weight
         self.fisher: dict[str, torch.Tensor] = {}
         self.center: dict[str, torch.Tensor] = {}
+        self.measured: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
         sources = config.sources()
         loaded = load_texts(list(dict.fromkeys(sources.values())))
         self._rows = {name: first_rows(loaded[source], config.ewc_rows) for name, source in sources.items()}
@@ -73,22 +78,23 @@ class ElasticWeights:
         """
         if self.config.ewc_save and not isinstance(trainer.task_dataset, Dataset):
             raise FNSFTError("ewc_save reads rows of the training data again, which is streamed; load it, or drop it")
-        self.fisher, self.center = {}, {}
         parameters = trained_parameters(trainer.model)
         if self._saved is not None:
             self._take(parameters)
         for name, rows in self._rows.items():
             read, _ = read_rows(rows, _reader(trainer), name=f"the rows {name} (ewc_datasets)")
-            self._add(parameters, _measured(trainer, read, parameters, f"Fisher information of {name}"))
+            found = _measured(trainer, read, parameters, f"Fisher information of {name}")
+            self.fisher, self.center = with_task(self.fisher, self.center, parameters, found)
 
     def end(self, trainer) -> None:
-        """Add what counts for the task of this training, after it."""
+        """Measure what counts for the task of this training, after it, for [`save`]."""
         rows, reader, read = trainer.task_dataset, _reader(trainer), []
         for row in rows.select(range(min(self.config.ewc_rows, len(rows)))):
             with suppress(UnusableRow):
                 read.append(reader.read(row))
         parameters = trained_parameters(trainer.model)
-        self._add(parameters, _measured(trainer, read, parameters, "Fisher information of the task"))
+        found = _measured(trainer, read, parameters, "Fisher information of the task")
+        self.measured = with_task(self.fisher, self.center, parameters, found)
 
     def add_gradient(self, model: nn.Module, scale: float) -> float:
         """Add w F (t - c), times a scale, to the gradients of a model; gives the penalty itself, in nats."""
@@ -115,9 +121,11 @@ class ElasticWeights:
             parameter.copy_(torch.where(counts, self.center[name].to(parameter), parameter))
 
     def save(self, directory: Path) -> None:
-        """Write F and c beside weights."""
+        """Write F and c, with the task of this training, beside weights, once they were measured."""
+        if self.measured is None:
+            return
         (directory / EWC_DIR).mkdir(parents=True, exist_ok=True)
-        kinds = {"fisher": self.fisher, "center": self.center}
+        kinds = dict(zip(("fisher", "center"), self.measured, strict=True))
         tensors = {f"{kind}.{name}": t.cpu().contiguous() for kind, of in kinds.items() for name, t in of.items()}
         with written_whole(directory / EWC_DIR / _FILE) as scratch:
             save_file(tensors, scratch, metadata={"format": "pt"})
@@ -135,17 +143,37 @@ class ElasticWeights:
             {name: found[name].to(p.device) for name, p in parameters.items()} for found in (fisher, center)
         )
 
-    @torch.no_grad()
-    def _add(self, parameters: Mapping[str, nn.Parameter], fisher: Mapping[str, torch.Tensor]) -> None:
-        """Put a task, whose weights are those of now, to what is kept."""
-        for name, parameter in parameters.items():
-            new, now = fisher[name], parameter.detach().float()
-            old, center = self.fisher.get(name, torch.zeros_like(new)), self.center.get(name, now)
-            total = old + new
-            # Where nothing counts the weight of now stands, which has no effect; one that stayed keeps its bits.
-            mean = (old * center + new * now) / total.clamp(min=1e-38)
-            self.center[name] = torch.where((total > 0) & (center != now), mean, now)
-            self.fisher[name] = total
+
+@torch.no_grad()
+def with_task(
+    fisher: Mapping[str, torch.Tensor],
+    center: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    measured: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """F and c of some tasks and one more.
+
+    Args:
+        fisher, center: of the tasks before; empty where there are none.
+        parameters: with the weights of now, which are those of the task.
+        measured: F of the task, by name of a parameter.
+
+    Returns:
+        Their F and c, float32. Below 1e-30 F counts as 0, and where it is 0 the weight of now stands as c.
+    """
+    found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
+    for name, parameter in parameters.items():
+        new, now = measured[name].double(), parameter.detach().double()
+        old, before = (
+            kept[name].double() if name in kept else zero for kept, zero in ((fisher, 0 * new), (center, now))
+        )
+        new, old = (torch.where(each < _NOTHING, 0, each) for each in (new, old))
+        total = old + new
+        # A share of the way from the old centre, so that a weight that has stayed keeps its bits.
+        mean = torch.where(total > 0, before + (now - before) * (new / total.clamp(min=_NOTHING)), now)
+        for kind, value in zip(found, (total, mean), strict=True):
+            kind[name] = value.float()
+    return found
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -191,13 +219,15 @@ def fisher_diagonal(
 
 
 def _measured(trainer, rows: list[EvaluationRow], parameters: dict, title: str) -> dict[str, torch.Tensor]:
-    """The same in a trainer's model, which is left in its mode."""
+    """The same in a trainer's model, which is left in its mode; without forward masks, and the same in all processes,
+    whose weights would part by the rounding of their own measurements."""
     model, show = trainer.model, trainer.is_world_process_zero() and not trainer.args.disable_tqdm
     was_training = model.training
     model.eval()
     try:
-        with trainer.compute_loss_context_manager():
-            return fisher_diagonal(model, tqdm(rows, title, leave=False, disable=not show), parameters)
+        with masks_off(model), trainer.compute_loss_context_manager():
+            found = fisher_diagonal(model, tqdm(rows, title, leave=False, disable=not show), parameters)
+        return broadcast(found)
     finally:
         model.train(was_training)
 

@@ -40,7 +40,7 @@ class Penalties:
         self.answers = EarlierAnswers(config) if config.lwf is not None else None
         self.factors = OrthogonalFactors(config) if config.olora is not None else None
         self._sums: dict[str, list[float]] = {}
-        self._is_measured = False  # what the next task needs
+        self._has_begun = False
 
     def attach(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Have every step of an optimizer followed by what an infinite weight keeps."""
@@ -49,8 +49,12 @@ class Penalties:
                 each.attach(optimizer, model)
 
     def begin(self, trainer) -> None:
-        """Take the model of a trainer as it is before the training."""
-        self._is_measured = False
+        """Take the model of a trainer as it is before it is trained or a checkpoint is loaded; once."""
+        if self.elastic is not None:
+            self.elastic.measured = None
+        if self._has_begun:
+            return
+        self._has_begun = True
         if self.elastic is not None:
             self.elastic.begin(trainer)
         if self.factors is not None:
@@ -85,11 +89,10 @@ class Penalties:
         zero_frozen_gradients(trainer.model)
         if self.config.ewc_save:
             self.elastic.end(trainer)
-            self._is_measured = True
 
     def save(self, directory: Path) -> None:
         """Write what the next task needs beside the weights, once it was measured."""
-        if self._is_measured:
+        if self.elastic is not None:
             self.elastic.save(directory)
 
     def logged(self) -> dict[str, float]:

@@ -9,13 +9,14 @@ import torch
 from datasets import Dataset
 from helpers import sft_config, state, tiny_model
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, PenaltyConfig
 from fnsft_trl.evaluation.rows import EvaluationRow
 from fnsft_trl.training.earlier_answers import distillation
-from fnsft_trl.training.elastic import ElasticWeights, fisher_diagonal
+from fnsft_trl.training.elastic import ElasticWeights, fisher_diagonal, with_task
 from fnsft_trl.training.orthogonal import OrthogonalFactors, lora_factors
 
 
@@ -77,13 +78,49 @@ def test_ewc_is_the_sum_of_the_penalties_of_all_tasks_with_its_gradient():
     for center, fisher in (((0.0, 0.0), (1.0, 2.0)), ((1.0, 1.0), (3.0, 0.0))):
         with torch.no_grad():
             model.weight.copy_(torch.tensor([center]))
-        elastic._add(dict(model.named_parameters()), {"weight": torch.tensor([fisher])})
+        task = dict(model.named_parameters()), {"weight": torch.tensor([fisher])}
+        elastic.fisher, elastic.center = with_task(elastic.fisher, elastic.center, *task)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[2.0, 1.0]]))
     penalty = elastic.add_gradient(model, 1.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[50.0, 20.0]]))
     # The one square that is kept differs from their sum by a constant: (3/4) w / 2 at the first weight.
     assert penalty == pytest.approx(45 - 5 * 3 / 4)
+
+
+def test_the_centre_is_between_those_of_the_tasks_however_small_the_fisher_information_is():
+    """F_1 = F_2 = 1e-20 about 1 and 3: c = 2; below 1e-30 a task counts for nothing."""
+    parameter = {"w": nn.Parameter(torch.tensor([3.0, 3.0]))}
+    fisher, center = {"w": torch.tensor([1e-20, 1e-36])}, {"w": torch.tensor([1.0, 1.0])}
+    found, mean = with_task(fisher, center, parameter, {"w": torch.tensor([1e-20, 1e-37])})
+    torch.testing.assert_close(mean["w"], torch.tensor([2.0, 3.0]))
+    assert found["w"].tolist() == [pytest.approx(2e-20), 0.0]
+
+
+MEASURED = """
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+import torch
+from accelerate import PartialState
+from fnsft_trl.training import elastic
+
+PartialState(cpu=True)
+rank = int(os.environ["RANK"])
+elastic.fisher_diagonal = lambda *_: {"w": torch.full((2,), 1.0 + rank)}
+trainer = SimpleNamespace(
+    model=torch.nn.Linear(2, 1),
+    args=SimpleNamespace(disable_tqdm=True),
+    is_world_process_zero=lambda: rank == 0,
+    compute_loss_context_manager=nullcontext,
+)
+print(elastic._measured(trainer, [], {}, "")["w"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_same_fisher_information():
+    assert run_processes(2, "-c", MEASURED) == ["[1.0, 1.0]\n"] * 2
 
 
 def _elastic(weight):
@@ -188,7 +225,7 @@ def test_the_logged_loss_is_the_sum_and_the_fisher_information_goes_on(make, ear
     logged = [entry["ewc"] for entry in second.state.log_history if "ewc" in entry]
     assert logged[0] == 0  # before the first step
     assert logged[-1] > 0
-    one, two = first.penalties.elastic.fisher, second.penalties.elastic.fisher
+    one, two = (run.penalties.elastic.measured[0] for run in (first, second))
     assert all(bool((two[name] >= one[name]).all()) for name in one)
     written = json.loads((tmp_path / "second" / "results.json").read_text())["penalties"]
     assert written["ewc"]["weight"] == 50.0
@@ -196,6 +233,36 @@ def test_the_logged_loss_is_the_sum_and_the_fisher_information_goes_on(make, ear
         make("third", penalties=more).train()
     with pytest.raises(FNSFTError, match="name the output directory of a run with ewc_save"):
         make("third", penalties=more | {"ewc_from": str(tmp_path)})
+
+
+def test_a_second_training_keeps_what_the_first_one_kept(make, earlier):
+    trainer = make(max_steps=1, penalties={"ewc": 5.0, "ewc_datasets": [earlier], "ewc_rows": 2, "lwf": 1.0})
+    start = state(trainer.model)
+    for _ in range(2):
+        trainer.train()
+        assert all(torch.equal(value, start[name]) for name, value in trainer.penalties.answers.before.items())
+        assert all(torch.equal(value, start[name]) for name, value in trainer.penalties.elastic.center.items())
+    assert any(not torch.equal(value, start[name]) for name, value in state(trainer.model).items())
+
+
+def test_penalties_leave_no_gradient_at_frozen_neurons(make, earlier):
+    trainer = make(method="full", max_steps=1, penalties={"ewc": 5.0, "ewc_datasets": [earlier], "ewc_rows": 2})
+    trainer.train()
+    elastic, slices = trainer.penalties.elastic, trainer._run.way.frozen.slices
+    elastic.center = {name: center + 1 for name, center in elastic.center.items()}  # as of several tasks
+    trainer.model.zero_grad()
+    trainer.penalties.step(trainer, trainer.model, {})
+    assert slices
+    for each in slices:
+        assert not each.parameter.grad[each.mask.expand_as(each.parameter)].any()
+    assert any(bool(each.parameter.grad.any()) for each in slices)
+
+
+def test_lwf_refuses_what_it_would_leave_out(make):
+    trainer = make(max_steps=1, penalties={"lwf": 1.0})
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(FNSFTError, match="a batch holds pixel_values too"):
+        trainer.penalties.answers.step(trainer, trainer.model, {**batch, "pixel_values": batch["input_ids"]})
 
 
 @pytest.fixture
