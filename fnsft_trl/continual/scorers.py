@@ -51,12 +51,12 @@ def score_task(
 
 def _chosen(model: nn.Module, reader: RowReader, task: Task, rows: Sequence[dict], batch_size: int) -> list[float]:
     """Whether the expected answer is the likeliest of all."""
-    options = [row | {"completion": answer} for row in rows for answer in task.answers]
+    options = [row | {"completion": choice} for row in rows for choice in task.choices(row)]
     options, _ = read_rows(options, RowReader(reader.tokenizer), name=f"the answers of task {task.name}")
     likelihoods = iter([score.answer_nll for score in score_rows(model, options, batch_size=batch_size)])
     found = []
     for row in rows:
-        nll = {answer: next(likelihoods) for answer in task.answers}
+        nll = {choice: next(likelihoods) for choice in task.choices(row)}
         found.append(float(min(nll, key=nll.get) == row["completion"]))
     return found
 

@@ -30,7 +30,7 @@ class Task:
         config ([`TaskConfig`]): what it was made by.
         train (`list[dict[str, str]]`): rows to train, `prompt` and `completion`.
         test (`list[dict[str, str]]`): rows to score.
-        answers (`tuple[str, ...]`): all completions that can be, where there are labels; else empty.
+        answers (`tuple[str, ...]`): all answers that can be, where there are labels; else empty.
     """
 
     name: str
@@ -54,13 +54,20 @@ class Task:
         try:
             train, test = _splits(config)
             labels = config.labels or _names(train, config)
+            if config.scorer == "choice" and labels is None:
+                raise FNSFTError(
+                    f"scorer is choice, and {config.dataset} does not name the labels in {config.answer}; give labels"
+                )
             draw = random.Random(_SEED)
             trained, scored = _drawn(train, test, config, draw)
             rows = [list(_rows(part, config, labels)) for part in (trained, scored)]
         except FNSFTError as error:
             raise FNSFTError(f"task {name}: {error}") from error
-        answers = tuple(dict.fromkeys(_completion(config, text, "") for text in (labels or {}).values()))
-        return cls(name, config, *rows, answers)
+        return cls(name, config, *rows, tuple(dict.fromkeys((labels or {}).values())))
+
+    def choices(self, row: Mapping[str, str]) -> list[str]:
+        """All completions that a row can have."""
+        return [_completion(answer, row["prompt"]) for answer in self.answers]
 
     def write(self, directory: Path) -> tuple[Path, Path]:
         """Write the rows into a folder, unless they are there already; gives the files."""
@@ -139,7 +146,7 @@ def _rows(part: Dataset, config: TaskConfig, labels: Mapping[str, str] | None) -
         if not answer.strip():
             raise FNSFTError(f"row {number} has an empty answer; leave such rows out of the data")
         prompt = _filled(config.prompt, row, config.max_characters)
-        yield {"prompt": prompt, "completion": _completion(config, answer, prompt)}
+        yield {"prompt": prompt, "completion": _completion(answer, prompt)}
 
 
 def _filled(template: str, row: Mapping[str, Any], longest: int | None) -> str:
@@ -147,7 +154,6 @@ def _filled(template: str, row: Mapping[str, Any], longest: int | None) -> str:
     return template.format_map({name: "" if value is None else str(value)[:longest] for name, value in row.items()})
 
 
-def _completion(config: TaskConfig, answer: str, prompt: str) -> str:
+def _completion(answer: str, prompt: str) -> str:
     """An answer as it follows its prompt: after a space, unless there is one."""
-    ends = (prompt or config.prompt)[-1:].isspace()
-    return answer if ends or answer[:1].isspace() else f" {answer}"
+    return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"

@@ -27,7 +27,7 @@ def config(data, **changes):
 
 def test_rows_are_what_their_columns_say(data, tmp_path):
     task = Task.read("topics", config(data, max_characters=8, test_rows=5))
-    assert (len(task.train), len(task.test), task.answers) == (15, 5, (" A", " B", " C"))
+    assert (len(task.train), len(task.test), task.answers) == (15, 5, ("A", "B", "C"))
     assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.test}
     row = next(row for row in task.train + task.test if row["prompt"].startswith("t7:"))
     assert row == {"prompt": "t7: text 7 l\nTopic:", "completion": " B"}
@@ -63,6 +63,7 @@ def test_labels_that_the_data_names_are_taken(tmp_path):
         ({"answer": "{lable}"}, "no column 'lable'"),
         ({"train_split": "training"}, "no split 'training'; it has train"),
         ({"labels": {"0": "A", "1": "B"}}, "is labelled '2', which labels does not name"),
+        ({"labels": None, "scorer": "choice"}, "does not name the labels in {label}; give labels"),
         ({"dataset": "embedded:nothing"}, "no embedded task 'nothing'"),
         ({"dataset": "missing.jsonl"}, "does not exist"),
     ],
@@ -70,6 +71,17 @@ def test_labels_that_the_data_names_are_taken(tmp_path):
 def test_a_wrong_task_is_one_line(data, changes, message):
     with pytest.raises(FNSFTError, match=message):
         Task.read("a", config(data, **changes))
+
+
+@pytest.mark.parametrize("body", ["{body}", "{body}\n"])
+def test_the_answer_of_a_row_is_one_of_its_choices(tmp_path, body):
+    """Whether or not the prompt of a row, or its template, ends in a space."""
+    rows = [{"body": f"text {n}" + " \n"[n % 3 : n % 3 + 1], "label": n % 2} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"prompt": body, "scorer": "choice", "labels": {"0": "A", "1": "B"}}
+    task = Task.read("topics", config(str(tmp_path / "rows.jsonl"), **given))
+    assert len({row["prompt"][-1:] for row in task.test}) == (3 if body == "{body}" else 1)
+    assert all(row["completion"] in task.choices(row) for row in task.test)
 
 
 class Likes(nn.Module):
