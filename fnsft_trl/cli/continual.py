@@ -175,7 +175,7 @@ def _arm(file: PlanFile, name: str, stage: "Stage", files, scored, scorers, hash
     epochs = {task: file.tasks[task].epochs for task in trained if file.tasks[task].epochs is not None}
     settings = settings_of({**staged.values, **vars(staged.way), "stage": stage.name, "scorers": scorers})
     first = train_options(staged.options(stage.first, lambda _: output, rows), f"arm {name}")
-    own_epochs = epochs.get(stage.tasks[0]) if len(stage.tasks) == 1 else None
+    own_epochs = epochs.get(stage.tasks[0])  # in multitask, the same of all
     held_out = [str(files[task][1]) for task in stage.tasks]
     return Arm(
         stage_name(name, stage),
@@ -197,7 +197,9 @@ def _trainer(staged, stage: "Stage", rows, held_out, epochs, output: Path, seed:
     from ..continual.study import folder_of
 
     values = staged.options(stage, lambda each: folder_of(output, staged.name, each, seed), rows)
-    if epochs is not None and (values.get("max_steps") or -1) < 0:
+    if (steps := values.get("max_steps") or -1) > 0:
+        values["max_steps"] = steps * len(stage.tasks)
+    elif epochs is not None:
         values["num_train_epochs"] = epochs
     if staged.merges:
         # Of the new adapter alone: rows and random neurons are drawn as in all stages.

@@ -94,6 +94,9 @@ def test_a_first_stage_has_nothing_to_keep(options):
     assert options("grows", ("dbpedia",))["protect_datasets"]
 
 
+EPOCHS = {"tasks": {f"t{n}": {"dataset": "x", "epochs": n} for n in (1, 2)}, "orders": [["t1", "t2"]]}
+
+
 def edit(path, **changes):
     plan = yaml.safe_load(path.read_text()) | changes
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
