@@ -8,6 +8,7 @@ from typing import Any
 from ..evaluation.generation import check_generates, check_scores_of_text
 from ..export.merged import to_merged
 from ..interventions.masking import masks_off
+from ..neurons.sites import base_model
 from ..training.trainer import FNSFTTrainer
 from .growth import GrowingDirections, say_free, text_of
 from .scorers import score_task
@@ -61,7 +62,9 @@ def finish_stage(
         found["free"] = grown.free()
         say_free(found["free"])
     if work.merges:
-        to_merged(directory, directory / MERGED_DIR)
+        # In the precision that it was trained in: in that of the checkpoint small changes would be rounded away.
+        precision = str(base_model(trainer.model).dtype).removeprefix("torch.")
+        to_merged(directory, directory / MERGED_DIR, dtype=precision)
     return found
 
 
