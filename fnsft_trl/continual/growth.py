@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..discovery.directions import KeptDirections, KeptText, orthonormal
+from ..discovery.directions import LEADING, KeptDirections, KeptText, orthonormal
 from ..discovery.saved_directions import save_directions
+from ..errors import FNSFTError
 from ..training.protected_bases import MOST_LEADING
-from ..training.protection_config import DIMS
+from ..training.protection_config import DIMS, default_leading
 from .stages import GROWN_DIR
 
 
@@ -56,14 +57,20 @@ class GrowingDirections:
             dims: as `protect_dims`: how many leading directions are added to each input at most, or the share of the
                 task's energy that all together are to hold.
             title: of the progress bars; `None` for none.
+
+        Raises:
+            FNSFTError: no direction of any input is left.
         """
         is_share = dims is not None and dims < 1
         leading = MOST_LEADING if is_share else int(dims or DIMS)
         modules = [name for each in protected.inputs for name in each.modules]
         found = KeptDirections.find(model, modules, {"task": text}, leading=leading, title=title)
-        inputs = [
-            replace(each, basis=orthonormal(each.basis, found.of(each.modules[0]).basis)) for each in protected.inputs
-        ]
+        inputs = []
+        for each in protected.inputs:
+            basis = found.of(each.modules[0]).basis
+            if dims is None:
+                basis = basis[:, : LEADING + default_leading(each.width)]
+            inputs.append(replace(each, basis=orthonormal(each.basis, basis)))
         kept = KeptDirections(tuple(inputs))
         before = [each.basis.shape[1] for each in protected.inputs]
         if is_share:
@@ -71,6 +78,11 @@ class GrowingDirections:
             enough = [int((curve < dims).sum()) + 1 for curve in curves]
             kept = kept.first([max(had, count) for had, count in zip(before, enough, strict=True)])
         now = [each.basis.shape[1] for each in kept.inputs]
+        if all(count == each.width for count, each in zip(now, kept.inputs, strict=True)):
+            raise FNSFTError(
+                "all directions of all inputs are protected after this stage, and a later one could learn nothing; "
+                "protect fewer of each task (protect_dims), or fewer inputs"
+            )
         return cls(kept, max(a - b for a, b in zip(now, before, strict=True)))
 
     def save(self, directory: Path) -> None:

@@ -150,7 +150,7 @@ class ProtectionConfig:
         Args:
             width: its channels.
         """
-        return min(DIMS, width // 2) if self.protect_dims is None else self.leading
+        return default_leading(width) if self.protect_dims is None else self.leading
 
     def _check_effects(self) -> None:
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -219,3 +219,12 @@ class ProtectionConfig:
         names = list(self.sources())
         shares = self.protect_shares or [1.0] * len(names)
         return {name: share / sum(shares) for name, share in zip(names, shares, strict=True)}
+
+
+def default_leading(width: int) -> int:
+    """How many leading directions of an input are protected where no number is given.
+
+    Args:
+        width: its channels.
+    """
+    return min(DIMS, width // 2)

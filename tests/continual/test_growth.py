@@ -5,9 +5,9 @@ import torch
 from datasets import Dataset
 from helpers import sft_config, tiny_model, tiny_rows
 
-from fnsft_trl import FNSFTTrainer, ProtectionConfig
+from fnsft_trl import FNSFTError, FNSFTTrainer, ProtectionConfig
 from fnsft_trl.continual.growth import GrowingDirections, free_directions, say_free, text_of
-from fnsft_trl.discovery.directions import InputDirections, KeptDirections
+from fnsft_trl.discovery.directions import LEADING, InputDirections, KeptDirections
 from fnsft_trl.discovery.inputs import module_named
 
 
@@ -51,6 +51,18 @@ def test_the_third_stage_is_orthogonal_to_both_tasks_before_it_and_to_general_te
             torch.testing.assert_close(each.basis.T @ each.basis, torch.eye(each.basis.shape[1], dtype=torch.float64))
     assert all(first <= second <= third for first, second, third in zip(*counts, strict=True))
     assert sum(counts[0]) < sum(counts[2])
+
+
+def test_by_default_half_of_a_narrow_input_is_added_and_a_full_one_is_refused(tokenizer):
+    model = tiny_model("llama")
+    name = "model.layers.0.mlp.up_proj"
+    width = module_named(model, name).in_features
+    text = text_of([{"input_ids": list(range(5, 60))}] * 4, 200)
+    protected = KeptDirections((InputDirections((name,), torch.zeros(width, 0).double(), torch.zeros(width)),))
+    grown = GrowingDirections.after(protected, model, text, title=None)
+    assert grown.added <= LEADING + width // 2
+    with pytest.raises(FNSFTError, match="a later one could learn nothing"):
+        GrowingDirections.after(protected, model, text, dims=width, title=None)
 
 
 def test_what_is_left_is_counted_and_said_where_it_is_little(log):
