@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import FNSFTError
+from ..interventions.masking import masks_off
 from .elastic import trained_parameters
 from .penalty_config import PenaltyConfig
 
@@ -56,15 +57,21 @@ class EarlierAnswers:
             What it adds to the loss of the step, detached.
 
         Raises:
-            FNSFTError: the batch holds no tokens with labels.
+            FNSFTError: the batch holds no tokens with labels, or something beside them.
         """
         if "labels" not in inputs or "input_ids" not in inputs:
             raise FNSFTError(f"lwf needs batches of tokens with labels, and one holds {', '.join(inputs)}; drop lwf")
+        if others := [name for name in inputs if name not in (*_OF_MODEL, "labels")]:
+            raise FNSFTError(
+                "lwf lets the model before the training answer rows of tokens alone, and a batch holds "
+                f"{others[0]} too; drop lwf"
+            )
         inputs = {name: value.to(trainer.args.device) for name, value in inputs.items() if torch.is_tensor(value)}
         read = {name: inputs[name] for name in _OF_MODEL if name in inputs}
         learnt = inputs["labels"][:, 1:] != _IGNORED  # (rows, tokens - 1)
         plain = trainer.accelerator.unwrap_model(model)
-        with trainer.compute_loss_context_manager():
+        # What is kept is the model as it is used, without forward masks.
+        with masks_off(plain), trainer.compute_loss_context_manager():
             before = self._answered(plain, read)[:, :-1][learnt]
             now = model(**read).logits[:, :-1][learnt]  # (learnt positions, vocabulary)
             loss = self.weight * distillation(before, now, self.temperature)
