@@ -72,6 +72,8 @@ class StagedArm:
             raise FNSFTError(
                 "protect_grows adds to the directions of general text; give protect: subspace and protect_datasets"
             )
+        if way.replay is not None and values.get("replay_share") is not None:
+            raise FNSFTError("replay and replay_share each say what share of a batch is replayed; drop replay_share")
         if values.get("olora") and (self.method != "lora" or self.has_networks):
             raise FNSFTError("olora compares adapters of plain LoRA; give use_peft, and no networks")
         if values.get("ewc") and self.merges:

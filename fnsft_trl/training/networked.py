@@ -120,6 +120,8 @@ class NetworkedTrainer(ProtectingTrainer):
                 raise FNSFTError(f"{name} measured by the next token, which a reward model does not predict; drop it")
         if replay is not None:
             self.replay = Replay.of(replay, given, self._trainer_class.__name__, is_read=self._replays)
+        if penalties is not None:
+            penalties.check_protection(is_protected=protection is not None and protection.is_on)
         kept = None if anchor is None else KLToBase(anchor)
         added = None if penalties is None else Penalties(penalties, given.get("args"))
         read = ("args", "train_dataset", "processing_class", "formatting_func")
