@@ -53,9 +53,9 @@ def finish_stage(
     """
     work = works[f"{directory.parent.parent.name}/{directory.parent.name}"]
     found: dict[str, Any] = {"tasks": score_tasks(trainer.model, _tokenizer(trainer), tasks, trainer.args)}
-    if work.grows:
     if trainer.penalties is not None and trainer.penalties.factors is not None:
         found["overlap"] = round(trainer.penalties.factors.overlap(trainer.model), 6)
+    if work.grows:
         kept, text = trainer.protection.bases.kept, text_of(trainer.task_dataset, work.tokens)
         grown = GrowingDirections.after(kept, trainer.model, text, dims=work.dims)
         grown.save(directory)

@@ -133,8 +133,9 @@ class StagedArm:
 
 
 def stage_seed(seed: int, stage: Stage) -> int:
-    """The seed from which a stage with a new adapter draws it: that of the sequence in the first stage, another in each
-    later one. With the same one each adapter would begin in the directions of the one before.
+    """The seed from which a stage with a new adapter draws it: in the first one that of the sequence, else another.
+
+    With the same one each adapter would begin in the directions of the one before.
 
     Args:
         seed: of the sequence.

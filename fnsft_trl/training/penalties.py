@@ -82,11 +82,11 @@ class Penalties:
                 penalty = each.add_gradient(trainer.model, scale)
                 self._note(name, penalty)
                 added = added + penalty
+        zero_frozen_gradients(trainer.model)
         return added
 
     def end(self, trainer) -> None:
         """Measure after the training what the next task needs."""
-        zero_frozen_gradients(trainer.model)
         if self.config.ewc_save:
             self.elastic.end(trainer)
 

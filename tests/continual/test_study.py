@@ -1,16 +1,21 @@
 """A continual run: every method through order 1, killed and resumed, and what it says where something is wrong."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from small_experiment import killed_after
 from small_study import LORA, SHARED, TASKS, arms_with_networks, every_arm, make_plan, report, run
+from transformers import AutoModelForCausalLM
 
 from fnsft_trl.cli import main
 from fnsft_trl.cli.continual import _study
 from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.continual import Task
+from fnsft_trl.continual.finishing import StageWork, finish_stage
 from fnsft_trl.continual.plan import Stage
 from fnsft_trl.continual.stages import stage_seed
 from fnsft_trl.continual.study import folder_of
@@ -40,6 +45,15 @@ def test_order_1_of_the_four_tasks_with_every_method(tmp_path, model_dir, capsys
         assert each["mean"][0] == found[0]["mean"][0]  # the model before training is one
         assert len(each["retention"]["general"][0]) == stages
         assert each["arm"] in printed
+    for penalised, plain in (("replay", "lora"), ("ewc", "lora"), ("olora", "new"), ("lwf", "full")):
+        last = [next((tmp_path / "out" / "arms" / arm).glob("*-agnews/seed-0")) for arm in (penalised, plain)]
+        (weights,) = (path.name for path in last[0].glob("*model.safetensors"))
+        assert (last[0] / weights).read_bytes() != (last[1] / weights).read_bytes(), penalised
+        if penalised != "replay":
+            assert list(json.loads((last[0] / "results.json").read_text())["penalties"]) == [penalised]
+    overlap = next(each["overlap"] for each in found if each["arm"] == "olora")
+    assert [len(of_seed) for of_seed in overlap] == [len(TASKS) - 1]
+    assert all(0 < value < 0.99 for value in overlap[0])
     free = next(each["free"] for each in found if each["arm"] == "grows")
     assert [stage["fewest"] for stage in free] == sorted([stage["fewest"] for stage in free], reverse=True)
     assert len(free) == len(TASKS) - 1
@@ -143,11 +157,40 @@ def test_a_new_adapter_begins_in_other_directions_than_the_one_before(tmp_path, 
     merged = folder_of(tmp_path, "new", first, 3) / "merged"
     merged.parent.mkdir(parents=True)
     merged.symlink_to(model_dir)
-    trainers = [study.make_arm("new", stage).trainer(3, tmp_path / stage.name, None) for stage in (first, second)]
-    one, two = (torch.cat([a.flatten() for a in lora_factors(trainer.model).values()]) for trainer in trainers)
+    trainers = [study.make_arm("new", stage).make_trainer(3, tmp_path / stage.name, None) for stage in (first, second)]
+    one, two = (torch.cat([a.detach().flatten() for a in lora_factors(t.model).values()]) for t in trainers)
     assert abs(float(torch.cosine_similarity(one, two, dim=0))) < 0.3
     assert [trainer.args.data_seed for trainer in trainers] == [3, 3]
     assert stage_seed(3, second) != stage_seed(4, second)
+
+
+def test_all_tasks_at_once_take_as_many_steps_as_one_after_another(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.cli.continual.cell_trainer", lambda asked, *_: asked.values["max_steps"])
+    file = PlanFile.read(str(make_plan(tmp_path, model_dir, {"all": {"multitask": True}, "one": {}})), {})
+    study = _study(file, [Task.read(name, config) for name, config in file.tasks.items()], tmp_path)
+    for arm, tasks in (("all", tuple(TASKS)), ("one", ("dbpedia",))):
+        steps = study.make_arm(arm, Stage((tasks,))).make_trainer(0, tmp_path, None)
+        assert steps == len(tasks) * SHARED["max_steps"]
+
+
+def test_a_merge_keeps_what_half_precision_would_round_away(tmp_path, model_dir, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    for saved in (base, tokenizer):
+        saved.save_pretrained(tmp_path / "half")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["up_proj"]))
+    for factor in (p for name, p in model.named_parameters() if "lora_B" in name):
+        torch.nn.init.constant_(factor, 1e-4)
+    place = tmp_path / "arm" / "a" / "seed-0"
+    for saved in (model, tokenizer):
+        saved.save_pretrained(place)
+    args = SimpleNamespace(per_device_eval_batch_size=1, max_length=None)
+    trainer = SimpleNamespace(model=model, processing_class=tokenizer, args=args, penalties=None)
+    finish_stage([], {"arm/a": StageWork(merges=True)}, trainer, place)
+    merged = load_file(place / "merged" / "model.safetensors")
+    for name, expected in model.merge_and_unload().state_dict().items():
+        if "up_proj" in name:
+            torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.slow
