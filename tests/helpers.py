@@ -195,3 +195,10 @@ def instead(words: list[str], *more: str) -> list[str]:
         is_dropped = word in flags if word.startswith("--") else is_dropped
         kept += [] if is_dropped else [word]
     return [*kept, *more]
+
+
+def offloading(directory: Path) -> dict:
+    """Arguments of `from_pretrained` by which layer 1 of the tiny Llama is loaded from the disk for each use."""
+    places = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = dict.fromkeys(places, "cpu") | {"model.layers.1": "disk"}
+    return {"device_map": device_map, "offload_folder": str(directory / "offload")}

@@ -99,7 +99,10 @@ ORDER = {
             "any_trainer",
         ),
     ],
-    "export": ["adapter", "plain_lora", "merged", "difference", "gguf", "restored", "restored_model"],
+    "export": [
+        *("adapter", "plain_lora", "on_disk", "whole", "written", "merged", "baked", "smaller", "difference"),
+        *("reloaded", "verification", "gguf", "parts", "restored", "restored_model"),
+    ],
     "report": ["report", "figures", "charts"],
     "probes": [
         *(
@@ -124,7 +127,19 @@ ORDER = {
         "reporting",
     ],
     "cli": [
-        *("endings", "output", "precision", "refusals", "logs", "templates", "options", "pushing", "models", "checks"),
+        *(
+            "endings",
+            "output",
+            "precision",
+            "refusals",
+            "logs",
+            "templates",
+            "options",
+            "masks",
+            "pushing",
+            "models",
+            "checks",
+        ),
         *("auth", "inspect", "env", "compare", "export", "basis", "discover", "evaluation_report", "evaluation_run"),
         *("evaluate", "restoring_asked", "restoring_screen", "restoring_report", "restoring_run", "restore"),
         "probe",

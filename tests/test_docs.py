@@ -16,7 +16,7 @@ import pytest
 import torch
 from api_reference import api_pages
 from architectures import architectures_table
-from helpers import ROOT, instead, tiny_rows
+from helpers import ROOT, instead, tiny_rows, write_converter
 from hub import ORG
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
@@ -28,6 +28,8 @@ from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.config import COMBINATIONS
+from fnsft_trl.export.gguf import CONVERTER_VARIABLE
+from fnsft_trl.training.protection_config import EVIDENCE
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,6 +139,8 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     """A working directory in which the names that the documentation gives are those of tiny models and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", ORG)  # of one who may write to org/...
+    write_converter(tmp_path / "convert")
+    monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path / "convert"))
     for name in ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         Path(name).parent.mkdir(parents=True)
         Path(name).symlink_to(model_dir)
@@ -177,6 +181,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
             arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
             if "--protect" in arguments:
                 arguments = instead(arguments, "--protect_dims", "3", "--protect_tokens", "100")
+            if "--forgetting" in arguments:
+                arguments = instead(arguments, "--protect_tokens", "100", "--retention_tokens", "100")
         if verb == "experiment":
             arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
             arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
@@ -321,6 +327,15 @@ def test_the_oldest_versions_that_are_named_are_those_of_the_package():
 
 def test_the_table_of_architectures_is_that_of_the_tests():
     assert architectures_table() in (ROOT / "docs" / "architectures.md").read_text()
+
+
+def test_the_page_on_forgetting_says_what_the_log_says_and_the_verdict_of_the_study():
+    page = (ROOT / "docs" / "forgetting.md").read_text()
+    assert EVIDENCE in " ".join(page.replace("\n> ", " ").split())
+    report = (ROOT / "benchmarks" / "forgetting" / "results" / "report.md").read_text()
+    verdict = report.partition("## Verdict\n\n")[2].partition("\n\n## ")[0]
+    assert "Q1:" in verdict
+    assert "\n".join(f"> {line}".rstrip() for line in verdict.splitlines()) in page
 
 
 def test_the_table_of_combinations_is_the_one_in_the_code():

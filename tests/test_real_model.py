@@ -94,15 +94,15 @@ def test_lesioning_networks_hurts_more_than_random_neurons(model, tokenizer, tem
 def test_the_demo_runs_to_its_report(tmp_path, capsys):
     """All of `fnsft demo` with little data: too little to learn from, enough to see every part work."""
     sizes = ["--discovery_tokens", "1500", "--components", "3", "--train_rows", "24", "--test_rows", "12"]
-    sizes += ["--retention_tokens", "300"]
+    sizes += ["--retention_tokens", "300", "--keep_tokens", "300"]
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), *sizes]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [arm["arm"] for arm in results["arms"]] == ["lora", "outside", "random"]
+    assert [arm["arm"] for arm in results["arms"]] == ["lora", "outside", "protected", "restored"]
     also = [cell["also"] for cell in results["cells"]]
-    assert [found["frozen_bit_identical"] for found in also] == [None, True, True]
-    assert [found["neurons_changed"] for found in also[1:]] == [f"{154 * 30:,} of {1536 * 30:,}"] * 2
-    assert printed.count("largest difference of the logits 0\n") == 3
+    assert [found["frozen_bit_identical"] for found in also] == [None, True, None, None]
+    assert also[1]["neurons_changed"] == f"{154 * 30:,} of {1536 * 30:,}"
+    assert printed.count("largest difference of the logits 0\n") == 4
     discovery, retention = results["networks"][0]["sha256"], results["retention"]["wiki"]["sha256"]
     assert discovery != retention
     page = (tmp_path / "demo" / "report.html").read_text()
@@ -112,7 +112,7 @@ def test_the_demo_runs_to_its_report(tmp_path, capsys):
     for arm in results["arms"]:
         assert re.search(rf"{arm['arm']} .*{arm['trained']['parameters']:,}", printed)
     assert (tmp_path / "demo" / results["networks"][0]["directory"] / "config.json").exists()
-    for name in ("lora", "outside", "random"):  # recipes that run alone
+    for name in ("lora", "outside", "protected"):  # recipes that run alone
         assert parse_options(["--config", str(tmp_path / "demo" / "recipes" / f"{name}.yaml")]).notes == []
 
 

@@ -28,7 +28,7 @@ VERBS = {
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "continual": "train one task after another, in several ways, and measure what each stage did to the others",
     "restore": "take a fine-tune back where it touches text that is to be kept, without training",
-    "export": "write a trained adapter as a merged model, a plain LoRA or a GGUF file",
+    "export": "write what was trained as a merged, baked or smaller model, a plain LoRA or GGUF, and verify it",
     "recipes": "list the recipes that the package brings, and copy them",
     "env": "show versions, devices and settings, for a report of a fault",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",

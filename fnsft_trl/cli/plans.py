@@ -24,11 +24,9 @@ PLACEHOLDER = "tasks.jsonl"  # in the place of rows that are not written yet
 _OWN = ("tasks", "orders", "arms", "seeds", "single")
 _NAME = re.compile(r"[A-Za-z0-9_]+")  # of a task, of which the names of folders are made
 _ARM = re.compile(r"[A-Za-z0-9_.-]+")
-# Switch -> options that hold for the arms that have it, where they are given for all.
-_SWITCHED = {
-    "use_peft": OF_LORA,
-    "protect": tuple(option.name for option in describe(ProtectionConfig) if option.name.startswith("protect_")),
-}
+_OF_PROTECTION = tuple(option.name for option in describe(ProtectionConfig) if option.name.startswith("protect_"))
+# Switches, and options that hold for the arms that have one of these, where they are given for all.
+_SWITCHED = ((("use_peft",), OF_LORA), (("protect", "forgetting"), _OF_PROTECTION))
 # What each stage sets itself, or does around its training.
 NOT_OF_ARMS = (
     *("dataset_name", "datasets", "dataset_name_or_path", "dataset_config", "seed", "output_dir", "push_to_hub"),
@@ -107,10 +105,12 @@ class PlanFile:
             arm: _staged(arm, ways[arm], options or {}, shared, command_line, known)
             for arm, options in found_arms.items()
         }
-        for switch, names in _SWITCHED.items():
+        for switches, names in _SWITCHED:
             for name in names:
-                if name in command_line and not any(arm.values.get(switch) for arm in staged.values()):
-                    raise FNSFTError(f"{name} has no effect, since no arm has {switch}; drop it")
+                if name in command_line and not any(
+                    arm.values.get(switch) for arm in staged.values() for switch in switches
+                ):
+                    raise FNSFTError(f"{name} has no effect, since no arm has {switches[0]}; drop it")
         if seeds is None:
             seeds = read_value(Option("seeds", "plan", "int", many=True, lowest=0), own["seeds"] or ["0"], "seeds")
         if len(set(seeds)) < len(seeds):
@@ -152,7 +152,7 @@ def _staged(arm: str, way: Way, written: dict, shared, command_line, known: dict
     """An arm with its own options over those of all arms, but for what was given on the command line."""
     own = _options({name: value for name, value in written.items() if name not in WAY_NAMES}, known, f"arm {arm}")
     values = {**shared, **own, **command_line}
-    idle = [name for switch, names in _SWITCHED.items() if not values.get(switch) for name in names]
+    idle = [name for switches, names in _SWITCHED if not any(map(values.get, switches)) for name in names]
     values = {n: v for n, v in values.items() if v is not None and (n not in idle or n in own)}
     asked = train_options(first_values(values), f"arm {arm}")
     config = asked.network_config

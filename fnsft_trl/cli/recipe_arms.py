@@ -248,7 +248,8 @@ def _template(asked: TrainOptions, data: Sequence[str] | None, seed: int, direct
     plain = replace(
         asked.network_config, ica_threshold=None, ica_percentile=None, ica_zscore=None, ica_select="networks"
     )
-    return cell_trainer(replace(asked, network_config=plain), data, seed, directory, None).network_template
+    asked = replace(asked, network_config=plain, protection=None)
+    return cell_trainer(asked, data, seed, directory, None).network_template
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,14 +283,11 @@ def sources_of(asked: TrainOptions, data: Iterable[str], hashes: dict[str, str])
         hashes: those that are known, which more are added to.
     """
     values, config, retention = asked.values, asked.network_config, asked.retention
-    read = [
-        config
-        for config in (retention, asked.replay, asked.anchor, asked.penalties, asked.protection)
-        if config is not None
-    ]
+    kept = (retention, asked.replay, asked.anchor, asked.penalties, asked.protection)
+    read = [config for config in kept if config is not None]
     names = [values["model_name_or_path"], *_names(values), *data]
     names += [source for config in read for source in config.sources().values()]
-    names += [values["chat_template_path"]] if values.get("chat_template_path") else []
+    names += [values[name] for name in ("chat_template_path", "protect_basis") if values.get(name)]
     if config is not None:
         names += [*(config.ica_datasets or ()), *([config.ica_template_path] if config.ica_template_path else [])]
     found = {}

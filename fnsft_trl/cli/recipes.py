@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:<{width}}  {about}")
         print("\n`fnsft recipes NAME...` copies recipes, `fnsft recipes all` all of them.")
         return
-    for path in _copy(_chosen(args.names, known), source, Path(args.output_dir)):
+    for path in _copy(_with_tasks(_chosen(args.names, known), source), source, Path(args.output_dir)):
         print(path)
 
 
@@ -64,6 +64,16 @@ def _copy(names: list[str], source: Path, target: Path) -> list[Path]:
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(text, encoding="utf-8")
     return [target / name for name in names]
+
+
+def _with_tasks(names: list[str], folder: Path) -> list[str]:
+    """Recipes, and the files of tasks that those of `fnsft continual` name."""
+    found = dict.fromkeys(names)
+    for name in names:
+        text = (folder / name).read_text(encoding="utf-8")
+        beside = sorted((folder / name).parent.glob("tasks/*.yaml"))
+        found |= {path.relative_to(folder).as_posix(): None for path in beside if f"tasks/{path.name}" in text}
+    return list(found)
 
 
 def recipes_folder() -> Path:

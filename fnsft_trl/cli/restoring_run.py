@@ -23,7 +23,7 @@ from ..evaluation.series import RetentionSeries
 from ..export.restored import AdapterChanges, Places
 from ..export.restored_model import ModelChanges
 from ..interventions.restoring import Positions, Restoration
-from ..neurons.sites import find_neuron_sites
+from ..neurons.sites import check_in_memory, find_neuron_sites
 from ..ranges import format_ranges, parse_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
@@ -113,10 +113,14 @@ class _Run:
             place = self.args.base and resolve_model(self.args.base)
             self.changes = AdapterChanges.read(saved, layers=layers, base=place, **source)
             self.model = self._placed(saved.load_base(place, **loading))
+            check_in_memory(self.model, "fnsft restore")
         else:
             base = EvaluatedModel.find(self.args.base, **self.loading)
             self.model: PreTrainedModel = base.load(self.device)
-            self.changes = ModelChanges(self.model, self.found.load("cpu"), layers=layers)
+            tuned = self.found.load("cpu")
+            for model in (self.model, tuned):
+                check_in_memory(model, "fnsft restore")
+            self.changes = ModelChanges(self.model, tuned, layers=layers)
         self.model.eval()
         kept_texts = {name: replace(kept, share=asked.shares[name]) for name, (kept, _) in self.texts.items()}
         modules = self.changes.modules

@@ -6,7 +6,8 @@ step of the optimizer:
     LoRA, D = B A                       A <- A (I - U U^T)
     rows of neuron deltas               the same; a bias answers to every input, and stays zero
     columns C at the inputs S           D U = C^T U_S, so C <- (I - Q Q^T) C with Q an orthonormal basis of U_S
-    the weight W = W0 + D               W <- W - (W U - W0 U) U^T, for which W0 U is kept and not W0
+    the weight W = W0 + D               W <- W - (W U - W0 U) U^T, for which W0 U is kept and not W0; at the end once
+                                        more in float64, or a product of float32 is what is left along U
 
 Where a part of the entries is frozen (other neurons), the rest is projected by itself, so that frozen ones keep their
 bits. A strength s below 1 takes the part s of what each step adds along U out, and leaves the rest.
@@ -69,7 +70,7 @@ class ProtectedWeight:
             basis = left[:, singular > _RANK].to(device, _precision(found.parameter)).contiguous()
         protected = cls(found, basis, whole)
         if found.holds_base:
-            protected.reference = protected.exact_along().to(basis.dtype)
+            protected.reference = protected.exact_along().to(basis.dtype).to(device)
         return protected
 
     @property
@@ -93,21 +94,20 @@ class ProtectedWeight:
         return values.T if self.map.is_transposed else values
 
     def _subtract(self, amount: torch.Tensor, scale: float) -> None:
-        """Subtract `scale * amount @ basis.T` from the entries that train."""
-        values = self.map.parameter.detach()
+        """Subtract `scale * amount @ basis.T` from the entries that train, in the precision of `amount`."""
+        values, part = self.map.parameter.detach(), self._part()
         of_inputs, of_rows = self._dims
-        partial_inputs = self.map.inputs is not None and not self.map.is_subset
-        if values.dtype == self.basis.dtype and not partial_inputs and self.map.rows is None:
-            (values.T if self.map.is_transposed else values).addmm_(amount, self.basis.T, alpha=-scale)
-            return
-        part = self._part().to(amount.dtype).addmm(amount, self.basis.T.to(amount), alpha=-scale).to(values.dtype)
-        part = part.T if self.map.is_transposed else part
-        if partial_inputs:
+        if part.dtype == amount.dtype:
+            part.addmm_(amount, self.basis.T.to(amount), alpha=-scale)
+        else:
+            basis = self.basis.T.to(amount)
+            for rows, along in zip(part.split(_ROWS), amount.split(_ROWS), strict=True):
+                rows.copy_(rows.to(along).addmm(along, basis, alpha=-scale))
+        part = part.T if self.map.is_transposed else part  # of which all but a view is put back
+        if self.map.inputs is not None and not self.map.is_subset:
             values.index_copy_(of_inputs, self.map.inputs.to(values.device), part.contiguous())
         elif self.map.rows is not None:
             values.index_copy_(of_rows, self.map.rows.to(values.device), part.contiguous())
-        else:
-            values.copy_(part)
 
     def _along(self) -> torch.Tensor:
         """What the entries that train have along the directions, shape (rows, m)."""
@@ -118,7 +118,7 @@ class ProtectedWeight:
         part = self._part()
         device = "cpu" if part.device.type == "mps" else part.device
         basis = self.basis.to(device, torch.float64)
-        return torch.cat([rows.to(device, torch.float64) @ basis for rows in part.split(_ROWS)]).to(part.device)
+        return torch.cat([rows.to(device, torch.float64) @ basis for rows in part.split(_ROWS)])
 
     def _follow(self) -> None:
         """Bring what is kept to where the parameter is by now."""
@@ -145,6 +145,13 @@ class ProtectedWeight:
         before = self.reference if strength == 1 else self._before
         self._subtract(along if before is None else along - before.to(along), strength)
 
+    def settle(self) -> None:
+        """Take out of a weight what rounding has left along the directions, in float64 and with one rounding."""
+        self._follow()
+        if self.map.holds_base and not self.is_closed:
+            along = self.exact_along()
+            self._subtract(along - self.reference.to(along), 1.0)
+
     def left(self) -> tuple[float, float]:
         """Norms of D U and of what it is compared with: D, or the weight where that holds the base. In float64."""
         values = self.map.parameter.detach()
@@ -152,7 +159,7 @@ class ProtectedWeight:
             return LoraChange(values.cpu(), self.map.factor.detach().cpu()).left_in(self.whole)
         along = self.exact_along()
         if self.reference is not None:
-            along = along - self.reference.double()
+            along = along - self.reference.to(along)
         return float(along.norm()), float(values.norm(dtype=torch.float64 if values.device.type != "mps" else None))
 
 
@@ -193,6 +200,13 @@ class ProtectedWeights:
         with full_products():
             for weight in self.weights:
                 weight.project(self.strength)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Project weights once more at the end of a training, with no more than one rounding of each entry."""
+        if self.strength == 1:
+            for weight in self.weights:
+                weight.settle()
 
     @torch.no_grad()
     def left(self) -> float:

@@ -102,7 +102,7 @@ class KeptDirections:
             model: a transformers model, plain or in a `PeftModel`.
             modules: names of linear modules in the base model.
             texts: name -> text. Each counts by its share, however long it is.
-            leading: how many leading directions are found, beside position 0 and the mean.
+            leading: how many leading directions are found, beside position 0 and the mean; 0 for none.
             batch_size: sequences in a forward pass.
             title: of the progress bar; `None` for none.
 
@@ -326,7 +326,7 @@ class InputSums:
         if not start.shape[1]:
             raise FNSFTError(f"all inputs of {modules[0]} are zero on the texts to keep, so they have no direction")
         count = min(self.leading, self.width - start.shape[1])
-        return orthonormal(start, self._leading(start)[:, :count]), mean
+        return orthonormal(start, *([self._leading(start)[:, :count]] if count else [])), mean
 
     def _leading(self, start: torch.Tensor) -> torch.Tensor:
         """Eigenvectors of the second moment outside of some directions, descending, shape (width, found)."""

@@ -135,16 +135,7 @@ class EvaluatedModel:
     def _mask(self, model: nn.Module) -> MaskHandle:
         """Put the mask on that it trained under."""
         about = self.record
-        widths = StoredTemplate.open(self.place).description.widths
-        layers = about["network_config"]["ica_layers"]
-        sites = find_neuron_sites(model, kind=about["network_config"]["ica_site"], layers=layers)
-        covered = {site.layer: site.width for site in sites if site.layer in widths}
-        mask = NeuronMask.from_ranges(about["neurons"], covered, about["network_config"]["ica_site"])
-        if mask.sha256 != about["selected"]["sha256"]:
-            raise FNSFTError(
-                f"{self.place}: the neurons of {NETWORK_DIR}/{SELECTION_FILE} do not have the SHA-256 that stands "
-                "there; it was changed, or belongs to another model"
-            )
+        mask = recorded_neurons(self.place, about, model)
         return forward_mask(model, about["mask_mode"], mask, factor=about.get("mask_factor"))
 
     def about(self, model: nn.Module) -> dict[str, Any]:
@@ -173,6 +164,30 @@ class EvaluatedModel:
         if self.is_base:
             return "base model"
         return "model" if self.adapter is None else "adapter"
+
+
+def recorded_neurons(place: str, record: dict[str, Any], model: nn.Module) -> NeuronMask:
+    """The neurons that a run selected, over the layers that its networks cover.
+
+    Args:
+        place: directory or id of what the run has written.
+        record: its `selection.json`.
+        model: of the architecture, with or without weights.
+
+    Raises:
+        FNSFTError: the record was changed, or is of another model.
+    """
+    widths = StoredTemplate.open(place).description.widths
+    config = record["network_config"]
+    sites = find_neuron_sites(model, kind=config["ica_site"], layers=config["ica_layers"])
+    covered = {site.layer: site.width for site in sites if site.layer in widths}
+    mask = NeuronMask.from_ranges(record["neurons"], covered, config["ica_site"])
+    if mask.sha256 != record["selected"]["sha256"]:
+        raise FNSFTError(
+            f"{place}: the neurons of {NETWORK_DIR}/{SELECTION_FILE} do not have the SHA-256 that stands there; it "
+            "was changed, or belongs to another model"
+        )
+    return mask
 
 
 def _source(loading: dict[str, Any]) -> dict[str, Any]:

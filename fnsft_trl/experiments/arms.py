@@ -43,6 +43,8 @@ class Arm:
         networks_by_seed (`bool`): whether the text of the discovery depends on the seed.
         max_new_tokens (`int` or `None`): the longest answer that it is let generate, for BLEU and ROUGE; none by
             default.
+        change (`Callable` or `None`): what it does in the place of a training, to the model of its trainer, given the
+            directory to write into too; by default it trains.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Arm:
     networks: str = ""
     networks_by_seed: bool = False
     max_new_tokens: int | None = None
+    change: Callable[[FNSFTTrainer, Path], None] | None = None
 
 
 class _Points(TrainerCallback):
@@ -127,7 +130,7 @@ def train_and_score(
         check_generates(trainer.model, tokenizer)
     points = _Points(trainer, held_out)
     trainer.add_callback(points)
-    budget = _train(trainer)
+    budget = _train(trainer) if arm.change is None else _change(arm, trainer, directory)
     points.finish()
     trainer.save_model(trainer.args.output_dir)
     trainer.create_model_card()
@@ -181,6 +184,15 @@ def _train(trainer: FNSFTTrainer) -> str | None:
         failure = str(error)
     run = retention_of(trainer)
     return None if run is None or run.budget is None else failure or run.done
+
+
+def _change(arm: Arm, trainer: FNSFTTrainer, directory: Path) -> None:
+    """Have an arm change its model without a training, which counts as one step: measured before it and after it."""
+    told = (trainer.args, trainer.state, trainer.control)
+    trainer.callback_handler.on_train_begin(*told)
+    arm.change(trainer, directory)
+    trainer.state.global_step = 1
+    trainer.callback_handler.on_train_end(*told)
 
 
 def versions() -> dict[str, str]:

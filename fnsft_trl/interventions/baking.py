@@ -148,6 +148,12 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
     _name_baked(model, kept.before)
 
 
+def baked_neurons(model: nn.Module) -> NeuronMask | None:
+    """The neurons whose lesion is in the weights, as the model's config names them; `None` when there is none."""
+    said = vars(base_model(model).config).get("baked_lesion")
+    return None if said is None else _silenced(model, said)
+
+
 def lesion_note(model: nn.Module) -> str | None:
     """The sentence of a model card on the lesion or amplification in the weights; `None` when there is none."""
     model = base_model(model)

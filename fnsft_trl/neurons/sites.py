@@ -129,6 +129,24 @@ def base_model(model: nn.Module) -> nn.Module:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
+def check_in_memory(model: nn.Module, what: str) -> None:
+    """Check that all weights of a model are in memory, and none is offloaded to be loaded for each use.
+
+    Args:
+        model: the model; of one that its processes shard, none is loaded so.
+        what: needs them, for the message.
+
+    Raises:
+        FNSFTError: one is not, with its name.
+    """
+    spread = getattr(base_model(model), "hf_device_map", None)  # set by transformers where a device_map was given
+    if spread and (name := next((name for name, each in model.named_parameters() if each.is_meta), None)) is not None:
+        raise FNSFTError(
+            f"{what} needs all weights in memory, and {name} is offloaded (device_map); spread the model over devices "
+            "that hold it, or load it in few bits (load_in_4bit)"
+        )
+
+
 def check_modules_to_save(saved: list[str] | None, mlp_modules: list[str]) -> None:
     """Refuse to train as a whole a module that holds a part of the neurons.
 

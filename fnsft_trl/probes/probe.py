@@ -181,7 +181,7 @@ def _networks(model, template, domains, surrogate, config: ProbeConfig) -> list[
 
 
 def _surrogate(model, tokenizer, template, data, config: ProbeConfig, output: Path, ranks: Ranks):
-    """The template of the control, found on the data by all processes together, and kept; `None` if it is too short."""
+    """The template of the control, found on the data by all processes together; `None` if that is too short."""
     place = output / SURROGATE
     if (place / "config.json").is_file():
         return FunctionalNetworkTemplate.from_pretrained(place)

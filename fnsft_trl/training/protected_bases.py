@@ -114,14 +114,14 @@ def find_bases(
     giving = {name: text for name, (text, _) in texts.items()}
     counts = None
     if giving:
-        leading = MOST_LEADING if config.is_share else 1 if config.protect == "networks" else config.leading
+        leading = MOST_LEADING if config.is_share else 0 if config.protect == "networks" else config.leading
         kept = KeptDirections.find(model, modules, giving, leading=leading, title=title)
         counts = _counts(config, kept, model, texts, title)
     elif stored is not None:
         kept = _of_modules(stored, modules, model)
         counts = [_count(config, each) for each in kept.inputs]
     else:
-        kept = _empty(model, modules, 0 if config.protect == "networks" else config.leading + LEADING)
+        kept = _empty(config, model, modules)
     kept = kept if counts is None else kept.first(counts)
     if config.protect == "random":
         kept, what = kept.random(seed=config.protect_seed), "random directions, a control"
@@ -145,9 +145,11 @@ def held(kept: KeptDirections, model: nn.Module, text: KeptText, title: str | No
 
 
 def _counts(config, kept: KeptDirections, model, texts, title) -> list[int] | None:
-    """How many directions of each input hold the share of the energy; `None` where a number was asked for."""
-    if not config.is_share:
+    """How many directions of each input are taken; `None` for all that were found."""
+    if config.protect == "networks":
         return None
+    if not config.is_share:
+        return [min(each.basis.shape[1], LEADING + config.leading_of(each.width)) for each in kept.inputs]
     mixed = [torch.zeros(each.basis.shape[1], dtype=torch.float64) for each in kept.inputs]
     for text, _ in texts.values():
         for sum_of, shares in zip(mixed, kept.energies(model, text, title=title), strict=True):
@@ -197,11 +199,12 @@ def _of_modules(stored: KeptDirections, modules: Sequence[str], model: nn.Module
     return KeptDirections(tuple(replace(each, modules=tuple(names)) for each, names in kept.values()), stored.sinks)
 
 
-def _empty(model: nn.Module, modules: Sequence[str], count: int) -> KeptDirections:
-    """Inputs without directions, of the shape of some."""
+def _empty(config: ProtectionConfig, model: nn.Module, modules: Sequence[str]) -> KeptDirections:
+    """Inputs without directions, of the shape of those that are asked for."""
     found = []
     for group in shared_inputs(model, modules, _PROBE):
         width = linear_shape(module_named(model, group[0]))[0]
+        count = 0 if config.protect == "networks" else LEADING + config.leading_of(width)
         empty = torch.zeros(width, min(count, width), dtype=torch.float64)
         found.append(InputDirections(group, empty, torch.zeros(width, dtype=torch.float64)))
     return KeptDirections(tuple(found))

@@ -28,7 +28,8 @@ class ProtectingTrainer(RetainingTrainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As the parent's; a resumed run has the directions that it began with.
+        """As the parent's; a resumed run has the directions that it began with. What rounding has left along them is
+        taken out at the end.
 
         Raises:
             FNSFTError: the checkpoint was written with other ones, or without any.
@@ -37,7 +38,10 @@ class ProtectingTrainer(RetainingTrainer):
             check_unprotected(resume_from_checkpoint, self.args.output_dir)
         else:
             self._protection.begin(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._protection is not None and self.state.global_step:
+            self._protection.weights.settle()
+        return result
 
     def _extend_card_with_protection(self) -> None:
         if self._protection is not None and self.is_world_process_zero():

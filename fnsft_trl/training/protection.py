@@ -43,7 +43,7 @@ from ..template.template import FunctionalNetworkTemplate
 from ..writing import write_text_whole
 from .preparation import keep_4bit_layers_differentiable
 from .protected_bases import KeptTexts, ProtectedBases, as_json, find_bases, held, texts_sha256
-from .protection_config import ENERGY_TOKENS, ProtectionConfig
+from .protection_config import ENERGY_TOKENS, EVIDENCE, ProtectionConfig
 from .retention_texts import task_prompts
 from .ways import is_sharded
 
@@ -148,6 +148,8 @@ class Protection:
         self._leave_untrained(model)
         self._protect()
         if trainer.is_world_process_zero():
+            if config.forgetting is not None:
+                logger.warning(f"forgetting={config.forgetting}: {config.chosen()}. {EVIDENCE}")
             logger.warning(f"protected: {self.in_words()}")
 
     def _leave_untrained(self, model: nn.Module) -> None:
@@ -233,6 +235,7 @@ class Protection:
         """What is protected and how well, as JSON values."""
         return {
             "protect": self.config.protect,
+            "forgetting": self.config.forgetting,
             "strength": self.config.protect_strength,
             **as_json(self.bases),
             "task_energy": self.task_energy,

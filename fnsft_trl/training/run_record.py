@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..hub.card import ADAPTER_NOTE, SECTION, plain, publishable_card, with_section
+from ..hub.card import ADAPTER_NOTE, MASK_NOTE, SECTION, plain, publishable_card, with_section
 from ..interventions.baking import lesion_note
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
@@ -100,8 +100,7 @@ class RunRecord:
             factor = f" (x{self.plan.mask_factor:g})" if self.plan.mask_factor else ""
             lines.append(
                 f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}`{factor} of the "
-                f"{self.selected.count} selected neurons. "
-                + (lesion_note(model) or "The mask is not part of these weights.")
+                f"{self.selected.count} selected neurons. " + (lesion_note(model) or MASK_NOTE)
             )
         elif note := lesion_note(model):
             lines.append(f"\n{note}")

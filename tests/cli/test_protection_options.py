@@ -28,9 +28,33 @@ def test_a_file_and_the_command_line_mean_the_same(tmp_path):
     assert parse_options([*WORDS, "--protect", "none"]).protection is None
 
 
+def test_forgetting_low_is_the_recommended_protection_and_never_a_default(tmp_path):
+    asked = parse_options([*WORDS, "--forgetting", "low"])
+    assert asked.network_config is None  # nothing is discovered for it
+    found = asked.protection
+    assert (found.protect, found.protect_datasets, found.sources()) == (
+        *("subspace", ["embedded"]),
+        {"embedded": "embedded"},
+    )
+    assert [found.leading_of(width) for width in (64, 576, 4096)] == [32, 200, 200]
+    (tmp_path / "a.yaml").write_text("forgetting: low\nprotect_datasets: [mine=chats.jsonl, old=old.jsonl]\n")
+    given = parse_options([*WORDS, "--config", str(tmp_path / "a.yaml")]).protection
+    assert list(given.sources()) == ["mine", "old"]
+    for word in ("protect=subspace", "protect_datasets=mine=chats.jsonl old=old.jsonl", "each input 200 "):
+        assert word in given.chosen()
+    for words in ([], ["--ica_fraction", "0.1"], ["--forgetting", "null"]):
+        assert parse_options([*WORDS, *words]).protection is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--forgetting", "lo"], "did you mean 'low'"),
+        (["--forgetting", "low", "--protect", "none"], "protect=none does not"),
+        (["--forgetting", "low", "--protect", "random"], "chooses protect itself, and random was given"),
+        (["--forgetting", "low", "--protect_dims", "9"], "chooses protect_dims itself, and 9"),
+        (["--forgetting", "low", "--protect_strength", "0.5"], "chooses protect_strength itself"),
+        (["--forgetting", "low", "--protect_basis", "d"], "chooses protect_basis itself"),
         (["--protect", "networks"], "protect=networks needs a template"),
         (["--protect", "subspaces"], "did you mean 'subspace'"),
         ([*GIVEN, "--protect_strength", "1.5"], "protect_strength is 1.5"),

@@ -164,6 +164,22 @@ def test_arms_share_a_discovery_when_all_that_it_depends_on_is_the_same(folder):
     assert first != second
 
 
+def test_the_content_of_every_text_that_an_arm_reads_is_noted(folder, tmp_path):
+    texts = {name: tmp_path / f"{name}.txt" for name in ("kept", "replayed", "anchor")}
+    for path in texts.values():
+        path.write_text("The red fox went to the sea.\n")
+    edit(
+        folder / "lora.yaml",
+        forgetting="low",
+        protect_datasets=[f"kept={texts['kept']}"],
+        replay_datasets=[str(texts["replayed"])],
+        kl_to_base=1.0,
+        kl_datasets=[str(texts["anchor"])],
+    )
+    (arm,) = read_arms(find_recipes([str(folder / "lora.yaml")])[0], {}, data=["x"])
+    assert {str(path) for path in texts.values()} <= set(arm.sources)
+
+
 def test_networks_of_rows_that_the_seed_draws_are_found_for_each_seed(folder):
     edit(folder / "random.yaml", ica_datasets=None)
     files, _ = find_recipes([str(folder)])

@@ -26,6 +26,7 @@ def test_all_recipes_are_listed_each_with_what_it_does(capsys):
         (["quickstart"], ["quickstart.yaml"], ["opposites.jsonl"]),
         (["comprehensions.yaml", "quickstart"], ["comprehensions.yaml", "quickstart.yaml"], None),
         (["accelerate"], [name for name in RECIPES if name.startswith("accelerate/")], []),
+        (["continual/standard"], ["continual/standard.yaml", "continual/tasks/standard.yaml"], []),
         (["all"], RECIPES, sorted(path.name for path in (ROOT / "recipes" / "data").iterdir())),
     ],
 )

@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from helpers import tiny_rows
+from helpers import offloading, tiny_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks, select_neurons
-from fnsft_trl.cli import main
+from fnsft_trl.cli import main, restoring_run
 
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -163,7 +163,7 @@ def test_a_restored_lora_is_a_plain_one_of_the_same_rank_that_answers_position_0
 
 
 @pytest.mark.parametrize("kind", ["deltas", "full"])
-def test_deltas_and_full_fine_tunes_are_written_as_what_they_are(place, model_dir, kind):
+def test_deltas_and_full_fine_tunes_are_written_as_what_they_are(place, model_dir, tokenizer, kind):
     more = ["--base", model_dir] if kind == "full" else []
     found = restore(place, place / kind, *more, "--choose", "off position 0, mean, 2 leading", output=f"off-{kind}")
     way = next(way for way in found["ways"] if way["name"] == found["chosen"])
@@ -178,6 +178,12 @@ def test_deltas_and_full_fine_tunes_are_written_as_what_they_are(place, model_di
     else:
         model = AutoModelForCausalLM.from_pretrained(place / "off-full")
         assert torch.equal(model.model.norm.weight, base.model.norm.weight)
+        name = "model.layers.1.mlp.down_proj"
+        weights = [each.get_submodule(name).weight.detach().double() for each in (base, model)]
+        vector = first_inputs(base, name, tokenizer, place).mean(0).double()
+        along = (weights[1] - weights[0]) @ (vector / vector.norm())
+        assert along.norm() <= 2.0**-23 * weights[0].norm()
+        assert (weights[1] - weights[0]).norm() > 1e-3 * weights[0].norm()
         assert found["base_values"] > 0
         assert AutoTokenizer.from_pretrained(place / "off-full").chat_template
     with torch.no_grad():
@@ -329,6 +335,15 @@ def test_only_activations_of_the_base_are_needed(place, words):
     trained, restored = found["ways"]
     assert restored["residual"] <= 1e-6
     assert restored["mean_kl"] < trained["mean_kl"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_offloaded_base_is_refused_by_name(place, model_dir, kind, monkeypatch, capsys):
+    given = {"dtype": "float32", **offloading(place)}
+    monkeypatch.setattr(restoring_run, "loading_arguments", lambda loading: given)
+    words = [place / kind, "--keep", f"first={place / 'first.jsonl'}", *SMALL, "--output_dir", place / "nothing"]
+    words += ["--base", model_dir] if kind == "full" else []
+    assert "layers.1.self_attn.q_proj.weight is offloaded (device_map)" in refused(capsys, *words)
 
 
 def test_a_write_that_fails_is_one_line_and_leaves_nothing_behind(place, monkeypatch, capsys):

@@ -140,6 +140,29 @@ def test_a_strength_below_1_leaves_the_rest_of_each_step():
     torch.testing.assert_close(change @ outside, whole @ outside, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_subset", [False, True])
+def test_at_the_end_no_more_is_left_than_one_rounding_of_the_weights(is_subset):
+    layer = nn.Linear(576, 96, bias=False)
+    before = layer.weight.detach().clone().double()
+    basis = torch.linalg.qr(torch.randn(576, 200, generator=torch.Generator().manual_seed(0)).double()).Q
+    rows = torch.arange(0, 96, 2) if is_subset else None
+    found = TrainedMap("x", layer.weight, rows=rows, holds_base=True)
+    weights = protect_weights([found], {"x": basis.float().double()})
+    optimizer = torch.optim.SGD([layer.weight], lr=1e-3)
+    weights.attach(optimizer)
+    for number in range(6):
+        layer.weight.grad = torch.randn(96, 576, generator=torch.Generator().manual_seed(number))
+        layer.weight.grad[1::2] *= not is_subset
+        optimizer.step()
+    products = weights.left()  # of float32, whose sums are longer than one rounding
+    weights.settle()
+    assert weights.left() < min(products / 2, 2.0**-24)
+    along = (layer.weight.detach().double() - before) @ weights.weights[0].whole
+    assert along.norm() <= 2.0**-23 * before.norm()
+    if is_subset:
+        assert torch.equal(layer.weight.detach()[1::2].double(), before[1::2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_are_measured(dtype):
     model = tiny_model("llama").to(dtype)

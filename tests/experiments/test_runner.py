@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import psutil
@@ -17,9 +18,12 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
+from peft import load_peft_weights, set_peft_model_state_dict
 from small_experiment import ARMS, edit, killed_after, make_folder, report, run
 
 from fnsft_trl.cli import main
+from fnsft_trl.cli.recipe_arms import find_recipes, read_arms
+from fnsft_trl.experiments.arms import train_and_score
 from fnsft_trl.experiments.runner import own_device
 
 
@@ -179,6 +183,27 @@ def test_an_arm_gives_what_its_recipe_gives_alone(place, tmp_path):
     there = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     assert here.keys() == there.keys()
     assert all(equal(here[name], there[name]) for name in here)
+
+
+def test_an_arm_that_changes_its_model_without_a_training_is_scored_before_and_after(place, tmp_path):
+    source = place / "whole" / "arms" / "lora" / "seed-0"
+
+    def take_over(trainer, directory):
+        assert directory == tmp_path
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(source)))
+
+    files, _ = find_recipes([str(place / "recipes" / "lora.yaml")])
+    (arm,) = read_arms(files, {}, data=[str(place / "test.jsonl")])
+    found = train_and_score(replace(arm, name="taken", change=take_over), 0, tmp_path)
+    cells = [json.loads(line) for line in (place / "whole" / "cells.jsonl").open()]
+    (trained,) = [cell for cell in cells if (cell["arm"], cell["seed"]) == ("lora", 0)]
+    assert [point["step"] for point in found["points"]] == [0, 1]
+    assert found["points"][0] == trained["points"][0]
+    assert found["scores"]["nll"] == pytest.approx(trained["scores"]["nll"], rel=1e-6)
+    assert found["retention"]["general"]["nll"] == pytest.approx(trained["retention"]["general"]["nll"], rel=1e-6)
+    assert found["rows"]["exact_match"] == trained["rows"]["exact_match"]
+    saved = load_peft_weights(str(tmp_path))
+    assert all(torch.equal(saved[name], value) for name, value in load_peft_weights(str(source)).items())
 
 
 def test_a_folder_of_files_that_no_experiment_wrote_is_left_alone(copied, capsys):

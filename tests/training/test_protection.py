@@ -8,9 +8,9 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from helpers import changed_entries, sft_config, state, tiny_model, tiny_rows, tiny_tokenizer
+from helpers import changed_entries, offloading, sft_config, state, tiny_model, tiny_rows, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from fnsft_trl import (
     FNSFTError,
@@ -28,8 +28,11 @@ from fnsft_trl.discovery.module_directions import directions_of_modules, templat
 from fnsft_trl.discovery.saved_directions import load_directions
 from fnsft_trl.discovery.sketch import ActivationSketch
 from fnsft_trl.export import changed_neurons, to_merged, to_plain_lora
+from fnsft_trl.export.restored import AdapterChanges
 from fnsft_trl.neurons.sites import linear_shape
 from fnsft_trl.training.protection import PROTECTION_DIR
+from fnsft_trl.training.protection_config import EVIDENCE
+from fnsft_trl.tuner.saved import SavedAdapter
 
 
 ROWS = Dataset.from_list(tiny_rows())
@@ -138,8 +141,16 @@ def test_nothing_of_the_change_lies_along_the_directions(way, kind, text, templa
         assert trainer._run.guard.checked == 4
 
 
-def test_without_the_projection_the_same_check_fails(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(ProtectedWeights, "after_step", lambda self: None)
+@pytest.fixture
+def is_projected(request, monkeypatch):
+    """Whether steps are projected; else a control."""
+    for name in () if request.param else ("after_step", "settle"):
+        monkeypatch.setattr(ProtectedWeights, name, lambda self: None)
+    return request.param
+
+
+@pytest.mark.parametrize("is_projected", [False], indirect=True, ids=["control"])
+def test_without_the_projection_the_same_check_fails(is_projected, text, tmp_path):
     before = state(tiny_model("llama"))
     for way in ("full", "LoRA"):
         trainer = trainer_of(way, tmp_path / way, protection(text))
@@ -164,7 +175,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(way, strength, text, templat
     resumed = make(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=checkpoint)
     assert changed_entries(state(whole.model), state(resumed.model)) == {}
-    assert strength < 1 or resumed.protection.left() <= EXACT
+    assert strength < 1 or resumed.protection.left() <= (MERGED if way == "full" else EXACT)
     if strength == 1 and way == "LoRA":
         with pytest.raises(FNSFTError, match="protect_dims=4, and this run has 3"):
             make(tmp_path / "other", protect_dims=3).train(resume_from_checkpoint=checkpoint)
@@ -219,8 +230,18 @@ def test_checkpointing_and_accumulation_change_nothing(text, tmp_path):
         torch.testing.assert_close(found[1][name], found[2][name], rtol=5e-2, atol=5e-3)
 
 
+def left_in_file(directory, kept):
+    """The largest ||D U|| / ||D|| of any module of a saved adapter."""
+    changes = AdapterChanges.read(SavedAdapter.read(directory)).changes
+    pairs = [change.left_in(kept.of(name).basis) for name, change in changes.items()]
+    assert pairs
+    return max(along / whole for along, whole in pairs)
+
+
+@pytest.mark.parametrize("is_projected", [True, False], indirect=True, ids=["protected", "control"])
 @pytest.mark.parametrize("way", ["LoRA", "neuron deltas"])
-def test_it_holds_after_saving_loading_merging_and_exporting(way, text, template, tmp_path):
+def test_it_holds_after_saving_loading_merging_and_exporting(way, is_projected, text, template, tmp_path):
+    """And does not hold of a run whose steps are not projected."""
     base = tiny_model("llama")
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -231,16 +252,25 @@ def test_it_holds_after_saving_loading_merging_and_exporting(way, text, template
     trainer.save_model()
     kept, _ = load_directions(tmp_path / "out" / PROTECTION_DIR)
     to_merged(tmp_path / "out", tmp_path / "merged")
-    models = [type(base).from_pretrained(tmp_path / "merged")]
+    adapters = [tmp_path / "out"]  # of a LoRA, a plain file of PEFT
     if way == "neuron deltas":
         to_plain_lora(tmp_path / "out", tmp_path / "lora")
-        plain = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "lora")
-        models.append(plain.merge_and_unload())
-    else:  # a plain file of PEFT
-        assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_model.safetensors"}
-        models.append(PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "out").merge_and_unload())
-    for model in models:
-        assert left_of(before, model, kept)[0] <= MERGED
+        adapters.append(tmp_path / "lora")
+    plain = PeftModel.from_pretrained(tiny_model("llama"), adapters[-1])
+    for model in (type(base).from_pretrained(tmp_path / "merged"), plain.merge_and_unload()):
+        assert (left_of(before, model, kept)[0] <= MERGED) == is_projected
+    for directory in adapters:
+        assert (left_in_file(directory, kept) <= EXACT) == is_projected
+
+
+@pytest.mark.parametrize("way", ["full", "full, some neurons"])
+def test_whole_weights_hold_it_after_saving_and_loading(way, text, template, tmp_path):
+    before = state(tiny_model("llama"))
+    trainer = trainer_of(way, tmp_path, protection(text), template)
+    trainer.train()
+    trainer.save_model()
+    model = type(trainer.model).from_pretrained(tmp_path)
+    assert left_of(before, model, load_directions(tmp_path / PROTECTION_DIR)[0])[0] <= MERGED
 
 
 def padded():
@@ -333,6 +363,20 @@ def test_a_share_of_the_energy_chooses_as_many_directions_as_hold_it(text, tmp_p
     assert wider.protection.bases.energy["kept"] < trainer.protection.bases.energy["kept"]
 
 
+def test_forgetting_low_protects_and_says_what_it_rests_on(text, tmp_path, log):
+    config = ProtectionConfig(forgetting="low", protect_datasets=[f"kept={text}"], protect_tokens=256)
+    trainer = trainer_of("LoRA", tmp_path, config)
+    trainer.train()
+    assert trainer.protection.left() <= EXACT
+    assert {each.width: each.basis.shape[1] for each in trainer.protection.bases.kept.inputs} == {16: 10, 40: 22}
+    trainer.save_model()
+    told = json.loads((tmp_path / "results.json").read_text())["protection"]
+    assert (told["protect"], told["forgetting"]) == ("subspace", "low")
+    (said,) = (record.getMessage() for record in log.records if "forgetting=low" in record.getMessage())
+    assert f"protect_datasets=kept={text}" in said
+    assert EVIDENCE in said
+
+
 def test_all_components_span_the_principal_components_of_the_same_sketch():
     draw = torch.Generator().manual_seed(0)
     mixing = torch.randn(4, 40, generator=draw)
@@ -347,6 +391,9 @@ def test_all_components_span_the_principal_components_of_the_same_sketch():
     rows = torch.cat([sketch.rows for sketch in sketches]).double()
     principal = torch.linalg.svd(rows, full_matrices=False).Vh[:4].T
     assert torch.linalg.svdvals(spanned.T @ principal).min() > 1 - 1e-5
+    for layer in (slice(0, 15), slice(15, 40)):  # the inputs of one layer's down projection
+        ends = [torch.linalg.qr(basis[layer]).Q for basis in (found.loadings.double().T, principal)]
+        assert torch.linalg.svdvals(ends[0].T @ ends[1]).min() > 1 - 1e-5
 
 
 @pytest.mark.parametrize(
@@ -378,6 +425,49 @@ def test_a_sharded_run_is_refused_by_name(text, tmp_path, monkeypatch):
     monkeypatch.setattr("fnsft_trl.training.protection.is_sharded", lambda trainer: True)
     with pytest.raises(FNSFTError, match=r"protect does not run sharded \(FSDP, DeepSpeed\)"):
         trainer_of("LoRA", tmp_path, protection(text))
+
+
+QUANTISED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("way", ["LoRA", "neuron deltas"])
+def test_a_quantised_base_is_protected(way, kind, text, template, base_dir, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = LlamaForCausalLM.from_pretrained(base_dir, quantization_config=BitsAndBytesConfig(**QUANTISED[kind]))
+    trainer = trainer_of(way, tmp_path, protection(text), template, model)
+    trainer.train()
+    trainer.save_model()
+    # TRL holds the factors of a LoRA on a quantised base in bfloat16, in which D U = 0 is as near as that is.
+    held = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+    assert held == {"torch.bfloat16" if way == "LoRA" else "torch.float32"}
+    left = left_in_file(tmp_path, load_directions(tmp_path / PROTECTION_DIR)[0])
+    assert left <= (1e-2 if way == "LoRA" else EXACT)
+    assert trainer.protection.left() == pytest.approx(left, rel=0.2)
+
+
+@pytest.mark.parametrize("way", ["full", "LoRA", "neuron deltas"])
+def test_a_model_that_device_map_places_is_protected_and_an_offloaded_one_refused(
+    way, text, template, base_dir, tmp_path
+):
+    trainer = trainer_of(
+        way, tmp_path, protection(text), template, LlamaForCausalLM.from_pretrained(base_dir, device_map="auto")
+    )
+    trainer.train()
+    assert trainer.protection.left() <= (MERGED if way == "full" else EXACT)
+    offloaded = LlamaForCausalLM.from_pretrained(base_dir, **offloading(tmp_path))
+    with pytest.raises(FNSFTError, match=r"needs all weights in memory, and .*layers\.1.* is offloaded"):
+        trainer_of(way, tmp_path, protection(text), template, offloaded)
 
 
 def test_an_optimizer_of_other_tensors_is_refused(text, tmp_path):

@@ -227,6 +227,8 @@ def _given(kind: type, values: dict[str, Any]) -> Any:
 
 def _protection(values: dict[str, Any], networks: FunctionalNetworkConfig | None) -> ProtectionConfig | None:
     """The directions in which what trains answers as before; `None` without `protect`."""
+    if values.get("forgetting") is not None and values.get("protect") == "none":
+        raise FNSFTError(f"forgetting={values['forgetting']} protects, and protect=none does not; drop one of them")
     found = _given(ProtectionConfig, values)
     if found is None or not found.is_on:
         return None
