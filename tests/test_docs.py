@@ -188,8 +188,9 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
             arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
         if "--texts" in arguments:
             arguments = instead(arguments, "--texts", "roneneldan/TinyStories", "--model_a", str(model_dir))
-            arguments += ["--model_b", str(model_dir)]
-        quick = "" if "--basis_only" in arguments else QUICK.get(verb, "")  # finds no networks
+            arguments += [] if "--per_sample" in arguments else ["--model_b", str(model_dir)]
+        is_plain = {"--basis_only", "--per_sample"} & set(arguments)  # finds no networks, or permutes none
+        quick = "" if is_plain else QUICK.get(verb, "")
         assert main([verb, *instead(arguments, *shlex.split(quick))]) == 0, words
 
 
