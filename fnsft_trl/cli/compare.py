@@ -14,8 +14,8 @@ from .output import check_writable
 
 
 ABOUT = (
-    "Compare the networks of two templates: neuron by neuron where both are of one model (or of a model and its "
-    "fine-tuned child), or by their time courses on shared text (texts) where they are not."
+    "Compare the networks of two templates. Templates of one model, or of a model and its fine-tuned child, are "
+    "compared neuron by neuron; others by their time courses on shared text (texts)."
 )
 
 _SAMPLE_HEADER = ["network", "texts", "of all", "chance", "mean IoU"]
@@ -27,7 +27,7 @@ def options() -> list[Option]:
     template = {"positional": True}
     return [
         row("a", "Directory, JSON file or Hub id of a template.", metavar="A", required=True, **template),
-        row("b", "The same of another one; not with per_sample.", metavar="B", **template),
+        row("b", "The template to compare it with, likewise; not with per_sample.", metavar="B", **template),
         row("revision_a", "Branch, tag or commit of A on the Hub."),
         row("revision_b", "Branch, tag or commit of B on the Hub."),
         row("texts", "Compare by time courses on this shared text.", many=True, metavar="DATASET"),
@@ -38,7 +38,7 @@ def options() -> list[Option]:
         ),
         row("passages", "With texts: number of passages (per_sample: of texts).", 200, lowest=1),
         row("permutations", "Random permutations for the p-values.", 199, lowest=1),
-        row("seed", "Of the permutations.", 0),
+        row("seed", "Seed of the permutations.", 0),
         row("output_dir", "Where the report goes.", "comparison", metavar="DIR"),
         *_model_options(),
     ]

@@ -43,7 +43,7 @@ class MaskScheduleCallback(TrainerCallback):
     """Switches the forward mask, and in full fine-tuning the trainable neurons, during training.
 
     Until the first phase, the run is as the trainer's config says. Neurons that a phase leaves out of `trainable` stay
-    bit-identical through it: their gradients are zero and do not count when gradients are clipped, their momentum is
+    bit-identical through it. Their gradients are zero and do not count when gradients are clipped. Their momentum is
     cleared when the phase begins, and their values are put back after each step. Other weights that the run trains
     (attention, norms) go on training. A resumed run takes up the phase it was in.
 
