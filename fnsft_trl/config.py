@@ -173,9 +173,12 @@ class FunctionalNetworkConfig:
     )
     mask_mode: str | None = option(
         None,
-        "Forward intervention during training: `lesion` zeroes the selected neurons, `preserve` all others; none by "
-        "default.",
-        choices=("lesion", "preserve"),
+        "Forward intervention during training: `lesion` zeroes the selected neurons, `preserve` all others, `amplify` "
+        "multiplies the selected ones by `mask_factor`; none by default.",
+        choices=("lesion", "preserve", "amplify"),
+    )
+    mask_factor: float | None = option(
+        None, "With `mask_mode=amplify`: the factor; below 1 it inhibits. (0 is a lesion.)", above=0
     )
     mask_eval: bool = option(True, "Whether evaluation during training runs with the mask on.")
     train_neurons: str = option(
@@ -275,7 +278,7 @@ class FunctionalNetworkConfig:
             )
         if outcome.endswith("by anti-drift") and not self.anti_drift_row_param:
             train = "all"
-        return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode)
+        return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode, mask_factor=self.mask_factor)
 
     def check_named_networks(self) -> None:
         """Check that a discovery with these settings will find the networks that are named.

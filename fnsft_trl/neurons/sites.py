@@ -379,3 +379,9 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
         )
     _check_no_weight_is_shared(sites)
     return [sites[i] for i in parse_ranges(layers, len(sites))]
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer, in the order in which the layers of its sites are counted."""
+    prefix, text_model, _ = _text_model(model)
+    return [block for _, block in _blocks(text_model, prefix)]
