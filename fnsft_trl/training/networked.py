@@ -119,7 +119,7 @@ class NetworkedTrainer(ProtectingTrainer):
             if asked is not None and kind.scores:
                 raise FNSFTError(f"{name} measured by the next token, which a reward model does not predict; drop it")
         if replay is not None:
-            self.replay = self._replay_of(replay, given)
+            self.replay = Replay.of(replay, given, self._trainer_class.__name__, is_read=self._replays)
         kept = None if anchor is None else KLToBase(anchor)
         added = None if penalties is None else Penalties(penalties, given.get("args"))
         read = ("args", "train_dataset", "processing_class", "formatting_func")
@@ -145,16 +145,6 @@ class NetworkedTrainer(ProtectingTrainer):
         if self._protection is not None:
             self._protection.hold(self, *((self._run.trainable, self._run.template) if self._run else (None, None)))
         warn_of_high_rate(self, self.plan and self.plan.method)
-
-    def _replay_of(self, config: ReplayConfig, given: dict) -> Replay:
-        if not self._replays:
-            raise FNSFTError(
-                f"replay_datasets are rows of next tokens beside those of the task, which FNSFTTrainer trains and "
-                f"{self._trainer_class.__name__} does not; drop them, or keep the model near its base (kl_to_base)"
-            )
-        replay = Replay(config)
-        replay.check(given.get("args"), given.get("train_dataset"))
-        return replay
 
     @property
     def network_config(self) -> FunctionalNetworkConfig | None:

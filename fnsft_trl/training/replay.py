@@ -10,9 +10,12 @@ the rows weighted by their learnt tokens as in any batch. Which rows these are d
 the epoch alone, so a run can be resumed, and all processes draw the same.
 """
 
+from __future__ import annotations
+
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import Sampler
@@ -50,6 +53,28 @@ class Replay:
         self.rows = {name: first_rows(loaded[source], config.replay_rows) for name, source in sources.items()}
         self.task: Dataset | None = None
         self.replayed = 0
+
+    @classmethod
+    def of(cls, config: ReplayConfig, given: Mapping[str, Any], trainer: str, *, is_read: bool) -> Replay:
+        """What a trainer is to replay.
+
+        Args:
+            config: what is asked for.
+            given: the arguments of the trainer.
+            trainer: the name of its class.
+            is_read: whether it trains rows of next tokens, as [`FNSFTTrainer`] does.
+
+        Raises:
+            FNSFTError: it does not, or as [`Replay.check`].
+        """
+        if not is_read:
+            raise FNSFTError(
+                f"replay_datasets are rows of next tokens beside those of the task, which FNSFTTrainer trains and "
+                f"{trainer} does not; drop them, or keep the model near its base (kl_to_base)"
+            )
+        replay = cls(config)
+        replay.check(given.get("args"), given.get("train_dataset"))
+        return replay
 
     def check(self, args, train_dataset) -> None:
         """Refuse arguments of a trainer under which no share of a batch could be kept.
@@ -107,7 +132,7 @@ class Replay:
         )
         return concatenate_datasets([self.task, *prepared])
 
-    def sampler(self, seed: int) -> "ReplaySampler":
+    def sampler(self, seed: int) -> ReplaySampler:
         """The order in which the rows are trained."""
         return ReplaySampler(len(self.task), self.replayed, share=self.config.replay_share, seed=seed)
 
