@@ -39,9 +39,8 @@ QUICK = {
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
     "probe": "--max_tokens 300 --max_length 32 --draws 3 --batch_size 16 --prompts 1",
-    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
-    "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora --max_length 256 --disable_tqdm true "
+    "--retention_tokens 50 --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
