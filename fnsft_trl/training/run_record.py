@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FunctionalNetworkConfig, TrainingPlan
-from ..hub.card import ADAPTER_NOTE, SECTION, plain, publishable_card, with_section
+from ..hub.card import ADAPTER_NOTE, MASK_NOTE, SECTION, plain, publishable_card, with_section
 from ..interventions.baking import lesion_note
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
@@ -49,6 +49,7 @@ class RunRecord:
             "train_method": self.plan.method,
             "train_neurons": self.plan.train,
             "mask_mode": self.plan.mask_mode,
+            "mask_factor": self.plan.mask_factor,
             "mask_phases": self.mask_phases,
             "selected": {"count": self.selected.count, "sha256": self.selected.sha256},
             "trainable": {"count": self.trainable.count, "sha256": self.trainable.sha256},
@@ -96,10 +97,10 @@ class RunRecord:
             f"networks {origin}; they are in `{NETWORK_DIR}/`.",
         ]
         if self.plan.mask_mode is not None:
+            factor = f" (x{self.plan.mask_factor:g})" if self.plan.mask_factor else ""
             lines.append(
-                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
-                f"{self.selected.count} selected neurons. "
-                + (lesion_note(model) or "The mask is not part of these weights.")
+                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}`{factor} of the "
+                f"{self.selected.count} selected neurons. " + (lesion_note(model) or MASK_NOTE)
             )
         elif note := lesion_note(model):
             lines.append(f"\n{note}")

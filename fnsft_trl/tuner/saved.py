@@ -294,6 +294,22 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", **loading) -> Pr
         return model_class(config).from_pretrained(name, dtype=dtype, **loading)
 
 
+def load_outline(name: str, **loading) -> PreTrainedModel:
+    """The structure of a model without weights (on the device `meta`), as the class that it was saved as.
+
+    Args:
+        name: directory or Hub id.
+        loading: arguments of `from_pretrained` that say which it is.
+
+    Raises:
+        FNSFTError: its configuration cannot be loaded.
+    """
+    source = {"trust_remote_code": False, **{key: loading[key] for key in _SOURCE if loading.get(key) is not None}}
+    with _loading_errors(name):
+        config = AutoConfig.from_pretrained(name, **source)
+        return _outline(model_class(config), config, source)
+
+
 def _loading_errors(name: str, adapter: Path | None = None) -> AbstractContextManager[None]:
     moved = f"base_model_name_or_path of {adapter}/adapter_config.json"
     remedy = "" if adapter is None else f"; if it has moved, say where to in {moved}"

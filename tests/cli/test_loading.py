@@ -191,8 +191,8 @@ def test_without_a_revision_none_is_kept(model_dir, data, tmp_path):
         ("merged", ["--attn_implementation", "eager"], "attn_implementation has no effect on what is exported"),
         ("merged", ["--device_map", "nowhere"], "device_map is 'nowhere'; it must be a device"),
         ("lora", ["--device_map", "cpu"], "device_map has no effect with to=lora"),
-        ("lora", ["--model_revision", "v1"], "model_revision has no effect with to=lora"),
-        ("gguf", ["--trust_remote_code"], "trust_remote_code has no effect with to=gguf"),
+        ("gguf", ["--device_map", "cpu"], "device_map has no effect with to=gguf"),
+        ("gguf", ["--dtype", "float16"], "dtype has no effect with to=gguf"),
     ],
     ids=str,
 )

@@ -213,10 +213,10 @@ def test_export_lora_on_the_command_line(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "onnx"], "to is 'onnx'; it must be one of: merged, lora, gguf"),
+        (["--to", "onnx"], "to is 'onnx'; it must be one of: merged, baked, smaller, lora, gguf"),
         (["--to", "lora"], "adapter of type"),
         (["--to", "merged", "nowhere"], "to takes one value, 2 were given"),
-        ([], "to is missing; give DIR --to merged|lora|gguf"),
+        ([], "to is missing; give DIR --to merged|baked|smaller|lora|gguf"),
     ],
 )
 def test_export_refuses_on_one_line(arguments, message, root, tmp_path, capsys):
