@@ -27,7 +27,7 @@ def options() -> list[Option]:
     template = {"positional": True}
     return [
         row("a", "Directory, JSON file or Hub id of a template.", metavar="A", required=True, **template),
-        row("b", "The template to compare it with; not with per_sample.", metavar="B", **template),
+        row("b", "The template to compare it with, likewise; not with per_sample.", metavar="B", **template),
         row("revision_a", "Branch, tag or commit of A on the Hub."),
         row("revision_b", "Branch, tag or commit of B on the Hub."),
         row("texts", "Compare by time courses on this shared text.", many=True, metavar="DATASET"),
