@@ -16,11 +16,13 @@ class TrainingPlan:
         method (`str`): `"neuron_delta"`, `"lora"` or `"full"`.
         train (`str`): `"all"`, `"selected"` or `"unselected"`: which neurons' weights may change.
         mask_mode (`str` or `None`): the forward intervention during training.
+        mask_factor (`float` or `None`): of `amplify`: what activations are multiplied by.
     """
 
     method: str
     train: str
     mask_mode: str | None
+    mask_factor: float | None = None
 
 
 # (mask_mode, train_neurons) -> (what trains, or None with the reason why the combination is an error).
@@ -41,6 +43,10 @@ COMBINATIONS: dict[tuple[str | None, str], tuple[str | None, str]] = {
     ("preserve", "all"): ("all", "everything; the silenced neurons get no gradient, but weight decay can move them"),
     ("preserve", "selected"): ("selected", "the preserved neurons"),
     ("preserve", "unselected"): (None, "preserve silences all unselected neurons, so none of them could learn"),
+    ("amplify", "auto"): ("selected", "the amplified neurons"),
+    ("amplify", "all"): ("all", "everything, the amplified neurons too"),
+    ("amplify", "selected"): ("selected", "the amplified neurons"),
+    ("amplify", "unselected"): ("unselected", "all but the amplified neurons"),
 }
 
 # (train_method, anti_drift_apply_to) -> the reason why the combination is an error. Cells not listed are fine.
@@ -90,11 +96,22 @@ def check_combinations(config) -> None:
         raise FNSFTError("ica_rank_by=lowest has no effect on ica_select=random, which ranks nothing; drop one")
     if not config.mask_eval and config.mask_mode is None:
         raise FNSFTError("mask_eval=false has no effect without a mask_mode; drop it")
-    if not config.anti_drift_row_param and (config.mask_mode is None or config.train_neurons != "auto"):
+    _check_factor(config)
+    if not config.anti_drift_row_param and (config.mask_mode in (None, "amplify") or config.train_neurons != "auto"):
         raise FNSFTError(
-            "anti_drift_row_param=false has an effect only with a mask_mode and train_neurons=auto; without them "
-            "the neurons that do not train are always held exactly; drop it"
+            "anti_drift_row_param=false has an effect only with mask_mode=lesion or preserve and train_neurons=auto; "
+            "without them the neurons that do not train are always held exactly; drop it"
         )
     outcome, reason = COMBINATIONS[config.mask_mode, config.train_neurons]
     if outcome is None:
         raise FNSFTError(f"mask_mode={config.mask_mode or 'null'} with train_neurons={config.train_neurons}: {reason}")
+
+
+def _check_factor(config) -> None:
+    if config.mask_mode != "amplify":
+        if config.mask_factor is not None:
+            raise FNSFTError("mask_factor has an effect only with mask_mode=amplify; drop it, or set that")
+    elif config.mask_factor is None:
+        raise FNSFTError("mask_mode=amplify needs mask_factor: what the activations are multiplied by, for instance 2")
+    elif config.mask_factor == 1:
+        raise FNSFTError("mask_factor=1 changes no activation; give another factor, or drop mask_mode")

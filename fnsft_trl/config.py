@@ -91,9 +91,9 @@ class FunctionalNetworkConfig:
     )
     ica_decomposition: str = option(
         "ica",
-        "What is made of the sketch: `ica` (independent components), or a control of it: `pca` (principal components) "
-        "or `kmeans` (clusters of neurons by their loadings on the principal components; a neuron's loading is its "
-        "cosine to the centroid).",
+        "What is made of the sketch: `ica` (independent components), or a control of it. `pca` gives principal "
+        "components. `kmeans` gives clusters of neurons by their loadings on these; a neuron's loading is then its "
+        "cosine to the centroid.",
         choices=("ica", "pca", "kmeans"),
     )
     ica_surrogate: bool = option(
@@ -152,11 +152,11 @@ class FunctionalNetworkConfig:
     )
     ica_select: str = option(
         "networks",
-        "`networks`; or a control: `random`; `layer_shuffled` (as many neurons of every layer as the networks have "
-        "there, others); `surrogate` (networks of activations shifted in time); `activation_rms` (by RMS on the "
-        "calibration text; `activation` is the same); `contrast` (used by the training data, and not by the "
-        "calibration text); `gradient_conflict` (whose gradients on the training data and on `ica_datasets` point "
-        "against each other).",
+        "`networks`, or a control. `random`: drawn by `ica_seed`. `layer_shuffled`: as many other neurons of every "
+        "layer as the networks have there. `surrogate`: networks of activations shifted in time. `activation_rms` "
+        "(or `activation`): by RMS on the calibration text. `contrast`: used by the training data, and not by the "
+        "calibration text. `gradient_conflict`: whose gradients on the training data and on `ica_datasets` point "
+        "against each other.",
         choices=(*SELECTORS, *SELECTOR_ALIASES),
     )
     ica_fraction: float | None = option(
@@ -173,9 +173,12 @@ class FunctionalNetworkConfig:
     )
     mask_mode: str | None = option(
         None,
-        "Forward intervention during training: `lesion` zeroes the selected neurons, `preserve` all others; none by "
-        "default.",
-        choices=("lesion", "preserve"),
+        "Forward intervention during training: `lesion` zeroes the selected neurons, `preserve` all others, `amplify` "
+        "multiplies the selected ones by `mask_factor`; none by default.",
+        choices=("lesion", "preserve", "amplify"),
+    )
+    mask_factor: float | None = option(
+        None, "With `mask_mode=amplify`: the factor; below 1 it inhibits. (0 is a lesion.)", above=0
     )
     mask_eval: bool = option(True, "Whether evaluation during training runs with the mask on.")
     train_neurons: str = option(
@@ -275,7 +278,7 @@ class FunctionalNetworkConfig:
             )
         if outcome.endswith("by anti-drift") and not self.anti_drift_row_param:
             train = "all"
-        return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode)
+        return TrainingPlan(method=method, train=train, mask_mode=self.mask_mode, mask_factor=self.mask_factor)
 
     def check_named_networks(self) -> None:
         """Check that a discovery with these settings will find the networks that are named.

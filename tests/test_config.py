@@ -8,14 +8,16 @@ from fnsft_trl.config import ANTI_DRIFT_ERRORS, COMBINATIONS, ThresholdRule
 
 def test_every_combination_of_switches_has_an_outcome():
     for mask_mode, train_neurons in itertools.product(
-        (None, "lesion", "preserve"), ("auto", "all", "selected", "unselected")
+        (None, "lesion", "preserve", "amplify"), ("auto", "all", "selected", "unselected")
     ):
         outcome, reason = COMBINATIONS[mask_mode, train_neurons]
+        asked = {"mask_mode": mask_mode, "train_neurons": train_neurons}
+        asked |= {"mask_factor": 2.0} if mask_mode == "amplify" else {}
         if outcome is None:
             with pytest.raises(FNSFTError, match=reason[:20]):
-                FunctionalNetworkConfig(mask_mode=mask_mode, train_neurons=train_neurons)
+                FunctionalNetworkConfig(**asked)
         else:
-            config = FunctionalNetworkConfig(mask_mode=mask_mode, train_neurons=train_neurons)
+            config = FunctionalNetworkConfig(**asked)
             assert config.plan(lora_config=False).train == outcome
 
 
@@ -24,6 +26,22 @@ def test_auto_is_held_exactly_unless_anti_drift_is_off(mask_mode, held):
     assert FunctionalNetworkConfig(mask_mode=mask_mode).plan(lora_config=True).train == held
     loose = FunctionalNetworkConfig(mask_mode=mask_mode, anti_drift_row_param=False)
     assert loose.plan(lora_config=True).train == "all"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"mask_mode": "amplify"}, "needs mask_factor"),
+        ({"mask_mode": "amplify", "mask_factor": 1}, "changes no activation"),
+        ({"mask_mode": "amplify", "mask_factor": 0.0}, "mask_factor is 0.0"),
+        ({"mask_mode": "lesion", "mask_factor": 2}, "only with mask_mode=amplify"),
+        ({"mask_mode": "amplify", "mask_factor": 2, "anti_drift_row_param": False}, "anti_drift_row_param=false"),
+    ],
+)
+def test_a_factor_goes_with_amplify_alone(asked, said):
+    with pytest.raises(FNSFTError, match=said):
+        FunctionalNetworkConfig(**asked)
+    assert FunctionalNetworkConfig(mask_mode="amplify", mask_factor=2).plan(lora_config=False).mask_factor == 2
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])

@@ -24,6 +24,7 @@ VERBS = {
     "inspect": "show what a template holds",
     "compare": "find the networks of one template in another",
     "evaluate": "score models on rows, general text and tasks, and compare them",
+    "probe": "silence and scale networks beside controls, and say which of them matter",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "continual": "train one task after another, in several ways, and measure what each stage did to the others",
     "restore": "take a fine-tune back where it touches text that is to be kept, without training",
@@ -33,7 +34,8 @@ VERBS = {
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
     "demo": "the whole way on the embedded model, in minutes",
 }
-_RESUMABLE = ("train", "discover", "experiment", "continual", "demo")  # which go on where they were interrupted
+# Which go on where they were interrupted.
+_RESUMABLE = ("train", "discover", "probe", "experiment", "continual", "demo")
 
 
 def _help() -> str:

@@ -14,25 +14,31 @@ from .output import check_writable
 
 
 ABOUT = (
-    "Compare the networks of two templates: neuron by neuron where both are of one model (or of a model and its "
-    "fine-tuned child), or by their time courses on shared text (texts) where they are not."
+    "Compare the networks of two templates. Templates of one model, or of a model and its fine-tuned child, are "
+    "compared neuron by neuron; others by their time courses on shared text (texts)."
 )
 
+_SAMPLE_HEADER = ["network", "texts", "of all", "chance", "mean IoU"]
 _HEADER = ["network of A", "partner in B", "IoU", "Dice", "correlation", "same network", "nearest in B", "p"]
 
 
 def options() -> list[Option]:
     """The options of the verb."""
-    template = {"positional": True, "required": True}
+    template = {"positional": True}
     return [
-        row("a", "Directory, JSON file or Hub id of a template.", metavar="A", **template),
-        row("b", "The same of another one.", metavar="B", **template),
+        row("a", "Directory, JSON file or Hub id of a template.", metavar="A", required=True, **template),
+        row("b", "The template to compare it with, likewise; not with per_sample.", metavar="B", **template),
         row("revision_a", "Branch, tag or commit of A on the Hub."),
         row("revision_b", "Branch, tag or commit of B on the Hub."),
         row("texts", "Compare by time courses on this shared text.", many=True, metavar="DATASET"),
-        row("passages", "With texts: number of passages.", 200, lowest=1),
+        row(
+            "per_sample",
+            "Compare A with the networks of each text by itself: find these, and say which of A's they are.",
+            False,
+        ),
+        row("passages", "With texts: number of passages (per_sample: of texts).", 200, lowest=1),
         row("permutations", "Random permutations for the p-values.", 199, lowest=1),
-        row("seed", "Of the permutations.", 0),
+        row("seed", "Seed of the permutations.", 0),
         row("output_dir", "Where the report goes.", "comparison", metavar="DIR"),
         *_model_options(),
     ]
@@ -55,6 +61,7 @@ def main(argv: list[str]) -> None:
     idle = [option.name for option in _model_options() if option.name in args.given]
     if args.texts is None and idle:
         raise FNSFTError(f"{', '.join(idle)}: read only with texts, the text to load models for; give it or drop them")
+    _check(args)
     loading = LoadingConfig(**args.of(LoadingConfig))
     output = check_writable(args.output_dir, REPORT)
     check_pyplot()
@@ -68,6 +75,9 @@ def main(argv: list[str]) -> None:
     from ..template import FunctionalNetworkTemplate
 
     a = FunctionalNetworkTemplate.from_pretrained(args.a, revision=args.revision_a)
+    if args.per_sample:
+        _compare_samples(args, loading, a, output)
+        return
     b = FunctionalNetworkTemplate.from_pretrained(args.b, revision=args.revision_b)
     settings = {"permutations": args.permutations, "seed": args.seed}
     if args.texts is None:
@@ -78,6 +88,50 @@ def main(argv: list[str]) -> None:
         comparison = compare_time_courses(*_time_courses(args, loading, a, b), **settings)
         measure, matrix = "|correlation| of time courses", comparison.correlation
     _write(args, a, b, comparison, measure, matrix, output)
+
+
+def _check(args: Arguments) -> None:
+    """What is asked for must go together."""
+    if not args.per_sample:
+        if args.b is None:
+            raise FNSFTError("b is missing; give a second template, or per_sample")
+        return
+    of_b = [name for name in ("b", "revision_b", "model_b", "model_revision_b", "permutations") if name in args.given]
+    if of_b:
+        raise FNSFTError(f"per_sample compares A with the networks of texts; drop {', '.join(of_b)}")
+    if args.texts is None:
+        raise FNSFTError("per_sample needs texts, whose networks are found one by one; give them")
+
+
+def _compare_samples(args: Arguments, loading: LoadingConfig, template, output: Path) -> None:
+    """Which networks of a template are those of single texts."""
+    from ..comparison.samples import compare_samples
+    from ..data.sources import load_texts
+    from ..discovery.matching import SAME_NETWORK
+    from .models import load_model_and_tokenizer
+
+    texts = (row for rows in load_texts(args.texts).values() for row in _strings(rows))
+    name = args.model_a or template.base_model
+    model, tokenizer = load_model_and_tokenizer(name, replace(loading, model_revision=args.model_revision_a))
+    found = compare_samples(model, tokenizer, template, texts, count=args.passages, seed=args.seed)
+    rows = [
+        [str(each.network), str(each.samples), f"{each.share:.0%}", f"{each.null:.0%}", f"{each.iou:.2f}"]
+        for each in found.networks
+    ]
+    known = [max(value for _, value in sample) > SAME_NETWORK for sample in found.samples]
+    about = (
+        f"{args.a}: {len(template.components)} networks; {len(found.samples)} texts of {found.tokens} tokens, each "
+        f"with as many networks of its own ({found.left_out} texts were too short). A network is found in a text one "
+        f"of whose own shares more than {SAME_NETWORK} of their neurons with it (IoU); chance: the neurons of the "
+        "text's networks permuted within their layers."
+    )
+    summary = f"{sum(known)} of {len(known)} texts have a network of the template."
+    report = Report("fnsft compare: single texts")
+    report.text(about)
+    report.text(summary)
+    report.table(_SAMPLE_HEADER, rows)
+    report.save(output, {"template": args.a, "texts": args.texts, "seed": args.seed, **found.to_dict()})
+    print(f"{about}\n\n{format_table(_SAMPLE_HEADER, rows)}\n\n{summary}\n\nReport: {output / 'report.html'}")
 
 
 def _time_courses(args: Arguments, loading: LoadingConfig, a, b):

@@ -61,7 +61,16 @@ def options() -> list[Option]:
             f"{DIMS} of each, or as many as ica_store_basis says.",
             False,
         ),
+        row(
+            "examples",
+            "Keep so many texts of each network, in which it is most active, beside the template (examples.json).",
+            0,
+            lowest=0,
+        ),
         *PUSH_OPTIONS,
+        row(
+            "push_examples", "With push_to_hub and examples: push these texts, too.", False, group="pushing to the Hub"
+        ),
         *(option for option in describe(DataConfig) if option.name in _DATA_FIELDS),
         *loading_options(),
         *_discovery_options(),
@@ -86,8 +95,7 @@ def main(argv: list[str]) -> None:
     loading = LoadingConfig(**args.of(LoadingConfig))
     read = {f"the dataset {name}": name for name in args.datasets}
     output_dir = check_writable(args.output_dir, TEMPLATE, {"the model": args.model_name_or_path, **read})
-    if args.basis_only:
-        _check_basis_only(args)
+    _check(args)
     push = push_arguments(args, TEMPLATE)
 
     import torch
@@ -134,18 +142,36 @@ def main(argv: list[str]) -> None:
     with suppress(OSError):
         progress.rmdir()
     _show(template)
+    kept = _save_examples(model, tokenizer, template, texts, args.examples, output_dir) if args.examples else None
     if push is not None:
-        url = template.push_to_hub(**push)
+        beside = {kept.name: kept.read_bytes()} if args.push_examples else None
+        url = template.push_to_hub(**push, beside=beside)
         print(f"Pushed to: {url}")
 
 
-def _check_basis_only(args) -> None:
-    """Refuse what has no effect where no networks are found."""
+def _check(args) -> None:
+    """Refuse what has no effect: without examples, or where no networks are found."""
+    if args.push_examples and not (args.examples and args.push_to_hub):
+        raise FNSFTError("push_examples has no effect without examples and push_to_hub; give them, or drop it")
+    if not args.basis_only:
+        return
     read = {"ica_store_basis", "ica_max_tokens", "ica_max_length", "ica_batch_size", "ica_template_samples_per_ds"}
     idle = [name for name in args.given if name.startswith("ica_") and name not in read]
-    idle += [name for name in ("resume", "license") if name in args.given]
+    idle += [name for name in ("resume", "license", "examples") if name in args.given]
     if idle:
         raise FNSFTError(f"{min(idle)} has no effect with basis_only, which finds no networks; drop one of them")
+
+
+def _save_examples(model, tokenizer, template, texts, count: int, directory: Path) -> Path:
+    """Keep the texts in which the networks are most active beside the template."""
+    from ..probes.examples import find_examples
+    from ..template.stored import StoredTemplate
+
+    of_template = StoredTemplate.open(directory).description.tensors_sha256
+    found = find_examples(model, tokenizer, template, texts, count=count, tensors_sha256=of_template)
+    path = found.save(directory)
+    print(f"Texts in which the networks are most active: {path}")
+    return path
 
 
 def _save_parts(templates: dict[str, Any], directory: Path) -> None:

@@ -1,6 +1,7 @@
 """fnsft evaluate MODEL...: score models on rows, general text and tasks, and compare them row by row."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def options() -> list[Option]:
         row("data", data, many=True, metavar="DATASET"),
         row("dataset_split", "Split of the data; by default that for tests or evaluations, or the only one."),
         row("output_dir", "Where the report goes.", "evaluation", metavar="DIR"),
-        row("base", "Score the base model of the first adapter too, before all others, with its tokenizer.", False),
-        row("masked", "Score each model under the mask that it trained under too.", False),
+        row("base", "Also score the base model of the first adapter, before all others, with its tokenizer.", False),
+        row("masked", "Also score each model under the mask that it trained under.", False),
         *describe(EvaluationConfig),
         row("tasks", names, many=True, metavar="TASK", group=_TASKS),
         row("include_path", "Folder with tasks of your own (YAML).", metavar="DIR", group=_TASKS),
@@ -60,9 +61,9 @@ def main(argv: list[str]) -> None:
     retention = RetentionConfig(**_given(args, _RETENTION_FIELDS)) if args.retention_datasets else None
     mask = mask_config(args)
     output = check_writable(args.output_dir)
-    models = _named(args.models, "models")
-    data = _named(args.data or (), "data")
-    _check_output(output, [*models.values(), *data.values()])
+    models = named(args.models, "models")
+    data = named(args.data or (), "data")
+    check_output(output, [*models.values(), *data.values()], _FILES)
 
     from .evaluation_run import evaluate
 
@@ -95,7 +96,7 @@ def _check(args: Arguments) -> None:
         raise FNSFTError(f"num_fewshot is {args.num_fewshot}; it must be at least 0")
 
 
-def _named(given: list[str], what: str) -> dict[str, str]:
+def named(given: list[str], what: str) -> dict[str, str]:
     """Name -> place, of what was given as `NAME=PLACE` or as a place, whose last part is then the name."""
     found: dict[str, str] = {}
     for text in given:
@@ -114,12 +115,12 @@ def _named(given: list[str], what: str) -> dict[str, str]:
     return found
 
 
-def _check_output(output: Path, sources: list[str]) -> None:
-    """Refuse to write over what is read, or into the directory of a model."""
+def check_output(output: Path, sources: list[str], files: Sequence[str]) -> None:
+    """Refuse to write files over what is read, or into the directory of a model."""
     target = output.resolve()
     for source in sources:
         path = Path(source).expanduser().resolve()
-        if target == path or (path.parent == target and path.name in _FILES):
+        if target == path or (path.parent == target and path.name in files):
             raise FNSFTError(f"output_dir is {output}, where {source} is read from; name another directory")
     if held := next((name for name in _OF_MODELS if (output / name).is_file()), None):
         raise FNSFTError(f"output_dir is {output}, which holds a model ({held}); name another directory")

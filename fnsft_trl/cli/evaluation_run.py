@@ -24,7 +24,7 @@ from ..evaluation.harness import Tasks
 from ..evaluation.retention import RetentionText
 from ..evaluation.settings import EvaluationConfig
 from ..evaluation.share import Share
-from ..interventions.masking import lesion, preserve
+from ..interventions.masking import forward_mask
 from ..training.loaded import given_template
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
@@ -220,7 +220,7 @@ def _scored(found: list[EvaluatedModel], work: _Work) -> tuple[list[Evaluated], 
         if mask is not None:
             name = f"{each.name} ({work.mask.mask_mode})"
             described = {"name": name, "mask": work.mask.mask_mode, "neurons": mask.count, "sha256": mask.sha256}
-            with (lesion if work.mask.mask_mode == "lesion" else preserve)(model, mask):
+            with forward_mask(model, work.mask.mask_mode, mask, factor=work.mask.mask_factor):
                 result = Evaluated(name, each.about(model) | described)
                 results.append(_score(result, model, tokenizer, texts, reference, work))
         del model

@@ -54,13 +54,13 @@ def options() -> list[Option]:
         ),
         row(
             "jobs",
-            "Cells that are trained at once, each in a process and, of several accelerators, on one of its own.",
+            "Cells that train at once, each in its own process and, if there are several, on its own accelerator.",
             1,
             lowest=1,
         ),
         row("generate", "Also let the models answer, and score the answers: BLEU, ROUGE, exact match.", False),
         row("max_new_tokens", "With generate: the longest answer in tokens.", 128, lowest=1),
-        row("restart", "Throw away what is finished of arms that have changed since, and train these anew.", False),
+        row("restart", "Throw away the finished cells of arms that have changed since, and train these anew.", False),
     ]
     return [*own, *_of_arms().values()]
 

@@ -2,14 +2,17 @@
 
 import os
 import sys
+from pathlib import Path
 
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
 from ..occupied import TEMPLATE
 from ..ranges import format_ranges
 from ..template.card import format_known
+from ..template.naming import name_networks
 from ..template.stored import StoredTemplate
-from .options.arguments import read_arguments
+from ..writing import disk_errors, write_text_whole
+from .options.arguments import Arguments, read_arguments
 from .options.schema import Option, row
 from .output import check_writable
 
@@ -25,13 +28,31 @@ def options() -> list[Option]:
         row("revision", "Branch, tag or commit on the Hub."),
         row("json", "Print the template's config.json as it is.", False),
         row("convert", "Save the template there in the current format.", metavar="DIR"),
+        row(
+            "html",
+            "Write all that is known of the networks there, as one page that needs nothing else.",
+            metavar="FILE",
+        ),
+        row("probe", "With html: show what a probe has found, too, given its output_dir.", metavar="DIR"),
+        row(
+            "name",
+            'Write a name of a network into the template, as NUMBER=NAME: 3="dates"; an empty one takes it away.',
+            many=True,
+            metavar="NUMBER=NAME",
+        ),
     ]
 
 
 def main(argv: list[str]) -> None:
     args = read_arguments(argv, options())
-    if args.json and args.convert:
-        raise FNSFTError("json and convert exclude each other; drop one of them")
+    asked = [name for name in ("json", "convert", "html", "name") if vars(args)[name]]
+    if len(asked) > 1:
+        raise FNSFTError(f"{' and '.join(asked)} exclude each other; drop all but one of them")
+    if args.probe and not args.html:
+        raise FNSFTError("probe has no effect without html; give it, or drop probe")
+    if args.name:
+        _name(args)
+        return
     stored = StoredTemplate.open(args.template, revision=args.revision)
     if args.convert:
         from ..template.template import FunctionalNetworkTemplate
@@ -40,11 +61,50 @@ def main(argv: list[str]) -> None:
         FunctionalNetworkTemplate.from_pretrained(args.template, revision=args.revision).save_pretrained(target)
         print(f"Template saved to: {target}")
         return
+    if args.html:
+        _write_page(args, stored)
+        return
     try:
         _show(stored, args.json)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads it has enough of it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+
+
+def _name(args: Arguments) -> None:
+    """Write names of networks into a template on disk."""
+    if not Path(args.template).expanduser().is_dir():
+        raise FNSFTError(f"{args.template} is no directory of a template, into which names could be written")
+    names = {}
+    for text in args.name:
+        number, separator, name = text.partition("=")
+        if not separator or not number.strip().isdecimal():
+            raise FNSFTError(f'name holds {text!r}; write NUMBER=NAME, for instance 3="dates"')
+        names[int(number)] = name.strip()
+    name_networks(args.template, names)
+    for number, name in names.items():
+        print(f"network {number} is called {name!r}" if name else f"network {number} has no name")
+
+
+def _write_page(args: Arguments, stored: StoredTemplate) -> None:
+    """Write the atlas of a template: an HTML file."""
+    from ..probes.atlas import ProbeResults, atlas_html
+    from ..probes.example_file import Examples
+
+    target = Path(args.html).expanduser()
+    if target.is_dir():
+        raise FNSFTError(f"html is {args.html}, a directory; give the name of a file in it, such as atlas.html")
+    check_writable(target.parent)
+    found = stored.description
+    probe = None if args.probe is None else ProbeResults.read(args.probe)
+    of_template = {"tensors_sha256": found.tensors_sha256, "networks": len(found.components)}
+    places = [place for place in (args.template, args.probe) if place is not None]
+    read = (Examples.read(Path(place).expanduser(), **of_template) for place in places)
+    examples = next((each for each in read if each is not None), None)
+    page = atlas_html(found, stored.loadings(), examples=examples, probe=probe)
+    with disk_errors(target.parent):
+        write_text_whole(target, page)
+    print(f"Page: {target}")
 
 
 def _show(stored: StoredTemplate, as_json: bool) -> None:
@@ -72,6 +132,7 @@ def _show(stored: StoredTemplate, as_json: bool) -> None:
             f"{format_known(component.kurtosis, '.1f'):>8}  {format_known(component.reliability, '.2f'):>11}  "
             f"{format_known(found.reliability_above_null(number), '.2f'):>10}  "
             f"{format_known(component.jaccard, '.2f'):>7}  {strongest}"
+            + ("" if component.name is None else f"  [{component.name}]")
         )
     if null := found.null:
         highest = "" if null.highest is None else f", at most {null.highest:.2f}"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Fields of FunctionalNetworkConfig that say which neurons a mask silences.
 MASK_FIELDS = (
-    *("ica_template_path", "ica_template_revision", "mask_mode", "ica_component_ids", "ica_min_reliability"),
+    *("ica_template_path", "ica_template_revision", "mask_mode", "mask_factor", "ica_component_ids"),
+    "ica_min_reliability",
     *("ica_layers", "ica_site", "ica_threshold", "ica_percentile", "ica_zscore", "ica_select", "ica_fraction"),
     *("ica_rank_by", "ica_seed"),
 )

@@ -4,7 +4,7 @@ With the weight change B A, a frozen output neuron needs a zero row of B and a f
 They start at zero, and masks on the output of `lora_B` and the input of `lora_A` keep their gradients at exactly
 zero. Optimizers in full precision then leave them at zero (weight decay included); those with state in 8 bits do not,
 so they are put back after every step. Where PEFT adapts a bare parameter (the experts of a layer), it uses the factors
-without calling `lora_A` and `lora_B`: there the gradients of the frozen entries are zeroed as they are accumulated,
+without calling `lora_A` and `lora_B`. There the gradients of the frozen entries are zeroed as they are accumulated,
 and so are those of the magnitudes of DoRA. Checkpoints are plain PEFT files.
 """
 

@@ -25,8 +25,8 @@ class DataConfig:
     )
     template_format: str = option(
         "auto",
-        "How conversations are rendered: `chat` by the tokenizer's chat template, `alpaca`, `chatml`, `basic` by "
-        "`prompt_template`, `auto` by the chat template where there is one and else as `basic`.",
+        "How conversations are rendered: `chat` (the tokenizer's chat template), `alpaca`, `chatml`, `basic` "
+        "(`prompt_template`) or `auto`. `auto` takes the chat template if there is one, and else `basic`.",
         choices=TEMPLATE_FORMATS,
     )
     prompt_template: str | None = option(
@@ -36,13 +36,13 @@ class DataConfig:
     )
     max_samples: int | None = option(
         None,
-        "Rows taken of each split of each dataset, at random by the seed of the training, in their order; all rows by "
-        "default.",
+        "Rows to take of each split of each dataset, drawn by the seed of the training and kept in their order. All "
+        "rows by default.",
         least=1,
     )
     eval_fraction: float = option(
         0.1,
-        "Share of the training rows held out when there is an evaluation but no split for it, by the seed.",
+        "Share of the training rows to hold out, drawn by the seed, when an evaluation has no split.",
         above=0,
         below=1,
     )

@@ -55,7 +55,7 @@ def to_trl_format(
     Convert a dataset in any known format to one that [`~trl.SFTTrainer`] reads.
 
     Questions and answers, under whatever names, become TRL's conversational `prompt` and `completion`, so that the
-    loss is on the completion only; `conversations` become `messages`; `text` and `input_ids` stay as they are, and so
+    loss is on the completion only. `conversations` become `messages`. `text` and `input_ids` stay as they are, and so
     do `messages` of text. Rows that cannot be used are left out, with a warning that counts them and says why.
 
     Args:

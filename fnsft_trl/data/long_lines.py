@@ -52,7 +52,7 @@ def load_lines(path: Path, cache: str) -> Dataset:
         cache (`str`): a directory in which the dataset is kept, that belongs to the content of the file.
 
     Returns:
-        `Dataset`: its rows but those with half a surrogate pair, which no table can hold, and which are counted; a
+        `Dataset`: its rows. Those with half a surrogate pair, which no table can hold, are left out and counted. A
             column that begins further down is one of all rows, and a text that looks like a date stays as it is.
 
     Raises:

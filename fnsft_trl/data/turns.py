@@ -30,9 +30,9 @@ def by_turns(value):
     """The messages of a conversation; what has none of these shapes is given back as it is.
 
     Args:
-        value: a list of messages; a struct of its columns; a list of texts, of which the first is the user's, the
-            second the answer and so on; a list of exchanges (`input` and `output`, ...); a JSON text of one of these;
-            or a transcript with the speaker before each turn.
+        value: a list of messages, or a struct of its columns. A list of texts that take turns, the user's first. A
+            list of exchanges (`input` and `output`, ...). A JSON text of one of these. Or a transcript with the
+            speaker before each turn.
     """
     if isinstance(value, str):
         value = _read(value)

@@ -1,9 +1,9 @@
 """Components of reduced activations: independent ones, and the controls that they are compared with. Pure tensors.
 
-All start from the same principal directions of the same sketch: FastICA turns them, `pca` takes them as they are, and
-`kmeans` groups the neurons by how they load on them (MacQueen, 1967; on the unit sphere as Dhillon & Modha, 2001,
-"Concept decompositions for large sparse text data using clustering", section 3: a centroid is a mean of unit vectors,
-and nearness is the cosine).
+All start from the same principal directions of the same sketch. FastICA turns them, `pca` takes them as they are, and
+`kmeans` (MacQueen, 1967) groups the neurons by how they load on them. It works on the unit sphere as Dhillon & Modha
+(2001, "Concept decompositions for large sparse text data using clustering", section 3): a centroid is a mean of unit
+vectors, and nearness is the cosine.
 """
 
 from dataclasses import dataclass

@@ -28,9 +28,9 @@ class Decomposition:
 
     Attributes:
         loadings (`torch.Tensor`): shape (components, neurons), float32: what one standard deviation of the component
-            adds to the neuron's activation (when z-scored, to its z-score; by layers, to its activation over the RMS
-            of the layer; of a massive neuron, to its activation divided down, see
-            [`~fnsft_trl.discovery.units.Units`]). Of clusters, the cosine of the neuron to the centroid.
+            adds to the neuron's activation. When z-scored, it is what that adds to the z-score; by layers, to the
+            activation over the RMS of the layer. For massive neurons see [`~fnsft_trl.discovery.units.Units`]. Of
+            clusters, the cosine of the neuron to the centroid.
         explained_variance (`list[float]`): share of the total variance in these units, per component; of clusters,
             that of the neurons in it.
         kurtosis (`list[float]`): excess kurtosis of the component over tokens (temporal) or neurons (spatial).

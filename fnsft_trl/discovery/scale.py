@@ -11,8 +11,9 @@ from .units import Units
 def activation_scale(template: FunctionalNetworkTemplate) -> dict[int, torch.Tensor]:
     """What a loading of one is in activations, by which loadings become directions of activations.
 
-    Loadings are in the units of the discovery (`ica_standardize`): those of a z-scored template in standard deviations
-    of each neuron, those by layers in the RMS of the layer, those of a massive neuron in what it was divided down to.
+    Loadings are in the units of the discovery (`ica_standardize`). Those of a z-scored template are in standard
+    deviations of each neuron, and those by layers in the RMS of the layer. Those of a massive neuron are in what it
+    was divided down to.
     A direction is `loadings[layer][number] * activation_scale(template)[layer]`.
 
     Args:

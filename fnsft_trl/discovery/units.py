@@ -21,10 +21,10 @@ class Units:
     """The units of a discovery.
 
     Z-scored, each neuron is divided by its standard deviation. Centred, neurons keep their scale, so that those that
-    vary more count more; but for *massive* ones, which vary more than all weaker neurons together: these are divided
-    down to vary as much as the weaker ones together, and count for no more than them. By layers, each layer is divided
-    by its RMS (that of its activations less their means, over all neurons that vary), so that all layers count alike
-    and neurons keep their scale within them; massive is then what varies more than all weaker neurons of its layer.
+    vary more count more. *Massive* neurons vary more than all weaker ones together. They are divided down to vary as
+    much as the weaker ones together, and count for no more than them. By layers, each layer is divided by its RMS:
+    that of its activations less their means, over all neurons that vary. So all layers count alike, and neurons keep
+    their scale within them. Massive is then what varies more than all weaker neurons of its layer.
 
     Attributes:
         standardize (`str`): `"center"`, `"layer"` or `"zscore"`.

@@ -34,9 +34,9 @@ class RetentionConfig:
 
     retention_datasets: list[str] | None = option(
         None,
-        "General texts, disjoint from the training data, each a series of its own: `name=source`, where the source is "
-        "a Hub id, a directory, a file (.json, .jsonl, .csv, .parquet, .txt) or `embedded` (English Wikipedia). "
-        "Without a name, a source gets one from itself.",
+        "General texts, disjoint from the training data, each a series of its own: `name=source`. A source is a Hub "
+        "id, a directory, a file (.json, .jsonl, .csv, .parquet, .txt) or `embedded` (English Wikipedia). Without a "
+        "name, a source gets one from itself.",
     )
     retention_tokens: int = option(
         8192, "Tokens of each text that are scored, and of the task's prompts.", least=1, most=10**8
@@ -51,8 +51,8 @@ class RetentionConfig:
     )
     retention_on_budget: str | None = option(
         None,
-        "What is done when a text passes the budget: `rollback` (the default) ends the training and goes back to the "
-        "last state within the budget, `stop` ends it, `warn` says so and goes on.",
+        "What to do when a text passes the budget. `rollback` (the default) ends the training and goes back to the "
+        "last state within the budget. `stop` ends it. `warn` says so and goes on.",
         choices=("rollback", "stop", "warn"),
     )
 

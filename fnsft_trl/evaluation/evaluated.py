@@ -13,7 +13,7 @@ from ..data.embedded import resolve_model
 from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
-from ..interventions.masking import MaskHandle, lesion, preserve
+from ..interventions.masking import MaskHandle, forward_mask
 from ..json_text import from_json
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
@@ -136,7 +136,7 @@ class EvaluatedModel:
         """Put the mask on that it trained under."""
         about = self.record
         mask = recorded_neurons(self.place, about, model)
-        return (lesion if about["mask_mode"] == "lesion" else preserve)(model, mask)
+        return forward_mask(model, about["mask_mode"], mask, factor=about.get("mask_factor"))
 
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What it is, as JSON values.

@@ -121,7 +121,7 @@ def evaluate_model(
     Returns:
         Of text: `perplexity` and `bits_per_byte`. Of rows with answers: `exact_match` (the whole answer, its end
         included, is the greedy one), `nll` (of the answer, nats) and `perplexity` (of the tokens that count in
-        training); with `generate` also `generated_exact_match`, `bleu`, `rouge1`, `rouge2`, `rougeL`. Of
+        training). With `generate` also `generated_exact_match`, `bleu`, `rouge1`, `rouge2`, `rougeL`. Of
         multiple-choice questions: `acc`, `acc_norm`, `acc_bytes`.
 
     Raises:

@@ -128,8 +128,8 @@ def _answer(tokens: list[int], ends: list[int], tokenizer) -> Answer:
 def text_measures(answers: Sequence[str], references: Sequence[str], numbers: Sequence[int]) -> dict[str, Measure]:
     """How near answers come to the expected ones.
 
-    Both are compared without white space around them: `generated_exact_match`, the share of equal ones; `bleu`, that
-    of a corpus as sacrebleu has it by default, from 0 to 100; `rouge1`, `rouge2` and `rougeL`, F-measures of
+    Both are compared without white space around them. `generated_exact_match` is the share of equal ones. `bleu` is
+    that of a corpus as sacrebleu has it by default, from 0 to 100. `rouge1`, `rouge2` and `rougeL` are F-measures of
     rouge-score with its stemmer, means over rows, from 0 to 1.
 
     Args:

@@ -25,8 +25,8 @@ class EvaluationConfig:
     )
     template_format: str = option(
         "auto",
-        "How conversations are rendered, as in training: `chat`, `alpaca`, `chatml`, `basic`, or `auto`, by the chat "
-        "template of each model's tokenizer, in which a training keeps its format, and else as `basic`.",
+        "How conversations are rendered, as in training: `chat`, `alpaca`, `chatml`, `basic`, or `auto`. `auto` takes "
+        "the chat template of each model's tokenizer, where a training keeps its format, and else `basic`.",
         choices=TEMPLATE_FORMATS,
     )
     prompt_template: str | None = option(
@@ -55,7 +55,7 @@ class EvaluationConfig:
         False, "Put multiple-choice questions, and those of tasks, into the chat template, as a user's turn."
     )
     batch_size: int = option(8, "Rows in a forward pass.", least=1)
-    seed: int = option(0, "Of the rows that are taken, of the bootstrap and of tasks.", least=0)
+    seed: int = option(0, "Seed of the rows that are taken, of the bootstrap and of tasks.", least=0)
     bootstrap_draws: int = option(2000, "Draws of rows for the intervals.", least=100)
 
     def __post_init__(self) -> None:

@@ -119,9 +119,9 @@ def train_and_score(
 
     Returns:
         The cell, as JSON values. It holds no date and no duration: the same arm, seed and data give the same cell.
-        `points` are what was learnt (`learning`: mean negative log-likelihood of a held-out answer, in nats; lower is
-        better) and what was lost (`retention`, by series; `kl_sums`, the KL of each sequence), at each `step`; the
-        last is that of the saved model.
+        `points` say at each `step` what was learnt and what was lost; the last is that of the saved model. `learning`
+        is the mean negative log-likelihood of a held-out answer, in nats, and lower is better. `retention` is by
+        series, and `kl_sums` the KL of each sequence.
     """
     trainer = arm.make_trainer(seed, directory, template)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

@@ -48,9 +48,9 @@ def verify_merge(
 ) -> NeuronMask:
     """Find the neurons that differ between two checkpoints, and check that they are those an adapter says.
 
-    With the directory of an adapter, every weight of its neurons must be, bit for bit, the base value plus the delta
-    in the precision of the checkpoint, and nothing else may differ but what the adapter trains besides. With a
-    NeuronMask, the neurons that differ must be exactly its members, and nothing else may differ.
+    With the directory of an adapter, every weight of its neurons must be the base value plus the delta, bit for bit in
+    the precision of the checkpoint. Nothing else may differ but what the adapter trains besides. With a NeuronMask,
+    the neurons that differ must be exactly its members, and nothing else may differ.
 
     Args:
         before, after: directories or names of checkpoints, or parameter name -> tensor. With an adapter, both are

@@ -1,4 +1,5 @@
-"""Bake a lesion into the weights, so that it outlives the hooks (merge, GGUF, vLLM), and take it out again."""
+"""Bake a lesion or an amplification into the weights, so that it outlives the hooks (merge, GGUF, vLLM), and take it
+out again."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from ..neurons.mask import NeuronMask, fitting_sites
 from ..neurons.sites import base_linear, base_model, find_neuron_sites
 
 
-_CONFIG_ENTRY = "baked_lesion"
+_LESION, _AMPLIFICATION = "baked_lesion", "baked_amplification"  # entries of the model's config
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class KeptWeights:
 
     Attributes:
         values (`dict`): parameter name -> (dimensions, positions along them, their values).
-        lesion (`dict`, *optional*): the lesion that the model's config named at the time.
-        baked (`dict`, *optional*): the one that it names with these neurons silenced; `lesion` if they are not.
+        before (`dict`): what the model's config named as baked at the time: entry -> what it says.
+        baked (`dict`): what it names since; `before` where nothing was baked.
     """
 
     values: dict[str, tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = field(repr=False)
-    lesion: dict | None = None
-    baked: dict | None = None
+    before: dict[str, dict] = field(default_factory=dict)
+    baked: dict[str, dict] = field(default_factory=dict)
 
 
 def keep_neurons(model: nn.Module, mask: NeuronMask) -> KeptWeights:
@@ -40,8 +41,8 @@ def keep_neurons(model: nn.Module, mask: NeuronMask) -> KeptWeights:
     Raises:
         FNSFTError: the mask was made for another model, or the weights are quantised, offloaded or adapted.
     """
-    lesion = _lesion(model)
-    return KeptWeights(_values(model, mask, outgoing_only=False), lesion, lesion)
+    baked = _baked(model)
+    return KeptWeights(_values(model, mask, outgoing_only=False), baked, baked)
 
 
 @torch.no_grad()
@@ -61,20 +62,58 @@ def bake_lesion(model: nn.Module, mask: NeuronMask) -> KeptWeights:
 
     Raises:
         FNSFTError: the mask was made for another model, the weights are quantised, offloaded or adapted, or the model
-            carries a lesion at the other site. The model is left as it was.
+            carries a lesion at the other site, or an amplification. The model is left as it was.
     """
     values = _values(model, mask, outgoing_only=True)
-    before = _lesion(model)
+    found = _baked(model)
+    if _AMPLIFICATION in found:
+        raise FNSFTError(
+            "the model carries an amplification, over which no lesion is baked; take it out first (unbake)"
+        )
+    before = found.get(_LESION)
     silenced = mask.over({site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)})
     if before is not None:
         if before["site"] != mask.site:
             raise FNSFTError(f"the model carries a lesion at {before['site']}, so none can be baked at {mask.site}")
         silenced = silenced | _silenced(model, before)
-    kept = KeptWeights(values, before, {"site": mask.site, "neurons": silenced.to_ranges()})
+    kept = KeptWeights(values, found, {_LESION: {"site": mask.site, "neurons": silenced.to_ranges()}})
     for name, (dims, positions, _) in values.items():
         parameter = model.get_parameter(name)
         parameter.masked_fill_(mask_positions(parameter, dims, positions), 0)
-    setattr(model.config, _CONFIG_ENTRY, kept.baked)
+    _name_baked(model, kept.baked)
+    return kept
+
+
+@torch.no_grad()
+def bake_amplification(model: nn.Module, mask: NeuronMask, factor: float) -> KeptWeights:
+    """Multiply the outgoing weights of some neurons, as [`bake_lesion`] zeroes them.
+
+    The model then computes without hooks what it computes under `amplify(model, mask, factor)`. The model's config
+    names neurons and factor (`baked_amplification`).
+
+    Args:
+        model, mask: as of [`bake_lesion`].
+        factor: a finite number, neither 0 (which is a lesion) nor 1 (which changes nothing).
+
+    Returns:
+        What [`unbake`] needs to put every weight back, bit for bit.
+
+    Raises:
+        FNSFTError: as [`bake_lesion`], or the model carries a lesion or an amplification already.
+    """
+    if factor in (0, 1) or not float("-inf") < factor < float("inf"):
+        raise FNSFTError(f"the factor to bake is {factor}; it must be finite, and neither 0 (bake_lesion) nor 1")
+    values = _values(model, mask, outgoing_only=True)
+    found = _baked(model)
+    if found:
+        raise FNSFTError(
+            f"the model carries a {min(found)} already, over which nothing is amplified; take it out first"
+        )
+    entry = {"site": mask.site, "neurons": mask.to_ranges(), "factor": float(factor)}
+    kept = KeptWeights(values, found, {_AMPLIFICATION: entry})
+    for name, (dims, positions, old) in values.items():
+        write_positions(model.get_parameter(name), dims, positions, old * factor)
+    _name_baked(model, kept.baked)
     return kept
 
 
@@ -98,7 +137,7 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
                 f"the kept weights are of another model: this one has no {name} that they fit (merge or unload an "
                 "adapter that was put around it first)"
             )
-    if _lesion(model) != kept.baked:
+    if _baked(model) != kept.baked:
         raise FNSFTError(
             "the lesion that the model's config names is not the one that these weights were kept for; of several "
             "lesions, take the last one out first"
@@ -106,10 +145,7 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
     for name, (dims, positions, values) in kept.values.items():
         parameter = parameters[name]
         write_positions(parameter, dims, positions.to(parameter.device), values.to(parameter))
-    if kept.lesion is not None:
-        setattr(model.config, _CONFIG_ENTRY, kept.lesion)
-    elif _lesion(model) is not None:
-        delattr(model.config, _CONFIG_ENTRY)
+    _name_baked(model, kept.before)
 
 
 def baked_neurons(model: nn.Module) -> NeuronMask | None:
@@ -119,19 +155,33 @@ def baked_neurons(model: nn.Module) -> NeuronMask | None:
 
 
 def lesion_note(model: nn.Module) -> str | None:
-    """The sentence of a model card on the lesion in the weights; `None` when there is none."""
-    lesion = _lesion(base_model(model))
-    if lesion is None:
-        return None
-    mask = _silenced(model, lesion)
-    return (
-        f"The weights carry a lesion: the outgoing weights of {mask.count} neurons ({mask.fraction:.1%} at "
-        f"{mask.site}) were set to zero. `config.json` lists them under `{_CONFIG_ENTRY}`."
-    )
+    """The sentence of a model card on the lesion or amplification in the weights; `None` when there is none."""
+    model = base_model(model)
+    for entry, said in _baked(model).items():
+        mask = _silenced(model, said)
+        what, done = "a lesion", "set to zero"
+        if entry == _AMPLIFICATION:
+            what, done = "an amplification", f"multiplied by {said['factor']:g}"
+        return (
+            f"The weights carry {what}: the outgoing weights of {mask.count} neurons "
+            f"({mask.fraction:.1%} at {mask.site}) were {done}. `config.json` lists them under `{entry}`."
+        )
+    return None
 
 
-def _lesion(model: nn.Module) -> dict | None:
-    return vars(model.config).get(_CONFIG_ENTRY)
+def _baked(model: nn.Module) -> dict[str, dict]:
+    """What a model's config says that its weights carry."""
+    return {
+        entry: found for entry in (_LESION, _AMPLIFICATION) if (found := vars(model.config).get(entry)) is not None
+    }
+
+
+def _name_baked(model: nn.Module, baked: dict[str, dict]) -> None:
+    for entry in (_LESION, _AMPLIFICATION):
+        if entry in baked:
+            setattr(model.config, entry, baked[entry])
+        elif vars(model.config).get(entry) is not None:
+            delattr(model.config, entry)
 
 
 def _silenced(model: nn.Module, lesion: dict) -> NeuronMask:

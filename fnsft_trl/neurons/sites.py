@@ -1,11 +1,11 @@
 """Neurons: where a model's MLP sites are, and how to reach their activations.
 
 Sites are found by structure. A *block* is an element of a `ModuleList` in which any element contains an attention
-module; in a model of text and images only the text model's blocks count. Outside the attention subtrees of a block, a
-*down projection* is a linear layer that ends in the hidden size and has, in the nearest container they share, an *up
-projection*: a linear layer from the hidden size to the width n of the down projection's input (or to 2n, when up and
-gate are fused). A module with the weights of several experts makes the block a mixture of experts; linear layers
-beside it are then the shared expert.
+module. In a model of text and images only the text model's blocks count. The attention subtrees of a block are left
+out. Elsewhere in it, a *down projection* is a linear layer that ends in the hidden size and has an *up projection* in
+the nearest container they share. That is a linear layer from the hidden size to the width n of the down projection's
+input (or to 2n, when up and gate are fused). A module with the weights of several experts makes the block a mixture of
+experts. Linear layers beside it are then the shared expert.
 """
 
 from collections.abc import Callable, Iterator
@@ -379,3 +379,9 @@ def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layer
         )
     _check_no_weight_is_shared(sites)
     return [sites[i] for i in parse_ranges(layers, len(sites))]
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer, in the order in which the layers of its sites are counted."""
+    prefix, text_model, _ = _text_model(model)
+    return [block for _, block in _blocks(text_model, prefix)]

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..hub.card import TAGS, card_text, plain
 from ..hub.names import UNKNOWN, is_dataset_id
-from .description import TemplateDescription
+from .description import Component, TemplateDescription
 from .storage import FIGURE_FILE
 
 
@@ -20,6 +20,11 @@ def format_known(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
 
 
+def called(number: int, component: Component) -> str:
+    """A network by its number, and by the name that a person gave it."""
+    return str(number) if component.name is None else f"{number} ({plain(component.name)})"
+
+
 def template_card(description: TemplateDescription, name: str | None = None) -> str:
     """The README of a template, with the Hub's metadata on top.
 
@@ -29,7 +34,7 @@ def template_card(description: TemplateDescription, name: str | None = None) -> 
     """
     model, components = description.base_model or UNKNOWN, description.components
     rows = "\n".join(
-        f"| {number} | {c.neurons} | {len(c.layers)} | {format_known(c.explained_variance, '.4f')} | "
+        f"| {called(number, c)} | {c.neurons} | {len(c.layers)} | {format_known(c.explained_variance, '.4f')} | "
         f"{format_known(c.kurtosis, '.1f')} | {format_known(c.reliability, '.2f')} | "
         f"{format_known(description.reliability_above_null(number), '.2f')} | {format_known(c.jaccard, '.2f')} |"
         for number, c in enumerate(components)

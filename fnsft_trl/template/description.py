@@ -32,6 +32,7 @@ class Component:
         layers (`dict[int, int]`): number of them in each layer that has any.
         recurrence (`dict[str, dict]`): in a template of several datasets: dataset -> where the network is found among
             that dataset's own, see [`~fnsft_trl.discovery.recurrence.recurrence`].
+        name (`str` or `None`): what a person called it.
     """
 
     explained_variance: float | None
@@ -41,6 +42,7 @@ class Component:
     neurons: int = 0
     layers: dict[int, int] | None = None
     recurrence: dict[str, dict[str, Any]] = field(default_factory=dict)
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -296,11 +298,13 @@ def _known(value: CurvePoint | NullReliability) -> dict[str, Any]:
 def _component(value: dict[str, Any]) -> Component:
     plain = ("explained_variance", "kurtosis", "reliability", "jaccard", "neurons")
     layers, recurrence = _by_layer(value["layers"]), value.get("recurrence", {})
-    return Component(**{name: value[name] for name in plain}, layers=layers, recurrence=recurrence)
+    known = {name: value[name] for name in plain}
+    return Component(**known, layers=layers, recurrence=recurrence, name=value.get("name"))
 
 
 def _component_json(component: Component) -> dict[str, Any]:
-    return asdict(component) | {"layers": _layer_json(component.layers)}
+    found = asdict(component) | {"layers": _layer_json(component.layers)}
+    return {key: value for key, value in found.items() if key != "name" or value is not None}
 
 
 def _by_layer(value: dict[str, Any]) -> dict[int, Any]:

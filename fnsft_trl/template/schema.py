@@ -220,6 +220,8 @@ def _is_component(value: Any, widths: dict[str, int], is_name: Callable[[Any], b
     for name, limits in ranges.items():
         if name not in value or not (value[name] is None or _is_number(value[name], *limits)):
             return False
+    if not (value.get("name") is None or is_text(value["name"])):
+        return False
     layers, found = value.get("layers"), value.get("recurrence", {})
     if not isinstance(layers, dict) or not isinstance(found, dict) or not _is_count(value.get("neurons")):
         return False

@@ -18,7 +18,7 @@ from .schema import FORMAT
 
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "template.safetensors"
@@ -131,7 +131,7 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is no number")
 
 
-def read_tensors(description: TemplateDescription, *places: Path) -> "dict[str, torch.Tensor]":
+def read_arrays(description: TemplateDescription, *places: Path) -> "dict[str, np.ndarray]":
     """Read the tensors of a template, if they are what its description asks for.
 
     Args:
@@ -150,19 +150,20 @@ def read_tensors(description: TemplateDescription, *places: Path) -> "dict[str, 
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
         raise FNSFTError(f"{path} is not the file that {CONFIG_FILE} describes (SHA-256); {_AGAIN}")
 
+    import numpy as np
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.numpy import load
 
     try:
         tensors = load(data)
     except SafetensorError as error:
         raise FNSFTError(f"{path} cannot be read ({error}); {_AGAIN}") from error
     for name, values in tensors.items():
-        if not values.isfinite().all():
+        if not np.isfinite(values).all():
             raise FNSFTError(f"{path}: {name} holds values that are not finite; discover the networks again")
     for layer in description.widths if description.statistics else ():
         mean, rms = tensors[f"layers.{layer}.mean"], tensors[f"layers.{layer}.rms"]
-        if (rms < 0).any() or (mean.abs() > rms * 1.001 + 1e-6).any():
+        if (rms < 0).any() or (np.abs(mean) > rms * 1.001 + 1e-6).any():
             raise FNSFTError(f"{path}: layers.{layer}.rms cannot be the RMS of activations with that mean")
     return tensors
 

@@ -13,11 +13,11 @@ from ..hub.files import HubFile, MissingFileError, fetch_file, is_hub_id
 from .description import TemplateDescription
 from .legacy import Members, read_legacy
 from .schema import is_description
-from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, places, read_description, read_json, read_tensors
+from .storage import CONFIG_FILE, FILES, NETWORK_DIR, TENSOR_FILE, places, read_arrays, read_description, read_json
 
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 
 @dataclass
@@ -26,12 +26,12 @@ class StoredTemplate:
 
     Attributes:
         description (`TemplateDescription`): what it says of itself.
-        read (`Callable[[], dict[str, torch.Tensor]]`): gives the tensors, checked.
+        read (`Callable[[], dict[str, np.ndarray]]`): gives the tensors, checked.
         hub_id (`str` or `None`), commit (`str` or `None`): where on the Hub.
     """
 
     description: TemplateDescription
-    read: Callable[[], dict[str, torch.Tensor]]
+    read: Callable[[], dict[str, np.ndarray]]
     hub_id: str | None = None
     commit: str | None = None
 
@@ -55,7 +55,7 @@ class StoredTemplate:
             if path.name in FILES:
                 raise FNSFTError(f"{name} is one file of a template; give the directory that it is in")
             description, members = read_legacy(path)
-            return cls(description, lambda: _membership_tensors(description, members))
+            return cls(description, lambda: _membership_arrays(description, members))
         if os.path.exists(path) or not is_hub_id(name):
             if options.get("revision") is not None:
                 raise FNSFTError(f"{name} is not on the Hub, so it has no revision {options['revision']!r}; drop one")
@@ -66,20 +66,25 @@ class StoredTemplate:
                 )
             directory = path / NETWORK_DIR if (path / NETWORK_DIR).is_dir() and not _is_template(path) else path
             description = read_description(directory)
-            return cls(description, lambda: read_tensors(description, *places(directory, TENSOR_FILE)))
+            return cls(description, lambda: read_arrays(description, *places(directory, TENSOR_FILE)))
         folder, file = _find(name, options)
         description = TemplateDescription.from_json(read_json(file.path), file.path)
         # Of the same commit, whatever happens to the branch meanwhile.
         options = {**options, "revision": file.commit}
         return cls(
             description,
-            lambda: read_tensors(description, fetch_file(name, folder + TENSOR_FILE, **options).path),
+            lambda: read_arrays(description, fetch_file(name, folder + TENSOR_FILE, **options).path),
             name,
             file.commit,
         )
 
+    def loadings(self) -> dict[int, np.ndarray]:
+        """Layer -> signed loadings, shape (components, neurons of the layer)."""
+        arrays = self.read()
+        return {layer: arrays[f"layers.{layer}.loadings"] for layer in self.description.widths}
+
     @classmethod
-    def load(cls, reference: str | os.PathLike, **options) -> tuple[StoredTemplate, dict[str, torch.Tensor]]:
+    def load(cls, reference: str | os.PathLike, **options) -> tuple[StoredTemplate, dict[str, np.ndarray]]:
         """Find a template and read its tensors; one that another process replaces meanwhile is read again.
 
         Args:
@@ -116,13 +121,13 @@ def _find(repo_id: str, options: dict[str, Any]) -> tuple[str, HubFile]:
     return folder, fetch_file(repo_id, folder + CONFIG_FILE, **options)
 
 
-def _membership_tensors(description: TemplateDescription, members: Members) -> dict[str, torch.Tensor]:
-    import torch
+def _membership_arrays(description: TemplateDescription, members: Members) -> dict[str, np.ndarray]:
+    import numpy as np
 
-    tensors = {}
+    arrays = {}
     for layer, width in description.widths.items():
-        loadings = torch.zeros(len(members), width)
+        loadings = np.zeros((len(members), width), np.float32)
         for number, of_network in enumerate(members):
             loadings[number, of_network.get(layer, [])] = 1.0
-        tensors[f"layers.{layer}.loadings"] = loadings
-    return tensors
+        arrays[f"layers.{layer}.loadings"] = loadings
+    return arrays

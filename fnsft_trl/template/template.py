@@ -24,6 +24,7 @@ from .card import template_card
 from .description import SIDES, Component, NullReliability, TemplateDescription, reliability_above_null, version_of
 from .figure import networks_svg
 from .legacy import LEGACY_FILE, Members, legacy_bytes
+from .membership import members
 from .schema import FORMAT
 from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
 from .stored import StoredTemplate
@@ -104,23 +105,10 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
 
     def members(self, number: int) -> dict[int, torch.Tensor]:
         """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
-        import numpy as np
+        import torch
 
-        loadings = {layer: values[number] for layer, values in self.loadings.items()}
-        if self.threshold is None:
-            return {layer: values > 0 for layer, values in loadings.items()}
-        pooled = np.concatenate([values.numpy() for values in loadings.values()])  # (neurons of all layers,)
-        value = self.threshold.value
-        if self.threshold.rule == "percentile":
-            least = float(np.percentile(np.abs(pooled), value))
-            return {layer: values.abs() > least for layer, values in loadings.items()}
-        if self.threshold.rule == "layer_percentile":
-            return {i: v.abs() > float(np.percentile(np.abs(v.numpy()), value)) for i, v in loadings.items()}
-        mean, deviation = float(pooled.mean(dtype=np.float64)), float(pooled.std(dtype=np.float64))
-        above = {layer: values > mean + value * deviation for layer, values in loadings.items()}
-        if self.threshold.rule == "zscore_positive":
-            return above
-        return {layer: above[layer] | (values < mean - value * deviation) for layer, values in loadings.items()}
+        loadings = {layer: values[number].numpy() for layer, values in self.loadings.items()}
+        return {layer: torch.from_numpy(found) for layer, found in members(loadings, self.threshold).items()}
 
     def reliability_above_null(self, number: int) -> float | None:
         """[`~fnsft_trl.template.description.reliability_above_null`] of network `number`; `None` where unknown."""
@@ -209,7 +197,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             repo_id: `org/name`, for `push_to_hub`; defaults to the name of the directory.
             push_to_hub: whether to push as well, with the other arguments of
                 [`~FunctionalNetworkTemplate.push_to_hub`].
-            model_card_kwargs: `repo_id`, by which the card says to load the template.
+            model_card_kwargs: `repo_id`, by which the card says to load the template, and `beside`: name -> content of
+                further files.
             with_lists: whether to write the networks as the original project has them, too (`global_templates.json`),
                 where its form has room for them: all layers of one width.
 
@@ -224,7 +213,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         directory = Path(save_directory)
         name = (model_card_kwargs or {}).get("repo_id", self.hub_id)
         with disk_errors(directory):
-            write_files(directory, _files_of(self, name, with_lists=with_lists))
+            beside = (model_card_kwargs or {}).get("beside") or {}
+            write_files(directory, {**_files_of(self, name, with_lists=with_lists), **beside})
         return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs) if push_to_hub else None
 
     @classmethod
@@ -250,7 +240,9 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         Raises:
             FNSFTError: there is no template, it cannot be had, or its files are not what a template must be.
         """
-        stored, tensors = StoredTemplate.load(
+        import torch
+
+        stored, arrays = StoredTemplate.load(
             pretrained_model_name_or_path,
             revision=revision,
             token=token,
@@ -258,7 +250,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        found = stored.description
+        found, tensors = stored.description, {name: torch.from_numpy(values) for name, values in arrays.items()}
         parts: dict[str, dict[int, torch.Tensor]] = {"loadings": {}, "mean": {}, "rms": {}}
         for layer in found.widths:
             for part in parts if found.statistics else ("loadings",):
@@ -287,6 +279,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         revision: str | None = None,
         commit_message: str = "Upload functional networks",
         create_pr: bool = False,
+        beside: dict[str, bytes] | None = None,
         **kwargs,
     ) -> str:
         """Push the template to the Hub: a commit of its four files.
@@ -298,6 +291,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
             branch: where to; made where it does not exist. `main` by default. `revision` is another name of it.
             commit_message: of the commit.
             create_pr: open a pull request instead of committing to the branch.
+            beside: name -> content of files to push with it, such as examples of texts.
             kwargs: further arguments of `huggingface_hub.ModelHubMixin.push_to_hub`.
 
         Returns:
@@ -317,7 +311,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
                 branch=branch,
                 commit_message=commit_message,
                 create_pr=create_pr,
-                model_card_kwargs={"repo_id": repo_id},
+                model_card_kwargs={"repo_id": repo_id, "beside": beside},
                 **kwargs,
             )
         return str(commit)

@@ -1,12 +1,12 @@
 """KLToBase: the divergence of the base to the trained model on general text, as a part of the loss.
 
-Distillation from the model before training (Li & Hoiem, 2016, "Learning without Forgetting", arXiv 1606.09282,
-equation 2, without a temperature), in the direction and on the kind of text on which forgetting is measured: with p of
-the base and q of the trained model at each position of general text,
+It is distillation from the model before training (Li & Hoiem, 2016, "Learning without Forgetting", arXiv 1606.09282,
+equation 2, without a temperature). Direction and kind of text are those in which forgetting is measured. With p of the
+base and q of the trained model at each position of general text,
 
-    L = L_task + w KL,    KL = mean over positions of sum_v p(v) (log p(v) - log q(v)),
+    L = L_task + w KL,    KL = mean over positions of sum_v p(v) (log p(v) - log q(v)).
 
-whose gradient with respect to a logit of v is (q(v) - p(v)) / positions. A penalty of this form on a policy's own
+Its gradient with respect to a logit of v is (q(v) - p(v)) / positions. A penalty of this form on a policy's own
 samples, in the other direction, is equation 2 of Ziegler et al. (2019, arXiv 1909.08593).
 """
 

@@ -20,7 +20,7 @@ class ReplayConfig:
     replay_datasets: list[str] | None = option(
         None,
         "Rows to train on beside the task, so that what they hold is not forgotten (general text, data of older "
-        "tasks): `source` or `name=source`, where the source is a Hub id, a directory, a file or `embedded` (English "
+        "tasks): `source` or `name=source`. A source is a Hub id, a directory, a file or `embedded` (English "
         "Wikipedia), in any format that is trained.",
     )
     replay_share: float = option(
@@ -54,8 +54,8 @@ class AnchorConfig:
 
     kl_to_base: float | None = option(
         None,
-        "Weight of the KL divergence of the base to the trained model on `kl_datasets`, in nats per token, which is "
-        "added to the loss.",
+        "Add the KL divergence of the base to the trained model on `kl_datasets`, in nats per token, to the loss, "
+        "times this weight.",
         above=0,
     )
     kl_datasets: list[str] | None = option(

@@ -24,8 +24,8 @@ class FrozenNeuronMoved(RuntimeError):
 class FrozenNeuronGuard(TrainerCallback):
     """Checks that nothing frozen has moved, at every save and at the end of training.
 
-    It keeps one 64-bit checksum for every frozen neuron of every weight, and for every block of 4,096 entries of all
-    other frozen parameters, taken when training begins, and compares them bit by bit.
+    When training begins, it takes one 64-bit checksum for every frozen neuron of every weight, and for every block of
+    4,096 entries of all other frozen parameters. Later it compares them bit by bit.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

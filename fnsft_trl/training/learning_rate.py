@@ -1,10 +1,10 @@
 """What learning rates are high for a way of training, and which are low: the first thing to try against forgetting.
 
 Adam's step has a magnitude of about the learning rate in each entry of a weight, whatever the scale of the gradient
-(Kingma & Ba, 2015, "Adam", arXiv 1412.6980, section 2.1: |D_t| <= a, up to a factor near 1), so T steps change a
-weight by at most T a; and to second order the divergence from the base grows with the square of the change. What full
-fine-tuning and LoRA learn and forget has been measured side by side by Biderman et al. (2024, "LoRA Learns Less and
-Forgets Less", arXiv 2405.09673).
+(Kingma & Ba, 2015, "Adam", arXiv 1412.6980, section 2.1: |D_t| <= a, up to a factor near 1). So T steps change a
+weight by at most T a. To second order, the divergence from the base grows with the square of the change. Biderman et
+al. (2024, "LoRA Learns Less and Forgets Less", arXiv 2405.09673) have measured side by side what full fine-tuning and
+LoRA learn and forget.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import FNSFTError
-from ..interventions.masking import MaskHandle, lesion, preserve
+from ..interventions.masking import MaskHandle, forward_mask
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import base_model
 from .ways import is_sharded
@@ -82,18 +82,19 @@ def match_reference(trainer: Trainer) -> None:
         value.copy_(own[name])
 
 
-def mask_trainer(trainer, mode: str, mask: NeuronMask) -> MaskHandle:
+def mask_trainer(trainer, mode: str, mask: NeuronMask, *, factor: float | None = None) -> MaskHandle:
     """Put a forward mask on the model of a trainer, and on the reference that it has made of it.
 
     Args:
         trainer ([`NetworkedTrainer`]): with its model as it is trained.
-        mode: `"lesion"` or `"preserve"`.
+        mode: `"lesion"`, `"preserve"` or `"amplify"`.
         mask: the neurons.
+        factor: of `"amplify"`.
 
     Raises:
         FNSFTError: the mask is of another model.
     """
-    handle = (lesion if mode == "lesion" else preserve)(trainer.model, mask)
+    handle = forward_mask(trainer.model, mode, mask, factor=factor)
     reference = reference_of(trainer)
     if reference is not None and trainer.masks_reference:
         handle.extend(reference)

@@ -17,14 +17,14 @@ from .retention_run import BASE_FILE, RetentionRun
 class RetentionCallback(TrainerCallback):
     """Measures how much of a general text a model still predicts as its base did, and can end a run by it.
 
-    At the start of the training, at each evaluation and at its end, and again when the best model has been loaded,
-    these numbers of each series go to `trainer.log`, and with `eval_` in front into what `evaluate` returns, so that
-    `metric_for_best_model="retention/wiki/rise"` works:
+    It measures each series at the start of the training, at each evaluation and at its end, and again when the best
+    model has been loaded. These numbers go to `trainer.log`, and with `eval_` in front into what `evaluate` returns.
+    So `metric_for_best_model="retention/wiki/rise"` works:
 
     - `retention/wiki/cross_entropy`: the mean token cross-entropy on the text, in nats;
     - `retention/wiki/rise`: its rise over the base, the model before training;
-    - `retention/wiki/kl`: KL(base || trained) on the same tokens, in nats per token: exact where the base can be had
-      by switching an adapter off, otherwise from its 64 most probable tokens and a rest, a lower bound.
+    - `retention/wiki/kl`: KL(base || trained) on the same tokens, in nats per token. It is exact where the base can be
+      had by switching an adapter off. Otherwise its 64 most probable tokens and a rest give a lower bound.
 
     The base and the number of tokens are logged once (`retention/wiki/base`, `/tokens`). All is measured with forward
     masks off, for the trained weights carry none; several processes share the sequences.

@@ -252,7 +252,7 @@ class Run:
         self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
-            handle = mask_trainer(trainer, self.plan.mask_mode, self.selected)
+            handle = mask_trainer(trainer, self.plan.mask_mode, self.selected, factor=self.plan.mask_factor)
         if self.config.frozen_guard:
             if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
                 logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")

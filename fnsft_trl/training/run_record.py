@@ -49,6 +49,7 @@ class RunRecord:
             "train_method": self.plan.method,
             "train_neurons": self.plan.train,
             "mask_mode": self.plan.mask_mode,
+            "mask_factor": self.plan.mask_factor,
             "mask_phases": self.mask_phases,
             "selected": {"count": self.selected.count, "sha256": self.selected.sha256},
             "trainable": {"count": self.trainable.count, "sha256": self.trainable.sha256},
@@ -96,8 +97,9 @@ class RunRecord:
             f"networks {origin}; they are in `{NETWORK_DIR}/`.",
         ]
         if self.plan.mask_mode is not None:
+            factor = f" (x{self.plan.mask_factor:g})" if self.plan.mask_factor else ""
             lines.append(
-                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}` of the "
+                f"\nDuring training the forward pass ran with a `{self.plan.mask_mode}`{factor} of the "
                 f"{self.selected.count} selected neurons. " + (lesion_note(model) or MASK_NOTE)
             )
         elif note := lesion_note(model):

@@ -71,6 +71,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "train_method": plan.method,
         "train_neurons": plan.train,
         "mask_mode": plan.mask_mode,
+        "mask_factor": plan.mask_factor,
         "trainable": _mask_text(trainer.trainable_neurons.count, trainer.trainable_neurons.sha256),
         "selected": _mask_text(trainer.neuron_mask.count, trainer.neuron_mask.sha256),
         "train_other": trainer.network_config.train_other,

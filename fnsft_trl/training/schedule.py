@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ..constraints import FrozenSlices, check_momenta, freeze_neurons
 from ..errors import FNSFTError
-from ..interventions.masking import MaskHandle
+from ..interventions.masking import MASK_MODES, MaskHandle
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from .reference import check_maskable, mask_trainer
@@ -23,24 +23,27 @@ class MaskPhase:
         start (`int` or `float`):
             Number of optimizer steps before the phase, or their share of the whole run, in [0, 1).
         mask_mode (`str`, *optional*):
-            `"lesion"`, `"preserve"`, or `None` for no forward mask.
+            `"lesion"`, `"preserve"`, `"amplify"`, or `None` for no forward mask.
         mask ([`NeuronMask`], *optional*):
             The neurons of the forward mask. `None`: the selection of the trainer.
         trainable ([`NeuronMask`], *optional*):
             The neurons that may change in this phase; only in full fine-tuning. `None`: all that the trainer trains.
+        mask_factor (`float`, *optional*):
+            With `"amplify"`: what activations are multiplied by.
     """
 
     start: int | float
     mask_mode: str | None = None
     mask: NeuronMask | None = None
     trainable: NeuronMask | None = None
+    mask_factor: float | None = None
 
 
 class MaskScheduleCallback(TrainerCallback):
     """Switches the forward mask, and in full fine-tuning the trainable neurons, during training.
 
     Until the first phase, the run is as the trainer's config says. Neurons that a phase leaves out of `trainable` stay
-    bit-identical through it: their gradients are zero and do not count when gradients are clipped, their momentum is
+    bit-identical through it. Their gradients are zero and do not count when gradients are clipped. Their momentum is
     cleared when the phase begins, and their values are put back after each step. Other weights that the run trains
     (attention, norms) go on training. A resumed run takes up the phase it was in.
 
@@ -81,6 +84,7 @@ class MaskScheduleCallback(TrainerCallback):
                 "start": phase.start,
                 "mask_mode": phase.mask_mode,
                 "mask": None if phase.mask is None else phase.mask.sha256,
+                **({} if phase.mask_factor is None else {"mask_factor": phase.mask_factor}),
                 "trainable": trainable.sha256,
             }
             for phase, trainable in zip(self.phases, self._trainable, strict=True)
@@ -90,8 +94,15 @@ class MaskScheduleCallback(TrainerCallback):
         fraction = isinstance(phase.start, float)
         if phase.start < 0 or (fraction and phase.start >= 1):
             raise FNSFTError(f"phase start {phase.start!r} is no step (0, 1, 2...) and no fraction in [0, 1)")
-        if phase.mask_mode not in (None, "lesion", "preserve"):
-            raise FNSFTError(f"mask_mode {phase.mask_mode!r} of a phase is unknown; use lesion, preserve or None")
+        if phase.mask_mode not in (None, *MASK_MODES):
+            raise FNSFTError(
+                f"mask_mode {phase.mask_mode!r} of a phase is unknown; use {', '.join(MASK_MODES)} or None"
+            )
+        if (phase.mask_factor is None) == (phase.mask_mode == "amplify"):
+            raise FNSFTError(
+                f"a phase with mask_mode {phase.mask_mode!r} has mask_factor {phase.mask_factor}; amplify needs one, "
+                "and only amplify takes one"
+            )
         if phase.mask is not None and phase.mask_mode is None:
             raise FNSFTError("a phase with a mask but no mask_mode masks nothing; give a mask_mode")
         run, plan = self.trainer.trainable_neurons, self.trainer.plan
@@ -108,7 +119,7 @@ class MaskScheduleCallback(TrainerCallback):
             )
         others_train = plan.method == "full" and plan.train != "selected" and self.trainer.network_config.train_other
         able = trainable
-        if phase.mask_mode is not None:
+        if phase.mask_mode in ("lesion", "preserve"):
             silenced = self.trainer.neuron_mask if phase.mask is None else phase.mask
             silenced = silenced if phase.mask_mode == "lesion" else ~silenced
             able = trainable & ~silenced.over(widths)
@@ -120,7 +131,7 @@ class MaskScheduleCallback(TrainerCallback):
         if phase.mask_mode is None:
             return None
         mask = self.trainer.neuron_mask if phase.mask is None else phase.mask
-        handle = mask_trainer(self.trainer, phase.mask_mode, mask)
+        handle = mask_trainer(self.trainer, phase.mask_mode, mask, factor=phase.mask_factor)
         handle.disable()
         return handle
 

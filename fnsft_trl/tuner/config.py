@@ -37,7 +37,8 @@ class NeuronTunerConfig(PeftConfig):
     """Configuration of neuron deltas: each selected neuron gets a trainable change of its weights.
 
     The base model is frozen. Neuron j's delta covers its rows of the up and gate projections (and their biases) and
-    its column of the down projection; at `mlp_output`, its row of the down projection and the entry of its bias.
+    its column of the down projection. At `mlp_output` it covers row j of the down projection and that entry of its
+    bias.
     Weight decay pulls a delta, and so the weights, towards the pretrained values (L2-SP).
 
     Args:

@@ -33,9 +33,9 @@ class Write(NamedTuple):
 class HeldWeights:
     """The parameters of a module, which hold base + delta while a product with them is computed, and at no other time.
 
-    They are written where only this package looks: in place, without a trace in their version counters (what others
-    keep of them for a backward pass stays valid, since the base values are back before anyone reads them), under a
-    lock, and back bit for bit. After an interruption (Ctrl-C, no memory left) in the middle of putting them back,
+    They are written where only this package looks: in place, under a lock, and back bit for bit. Their version
+    counters show no trace of it. What others keep of them for a backward pass stays valid, since the base values are
+    back before anyone reads them. After an interruption (Ctrl-C, no memory left) in the middle of putting them back,
     `release` finishes it; so does the next `hold`.
 
     A copy (`copy.deepcopy`, `pickle`) has a lock of its own.

@@ -157,7 +157,7 @@ def test_layers_that_the_mask_does_not_cover_are_untouched(ids):
     model = tiny_model("llama")
     with preserve(model, NeuronMask({1: torch.zeros(40, dtype=torch.bool)})) as handle:
         one_layer = logits(model, ids)
-        assert handle.silenced.count == 40
+        assert handle.neurons.count == 40
     with lesion(model, NeuronMask({1: torch.ones(40, dtype=torch.bool)})):
         assert torch.equal(logits(model, ids), one_layer)
 
@@ -281,7 +281,7 @@ def test_a_copy_of_a_masked_model_has_masks_of_its_own(ids, kind, make, copied):
     handles[1].disable()
     first = logits(model, ids)
     other = copied(model)
-    own = {handle.silenced: handle for handle in masks_of(other)}
+    own = {handle.neurons: handle for handle in masks_of(other)}
     assert own.keys() == set(masks)
     assert not {*own.values()} & {*handles}
     assert [own[mask].enabled for mask in masks] == [True, False]

@@ -168,7 +168,7 @@ def test_what_is_masked_and_trained_lies_in_these_layers(templates, rows, tokeni
     assert trainer.neuron_mask == selected
     expected = trained(selected.over(dict.fromkeys(range(3), 40)))
     if trainer.mask_handle is not None:
-        silenced = trainer.mask_handle.silenced
+        silenced = trainer.mask_handle.neurons
         assert silenced == (selected if config["mask_mode"] == "lesion" else ~selected)
     trainer.train()
     model = tiny_model("llama")

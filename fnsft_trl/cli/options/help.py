@@ -20,6 +20,7 @@ _TITLES = {
     "AnchorConfig": "staying near the base model",
     "PenaltyConfig": "penalties that keep earlier tasks: EWC, LwF, O-LoRA",
     "LoadingConfig": "loading the model",
+    "ProbeConfig": "what is probed",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",
     "DatasetMixtureConfig": "mixtures of datasets (TRL)",

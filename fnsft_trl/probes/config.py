@@ -1,0 +1,103 @@
+"""ProbeConfig: what a probe silences, on what it scores, and how often its controls are drawn. Free of torch."""
+
+from dataclasses import dataclass
+
+from ..errors import FNSFTError
+from ..fields import check_fields, documented, option
+from ..ranges import parse_ranges
+
+
+CURVES = ("lesion", "union", "dose", "preserve", "amplify", "kept", "prune")
+ABLATIONS = ("zero", "mean", "resample")
+# What reports call the networks and their controls.
+SELECTORS = {
+    "networks": "networks",
+    "random": "random, same layers",
+    "random_15": "random, 15% of all",
+    "rms_matched": "same amplitude",
+    "layer_shuffled": "layers shuffled",
+    "surrogate": "surrogate networks",
+    "activation_rms": "loudest",
+    "weight_norm": "largest weights",
+}
+
+
+@documented
+@dataclass
+class ProbeConfig:
+    """
+    What a probe does.
+
+    Raises:
+        FNSFTError: a value has no meaning, or no effect.
+    """
+
+    networks: str | None = option(
+        None, "Numbers of the networks to probe, as `0-3,7`; all of the template by default."
+    )
+    fraction: float | None = option(
+        None,
+        "Take each network as this share of all neurons, those of its largest |loading|; those over the template's "
+        "threshold by default.",
+        above=0,
+        below=1,
+    )
+    curves: list[str] | None = option(
+        None,
+        "What to measure beside the lesion of each network: `union` (of the first m networks), `dose` (0.1% to 20% of "
+        "all neurons), `preserve` (5% to 100%), `amplify` (activations halved, doubled, times 4), `kept` (the "
+        "networks alone), `prune` (neurons of no network, in all layers but the first and the last, set to their "
+        "mean, and to zero), or `lesion` for nothing else; all of them by default.",
+    )
+    draws: int = option(
+        20,
+        "Masks of random neurons and of neurons of the same amplitude for each network, and a quarter of them of "
+        "other controls and on the other curves. Fewer than 20 give no verdict.",
+        least=3,
+    )
+    max_tokens: int = option(8192, "Tokens of each dataset to score.", least=16)
+    max_length: int = option(
+        256, "Longest sequence in tokens: longer text is read in parts, longer rows are left out.", least=2
+    )
+    batch_size: int = option(4, "Sequences in a forward pass.", least=1)
+    ablation: str = option(
+        "zero",
+        "What stands in for silenced neurons: `zero`, their `mean` on the calibration text (kept in the template), or "
+        "`resample`, their activations at other tokens of the data.",
+        choices=ABLATIONS,
+    )
+    tokens: str = option(
+        "all",
+        "Where neurons are changed: at `all` tokens, or from the last token of the prompt on (`answer`), which "
+        "predicts the answer.",
+        choices=("all", "answer"),
+    )
+    prompts: int = option(
+        0,
+        "Prompts of each dataset to continue greedily, for the rate of degenerate outputs; 0 for none.",
+        least=0,
+    )
+    neurons: int = option(
+        0,
+        "Rank so many single neurons by their own lesion: those of the largest first-order effect, then exactly.",
+        least=0,
+    )
+    examples: int = option(
+        8, "Texts of the data to show of each network, in which it is most active; 0 for none.", least=0
+    )
+    seed: int = option(0, "Of the draws.", least=0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.curves, str):
+            self.curves = [self.curves]
+        check_fields(self)
+        if unknown := [name for name in self.curves or () if name not in CURVES]:
+            raise FNSFTError(f"curves holds {unknown[0]!r}; it must be of: {', '.join(CURVES)}")
+
+    def chosen(self, count: int) -> list[int]:
+        """The numbers of the networks to probe, of so many that a template has.
+
+        Raises:
+            FNSFTError: there is no such network.
+        """
+        return list(range(count)) if self.networks is None else parse_ranges(self.networks, count, what="network")
