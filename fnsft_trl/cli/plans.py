@@ -109,10 +109,9 @@ class PlanFile:
             _check_later(arm, plan)
             _check_epochs(arm, plan, every)
         for switches, names in _SWITCHED:
-            for name in names:
-                if name in command_line and not any(
-                    arm.values.get(switch) for arm in staged.values() for switch in switches
-                ):
+            has_any = any(arm.values.get(switch) for arm in staged.values() for switch in switches)
+            for name in () if has_any else names:
+                if name in command_line:
                     raise FNSFTError(f"{name} has no effect, since no arm has {switches[0]}; drop it")
         if seeds is None:
             seeds = read_value(Option("seeds", "plan", "int", many=True, lowest=0), own["seeds"] or ["0"], "seeds")

@@ -181,7 +181,7 @@ def _networks(model, template, domains, surrogate, config: ProbeConfig) -> list[
 
 
 def _surrogate(model, tokenizer, template, data, config: ProbeConfig, output: Path, ranks: Ranks):
-    """The template of the control, found on the data by all processes together, and kept."""
+    """The template of the control, found on the data by all processes together; `None` if that is too short."""
     place = output / SURROGATE
     if (place / "config.json").is_file():
         return FunctionalNetworkTemplate.from_pretrained(place)
@@ -190,9 +190,12 @@ def _surrogate(model, tokenizer, template, data, config: ProbeConfig, output: Pa
     rows = [{"input_ids": item.ids} for part in data for item in part.items]
     tokens = min(template.settings.get("ica_max_tokens", config.max_tokens), config.max_tokens * len(data))
     settings = template.settings | {"ica_max_tokens": tokens}
-    found = SelectorEvidence(model, tokenizer, general={"the data of a probe": rows}).surrogate(
-        replace(template, settings=settings)
-    )
+    evidence = SelectorEvidence(model, tokenizer, general={"the data of a probe": rows})
+    try:
+        found = evidence.surrogate(replace(template, settings=settings))
+    except FNSFTError as error:  # as of too short data
+        logger.warning(f"there is no control of surrogate networks: {error}")
+        return None
     if ranks.index == 0:
         found.save_pretrained(place)
     return found

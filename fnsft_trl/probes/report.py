@@ -122,6 +122,7 @@ def _summary(probe: Probe, about: Mapping[str, Any]) -> str:
         "controls, all with as many neurons in every layer. Intervals: 95%, by a bootstrap over sequences (and draws, "
         "where controls are compared). p: by the standardised effects of the draws of all networks, adjusted by Holm "
         "over the networks. A cell of a control shows the mean of its draws and, in brackets, the highest."
+        + ("" if found.of("lesion", selector="surrogate") else " The data is too short to find surrogate networks on.")
     )
 
 

@@ -242,6 +242,6 @@ class RetentionRun:
         name = names[0] if names else "loss"
         found = [(entry["step"], entry[name]) for entry in history if name in entry]
         if not found:
-            return "nothing"
+            return "not measured, no loss was logged" if self._weights_step else "nothing"
         (first, before), (last, after) = found[0], found[-1]
         return f"{name} {before:.4f} at step {first}" + (f" -> {after:.4f} at step {last}" if last > first else "")

@@ -69,7 +69,7 @@ def test_what_was_trained_says_the_same_in_llama_cpp(converter, tmp_path, monkey
     words = ["gold", "silver", "iron", "copper"]
     rows = [{"prompt": f"Name a metal: {word}?", "completion": f" Yes, {word}."} for word in words]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = "--use_peft --lora_r 4 --lora_target_modules up_proj down_proj --max_steps 2 --max_length 32"
+    options = "--use_peft --lora_r 4 --lora_target_modules up_proj down_proj --max_steps 2 --max_length 96"
     options += " --per_device_train_batch_size 2 --learning_rate 1e-3 --use_cpu --bf16 false --report_to none"
     options += " --gradient_checkpointing false --save_strategy no --disable_tqdm true"
     model = ["--model_name_or_path", "embedded", "--dataset_name", "rows.jsonl", "--output_dir", "run"]

@@ -9,6 +9,7 @@ from helpers import FAMILIES, VOCABULARY, logits, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fnsft_trl import FNSFTError, NeuronMask, find_neuron_sites, lesion
+from fnsft_trl.data.embedded import embedded_model
 from fnsft_trl.export import to_baked, to_smaller
 
 
@@ -78,6 +79,27 @@ def test_a_baked_lesion_is_removed_without_being_named_again(tmp_path):
     assert to_smaller(tmp_path / "baked", tmp_path / "small").removed == mask
     written = json.loads((tmp_path / "small" / "config.json").read_text())
     assert "baked_lesion" not in written
+
+
+@pytest.mark.slow
+def test_a_baked_lesion_of_a_real_model_makes_it_smaller(tmp_path):
+    """30% of SmolLM2's neurons, between 20% and 40% of each layer's; in float64, where nothing is left to rounding."""
+    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype="float64").eval()
+    sites = find_neuron_sites(model)
+    shares = [0.2 + 0.2 * number / (len(sites) - 1) for number in range(len(sites))]
+    counts = {site.layer: round(share * site.width) for site, share in zip(sites, shares, strict=True)}
+    mask = unequal(model, counts)
+    with lesion(model, mask):
+        expected = logits(model, IDS)
+    to_baked(embedded_model(), tmp_path / "baked", mask)
+    removal = to_smaller(tmp_path / "baked", tmp_path / "small")
+    assert removal.removed == mask
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="float64").eval()
+    assert (logits(small, IDS) - expected).abs().max() < 1e-9
+    rounded = logits(small.float(), IDS) - expected
+    assert rounded.abs().max() < 1e-4 * expected.abs().max()
+    assert small.num_parameters() == removal.after < model.num_parameters()
+    assert removal.width == max(site.width - counts[site.layer] for site in sites)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,11 @@ def test_what_was_baked_is_said_in_the_card(trained, exports):
         ("lora", ["--to", "lora"], "one of neuron deltas was expected"),
         ("lora", ["--to", "merged", "--ica_fraction", "0.1"], "ica_fraction has no effect with to=merged"),
         ("lora", ["--to", "baked", "--ica_fraction", "0.1"], "ica_fraction: no effect without mask_mode"),
+        (
+            "lora",
+            ["--to", "baked", "--ica_template_path", "t", "--mask_mode", "amplify", "--mask_factor", "2"],
+            "mask_mode is amplify, which silences no neuron",
+        ),
         ("lora", ["--to", "merged", "--outtype", "f16"], "outtype has no effect with to=merged"),
         ("full", ["--to", "baked", "--include", "adapter"], "holds no adapter"),
     ],

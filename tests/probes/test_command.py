@@ -32,6 +32,7 @@ def words(place, model_dir, *more, data=("rows", "text", "sky")):
     return [*asked, "--max_tokens", "60", "--draws", "3", "--batch_size", "8", "--curves", "lesion", *more]
 
 
+@pytest.mark.slow
 def test_a_probe_from_the_command_line(place, model_dir, templates):
     asked = words(place, model_dir, "--prompts", "1", "--neurons", "2", "--networks", "0-1")
     assert main(asked) == 0

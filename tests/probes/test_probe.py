@@ -59,6 +59,7 @@ def planted():
     return model, tokenizer, template
 
 
+@pytest.mark.slow
 def test_a_planted_network_is_found_and_singled_out(planted, tmp_path):
     model, tokenizer, template = planted
     sets = [template.members(number) for number in range(len(template.components))]
@@ -97,6 +98,7 @@ def test_the_planted_neurons_are_the_function(planted, tmp_path):
     assert probe.found.effect("text", probe.found.of("full")[0].key) > 0.5
 
 
+@pytest.mark.slow
 def test_a_probe_goes_on_where_it_was_and_refuses_another_one(planted, tmp_path, monkeypatch):
     model, tokenizer, template = planted
     data = data_of(planted_texts(4, seed=9), tokenizer)

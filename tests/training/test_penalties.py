@@ -245,6 +245,18 @@ def test_a_second_training_keeps_what_the_first_one_kept(make, earlier):
     assert any(not torch.equal(value, start[name]) for name, value in state(trainer.model).items())
 
 
+@pytest.mark.slow
+def test_a_run_that_is_resumed_keeps_what_it_kept_before(make, earlier):
+    """Not the weights of the checkpoint."""
+    given = {"penalties": {"ewc": 1e4, "ewc_datasets": [earlier], "ewc_rows": 2, "lwf": 3.0}, "max_steps": 4}
+    whole = make(**given, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = make(**given)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    found = state(resumed.model)
+    assert all(torch.equal(value, found[name]) for name, value in state(whole.model).items())
+
+
 def test_penalties_leave_no_gradient_at_frozen_neurons(make, earlier):
     trainer = make(method="full", max_steps=1, penalties={"ewc": 5.0, "ewc_datasets": [earlier], "ewc_rows": 2})
     trainer.train()

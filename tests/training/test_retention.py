@@ -294,6 +294,11 @@ def last_line(log) -> str:
     return line
 
 
+def test_what_was_not_measured_is_not_said_to_be_nothing(make, texts, log):
+    make(retention={"retention_datasets": texts}, max_steps=1, logging_strategy="no").train()
+    assert last_line(log).startswith("learnt: not measured, no loss was logged; lost")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_a_rollback_brings_the_last_state_within_the_budget_back(make, texts, log, free, method):
