@@ -70,13 +70,14 @@ class EarlierAnswers:
         read = {name: inputs[name] for name in _OF_MODEL if name in inputs}
         learnt = inputs["labels"][:, 1:] != _IGNORED  # (rows, tokens - 1)
         plain = trainer.accelerator.unwrap_model(model)
-        # What is kept is the model as it is used, without forward masks.
-        with masks_off(plain), trainer.compute_loss_context_manager():
-            before = self._answered(plain, read)[:, :-1][learnt]
-            now = model(**read).logits[:, :-1][learnt]  # (learnt positions, vocabulary)
-            loss = self.weight * distillation(before, now, self.temperature)
-            loss = loss / trainer.current_gradient_accumulation_steps
-        trainer.accelerator.backward(loss)
+        # What is kept is the model as it is used, without forward masks, nor where a checkpoint computes it again.
+        with masks_off(plain):
+            with trainer.compute_loss_context_manager():
+                before = self._answered(plain, read)[:, :-1][learnt]
+                now = model(**read).logits[:, :-1][learnt]  # (learnt positions, vocabulary)
+                loss = self.weight * distillation(before, now, self.temperature)
+                loss = loss / trainer.current_gradient_accumulation_steps
+            trainer.accelerator.backward(loss)
         return loss.detach()
 
     @torch.no_grad()
