@@ -336,7 +336,8 @@ def test_every_recipe_runs_with_its_own_command(recipe, model_dir, data, tmp_pat
         quick += ["--ica_datasets", str(data)]
     assert main([*arguments, *local, *quick]) == 0
     selection = json.loads((tmp_path / "out" / "functional_networks" / "selection.json").read_text())
-    assert selection["train_method"] == settings.get("train_method", "neuron_delta")
+    method = "lora" if settings.get("use_peft") else "neuron_delta"
+    assert selection["train_method"] == settings.get("train_method", method)
     expected = ROOT / settings["dataset_name"]
     assert expected.exists() == settings["dataset_name"].endswith(".jsonl")
 

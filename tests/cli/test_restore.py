@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import offloading, tiny_rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import run_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -140,7 +141,7 @@ def test_a_restored_lora_is_a_plain_one_of_the_same_rank_that_answers_position_0
         "assert 'fnsft_trl' not in sys.modules\n"
         "print(model(torch.arange(2, 12)[None]).logits.double().sum().item())"
     )
-    (printed,) = run_processes(1, "-c", code)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     vectors = {
         name: first_inputs(base, name, tokenizer, place).mean(0)

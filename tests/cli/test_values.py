@@ -100,7 +100,7 @@ def expected(option: Option, text: str):
             text, True if text in TRUE else None if text not in FALSE else False
         )
     if option.kind in ("int", "float"):
-        number = whole_or_text if option.kind == "int" else DECIMAL.get(text)
+        number = whole_or_text if option.kind == "int" else DECIMAL.get(text, whole_or_text if option.text else None)
         within = not isinstance(number, str) and number is not None and option.lowest is not None
         if within and not option.lowest <= number <= (float("inf") if option.highest is None else option.highest):
             return None

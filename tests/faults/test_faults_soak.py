@@ -71,7 +71,7 @@ def test_a_long_run_holds_no_more_at_its_end_than_early_on(method, templates, ro
     half = noted.rows[len(noted.rows) // 3 :]
     steps, memory, handles, threads, found = map(np.array, zip(*half, strict=True))
     slope = np.polyfit(steps, memory, 1)[0]
-    record_property("MiB a step", round(slope, 5))
+    record_property("MiB a step", round(float(slope), 5))
     assert len(half) > 3
     assert slope < FLAT
     assert handles.max() - handles.min() <= 2
@@ -101,6 +101,6 @@ def test_many_trainers_leave_nothing_behind(templates, rows, tmp_path, record_pr
     assert [model() for model in alive] == [None] * TRAINERS
     later = slice(TRAINERS // 3, None)
     slope = np.polyfit(range(TRAINERS)[later], memory[later], 1)[0]
-    record_property("MiB a trainer", round(slope, 3))
+    record_property("MiB a trainer", round(float(slope), 3))
     assert slope < 1
     assert max(handles[later]) - min(handles[later]) <= 2
