@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers as tf
+from processes import run_processes as run_processes  # scripts beside the tests take it from here
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from trl import SFTConfig
 

@@ -63,7 +63,12 @@ class Started:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
         given = (self.words, environment, str(Path.cwd()), [str(file) for file in self._files])
         self.process = _SERVER.Process(target=_become, args=given)
-        self.process.start()
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # which multiprocessing would run anew in the process
+        try:
+            self.process.start()
+        finally:
+            sys.modules["__main__"] = main
 
     def end(self, timeout: float = 600) -> subprocess.CompletedProcess:
         """Wait for its end, and give what it printed."""
