@@ -43,7 +43,8 @@ docs: install  ## the pages of docs/ as a site, in site/; a dead link is an erro
 faults: install  ## processes killed at random moments, 100,000 damaged files, long runs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --tries 5 --output faults.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --executions 100000 --found faults
-	FNSFT_SOAK_STEPS=2000 FNSFT_SOAK_TRAINERS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	FNSFT_SOAK_STEPS=2000 FNSFT_SOAK_TRAINERS=100 FNSFT_REAL_KILLS=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/faults
 
 floors:  ## the core tests on the oldest versions, in a fresh virtual environment
 	$(FLOOR_PYTHON) -m venv --clear $(FLOORS)

@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import shutil
@@ -31,6 +32,12 @@ hypothesis.settings.load_profile("stable")
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
+
+
+def pytest_collection_finish():
+    """Every trainer has all garbage collected: what the imports made, which stays, is not to be looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

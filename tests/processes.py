@@ -4,6 +4,7 @@ An import of torch and TRL takes more than most of what such a process does. Wha
 modules are imported, which variables are read at import, how much memory is taken) is run by `subprocess` instead.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -28,6 +29,7 @@ def _become(words: list[str], environment: dict[str, str], folder: str, files: l
         opened = os.open(file, os.O_WRONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
+    gc.freeze()  # what was imported stays: no collection has to look through it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -75,7 +75,7 @@ def test_networks_of_a_real_model_replicate_in_part(template):
 
 def test_lesioning_networks_hurts_more_than_random_neurons(model, tokenizer, template):
     """The first finding of the paper, beside its control: the same number of random neurons in every layer."""
-    text = RetentionText.from_texts(wikipedia_passages("retention"), tokenizer, max_tokens=1000)
+    text = RetentionText.from_texts(wikipedia_passages("retention"), tokenizer, max_tokens=400)
     base = text.cross_entropy(model)
     networks = select_neurons(template, fraction=0.02)
     rises = {}

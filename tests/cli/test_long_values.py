@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from test_options_of_verbs import each_verb, options_of, words_for
+from test_options_of_verbs import each_verb, new_options, words_for
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, select_neurons
-from fnsft_trl.cli import VERBS, main
+from fnsft_trl.cli import main
 from fnsft_trl.cli.options.parse import parse_options
 from fnsft_trl.cli.options.schema import Option
 from fnsft_trl.ranges import is_open, parse_ranges
@@ -32,11 +32,8 @@ def workplace(tmp_path, monkeypatch, hub):
 @pytest.mark.slow
 @each_verb
 def test_a_value_of_any_size_is_refused_in_few_words_or_taken(verb, workplace, capsys):
-    """What is taken is refused with the rest of the call, whose model or template does not exist. An option that
-    several verbs have is tried in one of them."""
-    verbs = list(VERBS)
-    earlier = [option for other in verbs[: verbs.index(verb)] for option in options_of(other)]
-    for option in (option for option in options_of(verb) if option not in earlier):
+    """What is taken is refused with the rest of the call, whose model or template does not exist."""
+    for option in new_options(verb):
         base = ["--model_name_or_path", "no/model", "--dataset_name", "rows.jsonl"]
         base = words_for(verb, option) if verb != "train" else base
         place = base.index(f"--{option.name}") if f"--{option.name}" in base else len(base)

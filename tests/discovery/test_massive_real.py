@@ -1,4 +1,4 @@
-"""Massive neurons in two real models: SmolLM2 (Llama) and all-MiniLM-L6-v2 (BERT)."""
+"""Massive neurons in two real models: the first layers of SmolLM2 (Llama), and all-MiniLM-L6-v2 (BERT)."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 SETTINGS = {"ica_components": 5, "ica_max_length": 128, "ica_max_tokens": 2000}
 LAYER, NEURON = 2, 77
+LAYERS = 8  # of SmolLM2, whose massive neurons begin in them
 
 
 def minilm() -> Path:
@@ -28,8 +29,12 @@ def minilm() -> Path:
 
 def load(architecture):
     """A fresh model, and its tokenizer."""
-    kind, path = {"llama": (AutoModelForCausalLM, embedded_model), "bert": (AutoModel, minilm)}[architecture]
-    return kind.from_pretrained(path(), dtype="float32").eval(), AutoTokenizer.from_pretrained(path())
+    kind, path, layers = {
+        "llama": (AutoModelForCausalLM, embedded_model, {"num_hidden_layers": LAYERS}),
+        "bert": (AutoModel, minilm, {}),
+    }[architecture]
+    model = kind.from_pretrained(path(), dtype="float32", **layers)
+    return model.eval(), AutoTokenizer.from_pretrained(path())
 
 
 def networks(model, tokenizer, standardize, **settings):

@@ -1,6 +1,7 @@
 """lm-evaluation-harness: its tasks give what the same rows give here, with adapters and masks as they are."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -107,19 +108,26 @@ def test_a_folder_that_is_not_there_is_named():
 
 
 WITHOUT = """
-import sys
+import json, os, runpy, sys
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM
-base, adapter, sys.argv = sys.argv[1], sys.argv[2], ["lm_eval", *sys.argv[3:]]
+base, adapter, of_peft, of_run = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 of_lm_eval = lambda: HFLM(pretrained=base, peft=adapter, device="cpu")  # what the command makes
 for load in (lambda: AutoPeftModelForCausalLM.from_pretrained(adapter), of_lm_eval):
     try:
         load()
     except (KeyError, ValueError) as error:
         print("refused:", error)
+sys.stdout.flush()
+if os.fork() == 0:  # the command that needs no import, in a process that has made none
+    sys.argv = ["harness", *of_run]
+    sys.exit(runpy.run_module("fnsft_trl.evaluation.harness", run_name="__main__") and 0)
+if os.wait()[1]:
+    sys.exit("the command failed")
 import fnsft_trl.tuner
 AutoPeftModelForCausalLM.from_pretrained(adapter)
+sys.argv = ["lm_eval", *of_peft]
 cli_evaluate()
 """
 
@@ -139,18 +147,16 @@ def test_what_finds_the_deltas_and_what_does_not(model_dir, tokenizer, tasks_dir
     expected = Tasks(["sounds"], str(tasks_dir)).run(tuned.eval(), tokenizer).others["sounds/bits_per_byte"]
     common = ["--tasks", "sounds", "--include_path", str(tasks_dir), "--device", "cpu", "--output_path"]
     of_peft = ["--model", "hf", "--model_args", f"pretrained={model_dir},peft={adapter}"]
-    printed = python("-c", WITHOUT, str(model_dir), str(adapter), *of_peft, *common, str(tmp_path / "peft"))
-    assert printed.count("refused: 'NEURON_DELTA'") == 2
     of_run = ["--model", "fnsft", "--model_args", f"pretrained={adapter}"]
-    python("-m", "fnsft_trl.evaluation.harness", *of_run, *common, str(tmp_path / "run"))
+    both = (
+        json.dumps([*words, *common, str(tmp_path / name)]) for name, words in (("peft", of_peft), ("run", of_run))
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a forked process cannot use the threads of its parent
+    words = [sys.executable, "-c", WITHOUT, str(model_dir), str(adapter), *both]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("refused: 'NEURON_DELTA'") == 2
     for folder in ("peft", "run"):
         (file,) = (tmp_path / folder).rglob("results_*.json")
         found = json.loads(file.read_text())["results"]["sounds"]["bits_per_byte,none"]
         assert found == pytest.approx(expected, rel=1e-5)
-
-
-def python(*words: str) -> str:
-    """Run Python in the project's directory, and give what it prints."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -6,8 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +15,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from helpers import ROOT
 from peft import load_peft_weights, set_peft_model_state_dict
+from processes import Started
 from small_experiment import ARMS, edit, killed_after, make_folder, report, run
 
 from fnsft_trl.cli import main
@@ -27,8 +25,11 @@ from fnsft_trl.experiments.arms import train_and_score
 from fnsft_trl.experiments.runner import own_device
 
 
-# Events of a process that writes, after so many of which it is killed: in a discovery, in trainings, between cells.
-KILLS = (3, 20, 55, 34, 40)
+# Events of a process that writes, after so many of which it is killed: in a discovery, and in trainings.
+KILLS = (3, 40)
+
+# A command in a group of processes of its own, as a terminal begins it.
+OF_ITS_OWN = "import os, sys; os.setsid(); from fnsft_trl.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,9 +258,9 @@ def test_one_seed_is_said_to_be_one(copied):
 @pytest.mark.slow
 def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began_them(place, tmp_path):
     output = tmp_path / "two"
-    with two_jobs(place, output) as process:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+    with two_jobs(place, output) as started:
+        children = psutil.Process(started.process.pid).children(recursive=True)
+        started.process.kill()
     assert len(children) >= 2
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
@@ -268,31 +269,31 @@ def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began
 
 
 @contextmanager
-def two_jobs(place, output, **settings):
+def two_jobs(place, output):
     """A process that trains in two others, of which each has begun; it does not outlive the test."""
     words = ["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"]
-    command = [sys.executable, "-m", "fnsft_trl.cli", *words]
-    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **settings) as process:
-        try:
-            while len(list(output.glob("arms/*/*"))) < 2:
-                assert process.poll() is None
-                time.sleep(0.05)
-            yield process
-        finally:
-            process.kill()
+    started = Started("-c", OF_ITS_OWN, *words)
+    try:
+        while len(list(output.glob("arms/*/*"))) < 2:
+            assert started.process.exitcode is None, started.end().stderr
+            time.sleep(0.05)
+        yield started
+    finally:
+        started.process.kill()
+        started.process.join()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["all", "the first"])
 def test_several_jobs_that_are_interrupted_say_so_once_and_at_once(to, place, tmp_path):
     output = tmp_path / "two"
-    with two_jobs(place, output, stderr=subprocess.PIPE, start_new_session=True) as process:
-        children = psutil.Process(process.pid).children(recursive=True)
-        (os.killpg if to == "all" else os.kill)(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("fnsft ")]
+    with two_jobs(place, output) as started:
+        children = psutil.Process(started.process.pid).children(recursive=True)
+        (os.killpg if to == "all" else os.kill)(started.process.pid, signal.SIGINT)
+        done = started.end(timeout=60)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fnsft ")]
     asked = shlex.join(["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"])
     assert lines == [f"fnsft experiment: interrupted; what was finished is kept, go on with `fnsft {asked}`"]
     _, alive = psutil.wait_procs(children, timeout=60)
@@ -309,21 +310,3 @@ def test_each_process_has_an_accelerator_of_its_own():
 
 def test_the_shared_file_is_one_of_the_verb(place):
     assert set(yaml.safe_load((place / "recipes" / "experiment.yaml").read_text())) == {"data", "seeds"}
-
-
-@pytest.mark.slow
-def test_the_originals_experiment_after_three_kills_is_that_of_an_uninterrupted_run(tmp_path, monkeypatch):
-    """On the real model, with little of everything."""
-    monkeypatch.chdir(ROOT)
-    rows = (ROOT / "recipes" / "data" / "comprehensions_test.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:3]))
-    less = ["--data", str(tmp_path / "rows.jsonl"), "--max_steps", "1", "--per_device_train_batch_size", "2"]
-    less += ["--ica_max_tokens", "400", "--ica_rank", "16", "--retention_tokens", "60", "--max_new_tokens", "4"]
-    folder = ROOT / "recipes" / "peft_vs_peft_ica"
-    for events in (4, 40, 45):
-        assert killed_after(events, folder, tmp_path / "killed", *less), events
-    finished = len((tmp_path / "killed" / "cells.jsonl").read_text().splitlines())
-    assert 0 < finished < 3
-    for output in ("killed", "whole"):
-        assert run(folder, tmp_path / output, *less) == 0
-    assert report(tmp_path / "killed") == report(tmp_path / "whole")

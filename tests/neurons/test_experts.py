@@ -240,7 +240,11 @@ FEATURES = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bf16": {"bf16": True},
-    "torch_compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    # Experts are traced anew for every choice of experts: two steps of batches of one length are enough.
+    "torch_compile": {
+        **{"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        **{"max_steps": 2, "pad_to_multiple_of": 64},
+    },
     "adamw_8bit": {"optim": "adamw_8bit"},
 }
 

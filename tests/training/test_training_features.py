@@ -23,6 +23,7 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
 QUICK = ("prompt and completion", "`packing`, `bfd`", "weights in bfloat16")
+COMPILED = {"torch_compile": True, "pad_to_multiple_of": 32}  # batches of one length are compiled once
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -57,9 +58,9 @@ FEATURES = {
     "`gradient_checkpointing`, reentrant": Feature(
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, control=True
     ),
-    "`torch_compile`, `aot_eager`": Feature({"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    "`torch_compile`, `aot_eager`": Feature({**COMPILED, "torch_compile_backend": "aot_eager"}),
     "`torch_compile`, `inductor`": Feature(
-        {"torch_compile": True, "torch_compile_backend": "inductor"}, network={"mask_mode": "preserve"}
+        {**COMPILED, "torch_compile_backend": "inductor"}, network={"mask_mode": "preserve"}
     ),
     "`bf16`": Feature({"bf16": True}),
     "weights in bfloat16": Feature({"bf16": True}, dtype=torch.bfloat16, control=True),
