@@ -25,7 +25,7 @@ from fnsft_trl.cli import main
 from fnsft_trl.data.embedded import embedded_model, question_routing
 
 
-ROWS, TEST_ROWS, STEPS, TOKENS, TOLERANCE = 240, 60, 60, 2000, 0.05
+ROWS, TEST_ROWS, STEPS, TOKENS, KEPT, TOLERANCE = 240, 60, 60, 2000, 4096, 0.05
 
 # %% [markdown]
 # The task: name the desk that a question belongs to. The model has never seen these desks.
@@ -77,7 +77,7 @@ def fine_tune(name, learning_rate, protection=None):
 
 # %%
 fine_tune("plain", 6e-4)
-fine_tune("low", 2e-3, ProtectionConfig(forgetting="low"))
+fine_tune("low", 2e-3, ProtectionConfig(forgetting="low", protect_tokens=KEPT))
 
 # %% [markdown]
 # ## Mended afterwards

@@ -203,3 +203,9 @@ def offloading(directory: Path) -> dict:
     places = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
     device_map = dict.fromkeys(places, "cpu") | {"model.layers.1": "disk"}
     return {"device_map": device_map, "offload_folder": str(directory / "offload")}
+
+
+def few_energy_tokens(monkeypatch) -> None:
+    """Of a real model: measure on little text what the directions hold that a run protects."""
+    for module in ("protected_bases", "protection"):
+        monkeypatch.setattr(f"fnsft_trl.training.{module}.ENERGY_TOKENS", 64)

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, few_energy_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks, lesion, preserve, select_neurons
@@ -91,10 +91,11 @@ def test_lesioning_networks_hurts_more_than_random_neurons(model, tokenizer, tem
     assert text.cross_entropy(model) == base
 
 
-def test_the_demo_runs_to_its_report(tmp_path, capsys):
+def test_the_demo_runs_to_its_report(tmp_path, capsys, monkeypatch):
     """All of `fnsft demo` with little data: too little to learn from, enough to see every part work."""
-    sizes = ["--discovery_tokens", "1500", "--components", "3", "--train_rows", "24", "--test_rows", "12"]
-    sizes += ["--retention_tokens", "300", "--keep_tokens", "300"]
+    sizes = ["--discovery_tokens", "800", "--components", "2", "--train_rows", "16", "--test_rows", "8"]
+    sizes += ["--retention_tokens", "100", "--keep_tokens", "100"]
+    few_energy_tokens(monkeypatch)
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), *sizes]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())

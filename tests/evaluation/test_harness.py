@@ -122,7 +122,8 @@ for load in (lambda: AutoPeftModelForCausalLM.from_pretrained(adapter), of_lm_ev
 sys.stdout.flush()
 if os.fork() == 0:  # the command that needs no import, in a process that has made none
     sys.argv = ["harness", *of_run]
-    sys.exit(runpy.run_module("fnsft_trl.evaluation.harness", run_name="__main__") and 0)
+    runpy.run_module("fnsft_trl.evaluation.harness", run_name="__main__")
+    sys.exit()
 if os.wait()[1]:
     sys.exit("the command failed")
 import fnsft_trl.tuner
@@ -148,9 +149,7 @@ def test_what_finds_the_deltas_and_what_does_not(model_dir, tokenizer, tasks_dir
     common = ["--tasks", "sounds", "--include_path", str(tasks_dir), "--device", "cpu", "--output_path"]
     of_peft = ["--model", "hf", "--model_args", f"pretrained={model_dir},peft={adapter}"]
     of_run = ["--model", "fnsft", "--model_args", f"pretrained={adapter}"]
-    both = (
-        json.dumps([*words, *common, str(tmp_path / name)]) for name, words in (("peft", of_peft), ("run", of_run))
-    )
+    both = [json.dumps([*words, *common, str(tmp_path / to)]) for to, words in (("peft", of_peft), ("run", of_run))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a forked process cannot use the threads of its parent
     words = [sys.executable, "-c", WITHOUT, str(model_dir), str(adapter), *both]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
