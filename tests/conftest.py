@@ -34,16 +34,17 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
 
-def pytest_collection_finish():
-    """Every trainer has all garbage collected: what the imports made, which stays, is not to be looked through."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def hub_home():
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_aside():
+    """Every training has all garbage collected. What was imported stays, and is not looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

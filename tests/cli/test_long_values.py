@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lm_eval.tasks import TaskManager
 from test_options_of_verbs import each_verb, new_options, words_for
 
 from fnsft_trl import FNSFTError, FunctionalNetworkConfig, select_neurons
@@ -26,6 +27,8 @@ def values(option: Option) -> list[str]:
 def workplace(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    # lm-eval knows no task, instead of the thousands of its own, which take seconds to be read.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: TaskManager(**given | {"include_defaults": False}))
     return tmp_path
 
 

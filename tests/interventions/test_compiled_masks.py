@@ -114,14 +114,10 @@ def test_masks_act_whenever_they_are_put_on_switched_and_removed(way, family, se
 
 @pytest.mark.slow
 def test_without_the_guards_they_are_ignored(monkeypatch):
-    """The control: of the same lives, some go wrong where compiled code does not notice hooks."""
+    """The control: the same life goes wrong where compiled code does not notice hooks."""
     monkeypatch.setattr("fnsft_trl.neurons.sites.guard_hooks", lambda: None)
-    wrong = 0
-    for way in (whole, in_place, function):
-        for call, right, _ in random_life(lambda: tiny_model("llama"), way, seed=0):
-            wrong += not torch.allclose(logits(call, IDS), logits(right, IDS), atol=1e-5)
-        torch.compiler.reset()
-    assert wrong
+    life = random_life(lambda: tiny_model("llama"), whole, seed=0)
+    assert any(not torch.allclose(logits(call, IDS), logits(right, IDS), atol=1e-5) for call, right, _ in life)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ max_length: 64
 disable_tqdm: true
 report_to: none
 retention_datasets: [wiki=embedded, docs=docs.jsonl]
-retention_tokens: 200
+retention_tokens: 100
 retention_budget: 0.05
 """
 
@@ -61,7 +61,7 @@ def test_a_run_is_rolled_back_and_the_reloaded_adapter_has_the_rise_of_the_log(t
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype="float32")
     texts = {
-        name: RetentionText.from_texts(passages, tokenizer, max_tokens=200)
+        name: RetentionText.from_texts(passages, tokenizer, max_tokens=100)
         for name, passages in (("wiki", wikipedia_passages("retention")), ("docs", docs))
     }
     before = {name: text.cross_entropy(base) for name, text in texts.items()}
