@@ -27,8 +27,8 @@ def values(option: Option) -> list[str]:
 def workplace(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    # lm-eval knows no task, instead of the thousands of its own, which take seconds to be read.
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: TaskManager(**given | {"include_defaults": False}))
+    own = {"include_defaults": False}  # the thousands of tasks of lm-eval's own take seconds to be read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: TaskManager(**given | own))
     return tmp_path
 
 
