@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -28,6 +30,10 @@ from fnsft_trl.neurons.sites import SITES
 # The same examples in every run, so that a change alone can turn a test red.
 hypothesis.settings.register_profile("stable", derandomize=True, deadline=None, max_examples=100)
 hypothesis.settings.load_profile("stable")
+
+# What is installed stays so: libraries that ask for a version at every call do not read its file each time.
+for name in ("metadata", "version"):
+    setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
 
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
 if "OMP_NUM_THREADS" not in os.environ:
