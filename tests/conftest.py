@@ -4,6 +4,8 @@ import importlib.metadata
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 from hub import ALICE, HUB
@@ -22,6 +24,7 @@ import hypothesis
 import pytest
 import torch
 from helpers import FAMILIES, medium_model, tiny_model, tiny_rows, tiny_tokenizer
+from processes import run_python
 
 from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.neurons.sites import SITES
@@ -61,6 +64,20 @@ def own_environment():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The fresh processes in which the package reloads what was saved need not import everything anew.
+
+    tests/export/test_verification.py and test_merged.py start some from nothing.
+    """
+    run = subprocess.run
+
+    def fork(command, *args, **settings):
+        return run_python(*command[1:]) if command[0] == sys.executable else run(command, *args, **settings)
+
+    monkeypatch.setattr(subprocess, "run", fork)
 
 
 @pytest.fixture

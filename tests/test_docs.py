@@ -155,7 +155,7 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir):
+def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir, forked):
     """As shown, with the model, the data and the amount of work replaced by small local ones."""
     data = str(workplace / "second.jsonl")
     for words in commands(page):

@@ -91,7 +91,7 @@ def test_lesioning_networks_hurts_more_than_random_neurons(model, tokenizer, tem
     assert text.cross_entropy(model) == base
 
 
-def test_the_demo_runs_to_its_report(tmp_path, capsys, monkeypatch):
+def test_the_demo_runs_to_its_report(tmp_path, capsys, monkeypatch, forked):
     """All of `fnsft demo` with little data: too little to learn from, enough to see every part work."""
     sizes = ["--discovery_tokens", "800", "--components", "2", "--train_rows", "16", "--test_rows", "8"]
     sizes += ["--retention_tokens", "100", "--keep_tokens", "100"]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl import NeuronMask, cli, find_neuron_sites
@@ -64,7 +63,7 @@ print("made:" + json.dumps(made))
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp (xllamacpp) is not installed")
-def test_what_was_trained_says_the_same_in_llama_cpp(converter, tmp_path, monkeypatch, capsys):
+def test_what_was_trained_says_the_same_in_llama_cpp(converter, tmp_path, monkeypatch, capsys, forked):
     monkeypatch.chdir(tmp_path)
     words = ["gold", "silver", "iron", "copper"]
     rows = [{"prompt": f"Name a metal: {word}?", "completion": f" Yes, {word}."} for word in words]
@@ -88,7 +87,6 @@ def test_what_was_trained_says_the_same_in_llama_cpp(converter, tmp_path, monkey
     layers = {site.layer: torch.rand(site.width, generator=draw) < 0.05 for site in find_neuron_sites(tuned)}
     to_baked("run", "baked", NeuronMask(layers))
     capsys.readouterr()
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: run_python(*command[1:]))
     export = ["export", "baked", "--to", "gguf", "--output_path", "baked.gguf", "--outtype", "f16", "--verify"]
     assert main(export) == 0
     found = re.search(r"differ by (\S+) of the largest one", capsys.readouterr().out)

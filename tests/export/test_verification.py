@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import run_python
 from safetensors.torch import load_file, save_file
 
 from fnsft_trl import FNSFTError
@@ -26,12 +24,6 @@ CASES = [
     *(("full", form) for form in ("baked", "smaller")),
     ("baked", "smaller"),
 ]
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Fresh processes that need not import everything anew; one test below starts one from nothing."""
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: run_python(*command[1:]))
 
 
 @pytest.fixture(scope="module")

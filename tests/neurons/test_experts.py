@@ -281,7 +281,7 @@ def test_lora_on_experts_is_refused_when_sharded(mixtral, rows, tokenizer, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora"])
 @pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "GptOssForCausalLM"])
-def test_adapters_are_resumed_reloaded_and_exported(name, rows, tokenizer, tmp_path, method):
+def test_adapters_are_resumed_reloaded_and_exported(name, rows, tokenizer, tmp_path, method, forked):
     NAMED[name].model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
 
