@@ -61,16 +61,9 @@ def test_a_probe_from_the_command_line(place, model_dir, templates):
 @pytest.mark.slow
 def test_two_processes_come_to_the_results_of_one(place, model_dir):
     """The batches are split over them. (Without --surrogate they find that control together, on other shifts.)"""
-    more = f"--surrogate {place / 'template'} --prompts 1 --neurons 1 --networks 0".split()
+    more = f"--surrogate {place / 'template'} --prompts 1 --neurons 1 --networks 0 --batch_size 2".split()
     for count in (1, 2):
-        asked = instead(
-            words(place, model_dir, data=("rows", "text")),
-            *more,
-            "--batch_size",
-            "2",
-            "--output_dir",
-            str(place / str(count)),
-        )
+        asked = instead(words(place, model_dir, data=("rows", "text")), *more, "--output_dir", str(place / str(count)))
         printed = run_processes(count, "-m", "fnsft_trl.cli", *asked)
         assert [bool(each) for each in printed] == [True, *[False] * (count - 1)]  # one of them tells
     one, two = (json.loads((place / str(count) / "results.json").read_text()) for count in (1, 2))
