@@ -79,13 +79,19 @@ REFUSED = {
     ("`activation_offloading`", method): "it moves activations from an accelerator, and there is none"
     for method in METHODS
 }
+# (feature, method) -> what is tested in its place: all else is every feature with every method.
+INSTEAD = {("`torch_compile`, `inductor`", method): "tested with `aot_eager`" for method in ("lora", "full")}
 
 
 def table() -> str:
     lines = [f"| feature | {' | '.join(f'`{method}`' for method in METHODS)} |", "|---|---|---|---|"]
     for name, feature in FEATURES.items():
         fallback = f"not tested: needs {feature.needs}" if feature.needs not in (None, "bitsandbytes") else "exact"
-        cells = [f"refused on a CPU: {REFUSED[name, m]}" if (name, m) in REFUSED else fallback for m in METHODS]
+        refused = [REFUSED.get((name, method)) for method in METHODS]
+        cells = [
+            f"refused on a CPU: {reason}" if reason else INSTEAD.get((name, method), fallback)
+            for method, reason in zip(METHODS, refused, strict=True)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -131,7 +137,7 @@ def cells(chosen=FEATURES):
         if feature.needs is not None:
             marks.append(pytest.mark.skipif(find_spec(feature.needs) is None, reason=f"needs {feature.needs}"))
         for method in METHODS:
-            if (name, method) not in REFUSED:
+            if (name, method) not in REFUSED | INSTEAD:
                 yield pytest.param(name, method, id=f"{name}-{method}", marks=marks)
 
 
