@@ -30,8 +30,8 @@ def to_merged(
         The configuration of the adapter.
 
     Raises:
-        FNSFTError: it is no adapter or one that does not merge, the base model is quantised or not the one that was
-            trained on, there is no tokenizer, or the output directory is one of those that are read.
+        FNSFTError: it is no adapter, or one that does not merge. The base model is quantised, or not the one that was
+            trained on. There is no tokenizer. The output directory is one of those that are read.
         ValueError: the merged weights are not finite.
     """
     source = WholeSource.read(adapter_dir)

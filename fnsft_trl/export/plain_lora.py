@@ -56,8 +56,8 @@ def to_plain_lora(
         The configuration that was written.
 
     Raises:
-        FNSFTError: it is no adapter of neuron deltas, LoRA beside them is of a variant that cannot go along, or a
-            linear layer beside experts has a delta of its bias; or the output directory is one of those that are read.
+        FNSFTError: it is no adapter of neuron deltas; LoRA beside them is of a variant that cannot go along; a linear
+            layer beside experts has a delta of its bias. The output directory is one of those that are read.
     """
     processor = None
     if isinstance(model_or_adapter, PeftModel):
