@@ -39,7 +39,7 @@ def to_plain_lora(
         neurons are inputs:   B = D^T, shape (out, |S|);           A = one-hot of S, shape (|S|, in)
 
     with a scaling of 1. Deltas of biases become the bias of `lora_B`, which PEFT then gives to all modules of the
-    adapter; it merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
+    adapter. PEFT merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
     token rows saved as a whole go along, and so does a tokenizer that lies beside the adapter. The one-hot factors
     make the files larger than those of the deltas.
 

@@ -87,8 +87,8 @@ class SelectorEvidence:
         """How much the gradients of a neuron's weights on the task and on general text point against each other.
 
         Minus the cosine of the two gradients of the mean token cross-entropy, in [-1, 1]. Above 0 they conflict (Yu et
-        al., 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, definition 1): to first order, a small
-        step on the task raises the loss on general text through this neuron.
+        al., 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, definition 1). To first order, a small
+        step on the task then raises the loss on general text through this neuron.
 
         Returns:
             Layer -> shape (neurons,).

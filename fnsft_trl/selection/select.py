@@ -45,8 +45,8 @@ def select_neurons(
 ) -> NeuronMask:
     """Select neurons by the networks they belong to, or by a control (`SELECTORS`).
 
-    Of networks, without `fraction` and `like`, the union of the named ones is selected, by the template's threshold;
-    with one of them, neurons are ranked by their largest |loading| in these networks.
+    Without `fraction` and `like`, the selector `networks` gives the union of the named networks, by the template's
+    threshold. With one of them, it ranks neurons by their largest |loading| in these networks.
 
     Args:
         template: the networks.

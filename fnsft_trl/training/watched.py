@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 class WatchedTrainer(HubTrainer):
     """Trainer, with errors where its numbers would mean nothing. It goes in front of any other kind of trainer.
 
-    A run ends in an error when its loss or gradients are not finite (transformers logs a loss of 0.0 then, and goes
-    on), and when no batch of the training, or of an evaluation, holds a label.
+    A run ends in an error when its loss or gradients are not finite. (transformers logs a loss of 0.0 then, and goes
+    on.) So it does when no batch of the training, or of an evaluation, holds a label.
 
     Args:
         args, kwargs: those of the trainer that it goes in front of.

@@ -82,8 +82,8 @@ def read_json(text: str) -> Any:
 def core_value(written: Any) -> Any:
     """What a value means that belongs to no option, so that only its own form can say it.
 
-    That is the core schema of YAML 1.2 without octal and hexadecimal numbers: `true`, `false` and `null`, decimal
-    numbers such as `8`, `0.5` and `1e-4`, and all else, `007` and `1:30` among it, is text.
+    That is the core schema of YAML 1.2 without octal and hexadecimal numbers. It knows `true`, `false`, `null`, and
+    decimal numbers such as `8`, `0.5` and `1e-4`. All else is text, `007` and `1:30` among it.
 
     Args:
         written: what [`read_yaml`] gives.
