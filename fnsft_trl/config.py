@@ -270,7 +270,7 @@ class FunctionalNetworkConfig:
         if method == "full" and lora_config:
             raise FNSFTError("train_method=full with a LoraConfig: drop peft_config, or use train_method=lora")
         if method == "lora" and not lora_config:
-            raise FNSFTError("train_method=lora needs a LoraConfig (peft_config, or use_peft on the command line)")
+            raise FNSFTError("train_method=lora needs a LoraConfig; give peft_config, or use_peft on the command line")
         if reason := ANTI_DRIFT_ERRORS.get((method, self.anti_drift_apply_to)):
             raise FNSFTError(f"train_method={method} with anti_drift_apply_to={self.anti_drift_apply_to}: {reason}")
         train, outcome = COMBINATIONS[self.mask_mode, self.train_neurons]

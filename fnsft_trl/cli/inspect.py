@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
 def _name(args: Arguments) -> None:
     """Write names of networks into a template on disk."""
     if not Path(args.template).expanduser().is_dir():
-        raise FNSFTError(f"{args.template} is no directory of a template, into which names could be written")
+        raise FNSFTError(f"{args.template} is no directory, and names are written into one; give that of a template")
     names = {}
     for text in args.name:
         number, separator, name = text.partition("=")

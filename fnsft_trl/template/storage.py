@@ -102,7 +102,7 @@ def read_json(*places: Path) -> Any:
     with _opened(places) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _LARGEST_DESCRIPTION:
-            raise FNSFTError(f"{path} has {size} bytes, too many for the description of a template")
+            raise FNSFTError(f"{path} has {size} bytes, too many for the description of a template; {_AGAIN}")
         data = file.read()
     try:
         return from_json(data.decode("utf-8"), parse_constant=_no_constant)

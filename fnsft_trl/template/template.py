@@ -356,10 +356,9 @@ def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescriptio
     for number, (stated, counted) in enumerate(zip(found.components, template.components, strict=True)):
         if {layer: count for layer, count in stated.layers.items() if count} != counted.layers:
             raise FNSFTError(
-                f"{where}: network {number} is said to have {stated.neurons} neurons in {len(stated.layers)} "
-                f"layers, but by its loadings and the threshold ({found.threshold_in_words()}) it has "
-                f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
-                "fetch the template again"
+                f"{where} is damaged: it says that network {number} has {stated.neurons} neurons in "
+                f"{len(stated.layers)} layers, but its loadings and the threshold ({found.threshold_in_words()}) give "
+                f"{counted.neurons} in {len(counted.layers)}, or in others; save or fetch the template again"
             )
 
 

@@ -69,8 +69,8 @@ class FrozenNeuronGuard(TrainerCallback):
         )
         if self.expected not in (None, self.fingerprint):
             raise FNSFTError(
-                "the weights that this run holds frozen are not those of the run that it resumes: another base model, "
-                "or in another precision; load the model that the checkpoint was trained on, or start anew (drop "
+                "the frozen weights are not those of the run that is resumed: another base model, or another "
+                "precision; load the model that the checkpoint was trained on, or start anew (drop "
                 "resume_from_checkpoint)"
             )
         self.expected = None

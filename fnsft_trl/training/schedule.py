@@ -110,7 +110,8 @@ class MaskScheduleCallback(TrainerCallback):
         trainable = run if phase.trainable is None else phase.trainable.over(widths)
         if phase.trainable is not None and plan.method != "full":
             raise FNSFTError(
-                f"a phase can switch the trainable neurons of full fine-tuning only, not of {plan.method}"
+                f"a phase can switch the trainable neurons of full fine-tuning only, not of {plan.method}; drop "
+                "trainable"
             )
         if (trainable & ~run).count:
             raise FNSFTError(
@@ -124,7 +125,10 @@ class MaskScheduleCallback(TrainerCallback):
             silenced = silenced if phase.mask_mode == "lesion" else ~silenced
             able = trainable & ~silenced.over(widths)
         if able.count == 0 and not others_train:
-            raise FNSFTError(f"the phase from {phase.start} on leaves nothing that could learn")
+            raise FNSFTError(
+                f"the phase from {phase.start} on leaves nothing that could learn; let it train neurons that its mask "
+                "does not silence"
+            )
         return trainable
 
     def _handle(self, phase: MaskPhase) -> MaskHandle | None:
@@ -143,7 +147,9 @@ class MaskScheduleCallback(TrainerCallback):
                 "the one before it"
             )
         if starts[-1] >= state.max_steps:
-            raise FNSFTError(f"a phase starts at step {starts[-1]}, but the run ends at step {state.max_steps}")
+            raise FNSFTError(
+                f"a phase starts at step {starts[-1]}, but the run ends at step {state.max_steps}; begin it before"
+            )
         self._starts = starts
         self._enter(state.global_step, optimizer)
 

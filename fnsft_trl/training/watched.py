@@ -100,8 +100,8 @@ class WatchedTrainer(HubTrainer):
         if batches and empty == batches:
             raise FNSFTError(
                 f"none of the {batches} batches of the {what}{'' if is_done else ' so far'} holds a token with a "
-                "label, so there is nothing to learn or to measure, and its loss is 0.0; see that rows have text, "
-                "that answers begin within max_length, and what completion_only_loss and assistant_only_loss leave"
+                "label, so there is nothing to learn or to measure; see that rows have text and answers begin within "
+                "max_length, and what completion_only_loss and assistant_only_loss leave"
             )
         if is_done and empty:
             logger.warning(
