@@ -24,6 +24,9 @@ from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.neurons.sites import SITES
 
 
+# Faults are those of POSIX: limits of a process, signals that end it, a folder that is brought to the disk.
+collect_ignore = ["faults"] if os.name == "nt" else []
+
 # The same examples in every run, so that a change alone can turn a test red.
 hypothesis.settings.register_profile("stable", derandomize=True, deadline=None, max_examples=100)
 hypothesis.settings.load_profile("stable")

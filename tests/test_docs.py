@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from api_reference import api_pages
 from architectures import architectures_table
 from helpers import ROOT, instead, tiny_rows, write_converter
@@ -311,6 +312,14 @@ def test_the_lines_that_install_are_those_of_the_makefile():
     assert len(lines) == 3
     for line in lines:
         assert line in makefile
+
+
+def test_the_job_of_all_systems_installs_so_too_and_needs_no_make():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]["platforms"]
+    assert {name.partition("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
+    lines = [step["run"].replace(".[test]", ".[test,quality]") for step in job["steps"] if "run" in step]
+    assert lines[:-1] == "".join(blocks(ROOT / "docs" / "installation.md", "sh")).splitlines()
+    assert lines[-1].startswith("python -m pytest ")
 
 
 def test_the_oldest_versions_that_are_named_are_those_of_the_package():

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def verify_merge(
     adapter: str | os.PathLike | NeuronMask | None = None,
     *,
     sites: Sequence[NeuronSite] | None = None,
-    **loading,
+    **loading: Any,
 ) -> NeuronMask:
     """Find the neurons that differ between two checkpoints, and check that they are those an adapter says.
 

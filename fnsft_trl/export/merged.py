@@ -1,6 +1,7 @@
 """An adapter merged into its base model, as an ordinary checkpoint."""
 
 import os
+from typing import Any
 
 from peft import PeftConfig
 
@@ -10,7 +11,7 @@ from .written import written_model
 
 
 def to_merged(
-    adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto", **loading
+    adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto", **loading: Any
 ) -> PeftConfig:
     """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
 

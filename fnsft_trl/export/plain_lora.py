@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -29,7 +30,7 @@ def to_plain_lora(
     output_dir: str | os.PathLike,
     *,
     adapter_name: str = "default",
-    **loading,
+    **loading: Any,
 ) -> LoraConfig:
     """Write neuron deltas as an ordinary LoRA, which PEFT loads without this package.
 

@@ -78,7 +78,7 @@ def verify_export(
     *,
     silenced: NeuronMask | None = None,
     outtype: str = "auto",
-    **loading,
+    **loading: Any,
 ) -> Verification:
     """Load an export in a fresh process and compare it with its source.
 

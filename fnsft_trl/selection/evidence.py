@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..config import FunctionalNetworkConfig
 from ..data.sequences import TokenSequence, token_sequences
@@ -37,7 +38,7 @@ class SelectorEvidence:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         task: Iterable | None = None,
         general: Iterable | Mapping[str, Iterable] | None = None,

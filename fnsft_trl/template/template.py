@@ -186,7 +186,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
         with_lists: bool = False,
-        **push_to_hub_kwargs,
+        **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Write `config.json`, `template.safetensors`, and the model card `README.md` with its figure `networks.svg`.
 
@@ -280,7 +280,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         commit_message: str = "Upload functional networks",
         create_pr: bool = False,
         beside: dict[str, bytes] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> str:
         """Push the template to the Hub: a commit of its four files.
 
