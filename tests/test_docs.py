@@ -22,6 +22,7 @@ from hub import ORG
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
+import fnsft_trl
 from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
 from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.arguments import read_arguments
@@ -320,6 +321,13 @@ def test_the_job_of_all_systems_installs_so_too_and_needs_no_make():
     lines = [step["run"].replace(".[test]", ".[test,quality]") for step in job["steps"] if "run" in step]
     assert lines[:-1] == "".join(blocks(ROOT / "docs" / "installation.md", "sh")).splitlines()
     assert lines[-1].startswith("python -m pytest ")
+
+
+def test_the_changelog_has_a_section_for_the_version_and_dates_that_of_a_release():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    version = re.escape(fnsft_trl.__version__)
+    heading = r"\[Unreleased\]" if "dev" in version else rf"\[{version}\] - \d{{4}}-\d\d-\d\d"
+    assert re.search(rf"^## {heading}$", text, flags=re.MULTILINE)
 
 
 def test_the_oldest_versions_that_are_named_are_those_of_the_package():
