@@ -91,7 +91,7 @@ class FunctionalNetworkConfig:
     )
     ica_decomposition: str = option(
         "ica",
-        "How networks are made from the sketch: by `ica` (independent components), or by a control. `pca` gives "
+        "How networks are made of the sketch: by `ica` (independent components), or by a control. `pca` gives "
         "principal components. `kmeans` clusters neurons by their loadings on these; a neuron's loading is then its "
         "cosine to the centroid.",
         choices=("ica", "pca", "kmeans"),
@@ -106,8 +106,7 @@ class FunctionalNetworkConfig:
     )
     ica_backend: str = option(
         "torch",
-        "Implementation of FastICA: `torch` (our own, on the model's device) or `sklearn` (scikit-learn's, on the "
-        "CPU).",
+        "Implementation of FastICA: `torch` (ours, on the model's device) or `sklearn` (scikit-learn's, on the CPU).",
         choices=("torch", "sklearn"),
     )
     ica_dtype: str = option(
@@ -134,9 +133,7 @@ class FunctionalNetworkConfig:
     ica_template_samples_per_ds: int | None = option(
         None, "Number of rows to take from the start of each dataset. By default as many as the tokens need.", least=1
     )
-    ica_skip_tokens: int = option(
-        1, "Number of tokens to leave out at the start of every sequence (attention sinks).", least=0
-    )
+    ica_skip_tokens: int = option(1, "Tokens to leave out at the start of each sequence (attention sinks).", least=0)
     ica_skip_special: bool = option(True, "Leave out special tokens.")
     ica_drop_massive: float | None = option(
         None,

@@ -95,10 +95,8 @@ def verify_merge(
         trained |= {name.partition(part)[0] for part in (".lora_", ".token_adapter") if part in name}
     for name in others:
         if name.rpartition(".")[0] not in trained:
-            raise FNSFTError(
-                f"{name} differs in a weight that belongs to no neuron and that the adapter does not train; "
-                "compare the model with the base that the adapter was trained on"
-            )
+            what = "a weight that belongs to no neuron and that the adapter does not train"
+            raise FNSFTError(f"{name} differs in {what}; compare with the base that the adapter was trained on")
     return changed
 
 
