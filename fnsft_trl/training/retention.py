@@ -63,7 +63,7 @@ class RetentionCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer,
+        trainer: Trainer,
         texts: Iterable | RetentionText | Mapping[str, Iterable | RetentionText],
         *,
         name: str | None = None,

@@ -57,7 +57,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         ) from error
     if len(data) > _LARGEST:
         raise FNSFTError(
-            f"the config file {path} is larger than 1 MiB; it must hold option names and values, `name: value`"
+            f"the config file {path} is larger than 1 MiB; it must hold a mapping, `name: value` for each option"
         )
     try:
         root = _Loader(data).get_single_node()
@@ -69,7 +69,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise FNSFTError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
         raise FNSFTError(
-            f"the config file {path} holds something else; it must hold option names and values, `name: value`"
+            f"the config file {path} holds something else; it must hold a mapping, `name: value` for each option"
         )
     return _Values(path).of(root)
 
