@@ -306,6 +306,19 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/forgetting/README.md"])
+def test_no_link_of_a_page_outside_of_the_site_is_dead(page):
+    page = ROOT / page
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text())
+    assert links
+    for target, anchor in links:
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
 def test_the_lines_that_install_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text().replace("$(BIN)/", "").replace("--quiet ", "")
     makefile = makefile.replace("$(EMBEDDED)", re.search(r"EMBEDDED := (.*)", makefile)[1])
