@@ -1,8 +1,8 @@
 """The examples run as they are, with less of everything; and they are notebooks."""
 
-import json
 import re
 
+import jupytext
 import pytest
 from helpers import ROOT, few_energy_tokens
 
@@ -12,7 +12,10 @@ pytestmark = pytest.mark.slow
 # Constants at the head of an example, and what they are here.
 LESS = {
     "less_forgetting.py": "ROWS, TEST_ROWS, STEPS, TOKENS, KEPT, TOLERANCE = 16, 8, 2, 100, 100, 1.0",
+    "look_into_a_network.py": "NETWORKS, TOKENS, READ, SCORED, DRAWS = 3, 1_000, 200, 60, 3",
 }
+# What it ends with.
+LEFT = {"less_forgetting.py": "output/scores/report.html", "look_into_a_network.py": "output/atlas.html"}
 
 
 def test_all_examples_are_run():
@@ -28,13 +31,11 @@ def test_an_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few_energy_tokens(monkeypatch)
     exec(compile(text, name, "exec"), {"__name__": "__main__"})
-    scores = json.loads((tmp_path / "output" / "scores" / "results.json").read_text())["scores"]
-    assert list(scores) == ["base", "plain", "low", "restored"]
+    assert (tmp_path / LEFT[name]).is_file()
 
 
 @pytest.mark.parametrize("name", LESS)
 def test_an_example_is_a_notebook_with_text_before_its_code(name):
-    jupytext = pytest.importorskip("jupytext")
     cells = jupytext.read(ROOT / "examples" / name).cells
     assert cells[0].cell_type == "markdown"
     assert cells[0].source.startswith("# ")
