@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..compat.deepspeed import is_partitioned
 from ..compat.peft import BaseTunerLayer, BufferDict, check_adapters_to_merge
 from ..compat.torch import is_fsdp_managed
 from ..errors import FNSFTError
@@ -213,7 +214,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
                 f"neuron deltas cannot be merged into a {type(base).__name__}: a quantised weight shares its "
                 "scale with its neighbours; load the base model unquantised, then merge"
             )
-        if is_fsdp_managed(base) or any(isinstance(weight, DTensor) for weight in weights):
+        if is_fsdp_managed(base) or any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in weights):
             raise FNSFTError("neuron deltas cannot be merged into sharded weights; merge in one process")
         if any(type(weight) is not nn.Parameter for weight in weights):
             raise FNSFTError(
