@@ -25,8 +25,10 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter that ZeRO-3 has taken apart, flat.
+    """What this process holds of a parameter that ZeRO-3 has taken apart, flat, without what fills up the last part:
+    that memory holds anything.
 
     https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/partition_parameters.py
     """
-    return parameter.ds_tensor
+    part = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - parameter.ds_zero_partition_rank * part.numel())]

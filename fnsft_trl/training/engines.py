@@ -70,6 +70,12 @@ REFUSALS = {
         "where PEFT would read weights that are empty",
         "use DeepSpeed ZeRO-2, FSDP2, or drop it",
     ),
+    "earlier_adapter": Refusal(
+        "adapter_name_or_path",
+        ("DeepSpeed ZeRO-3",),
+        "where the weights that an adapter is fitted to are empty",
+        "merge it first (fnsft export --to merged), or use DeepSpeed ZeRO-2 or FSDP2",
+    ),
     "rounding": Refusal(
         "LoRA held to neurons, with an optimizer of 8 bits or of compressed gradients,",
         _ALL,
