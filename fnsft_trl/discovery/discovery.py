@@ -23,7 +23,8 @@ from ..config import FunctionalNetworkConfig, ThresholdRule
 from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, model_name, source_names
-from ..neurons.sites import base_model, check_whole, find_neuron_sites
+from ..neurons.layout import check_whole
+from ..neurons.sites import base_model, find_neuron_sites
 from ..ranks import Ranks
 from ..template.description import NullReliability, reliability_above_null
 from ..template.template import Component, FunctionalNetworkTemplate

@@ -119,6 +119,24 @@ def whole_values(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().clone()
 
 
+def check_whole(model: nn.Module, what: str) -> None:
+    """Check that a process holds a model as a whole: where others hold parts, each of its passes waits for theirs.
+
+    Args:
+        model: the model.
+        what: reads it, for the message.
+
+    Raises:
+        FNSFTError: one of its parameters is sharded, with its name.
+    """
+    sharded = (name for name, each in model.named_parameters() if isinstance(each, DTensor) or is_partitioned(each))
+    if (name := next(sharded, None)) is not None:
+        raise FNSFTError(
+            f"{what} reads a model that each process holds as a whole, and {name} is sharded (FSDP, ZeRO-3, tensor "
+            "parallelism); do it before the model is sharded, or in one process that spreads it (device_map)"
+        )
+
+
 def mask_positions(tensor: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:
     """`True` at some positions along (flattened) dimensions; of a shape that broadcasts to the tensor's."""
     shape = [size if dim in dims else 1 for dim, size in enumerate(tensor.shape)]

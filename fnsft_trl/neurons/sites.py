@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Conv1D, PreTrainedModel
 
-from ..compat.deepspeed import is_partitioned
 from ..compat.peft import BaseTunerLayer
 from ..compat.torch import guard_hooks
 from ..config import SITES
@@ -146,24 +144,6 @@ def check_in_memory(model: nn.Module, what: str) -> None:
         raise FNSFTError(
             f"{what} needs all weights in memory, and {name} is offloaded (device_map); spread the model over devices "
             "that hold it, or load it in few bits (load_in_4bit)"
-        )
-
-
-def check_whole(model: nn.Module, what: str) -> None:
-    """Check that a process holds a model as a whole: where others hold parts, each of its passes waits for theirs.
-
-    Args:
-        model: the model.
-        what: reads it, for the message.
-
-    Raises:
-        FNSFTError: one of its parameters is sharded, with its name.
-    """
-    sharded = (name for name, each in model.named_parameters() if isinstance(each, DTensor) or is_partitioned(each))
-    if (name := next(sharded, None)) is not None:
-        raise FNSFTError(
-            f"{what} reads a model that each process holds as a whole, and {name} is sharded (FSDP, ZeRO-3, tensor "
-            "parallelism); do it before the model is sharded, or in one process that spreads it (device_map)"
         )
 
 

@@ -14,7 +14,8 @@ from ..discovery.activations import ActivationReader, batch_inputs, decoder_ids
 from ..discovery.discovery import discover_networks
 from ..discovery.moments import Moments
 from ..errors import FNSFTError
-from ..neurons.sites import NeuronSite, base_model, check_whole, find_neuron_sites
+from ..neurons.layout import check_whole
+from ..neurons.sites import NeuronSite, base_model, find_neuron_sites
 from ..template.template import FunctionalNetworkTemplate
 
 
