@@ -158,7 +158,10 @@ class NetworkedTrainer(ProtectingTrainer):
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
             super().__init__(**given, retention=retained, anchor=kept, penalties=added)
-        if (found := Engine.of_trainer(self)) != engine and found is not None:  # of a state that others have made
+        found = Engine.of_trainer(self)
+        if found is None and engine is not None:
+            logger.warning(f"nothing is sharded: accelerate takes no {engine.name} here, but plain data parallelism")
+        elif found != engine:  # of a state that others have made
             found.check([*asked, *(self._run.asked(found) if self._run else ())])
         if self._run is not None or self._protection is not None:
             check_in_memory(self.model, "training with networks or protect")
