@@ -19,6 +19,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS"
 import deepspeed
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from helpers import medium_experts, medium_model, sft_config, tiny_rows, tiny_tokenizer
 from peft import LoraConfig
@@ -48,6 +49,18 @@ def cells() -> dict[str, tuple[int, str]]:
     """Name -> stage, method."""
     plain = {f"zero{stage} {method}": (stage, method) for stage in STAGES for method in METHODS[:2]}
     return plain | {"zero2 neuron_delta experts": (2, METHODS[2])}
+
+
+def split_on_cpu() -> None:
+    """Let accelerate know of the other process on a CPU under DeepSpeed, where it finds no backend: each process would
+    count as the only one, and train all rows."""
+    own = PartialState._prepare_backend
+
+    def prepare_backend(self, *args, **kwargs) -> tuple:
+        backend, kind = own(self, *args, **kwargs)
+        return (backend or "gloo" if "RANK" in os.environ else backend), kind
+
+    PartialState._prepare_backend = prepare_backend
 
 
 def config_of(stage: int) -> dict:
@@ -116,6 +129,7 @@ def run(folder: Path, name: str, stage: int, method: str, rank: int, processes: 
     first.train()
     first.save_model()
     assert first.is_deepspeed_enabled == (processes > 1)
+    assert first.args.world_size == processes
     if stage == 3:
         assert all(p.numel() == 0 and p.ds_numel > 0 for p in first.model.parameters())
     expected = outcome(first)
@@ -227,6 +241,7 @@ def forked(folder: Path) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    split_on_cpu()
     # Its own way for processes of one machine to talk would be compiled here; gloo needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     prepare(Path(sys.argv[1]))

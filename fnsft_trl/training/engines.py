@@ -1,14 +1,19 @@
 """Engine: what shards the weights of a run over its processes, and what does not run on it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ..compat.accelerate import parse_flag_from_env
 from ..errors import FNSFTError
+
+
+logger = logging.get_logger(__name__)
 
 
 class Refusal(NamedTuple):
@@ -111,11 +116,13 @@ class Engine:
         name (`str`): `FSDP1`, `FSDP2`, or `DeepSpeed ZeRO-N` with the stage N.
         splits_neurons (`bool`): whether it splits weights by their neurons too (tensor parallelism).
         optimizer (`str`): the name of the optimizer that its own config asks for; empty without.
+        processes (`int` or `None`): how many of them accelerate knows of, where that is known.
     """
 
     name: str
     splits_neurons: bool = False
     optimizer: str = ""
+    processes: int | None = None
 
     @classmethod
     def of_args(cls, args: TrainingArguments | None) -> "Engine | None":
@@ -126,9 +133,9 @@ class Engine:
         """
         plugin = None if args is None else args.deepspeed_plugin
         if plugin is not None:
-            return cls._of_deepspeed(plugin)
+            return cls._of_deepspeed(plugin, args)
         if args is not None and args.fsdp_plugin_args is not None:
-            return cls(f"FSDP{args.fsdp_plugin_args.get('fsdp_version', 1)}")
+            return cls(f"FSDP{args.fsdp_plugin_args.get('fsdp_version', 1)}", processes=args.world_size)
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             return cls(f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -140,14 +147,17 @@ class Engine:
         """That of a trainer; `None` where each process holds the whole model."""
         state = trainer.accelerator.state
         if trainer.is_deepspeed_enabled:
-            return cls._of_deepspeed(state.deepspeed_plugin)
-        return cls(f"FSDP{state.fsdp_plugin.fsdp_version}") if trainer.is_fsdp_enabled else None
+            return cls._of_deepspeed(state.deepspeed_plugin, trainer.args)
+        if not trainer.is_fsdp_enabled:
+            return None
+        return cls(f"FSDP{state.fsdp_plugin.fsdp_version}", processes=trainer.args.world_size)
 
     @classmethod
-    def _of_deepspeed(cls, plugin) -> "Engine":
+    def _of_deepspeed(cls, plugin, args: TrainingArguments) -> "Engine":
         config = plugin.hf_ds_config.config
         split = config.get("tensor_parallel", {}).get("autotp_size", 1) > 1
-        return cls(f"DeepSpeed ZeRO-{plugin.zero_stage}", split, str(config.get("optimizer", {}).get("type", "")))
+        optimizer = str(config.get("optimizer", {}).get("type", ""))
+        return cls(f"DeepSpeed ZeRO-{plugin.zero_stage}", split, optimizer, args.world_size)
 
     @property
     def rounds(self) -> bool:
@@ -161,8 +171,14 @@ class Engine:
             asked: what is asked of the run, keys of `REFUSALS`.
 
         Raises:
-            FNSFTError: naming the first that does not run, why, and what to do.
+            FNSFTError: naming the first that does not run, why, and what to do; or accelerate does not know of all
+                processes.
         """
+        if dist.is_initialized() and self.processes not in (None, count := dist.get_world_size()):
+            raise FNSFTError(
+                f"accelerate knows of {self.processes} of the {count} processes of this launch (it has no way for "
+                f"{self.name} on a CPU), so each would train all rows; use plain data parallelism (use_cpu)"
+            )
         own = ["sharding", *(["tensor_parallel"] if self.splits_neurons else [])]
         for key in (*own, *asked):
             refusal = REFUSALS[key]
@@ -172,3 +188,21 @@ class Engine:
                     f"{refusal.what} {'do' if is_many else 'does'} not run under {self.name}, {refusal.reason}; "
                     f"{refusal.remedy}"
                 )
+
+
+def check_engine(trainer: Trainer, expected: Engine | None, asked: Callable[[Engine], Iterable[str]]) -> None:
+    """Check, when a trainer is made, that what shards its model is what its arguments have said; warn if nothing does.
+
+    Args:
+        trainer: the trainer.
+        expected: what [`Engine.of_args`] has found.
+        asked: what is asked of an engine.
+
+    Raises:
+        FNSFTError: others have made the state of accelerate, and something does not run so.
+    """
+    found = Engine.of_trainer(trainer)
+    if found is None and expected is not None:
+        logger.warning(f"nothing is sharded: accelerate takes no {expected.name} here, but plain data parallelism")
+    elif found != expected:
+        found.check(asked(found))

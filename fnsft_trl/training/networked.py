@@ -28,7 +28,7 @@ from .budget import RetentionBudgetExceeded
 from .checkpoints import MARKER_FILE
 from .config import AnchorConfig, ReplayConfig
 from .elastic import EWC_DIR
-from .engines import Engine
+from .engines import Engine, check_engine
 from .kinds import TrainerKind
 from .learning_rate import warn_of_high_rate
 from .penalties import Penalties
@@ -158,11 +158,7 @@ class NetworkedTrainer(ProtectingTrainer):
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
             super().__init__(**given, retention=retained, anchor=kept, penalties=added)
-        found = Engine.of_trainer(self)
-        if found is None and engine is not None:
-            logger.warning(f"nothing is sharded: accelerate takes no {engine.name} here, but plain data parallelism")
-        elif found != engine:  # of a state that others have made
-            found.check([*asked, *(self._run.asked(found) if self._run else ())])
+        check_engine(self, engine, lambda found: [*asked, *(self._run.asked(found) if self._run else ())])
         if self._run is not None or self._protection is not None:
             check_in_memory(self.model, "training with networks or protect")
         if self.replay is not None and self.replay.task is None:

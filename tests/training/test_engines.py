@@ -19,7 +19,7 @@ from fnsft_trl import (
     RetentionConfig,
     with_networks,
 )
-from fnsft_trl.training.engines import REFUSALS, Engine
+from fnsft_trl.training.engines import REFUSALS, Engine, check_engine
 
 
 # Row -> where a run of it is compared with that of one process, by test_distributed.py and test_deepspeed.py.
@@ -170,6 +170,24 @@ def test_the_launch_file_of_accelerate_is_heeded(monkeypatch, variables, name):
 def test_arguments_without_an_engine_have_none(tmp_path):
     assert Engine.of_args(sft_config(tmp_path)) is None
     assert not {name for name in os.environ if name.startswith("ACCELERATE_USE_")}
+
+
+def test_what_was_asked_for_and_is_not_there_is_said(log):
+    state = SimpleNamespace()
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=False, is_fsdp_enabled=False, accelerator=SimpleNamespace(state=state)
+    )
+    check_engine(trainer, Engine("FSDP2"), lambda engine: [])
+    assert "nothing is sharded: accelerate takes no FSDP2 here" in log.text
+
+
+def test_processes_that_accelerate_does_not_know_of_are_an_error(monkeypatch):
+    """It would give all rows to each of them."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    Engine("DeepSpeed ZeRO-2", processes=2).check([])
+    with pytest.raises(FNSFTError, match=r"accelerate knows of 1 of the 2 processes .* each would train all rows"):
+        Engine("DeepSpeed ZeRO-2", processes=1).check([])
 
 
 def table() -> dict[str, list[str]]:
