@@ -19,9 +19,9 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
     """A block in which parameters that ZeRO-3 has taken apart are whole, to be read; all processes enter it."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(list(parameters))
+    return deepspeed.zero.GatheredParameters(list(parameters))
 
 
 def own_part(parameter: Tensor) -> Tensor:
