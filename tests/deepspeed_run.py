@@ -96,7 +96,7 @@ def asked_of(folder: Path, name: str, stage: int, processes: int, **more) -> dic
 def trainer_of(folder: Path, name: str, stage: int, method: str, processes: int, **more) -> FNSFTTrainer:
     """A trainer with a forward mask, a guard and retention, of a model that is loaded by name."""
     kind = "experts" if method.endswith("experts") else "model"
-    discovers = name == "zero2 lora" and "resume_from_checkpoint" not in more
+    discovers = name == "zero2 lora"
     return FNSFTTrainer(
         model=str(folder / kind),
         **asked_of(folder, name, stage, processes, **more),

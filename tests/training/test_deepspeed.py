@@ -52,7 +52,11 @@ def test_two_processes_train_as_one_does_without_deepspeed(folder, cell):
     for found in two:
         assert found.keys() == one.keys()
         for name, value in one.items():
-            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=lambda said, name=name: name + said)
+            # The loss that balances experts is of a batch, and batches are split.
+            within = 1e-4 if name == "log.loss" and method.endswith("experts") else 1e-6
+            torch.testing.assert_close(
+                found[name], value, rtol=0, atol=within, msg=lambda said, name=name: name + said
+            )
     moved = 0
     for name, value in two[0].items():
         assert torch.equal(value, two[1][name]), name
