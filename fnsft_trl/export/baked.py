@@ -1,6 +1,7 @@
 """A trained model with a mask baked into its weights, as an ordinary checkpoint."""
 
 import os
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ def to_baked(
     mask: NeuronMask | None = None,
     *,
     dtype: str = "auto",
-    **loading,
+    **loading: Any,
 ) -> NeuronMask:
     """Write a model that computes without hooks what the trained one computes under its mask.
 

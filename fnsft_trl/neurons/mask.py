@@ -71,7 +71,9 @@ class NeuronMask:
         layers = {layer: torch.zeros(width, dtype=torch.bool) for layer, width in widths.items()}
         for layer, spec in ranges.items():
             if int(layer) not in layers:
-                raise FNSFTError(f"neurons of layer {layer} are selected, but the layers are {format_ranges(layers)}")
+                raise FNSFTError(
+                    f"neurons of layer {layer} are selected, but the layers are {format_ranges(layers)}; name these"
+                )
             layers[int(layer)][parse_ranges(spec, widths[int(layer)], what="neuron")] = True
         return cls(layers, site)
 
@@ -89,7 +91,7 @@ class NeuronMask:
         if shapes != others or self.site != other.site:
             raise FNSFTError(
                 f"masks of different layers, widths or sites do not combine: {self.site} {shapes} and {other.site} "
-                f"{others}"
+                f"{others}; take both from one model and site"
             )
         for layer in self.layers:
             yield layer, self.layers[layer], other.layers[layer]
