@@ -59,7 +59,6 @@ for number, network in enumerate(template.components):
 
 # %%
 examples = find_examples(model, tokenizer, template, {"wikipedia": others}, count=2, max_tokens=READ)
-examples.save("output/networks")
 for number, found in enumerate(examples.networks):
     for example in found:
         print(f"network {number}, {example.peak:.1f}: {''.join(example.tokens).strip()!r}")
