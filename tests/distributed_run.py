@@ -90,7 +90,7 @@ def run_trainer(
     method: str, folder: Path, rank: int, processes: int, *, can_shard: bool = False
 ) -> dict[str, torch.Tensor]:
     """FNSFTTrainer under DDP, with protection, replay and KL to the base, or where it can shard under FSDP2, without;
-    with several processes, a batch is split over them."""
+    deltas train under a forward mask. With several processes, a batch is split over them."""
 
     is_sharded = can_shard and processes > 1
     is_bare = can_shard or method.endswith(EXPERTS)
@@ -121,6 +121,7 @@ def run_trainer(
             ica_max_length=32,
             ica_select="random",  # the same neurons however the discovery is shared among processes
             ica_fraction=0.5,
+            **({"mask_mode": "lesion", "train_neurons": "unselected"} if method == "neuron_delta" else {}),
         ),
         protection=None if is_bare else ProtectionConfig(protect="random", protect_dims=8),
         **({} if is_bare else kept_near(folder / f"kept-{rank}.jsonl", 4 // processes)),

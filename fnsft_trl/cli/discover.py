@@ -111,9 +111,7 @@ def main(argv: list[str]) -> None:
 
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    check_loading(loading, state.device.type)
-    if loading.device_map is not None and state.num_processes > 1:
-        raise FNSFTError("device_map places one model, and each of several processes holds its own; drop it")
+    check_loading(loading, state.device.type, processes=state.num_processes)
     texts = load_texts(args.datasets, split=args.dataset_split, columns=data_config.columns)
     columns = [rows.column_names for rows in texts.values()]  # None of a stream whose columns are not known yet
     is_rendered = any(names is None or {"prompt", "messages"} & set(names) for names in columns)

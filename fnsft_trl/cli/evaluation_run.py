@@ -111,9 +111,7 @@ def evaluate(
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     hush_repetitions(state.process_index)
-    check_loading(loading, state.device.type)
-    if loading.device_map is not None and state.num_processes > 1:
-        raise FNSFTError("device_map places one model, and each of several processes holds its own; drop it")
+    check_loading(loading, state.device.type, processes=state.num_processes)
     if settings.generate:
         check_scores_of_text()
     parts = [read_data(name, source, args.dataset_split, settings) for name, source in data.items()]

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
+from ..compat.transformers import loads_whole
 from ..data.config import DataConfig
 from ..data.embedded import resolve_model
 from ..data.training import load_training_data
@@ -21,6 +22,7 @@ from ..export.gguf import check_gguf_target, to_gguf
 from ..occupied import ADAPTER, EXPORTED_MODEL, MODEL, TEMPLATE
 from ..training.budget import RetentionBudgetExceeded
 from ..training.checkpoints import find_checkpoint
+from ..training.engines import Engine
 from ..training.preparation import load_base_model
 from ..training.refused import check_refused
 from ..training.trainer import FNSFTTrainer
@@ -82,7 +84,8 @@ def fine_tune(asked: TrainOptions) -> None:
         trainer.accelerator.end_training()
         raise FNSFTError(f"{failure}. It is saved to {args.output_dir}; nothing is exported or pushed") from failure
     if trainer.is_world_process_zero():
-        _export(run, Path(args.output_dir).expanduser())
+        with loads_whole():  # the others do not load with this process
+            _export(run, Path(args.output_dir).expanduser())
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         message = {"commit_message": run.hub_commit_message} if run.hub_commit_message else {}
@@ -227,6 +230,8 @@ def _trained_on(directory: str | None, given: dict[str, Any], args: SFTConfig) -
     """What a trainer is given otherwise to train an earlier adapter on, if there is one."""
     if directory is None:
         return {}
+    if (engine := Engine.of_args(args)) is not None:
+        engine.check(["earlier_adapter"])
     adapter = SavedAdapter.read(Path(directory).expanduser())
     with model_errors(given["model"]):
         base = load_base_model(given["model"], args, args.model_init_kwargs, given["quantization_config"], frozen=True)

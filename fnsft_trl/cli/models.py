@@ -46,18 +46,25 @@ def _reason(error: Exception, name: str) -> str:
     return known or first_line(error)
 
 
-def check_loading(loading: LoadingConfig, device: str) -> None:
+def check_loading(loading: LoadingConfig, device: str, *, processes: int = 1) -> None:
     """Check, before anything is loaded, that this machine can load a model so.
 
     Args:
         loading: how.
         device: type of the device that is computed on.
+        processes: how many of them load the model.
 
     Raises:
-        FNSFTError: there is no such implementation of attention, no such device, or no quantised weights here.
+        FNSFTError: there is no such implementation of attention, no such device, or no quantised weights here; or
+            several processes would each spread a model over all devices.
     """
     check_attention(loading.attn_implementation)
     _check_device_map(loading.device_map)
+    if loading.device_map is not None and processes > 1:
+        raise FNSFTError(
+            f"device_map spreads a model over the devices of one process, and each of these {processes} processes "
+            "holds its own model; start one process (without accelerate launch), or drop device_map"
+        )
     for option in ("load_in_4bit", "load_in_8bit"):
         if getattr(loading, option):
             check_quantization(option, device)
@@ -85,7 +92,7 @@ def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.devic
         device: where to put it without a `device_map`; the CPU by default, where quantised weights choose their own.
 
     Raises:
-        FNSFTError: it is not found, or is not a causal language model.
+        FNSFTError: it is not found, is not a causal language model, or does not fit on the device.
     """
     arguments = loading_arguments(loading) | quantization_arguments(loading, device)
     with model_errors(name_or_path):
@@ -94,7 +101,15 @@ def load_model(name_or_path: str, loading: LoadingConfig, *, device: torch.devic
         from ..training.preparation import keep_4bit_layers_differentiable
 
         keep_4bit_layers_differentiable(model)  # as in training; packed layers also refuse some widths
-    return model if device is None or "device_map" in arguments else model.to(device)
+    if device is None or "device_map" in arguments:
+        return model
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise FNSFTError(
+            f"the model {name_or_path!r} does not fit on {device}; start one process, without accelerate launch, and "
+            "spread it over all devices (device_map=auto), or load it in few bits (load_in_4bit)"
+        ) from error
 
 
 def load_model_and_tokenizer(name_or_path: str, loading: LoadingConfig, *, device: torch.device | str | None = None):

@@ -100,9 +100,7 @@ def _run(
     # Without the flag, processes on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     hush_repetitions(state.process_index)
-    check_loading(loading, state.device.type)
-    if loading.device_map is not None and state.num_processes > 1:
-        raise FNSFTError("device_map places one model, and each of several processes holds its own; drop it")
+    check_loading(loading, state.device.type, processes=state.num_processes)
     parts = [_part(name, source, args.dataset_split, reading) for name, source in data.items()]
     load = FunctionalNetworkTemplate.from_pretrained
     template = load(args.template, revision=args.template_revision)

@@ -1,11 +1,14 @@
 """What is needed of transformers beyond its public interface. Seen in transformers 5.23.0."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 # Weights under ZeRO-3 are empty outside of a forward pass, and those under FSDP with cpu_ram_efficient_loading are
 # there in one process only. The package that exports both is not documented.
 # https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/__init__.py
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 # What the Trainer does before it trains: a model's configurations get the special tokens of the tokenizer.
 # https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_utils.py
@@ -21,6 +24,7 @@ __all__ = [
     "is_deepspeed_zero3_enabled",
     "is_expert_parallel",
     "is_fsdp_enabled",
+    "loads_whole",
     "tracker_names",
 ]
 
@@ -51,6 +55,20 @@ def is_expert_parallel(experts: nn.Module) -> bool:
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/distributed/expert_parallel.py
     """
     return bool(vars(experts).get("_is_expert_parallel"))
+
+
+@contextmanager
+def loads_whole() -> Iterator[None]:
+    """A block in which this process loads models whole, beside a run under ZeRO-3 too, which has all of them sharded.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/deepspeed.py
+    """
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def tracker_names() -> list[str]:

@@ -21,7 +21,7 @@ from ..compat.torch import guard_hooks, remove_forward_hooks
 from ..errors import FNSFTError
 from ..neurons.layout import mask_positions, select_positions
 from ..neurons.mask import NeuronMask, fitting_sites
-from ..neurons.sites import NeuronSite, WeightSlice
+from ..neurons.sites import NeuronSite, WeightSlice, linear_shape
 from .frozen import FrozenSlices, check_freezable
 from .lora_config import check_lora_config
 from .neurons import frozen_by_site
@@ -88,7 +88,8 @@ def factor_slices(model: nn.Module, site: NeuronSite, adapter_name: str) -> Iter
         if is_bias:
             continue
         factor = (layer.lora_B if part.side == "output" else layer.lora_A)[adapter_name]
-        rows, columns = shape = factor.weight.shape
+        columns, rows = linear_shape(factor)  # not that of the weight, which is empty under ZeRO-3
+        shape = rows, columns
         dims = (0,) if part.side == "output" else (1,)
         if is_bare and len(part.dims) > 1:
             experts = layer.num_experts
@@ -97,7 +98,7 @@ def factor_slices(model: nn.Module, site: NeuronSite, adapter_name: str) -> Iter
                 shape = (rows, columns // experts, experts)
             else:
                 shape = (experts, rows // experts, columns)
-        yield FactorSlice(layer, factor, part, tuple(shape), dims)
+        yield FactorSlice(layer, factor, part, shape, dims)
 
 
 def _adapting_layer(model: nn.Module, part: WeightSlice, adapter_name: str) -> LoraLayer | None:

@@ -24,6 +24,7 @@ from ..config import FunctionalNetworkConfig, ThresholdRule
 from ..data.sequences import token_sequences
 from ..errors import FNSFTError
 from ..hub.names import absolute_sources, model_name, source_names
+from ..neurons.layout import check_whole
 from ..neurons.sites import base_model, find_neuron_sites
 from ..ranks import Ranks
 from ..template.description import NullReliability, reliability_above_null
@@ -147,6 +148,7 @@ class _Discovery:
         self.whole_model, self.config, self.names = model, config, list(datasets)
         self.shown = source_names(absolute_sources(self.names))  # as the template names them
         self.model = base_model(model)
+        check_whole(model, "a discovery")
         sites = find_neuron_sites(model, kind=config.ica_site, layers=config.ica_layers)
         self.weights = weight_probes(model, sites)
         self.dtype = torch.float64 if config.ica_dtype == "float64" else torch.float32

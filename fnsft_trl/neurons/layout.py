@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from ..compat.deepspeed import gathered, is_partitioned
 from ..compat.peft import ParamWrapper
 from ..errors import FNSFTError
 
@@ -104,6 +106,35 @@ class WeightSlice:
         rows = self.select(entries, self.indices(neurons).to(entries.device))  # (offsets * neurons, ...)
         any_entry = rows.reshape(len(self.offsets), self.count, -1).any(-1).any(0)  # (neurons,)
         return neurons[any_entry.cpu()]
+
+
+def whole_values(parameter: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter; gathered where FSDP or ZeRO-3 has sharded it: all processes must make the call."""
+    values = parameter.detach()
+    if isinstance(values, DTensor):
+        return values.full_tensor()
+    if not is_partitioned(parameter):
+        return values
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Check that a process holds a model as a whole: where others hold parts, each of its passes waits for theirs.
+
+    Args:
+        model: the model.
+        what: reads it, for the message.
+
+    Raises:
+        FNSFTError: one of its parameters is sharded, with its name.
+    """
+    sharded = (name for name, each in model.named_parameters() if isinstance(each, DTensor) or is_partitioned(each))
+    if (name := next(sharded, None)) is not None:
+        raise FNSFTError(
+            f"{what} reads a model that each process holds as a whole, and {name} is sharded (FSDP, ZeRO-3, tensor "
+            "parallelism); do it before the model is sharded, or in one process that spreads it (device_map)"
+        )
 
 
 def mask_positions(tensor: torch.Tensor, dims: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:

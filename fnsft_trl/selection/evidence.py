@@ -15,6 +15,7 @@ from ..discovery.activations import ActivationReader, batch_inputs, decoder_ids
 from ..discovery.discovery import discover_networks
 from ..discovery.moments import Moments
 from ..errors import FNSFTError
+from ..neurons.layout import check_whole
 from ..neurons.sites import NeuronSite, base_model, find_neuron_sites
 from ..template.template import FunctionalNetworkTemplate
 
@@ -101,6 +102,7 @@ class SelectorEvidence:
         return self._on_first_process(lambda: self._conflict(template))
 
     def _need(self, selector: str, *, task: bool = False, general: bool = False) -> None:
+        check_whole(self.model, f"selector={selector!r}")
         lacking = [name for name, wanted in (("task", task), ("general", general)) if wanted and not self._has(name)]
         if lacking:
             raise FNSFTError(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..neurons.layout import whole_values
 from ..neurons.sites import NeuronSite
 from .schema import PROBES
 
@@ -33,7 +34,8 @@ def weight_probes(model: nn.Module, sites: Iterable[NeuronSite]) -> WeightProbes
         sites: the layers.
 
     Returns:
-        layer -> `norm` and `probes`; `None` where weights cannot be read (quantised, sharded, or not loaded).
+        layer -> `norm` and `probes`; `None` where weights cannot be read (quantised, or not loaded). Sharded ones are
+        gathered, for which all processes must make the call.
     """
     probes: WeightProbes = {}
     for site in sites:
@@ -41,8 +43,9 @@ def weight_probes(model: nn.Module, sites: Iterable[NeuronSite]) -> WeightProbes
         norm, sums = 0.0, torch.zeros(PROBES, dtype=torch.float64)
         for part in site.layout.slices:
             weight = part.tensor(model)
-            if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
+            if not weight.is_floating_point() or weight.is_meta:
                 return None
+            weight = whole_values(weight)
             weight = weight.reshape(-1, weight.shape[-1])
             columns = _signs(weight.shape[1], signs).to(weight.device)
             for rows in weight.split(_ROWS):

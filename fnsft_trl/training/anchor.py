@@ -70,13 +70,9 @@ class KLToBase:
         """Tokenise the texts for a trainer that has its model.
 
         Raises:
-            FNSFTError: its model predicts no next token, or is sharded.
+            FNSFTError: its model predicts no next token.
         """
         model = base_model(trainer.model)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise FNSFTError(
-                "kl_to_base does not run sharded (FSDP, DeepSpeed); use plain data parallelism, or drop it"
-            )
         if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
             raise FNSFTError(
                 f"kl_to_base compares the next token of general text, which a {type(model).__name__} does not predict "

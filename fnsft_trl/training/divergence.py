@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from ..compat.deepspeed import is_partitioned, own_part
 from ..errors import FNSFTError
 
 
@@ -101,12 +103,21 @@ class DivergenceGuard(TrainerCallback):
 def check_weights(model: nn.Module) -> None:
     """Check, before a model is saved, that what was trained is finite.
 
+    Args:
+        model: the model; where it is sharded, all processes must make the call.
+
     Raises:
-        TrainingDiverged: naming the first weight that is not.
+        TrainingDiverged: naming the first weight that is not; in all processes, if it is so in any.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    name = None
     if not all_finite(trained.values()):
         name = next(name for name, p in trained.items() if not all_finite([p]))
+    if any(isinstance(p, DTensor) or is_partitioned(p) for p in trained.values()):
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, name)
+        name = next(filter(None, found), None)
+    if name is not None:
         raise TrainingDiverged(
             f"the training diverged: {name} is not finite, so the model is not saved; train again from an earlier "
             "checkpoint, at a lower learning_rate"
@@ -115,8 +126,15 @@ def check_weights(model: nn.Module) -> None:
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all entries of tensors are finite; of sharded ones, those in this process."""
-    values = [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    values = [_own(tensor).detach() for tensor in tensors]
     # One number for all of them is read at the speed of memory, and an accelerator is waited for once. It overflows
     # before they do.
     norm = torch.nn.utils.get_total_norm(values)
     return bool(norm.isfinite()) or all(bool(value.isfinite().all()) for value in values)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return own_part(tensor) if is_partitioned(tensor) else tensor

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..constraints import factor_slices, frozen_by_site
 from ..errors import FNSFTError
+from ..neurons.layout import whole_values
 from ..neurons.mask import NeuronMask
 
 
@@ -126,7 +126,7 @@ class FrozenNeuronGuard(TrainerCallback):
                 parameter = part.tensor(self.model)
                 neurons = part.among(frozen if parameter.requires_grad else torch.arange(site.width))
                 if parameter.is_floating_point() and len(neurons):  # a quantised weight has no rows of its own
-                    rows = part.select(_whole(parameter), part.indices(neurons).to(parameter.device))
+                    rows = part.select(whole_values(parameter), part.indices(neurons).to(parameter.device))
                     yield site.layer, part.full_name, rows, neurons.repeat(len(part.offsets))
                     watched.add(id(parameter))
             for adapter in self.model.peft_config if isinstance(self.model, PeftModel) else ():
@@ -138,22 +138,16 @@ class FrozenNeuronGuard(TrainerCallback):
                         yield (
                             site.layer,
                             name,
-                            found.rows(neurons, _whole(found.factor.weight)),
+                            found.rows(neurons, whole_values(found.factor.weight)),
                             neurons.repeat(len(found.part.offsets)),
                         )
         for name, parameter in self.model.named_parameters():
             # Quantised weights cannot train, and their kernels repack them between training and inference.
             if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in watched:
-                flat = _whole(parameter).flatten()
+                flat = whole_values(parameter).flatten()
                 if len(flat) % _BLOCK:
                     flat = nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
                 yield -1, name, flat.view(-1, _BLOCK), None
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's values; gathered from all processes where it is sharded."""
-    values = parameter.detach()
-    return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def _row_checksums(rows: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from .budget import RetentionBudgetExceeded
 from .checkpoints import MARKER_FILE
 from .config import AnchorConfig, ReplayConfig
 from .elastic import EWC_DIR
+from .engines import Engine, check_engine
 from .kinds import TrainerKind
 from .learning_rate import warn_of_high_rate
 from .penalties import Penalties
@@ -61,6 +62,23 @@ _OWNED = (
     EWC_DIR,
     RESULTS_FILE,
 )
+
+
+def _asked(
+    retention: RetentionConfig | None,
+    protection: ProtectionConfig | None,
+    anchor: AnchorConfig | None,
+    penalties: PenaltyConfig | None,
+) -> list[str]:
+    """What is asked of an engine that shards the model, with networks and without, keys of `REFUSALS`."""
+    rolls_back = retention is not None and retention.retention_budget is not None
+    asked = {
+        "protect": protection is not None and protection.is_on,
+        "kl_to_base": anchor is not None,
+        "penalties": penalties is not None,
+        "rollback": rolls_back and retention.retention_on_budget in (None, "rollback"),
+    }
+    return [key for key, is_asked in asked.items() if is_asked]
 
 
 class NetworkedTrainer(ProtectingTrainer):
@@ -118,6 +136,9 @@ class NetworkedTrainer(ProtectingTrainer):
         for name, asked in (("retention is", retention), ("kl_to_base is", anchor)):
             if asked is not None and kind.scores:
                 raise FNSFTError(f"{name} measured by the next token, which a reward model does not predict; drop it")
+        engine, asked = Engine.of_args(given.get("args")), _asked(retention, protection, anchor, penalties)
+        if engine is not None:
+            engine.check(asked)
         if replay is not None:
             self.replay = Replay.of(replay, given, self._trainer_class.__name__, is_read=self._replays)
         if penalties is not None:
@@ -137,6 +158,7 @@ class NetworkedTrainer(ProtectingTrainer):
             raise FNSFTError("network_template without network_config has no effect; give a network_config too")
         with self._run.loaded_model() if self._run else nullcontext():
             super().__init__(**given, retention=retained, anchor=kept, penalties=added)
+        check_engine(self, engine, lambda found: [*asked, *(self._run.asked(found) if self._run else ())])
         if self._run is not None or self._protection is not None:
             check_in_memory(self.model, "training with networks or protect")
         if self.replay is not None and self.replay.task is None:

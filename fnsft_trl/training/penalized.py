@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from ..constraints import plain_optimizer
-from ..errors import FNSFTError
 from .anchored import AnchoredTrainer
 from .penalties import Penalties
 
@@ -22,11 +21,6 @@ class PenalizedTrainer(AnchoredTrainer):
         self.penalties: Penalties | None = None  # until the model is there
         super().__init__(*args, **kwargs)
         self.penalties = penalties
-        if penalties is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise FNSFTError(
-                "ewc, lwf and olora do not run sharded (FSDP, DeepSpeed), where no process has a weight as a whole; "
-                "use plain data parallelism, or drop them"
-            )
 
     def create_optimizer(self, *args, **kwargs):
         """As the parent's; what an infinite weight keeps is put back after each step."""

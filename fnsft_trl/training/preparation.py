@@ -12,11 +12,12 @@ from transformers.utils import logging
 from ..compat.bitsandbytes import is_packed, keep_unpacked, packs_weights
 from ..compat.transformers import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from ..compat.trl import create_model_from_path
-from ..config import FunctionalNetworkConfig
+from ..config import MEASURED_SELECTORS, FunctionalNetworkConfig
 from ..data.prompts import set_chat_template
 from ..data.sources import load_texts
 from ..discovery.discovery import discover_networks
 from ..errors import FNSFTError
+from ..ranks import Ranks
 from ..selection.evidence import SelectorEvidence
 from ..template.template import FunctionalNetworkTemplate
 
@@ -101,10 +102,9 @@ def discover_template(
         text_of: gives the text that is read of one of their rows.
 
     Raises:
-        FNSFTError: there is no text, or the model is sharded.
+        FNSFTError: there is no text, or the model does not fit on one device.
     """
     config.check_named_networks()
-    _check_whole("networks cannot be discovered", "run fnsft discover first, and give ica_template_path")
     if config.ica_datasets:
         datasets = load_texts(config.ica_datasets)
         if processing_class.chat_template is None:
@@ -129,8 +129,22 @@ def discover_template(
     return discover_networks(model, tokenizer, datasets, config)
 
 
-def _check_whole(what: str, remedy: str) -> None:
-    """Refuse to read a model whose weights are not whole in each process."""
+def check_whole(config: FunctionalNetworkConfig, *, has_template: bool) -> None:
+    """Refuse, before anything is loaded, to read a model whose weights will not be whole in each process.
+
+    Args:
+        config: what is asked for.
+        has_template: whether the networks are given.
+
+    Raises:
+        FNSFTError: networks are to be discovered, or a selector is measured on texts, on weights that are sharded.
+    """
+    if not has_template:
+        what, remedy = "networks cannot be discovered", "run fnsft discover first, and give ica_template_path"
+    elif config.ica_select in MEASURED_SELECTORS:
+        what, remedy = f"ica_select={config.ica_select} cannot be measured", "take another selector"
+    else:
+        return
     if is_deepspeed_zero3_enabled():
         raise FNSFTError(f"{what} on weights that ZeRO-3 has sharded; {remedy}")
     if is_fsdp_enabled():
@@ -140,9 +154,23 @@ def _check_whole(what: str, remedy: str) -> None:
 
 
 def _place(model, args) -> None:
-    """Put a model where the Trainer will: reading is slow elsewhere. With `None` the Trainer places it, but later."""
-    if args.place_model_on_device is not False and not hasattr(model, "hf_device_map"):
-        model.to(args.device)
+    """Put a model where the Trainer will: reading is slow elsewhere. With `None` the Trainer places it, but later.
+
+    Raises:
+        FNSFTError: it does not fit there, as one that is sharded later need not; in all processes, if so in any.
+    """
+    if args.place_model_on_device is False or hasattr(model, "hf_device_map"):
+        return
+    ranks = Ranks()
+    with ranks.together():
+        try:
+            model.to(args.device)
+        except torch.OutOfMemoryError as error:
+            raise FNSFTError(
+                f"the model does not fit on {args.device}, and its activations are read before it is sharded; find "
+                "the networks in one process (fnsft discover --device_map auto), and give ica_template_path"
+            ) from error
+    ranks.meet()
 
 
 def check_selector(config: FunctionalNetworkConfig, *, has_template: bool) -> None:
@@ -178,9 +206,8 @@ def selector_evidence(
         config, model, processing_class, args, train_dataset, text_of: as for [`discover_template`].
 
     Raises:
-        FNSFTError: there is no training data, the text of the networks is not named, or the model is sharded.
+        FNSFTError: there is no training data, or the text of the networks is not named.
     """
-    _check_whole(f"ica_select={config.ica_select} cannot be measured", "take another selector")
     is_own = template.calibration["sources"] == [OWN_TEXT]
     if config.ica_select == "contrast" and is_own:
         check_selector(config, has_template=False)

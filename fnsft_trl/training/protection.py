@@ -45,7 +45,6 @@ from .preparation import keep_4bit_layers_differentiable
 from .protected_bases import KeptTexts, ProtectedBases, as_json, find_bases, held, texts_sha256
 from .protection_config import ENERGY_TOKENS, EVIDENCE, ProtectionConfig
 from .retention_texts import task_prompts
-from .ways import is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -84,8 +83,6 @@ class Protection:
         for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
             check_adapter(adapter)
         args = given.get("args")
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise _sharded()
         if (optimizer := getattr(args, "optim", None)) is not None:
             check_optimizer_name(OptimizerNames(optimizer).value)
         self.template, self.stored, self._found_on = _stored(config)
@@ -110,10 +107,8 @@ class Protection:
             template: its networks.
 
         Raises:
-            FNSFTError: the run is sharded, or trains what has no directions.
+            FNSFTError: the run trains what has no directions.
         """
-        if is_sharded(trainer):
-            raise _sharded()
         model, config = trainer.model, self.config
         stored, name = self.stored, model_name(base_model(model))
         if self._found_on not in (None, "", name):
@@ -299,13 +294,6 @@ def check_unprotected(asked: str | bool | None, output_dir: str) -> None:
             f"{checkpoint} was written by a run with protect, and this run has none; give its options again, or start "
             "anew (drop resume_from_checkpoint)"
         )
-
-
-def _sharded() -> FNSFTError:
-    return FNSFTError(
-        "protect does not run sharded (FSDP, DeepSpeed), where no process has a weight as a whole; use plain data "
-        "parallelism"
-    )
 
 
 def _stored(config: ProtectionConfig) -> tuple[FunctionalNetworkTemplate | None, KeptDirections | None, str | None]:

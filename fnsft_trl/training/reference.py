@@ -15,7 +15,7 @@ from ..errors import FNSFTError
 from ..interventions.masking import MaskHandle, forward_mask
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import base_model
-from .ways import is_sharded
+from .engines import Engine
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,7 @@ def match_reference(trainer: Trainer) -> None:
     reference = reference_of(trainer)
     if reference is None:
         return
-    if is_sharded(trainer):
+    if Engine.of_trainer(trainer) is not None:
         logger.warning(
             f"the reference model is as {type(trainer).__name__} loaded it from "
             f"{trainer.model.config.name_or_path!r}; sharded, it is not compared with the model that is trained"

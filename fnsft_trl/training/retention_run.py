@@ -14,7 +14,7 @@ from ..evaluation.series import RetentionSeries
 from ..interventions.masking import masks_off
 from ..writing import written_whole
 from .budget import Budget, RetentionBudgetExceeded
-from .ways import is_sharded
+from .engines import Engine
 
 
 logger = logging.get_logger(__name__)
@@ -56,11 +56,9 @@ class RetentionRun:
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise FNSFTError(f"two retention series are named {repeated[0]!r}; give each a name of its own")
         self._check_metric(trainer.args)
-        if budget is not None and budget.action == "rollback" and is_sharded(trainer):
-            raise FNSFTError(
-                "retention_on_budget=rollback keeps a copy of the trained weights, which are sharded here (FSDP, "
-                "DeepSpeed); use stop, and load_best_model_at_end for the best checkpoint within the budget"
-            )
+        engine = Engine.of_trainer(trainer)
+        if engine is not None and budget is not None and budget.action == "rollback":
+            engine.check(["rollback"])
 
     def _check_metric(self, args: TrainingArguments) -> None:
         wanted = (args.metric_for_best_model or "").removeprefix("eval_")

@@ -18,17 +18,20 @@ from ..data.sequences import compared_part, trained_part
 from ..errors import FNSFTError
 from ..hub.account import check_upload
 from ..interventions import MaskHandle
+from ..neurons.experts import Experts
 from ..neurons.mask import NeuronMask
 from ..occupied import ADAPTER, MODEL, check_target
 from ..ranges import format_ranges
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
 from .checkpoints import find_checkpoint
+from .engines import Engine
 from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template, select_as_configured
 from .preparation import (
     check_selector,
+    check_whole,
     discover_template,
     keep_4bit_layers_differentiable,
     load_base_model,
@@ -38,7 +41,7 @@ from .preparation import (
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
 from .refused import check_refused
 from .same_run import networks_text
-from .ways import WAYS, Way, is_sharded
+from .ways import WAYS, Way
 
 
 logger = logging.get_logger(__name__)
@@ -59,6 +62,7 @@ class Run:
         args: the training arguments.
         checkpoint (`Path` or `None`): what the run goes on from, as far as the arguments say so.
         guard (`FrozenNeuronGuard` or `None`): what watches the frozen weights.
+        engine (`Engine` or `None`): what shards the model over processes.
         masks_reference (`bool`): whether a forward mask is on the trainer's reference too: not on one that was given.
         template (`FunctionalNetworkTemplate`): the networks.
         layers (`list[int]` or `None`): the layers to select in; all of the template's by default.
@@ -83,6 +87,9 @@ class Run:
         self.args = args = given["args"] = kind.args_of(given)
         self.way: Way = WAYS[self.plan.method](self.plan, site=config.ica_site, train_other=config.train_other)
         self.way.check(model, args)
+        self.engine = Engine.of_args(args)
+        if self.engine is not None:
+            self.engine.check(self.asked(self.engine))
         _check_output(args.output_dir, model, is_full=self.plan.method == "full")
         if self.plan.mask_mode is not None:
             check_maskable(args)
@@ -93,6 +100,15 @@ class Run:
         if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
+
+    def asked(self, engine: Engine) -> list[str]:
+        """What is asked of the engine that shards the model, as far as it is known before the model is."""
+        args, adapter = self.args, self.adapter
+        asked = {
+            "full_eval": args.bf16_full_eval or args.fp16_full_eval,
+            "whole_modules": adapter is not None and _reads_weights(adapter),
+        }
+        return [*self.way.asked(engine, args, adapter), *(key for key, is_asked in asked.items() if is_asked)]
 
     def prepare(self, template: FunctionalNetworkTemplate | str | os.PathLike | None) -> None:
         """Load what was given by name, find the networks, select the neurons: all that comes before PEFT wraps the
@@ -106,7 +122,9 @@ class Run:
         """
         given = self.given
         has_template = template is not None or self.config.ica_template_path is not None
-        check_selector(self.config, has_template=has_template or self.checkpoint is not None)
+        has_template = has_template or self.checkpoint is not None
+        check_selector(self.config, has_template=has_template)
+        check_whole(self.config, has_template=has_template)
         self._load()
         model = given["model"]
         self._find_networks(template, model)
@@ -176,6 +194,8 @@ class Run:
             logger.warning(f"ica_site is {template.site}, the site of the converted template")
             self.config = replace(self.config, ica_site=template.site)
             self.way.site = template.site
+        if self.engine is not None and any(map(Experts.are_in, model.modules())):
+            self.engine.check(["experts"])
         self.way.check_model(model, self.adapter)
         if template is not None:
             self.template = check_template(self.config, model, template)
@@ -237,13 +257,8 @@ class Run:
             The forward mask.
 
         Raises:
-            FNSFTError: the run is sharded, and asks for what does not go with that.
+            FNSFTError: the model that was wrapped cannot be trained in this way.
         """
-        if is_sharded(trainer) and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
-            raise FNSFTError(
-                "bf16_full_eval and fp16_full_eval cast the weights for evaluations after the training, and sharded "
-                "ones (FSDP, DeepSpeed) could not be put back; drop the option"
-            )
         self.given = {}  # of which the trainer has what it needs
         trainer.keeps_weights = True
         if self._loads_reference:
@@ -254,11 +269,8 @@ class Run:
         if self.plan.mask_mode is not None:
             handle = mask_trainer(trainer, self.plan.mask_mode, self.selected, factor=self.plan.mask_factor)
         if self.config.frozen_guard:
-            if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
-                logger.warning("frozen_guard is off: it cannot read weights that DeepSpeed or FSDP1 has sharded")
-            else:
-                self.guard = FrozenNeuronGuard(trainer.model, self.trainable)
-                trainer.add_callback(self.guard)
+            self.guard = FrozenNeuronGuard(trainer.model, self.trainable)
+            trainer.add_callback(self.guard)
         return handle
 
     def _leave_out_unreached(self, model: PreTrainedModel | PeftModel) -> None:
@@ -283,6 +295,12 @@ def _check_output(directory: str, model: str | PreTrainedModel | PeftModel, *, i
     """
     name = model if isinstance(model, str) else getattr(model.config, "name_or_path", None)
     check_target(directory, MODEL if is_full else ADAPTER, sources={"the model to train": name or None})
+
+
+def _reads_weights(adapter: PeftConfig) -> bool:
+    """Whether an adapter starts from weights of the base model."""
+    started = isinstance(adapter, LoraConfig) and adapter.init_lora_weights not in (True, "gaussian")
+    return bool(started or adapter.modules_to_save or adapter.trainable_token_indices)
 
 
 def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None) -> PeftConfig | None:

@@ -22,6 +22,7 @@ from ..json_text import from_json
 from ..template.storage import NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 from .checkpoints import marked
+from .engines import Engine
 from .run_record import SELECTION_FILE
 
 
@@ -80,7 +81,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
         "train_dataset": data_text(trainer.train_dataset, _TOKENS if isinstance(trainer, SFTTrainer) else None),
         "fsdp": fsdp_form(trainer),
-        "deepspeed": trainer.is_deepspeed_enabled,
+        "deepspeed": _deepspeed_form(trainer),
         "replay": trainer.replay and trainer.replay.settings(),
         "kl_to_base": trainer.anchor and trainer.anchor.settings(),
         "penalties": trainer.penalties and trainer.penalties.settings(),
@@ -194,6 +195,12 @@ def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def fsdp_form(trainer) -> str | None:
     """The name of the form in which FSDP writes checkpoints; `None` without FSDP."""
     return trainer.accelerator.state.fsdp_plugin.state_dict_type.name if trainer.is_fsdp_enabled else None
+
+
+def _deepspeed_form(trainer) -> str | bool:
+    """What the checkpoints of DeepSpeed are of, which loads no others; `False` without it."""
+    engine = Engine.of_trainer(trainer)
+    return f"{engine.name}, {trainer.args.world_size} processes" if trainer.is_deepspeed_enabled else False
 
 
 def _mask_text(count: int, sha256: str) -> str:

@@ -23,6 +23,7 @@ from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import base_model, find_neuron_sites
 from ..tuner import NeuronDeltaLayer, NeuronTunerConfig
+from .engines import Engine
 
 
 class Way:
@@ -43,6 +44,10 @@ class Way:
         self.train_other = train_other
         self.frozen: FrozenSlices | None = None
         self._optimizer: Optimizer | None = None
+
+    def asked(self, engine: Engine, args: TrainingArguments, adapter: PeftConfig | None) -> list[str]:
+        """What a run in this way asks of the engine that shards its model, keys of `REFUSALS`."""
+        return []
 
     def check(self, model: str | nn.Module, args: TrainingArguments) -> None:
         """Refuse, before anything is loaded, what cannot be trained in this way.
@@ -134,6 +139,12 @@ class NeuronDeltas(Way):
 class MaskedLora(Way):
     """LoRA whose factors stay zero for all other neurons."""
 
+    def asked(self, engine: Engine, args: TrainingArguments, adapter: LoraConfig) -> list[str]:
+        """Factors that stay as they are; nothing of a run that trains all neurons."""
+        rounds = engine.rounds or "8bit" in OptimizerNames(args.optim).value
+        held = {"dora": adapter.use_dora, "rounding": rounds}
+        return [key for key, is_asked in held.items() if is_asked and self.plan.train != "all"]
+
     def check(self, model: str | nn.Module, args: TrainingArguments) -> None:
         """A model may bring its adapter."""
 
@@ -157,21 +168,13 @@ class MaskedLora(Way):
         """
         if self.plan.train == "all":
             return
-        sharded = is_sharded(trainer)
-        if sharded and "8bit" in (optim := OptimizerNames(trainer.args.optim).value):
-            raise FNSFTError(
-                f"LoRA held to neurons does not run sharded (FSDP, DeepSpeed) with optim={optim}, whose "
-                "rounding moves frozen factors; use one with state in 32 bits, such as adamw_torch"
-            )
+        engine = Engine.of_trainer(trainer)
         frozen = constrain_lora(trainer.model, trainable, adapter_name=_only_adapter(trainer.model))
-        if sharded and frozen.masks_gradients:
-            frozen.release()
-            raise FNSFTError(
-                "DoRA, and LoRA on the weights of experts, held to neurons, do not run sharded (FSDP, DeepSpeed); "
-                "use plain data parallelism, or train_method=neuron_delta"
-            )
-        if not sharded:
+        if engine is None:
             self.frozen = frozen
+        elif frozen.masks_gradients:
+            frozen.release()
+            engine.check(["expert_lora"])
 
     def reached(self, model: PeftModel, trainable: NeuronMask) -> NeuronMask:
         """Those with a weight among the targets of the adapters."""
@@ -180,6 +183,10 @@ class MaskedLora(Way):
 
 class FullWeights(Way):
     """The weights themselves, with those of all other neurons frozen."""
+
+    def asked(self, engine: Engine, args: TrainingArguments, adapter: PeftConfig | None) -> list[str]:
+        """Slices of weights, to be frozen."""
+        return ["full"]
 
     @property
     def trains_other(self) -> bool:
@@ -192,19 +199,9 @@ class FullWeights(Way):
         check_optimizer_name(OptimizerNames(args.optim).value)
 
     def hold(self, trainer: Trainer, trainable: NeuronMask) -> None:
-        """Freeze the slices; under FSDP2 again when the model is sharded, for that replaces its tensors.
-
-        Raises:
-            FNSFTError: under DeepSpeed or FSDP1, which leave no slices to freeze.
-        """
-        is_fsdp2 = trainer.accelerator.is_fsdp2
-        if is_sharded(trainer) and not is_fsdp2:
-            raise FNSFTError(
-                "full fine-tuning held to neurons does not run under DeepSpeed or FSDP1; use FSDP2, plain data "
-                "parallelism, or train_method=neuron_delta"
-            )
+        """Freeze the slices; under FSDP2 again when the model is sharded, for that replaces its tensors."""
         self.freeze(trainer.model, trainable)
-        if is_fsdp2:
+        if Engine.of_trainer(trainer) is not None:
             self.frozen.release()
             trainer.add_callback(_FreezeAfterSharding(self, trainer, trainable))
         if not self.trains_other:
@@ -217,11 +214,6 @@ class FullWeights(Way):
 
 
 WAYS = {"neuron_delta": NeuronDeltas, "lora": MaskedLora, "full": FullWeights}
-
-
-def is_sharded(trainer: Trainer) -> bool:
-    """Whether the weights are spread over processes."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 class _FreezeAfterSharding(TrainerCallback):

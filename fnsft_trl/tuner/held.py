@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..compat.deepspeed import is_partitioned
 from ..compat.torch import has_hooks, is_fsdp_managed, is_transformed, multiplies_exactly
-from ..compat.transformers import is_deepspeed_zero3_enabled
 
 
 class Write(NamedTuple):
@@ -69,13 +69,7 @@ class HeldWeights:
             names: of the parameters.
             x: the input.
         """
-        if (
-            torch.compiler.is_compiling()
-            or is_deepspeed_zero3_enabled()
-            or is_fsdp_managed(self.module)
-            or has_hooks(self.module)
-            or is_transformed()
-        ):
+        if torch.compiler.is_compiling() or is_fsdp_managed(self.module) or has_hooks(self.module) or is_transformed():
             return False
         if type(x) not in (torch.Tensor, nn.Parameter) or not multiplies_exactly(x):
             return False
@@ -84,6 +78,7 @@ class HeldWeights:
             and (tensor.dtype, tensor.device) == (x.dtype, x.device)
             and not tensor.requires_grad
             and not tensor.is_inference()
+            and not is_partitioned(tensor)
             for tensor in (getattr(self.module, name) for name in names)
         )
 

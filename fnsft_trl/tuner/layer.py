@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..compat.deepspeed import is_partitioned
 from ..compat.peft import BaseTunerLayer, BufferDict, check_adapters_to_merge
 from ..compat.torch import is_fsdp_managed
+from ..compat.transformers import is_deepspeed_zero3_enabled
 from ..errors import FNSFTError
 from ..neurons.layout import WeightSlice
 from .held import HeldWeights
@@ -31,6 +33,10 @@ class DeltaValues(nn.Module):
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__()
         self.values = nn.Parameter(values)
+
+    def forward(self) -> torch.Tensor:
+        """A copy of the values: under ZeRO-3 they are there for the length of this call alone."""
+        return self.values.clone()
 
 
 class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
@@ -121,7 +127,8 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.merged or self.disable_adapters:
             return {}
-        deltas = self._deltas(name for name in self.active_adapters if name in self.slices)
+        names = [name for name in self.active_adapters if name in self.slices]
+        deltas = self._deltas(names, called=is_deepspeed_zero3_enabled())
         if deltas and has_foreign_forward(self.base_layer):
             raise FNSFTError(
                 f"a {type(self.base_layer).__name__} with neuron deltas has a forward that was set on it alone, and "
@@ -134,18 +141,20 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
         names = [delta.slice_.parameter for of_adapter in deltas.values() for delta in of_adapter]
         return self.training and self.held.can_hold(names, x)
 
-    def _deltas(self, names: Iterable[str]) -> Deltas:
-        """The deltas of adapters; of each, in the order of the slices it was made with."""
+    def _deltas(self, names: Iterable[str], *, called: bool = False) -> Deltas:
+        """The deltas of adapters; of each, in the order of the slices it was made with.
+
+        Args:
+            names: of the adapters.
+            called: whether their values are what [`DeltaValues`] gives when it is called, and not its parameter.
+        """
+
+        def delta(name: str, parameter: str, slice_: WeightSlice) -> Delta:
+            held = getattr(self, f"neuron_delta_{parameter}")[name]
+            return Delta(slice_, getattr(self, f"positions_{parameter}")[name], held() if called else held.values)
+
         return {
-            name: [
-                Delta(
-                    slice_,
-                    getattr(self, f"positions_{parameter}")[name],
-                    getattr(self, f"neuron_delta_{parameter}")[name].values,
-                )
-                for parameter, slice_ in self.slices[name].items()
-            ]
-            for name in names
+            name: [delta(name, parameter, slice_) for parameter, slice_ in self.slices[name].items()] for name in names
         }
 
     def release(self) -> None:
@@ -213,7 +222,7 @@ class NeuronDeltaLayer(nn.Module, BaseTunerLayer):
                 f"neuron deltas cannot be merged into a {type(base).__name__}: a quantised weight shares its "
                 "scale with its neighbours; load the base model unquantised, then merge"
             )
-        if is_fsdp_managed(base) or any(isinstance(weight, DTensor) for weight in weights):
+        if is_fsdp_managed(base) or any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in weights):
             raise FNSFTError("neuron deltas cannot be merged into sharded weights; merge in one process")
         if any(type(weight) is not nn.Parameter for weight in weights):
             raise FNSFTError(

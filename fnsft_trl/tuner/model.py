@@ -70,13 +70,13 @@ class NeuronTunerModel(BaseTuner):
         owners: dict[int, list[tuple[str, nn.Module]]] = {}  # where a parameter lies -> the modules that have it
         for name, module in self.model.named_modules():
             for parameter in module.parameters(recurse=False):
-                if parameter.numel() and not parameter.is_meta:
-                    owners.setdefault(parameter.data_ptr(), []).append((name, module))
+                if not parameter.is_meta:
+                    owners.setdefault(_place(parameter), []).append((name, module))
         for name in self._slices:
             module = self.model.get_submodule(name)
             module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             for parameter in module.parameters(recurse=False):
-                others = [other for other, owner in owners.get(parameter.data_ptr(), []) if owner is not module]
+                others = [other for other, owner in owners.get(_place(parameter), []) if owner is not module]
                 if others:
                     raise FNSFTError(
                         f"{name} shares a weight with {others[0]}, so its neurons cannot have deltas of their own: "
@@ -232,3 +232,8 @@ class NeuronTunerModel(BaseTuner):
                 if name in layer.slices:
                     layer.add_scaled(name, weight, to=adapter_name)
         self.set_requires_grad(adapter_name, False)
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """What is the same of two parameters that lie at one place; of empty ones (ZeRO-3), of one that is two."""
+    return parameter.data_ptr() or id(parameter)

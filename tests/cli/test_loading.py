@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import state, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import ModelConfig, get_quantization_config
 
 from fnsft_trl import FNSFTError, FunctionalNetworkTemplate, verify_merge
@@ -51,6 +51,21 @@ def loads(monkeypatch):
 
     monkeypatch.setattr("fnsft_trl.cli.models.AutoModelForCausalLM.from_pretrained", noted)
     return seen
+
+
+def test_a_model_that_does_not_fit_on_a_device_is_an_error_that_says_how_to_spread_it(model_dir, monkeypatch):
+    def too_large(model, device):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", too_large)
+    with pytest.raises(FNSFTError, match=r"does not fit on cuda:0; start one process, .*device_map=auto"):
+        load_model(str(model_dir), LoadingConfig(), device="cuda:0")
+
+
+def test_several_processes_do_not_each_spread_a_model():
+    check_loading(LoadingConfig(device_map="auto"), "cpu")
+    with pytest.raises(FNSFTError, match="each of these 2 processes holds its own model; start one process"):
+        check_loading(LoadingConfig(device_map="auto"), "cpu", processes=2)
 
 
 def test_the_options_are_those_of_trl_where_it_has_them():

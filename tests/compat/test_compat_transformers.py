@@ -28,6 +28,15 @@ def test_transformers_is_deepspeed_zero3_enabled_says_whether_weights_are_sharde
     assert compat.is_deepspeed_zero3_enabled() is False
 
 
+def test_transformers_loads_whole_in_a_block():
+    config = Zero3()
+    set_hf_deepspeed_config(config)
+    with compat.loads_whole():
+        assert compat.is_deepspeed_zero3_enabled() is False
+    assert compat.is_deepspeed_zero3_enabled() is True
+    unset_hf_deepspeed_config()
+
+
 def test_transformers_is_fsdp_enabled_says_whether_one_process_alone_has_the_weights(monkeypatch):
     assert compat.is_fsdp_enabled() is False
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -6,10 +6,11 @@ from accelerate import cpu_offload
 from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
-from fnsft_trl import FunctionalNetworkConfig, discover_networks, find_neuron_sites
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks, find_neuron_sites
 from fnsft_trl.data.sequences import TokenSequence
 from fnsft_trl.discovery import activations
 from fnsft_trl.discovery.activations import ActivationReader
+from fnsft_trl.selection.evidence import SelectorEvidence
 
 
 CONFIG = FunctionalNetworkConfig(ica_components=2, ica_rank=8, ica_max_tokens=200, ica_max_length=32)
@@ -61,3 +62,14 @@ def test_the_block_of_activations_is_bounded(largest, expected, monkeypatch, log
     monkeypatch.undo()
     assert torch.allclose(torch.cat(blocks), torch.cat(read(model, expected)[1]))
     assert len(torch.cat(blocks)) == len(torch.cat(read(model, 4)[1]))
+
+
+def test_a_model_that_is_sharded_already_is_refused_with_what_to_do(tokenizer):
+    """Each pass would wait for the other processes, which read other texts."""
+    model = tiny_model("llama")
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks a parameter
+    with pytest.raises(FNSFTError, match=r"a discovery reads .* and lm_head\.weight is sharded .*device_map"):
+        discover_networks(model, tokenizer, ["some text"], CONFIG)
+    evidence = SelectorEvidence(model, tokenizer, task=["some text"])
+    with pytest.raises(FNSFTError, match="selector='contrast' reads"):
+        evidence.contrast(None)

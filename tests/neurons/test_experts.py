@@ -1,7 +1,6 @@
 """What is particular to mixtures of experts: the way to the activations of routed experts."""
 
 import copy
-from functools import wraps
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from datasets import Dataset
 from helpers import changed_entries, logits, medium_experts, random_mask, sft_config, state, zeroed
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
-from trl import SFTTrainer
 
 from fnsft_trl import (
     FNSFTError,
@@ -32,6 +30,7 @@ from fnsft_trl.discovery.activations import ActivationReader
 from fnsft_trl.evaluation.reload import check_reload, last_logits
 from fnsft_trl.export import changed_neurons, to_merged
 from fnsft_trl.interventions import masks_of, masks_off
+from fnsft_trl.training.engines import Engine
 from fnsft_trl.training.guard import FrozenNeuronMoved
 
 
@@ -266,15 +265,8 @@ def test_training_features_are_exact_on_experts(feature, method, rows, tokenizer
 
 
 def test_lora_on_experts_is_refused_when_sharded(mixtral, rows, tokenizer, tmp_path, monkeypatch):
-    plain = SFTTrainer.__init__
-
-    @wraps(plain)
-    def sharded(self, *args, **kwargs):
-        plain(self, *args, **kwargs)
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
-    with pytest.raises(FNSFTError, match="LoRA on the weights of experts, held to neurons, do not run sharded"):
+    monkeypatch.setattr(Engine, "of_trainer", lambda trainer: Engine("FSDP2"))
+    with pytest.raises(FNSFTError, match="LoRA on the weights of experts, held to neurons, does not run under FSDP2"):
         trainer_of(mixtral, rows, tokenizer, tmp_path, "lora")
 
 

@@ -1,5 +1,6 @@
 """Where neurons are in parameters, for parameters of every form."""
 
+from contextlib import contextmanager
 from math import prod
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fnsft_trl import FNSFTError
-from fnsft_trl.neurons.layout import NeuronLayout, WeightSlice, write_positions
+from fnsft_trl.neurons.layout import NeuronLayout, WeightSlice, whole_values, write_positions
 
 
 @st.composite
@@ -119,3 +120,21 @@ def test_one_dimension_is_asked_for_only_where_there_is_one():
 def test_a_layout_names_its_modules_once():
     parts = [WeightSlice(name, "weight", (0,), (0,), "output", 4, 4) for name in ("up", "gate", "up", "down")]
     assert NeuronLayout(4, tuple(parts)).modules() == ["up", "gate", "down"]
+
+
+def test_the_values_of_a_weight_that_zero3_has_sharded_are_gathered_and_copied(monkeypatch):
+    parameter, values = torch.nn.Parameter(torch.empty(0)), torch.arange(6.0).view(2, 3)
+    parameter.ds_id = 0
+
+    @contextmanager
+    def gathered(parameters):
+        (parameter,) = parameters
+        parameter.data = values
+        yield
+        parameter.data = torch.empty(0)
+
+    monkeypatch.setattr("fnsft_trl.neurons.layout.gathered", gathered)
+    found = whole_values(parameter)
+    values.zero_()  # its memory is used again
+    assert found.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert parameter.numel() == 0

@@ -39,6 +39,26 @@ def make(directory, rows, tokenizer, template, method="neuron_delta", **args):
     )
 
 
+def test_of_weights_that_zero3_has_sharded_each_process_looks_at_its_part(monkeypatch):
+    """An empty parameter is finite; what this process holds, and what the other one says, is what counts."""
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_id, parameter.ds_numel, parameter.ds_zero_partition_rank = 0, 3, 1
+    parameter.ds_tensor = torch.tensor([1.0, math.nan])  # the last is no entry, but fills the part up
+    model = torch.nn.Module()
+    model.weight = parameter
+    said = []
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda found, own: found.__setitem__(0, *said or [own]))
+    check_weights(model)
+    said.append("weight")
+    with pytest.raises(TrainingDiverged, match="weight is not finite"):
+        check_weights(model)
+    said.clear()
+    parameter.ds_tensor[0] = math.inf
+    with pytest.raises(TrainingDiverged, match="weight is not finite"):
+        check_weights(model)
+
+
 class Snapshots(TrainerCallback):
     """The weights after every step."""
 

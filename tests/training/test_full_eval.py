@@ -12,6 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, NeuronTunerConfig
+from fnsft_trl.training.engines import Engine
 from fnsft_trl.training.full_eval import weights_kept
 from fnsft_trl.tuner import NeuronDeltaLayer
 
@@ -90,8 +91,8 @@ def test_weights_in_few_bits_are_left_alone_too(rows, tokenizer, medium_template
 
 
 def test_sharded_weights_could_not_be_put_back(templates, rows, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.training.run.is_sharded", lambda trainer: True)
-    with pytest.raises(FNSFTError, match="bf16_full_eval and fp16_full_eval cast the weights"):
+    monkeypatch.setattr(Engine, "of_args", lambda args: Engine("FSDP2"))
+    with pytest.raises(FNSFTError, match="bf16_full_eval or fp16_full_eval does not run under FSDP2"):
         make(tmp_path, "lora", rows, tokenizer, templates["llama"], bf16_full_eval=True)
 
 

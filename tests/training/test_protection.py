@@ -421,12 +421,6 @@ def test_options_without_effect_are_refused(changes, message):
         ProtectionConfig(**{"protect": "subspace", "protect_datasets": ["a=x"], "protect_dims": 3, **changes})
 
 
-def test_a_sharded_run_is_refused_by_name(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.training.protection.is_sharded", lambda trainer: True)
-    with pytest.raises(FNSFTError, match=r"protect does not run sharded \(FSDP, DeepSpeed\)"):
-        trainer_of("LoRA", tmp_path, protection(text))
-
-
 QUANTISED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},

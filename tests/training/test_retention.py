@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, RetentionCallback, RetentionConfig, lesion
 from fnsft_trl.evaluation.retention import RetentionText
 from fnsft_trl.training import RetentionBudgetExceeded
+from fnsft_trl.training.engines import Engine
 from fnsft_trl.training.retention import retention_of
 from fnsft_trl.training.retention_texts import task_prompts
 
@@ -396,11 +397,11 @@ def test_no_checkpoint_over_the_budget_is_written_or_resumed(make, texts, tmp_pa
     assert [step for step, _ in highest(trainer)][-2:] == [3, 3]
 
 
-def test_a_rollback_of_sharded_weights_is_refused(make, texts):
+def test_a_rollback_of_sharded_weights_is_refused(make, texts, monkeypatch):
     trainer = make(retention={"retention_datasets": texts, "retention_budget": 1.0})
-    trainer.is_deepspeed_enabled = True
+    monkeypatch.setattr(Engine, "of_trainer", lambda trainer: Engine("FSDP2"))
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, RetentionCallback))
-    with pytest.raises(FNSFTError, match="which are sharded here"):
+    with pytest.raises(FNSFTError, match="retention_on_budget=rollback does not run under FSDP2"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
