@@ -21,7 +21,8 @@ ORDER = {
     "errors": [],
     "json_text": [],
     "compat": [
-        *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "methods"),
+        *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "hub", "bitsandbytes", "lm_eval"),
+        "methods",
     ],
     "writing": [],
     "occupied": [],

@@ -160,6 +160,7 @@ class DiscoveryProgress:
                 if opened.metadata()[_DIGEST] != _digest(written, tensors):
                     raise ValueError("it is not as it was written")
                 state = from_json(written)
+                state["about"] = dict(state["about"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FNSFTError(f"{file} cannot be read ({error}); delete it and start without resume") from error
         for key, value in self.about.items():

@@ -1,6 +1,5 @@
 """WholeSource: what an export writes as a whole model, from a saved adapter or from a model that was trained whole."""
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..errors import FNSFTError, library_errors
+from ..evaluation.evaluated import read_record
 from ..hub.card import TAGS, card_text, merged_card
 from ..template.storage import CARD_FILE, NETWORK_DIR, SELECTION_FILE
 from ..template.template import FunctionalNetworkTemplate
@@ -69,10 +69,7 @@ class WholeSource:
     def record(self) -> dict[str, Any] | None:
         """What the run that made it says that it selected, trained and masked; `None` without networks."""
         file = self.directory / NETWORK_DIR / SELECTION_FILE
-        if not file.is_file():
-            return None
-        with library_errors(lambda error: f"{file} cannot be read ({first_line(error)}); a run writes it"):
-            return json.loads(file.read_text(encoding="utf-8"))
+        return read_record(file) if file.is_file() else None
 
     def outline(self, **loading) -> PreTrainedModel:
         """Its structure without weights (on the device `meta`)."""

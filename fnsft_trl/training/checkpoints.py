@@ -26,6 +26,8 @@ MARKER_FILE = "complete.json"  # in NETWORK_DIR
 
 SCALER_FILE = "scaler.pt"  # of float16
 
+# What comes out of values that are others than they should be.
+_OF_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 _CARDS = (".md", ".svg")  # which people may edit
 _BLOCK = 2**20
 # What a training goes on from, and the names that it has, those of sharded weights among them.
@@ -59,7 +61,7 @@ def mark(directory: Path, about: dict[str, Any]) -> None:
 def marked(directory: Path) -> dict[str, Any] | None:
     """What the run of a complete checkpoint was asked to do; `None` where it has no mark."""
     record = _record(directory)
-    return record and record["run"]
+    return record and record.get("run")
 
 
 def find_checkpoint(asked: str | bool | None, args: TrainingArguments, *, has_mark: bool) -> Path | None:
@@ -182,9 +184,13 @@ def _record(directory: Path) -> dict[str, Any] | None:
         content = dict(from_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE}: {error}") from error
-    if content.get("crc32") != _record_checksum(content.get("record")):
+    record = content.get("record")
+    if content.get("crc32") != _record_checksum(record):
         raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE} is damaged (CRC-32)")
-    return content["record"]
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(each, list) and len(each) == 2 for each in files.values()):
+        raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE} does not say which files there are")
+    return record
 
 
 def _record_checksum(record: Any) -> int:
@@ -226,6 +232,6 @@ def _malformed(path: Path) -> str | None:
         elif path.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(path) as file:
                 return "is damaged (CRC-32)" if file.testzip() is not None else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_OF_VALUES, OSError, zipfile.BadZipFile, zlib.error) as error:
         return f"cannot be read ({error})"
     return None if size else "is empty"

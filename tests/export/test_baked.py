@@ -109,7 +109,9 @@ def test_the_command_line_bakes_a_factor(templates, tmp_path, capsys):
     assert main([*words, "--to", "baked", "--mask_factor", "0.5"]) == 0
     assert "30 neurons are multiplied by 0.5" in capsys.readouterr().out
     config = loaded(tmp_path / "out").config
-    mask = NeuronMask.from_ranges(config.baked_amplification["neurons"], dict.fromkeys(range(3), 40))
+    mask = NeuronMask.from_ranges(
+        config.baked_amplification["neurons"], dict.fromkeys(range(3), 40), "mlp_intermediate"
+    )
     model = tiny_model("llama")
     with amplify(model, mask, 0.5):
         expected = logits(model, IDS)
