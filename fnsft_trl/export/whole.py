@@ -13,6 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrai
 from ..errors import FNSFTError, library_errors
 from ..evaluation.evaluated import read_record
 from ..hub.card import TAGS, card_text, merged_card
+from ..hub.files import check_links
 from ..template.storage import CARD_FILE, NETWORK_DIR, SELECTION_FILE
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner.saved import SavedAdapter, first_line, load_model, load_outline
@@ -38,9 +39,11 @@ class WholeSource:
         """Find what lies in a directory, without reading weights.
 
         Raises:
-            FNSFTError: neither an adapter nor a model, or an adapter that merges into no weights.
+            FNSFTError: neither an adapter nor a model, an adapter that merges into no weights, or a card or networks
+                that are links to elsewhere.
         """
         path = Path(directory).expanduser()
+        check_links(path, (CARD_FILE, f"{NETWORK_DIR}/**/*"))
         if (path / "adapter_config.json").is_file():
             adapter = SavedAdapter.read(path)
             if adapter.config.is_prompt_learning:

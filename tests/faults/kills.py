@@ -7,6 +7,10 @@ evenly from the time that the first run took, and runs once more, as its message
 file that counts must be the same, bit for bit, and nothing hidden may be left beside them. Processes are forked from
 one that has imported the libraries. Each try is a line of the output as soon as it is over; the same call goes on with
 those that are missing, for instance after `--minutes`.
+
+    python tests/faults/kills.py --output tests/faults/kills.jsonl --page docs/reliability.md
+
+writes the table of a page from these lines, and tries nothing.
 """
 
 import argparse
@@ -39,6 +43,8 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 SURVIVED, OVER, LOST = "survived", "over", "lost"  # over: it had ended before the signal came
 ENDED = 143  # the status of a command that was asked to end
 CODE = "import sys; from fnsft_trl.cli import main; sys.exit(main(sys.argv[1:]))"
+
+HEAD = "| operation | signal | tries | survived | lost |"
 
 _starts = threading.Lock()  # a start takes `__main__` away for a moment
 
@@ -187,6 +193,23 @@ def counts(lines: Sequence[dict]) -> dict[tuple[str, str], Counter]:
     return found
 
 
+def table(lines: Sequence[dict]) -> str:
+    """What lines come to, as a table of Markdown."""
+    rows = [HEAD, "|---|---|---:|---:|---:|"]
+    found = counts(lines)
+    for name, title in ((name, title) for name in OPERATIONS for title in SIGNALS):
+        of = found.get((name, title), Counter())
+        rows.append(f"| {name} | {title} | {of[SURVIVED] + of[LOST]} | {of[SURVIVED]} | {of[LOST]} |")
+    return "\n".join(rows)
+
+
+def write_page(page: Path, lines: Sequence[dict]) -> None:
+    """Put the table in the place of the one that a page has."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(HEAD, 1)
+    page.write_text(before + table(lines) + "\n\n" + rest.split("\n\n", 1)[1], encoding="utf-8")
+
+
 def one_try(trial: Trial, name: str, title: str, lines: Lines) -> None:
     """Send a signal once in time, however often the operation has ended before."""
     with trial.turn:
@@ -234,8 +257,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no try after these")
     parser.add_argument("--jobs", type=int, default=1, help="operations that run at once")
     parser.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
+    parser.add_argument("--page", type=Path, help="a page whose table is to be written from the output")
     args = parser.parse_args()
     lines = Lines(args.output, args.seed)
+    if args.page is not None:
+        write_page(args.page, lines.found)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "inputs").mkdir()
         run(args.tries, lines, Path(folder), jobs=args.jobs, seconds=60 * args.minutes, names=args.operations)
