@@ -142,9 +142,9 @@ def remove_leftovers(path: str | os.PathLike) -> None:
     for folder in (path.parent / name for name in names if own.fullmatch(name)):
         lock = _lock(folder, waits=False)
         if lock is not None:
-            if all(inside.name == path.name for inside in folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            with _closing(lock), suppress(FileNotFoundError):  # its process has removed it meanwhile
+                if all(inside.name == path.name for inside in folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -156,10 +156,18 @@ def _hidden_folder(path: Path, parent: Path) -> Iterator[Path]:
             os.close(lock)
         folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=parent))
         lock = _lock(folder, waits=True)
+    with _closing(lock):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _closing(lock: int | None) -> Iterator[None]:
     try:
-        yield folder
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
