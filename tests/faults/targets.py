@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -229,7 +230,7 @@ def _runs(folder: Path) -> dict[str, Target]:
     from fnsft_trl.neurons.sites import find_neuron_sites
     from fnsft_trl.occupied import REPORT, check_target
     from fnsft_trl.template.storage import NETWORK_DIR, SELECTION_FILE
-    from fnsft_trl.training.checkpoints import MARKER_FILE, damage
+    from fnsft_trl.training.checkpoints import MARKER_FILE, damage, mark
     from fnsft_trl.tuner import NeuronTunerConfig
     from fnsft_trl.tuner.saved import SavedAdapter
 
@@ -239,7 +240,9 @@ def _runs(folder: Path) -> dict[str, Target]:
     arms = [Arm(cell["arm"], cell["task"], None, cell.get("settings", {})) for cell in found]
     runs = [golden / "runs" / name for name in ("deltas", "full-lesion")]
     records = [(run / NETWORK_DIR / SELECTION_FILE).read_bytes() for run in runs]
-    checkpoint = golden / "runs" / "deltas" / "checkpoint-2"
+    checkpoint = folder / "checkpoint-2"
+    shutil.copytree(golden / "runs" / "deltas" / "checkpoint-2", checkpoint)
+    mark(checkpoint, {"options": {"learning_rate": 1e-3}})
     adapters = [path.read_bytes() for path in golden.glob("adapters/*/adapter_config.json")]
     weights = [path.read_bytes() for path in golden.glob("adapters/*-gpt2/adapter_model.safetensors")]
 
@@ -253,9 +256,7 @@ def _runs(folder: Path) -> dict[str, Target]:
 
     def read_mark(data: bytes, place: Path) -> None:
         if not (place / "adapter_model.safetensors").exists():
-            for path in checkpoint.glob("*.*"):
-                (place / path.name).write_bytes(path.read_bytes())
-            (place / NETWORK_DIR).mkdir(exist_ok=True)
+            shutil.copytree(checkpoint, place, dirs_exist_ok=True)
         (place / NETWORK_DIR / MARKER_FILE).write_bytes(data)
         damage(place)
 
