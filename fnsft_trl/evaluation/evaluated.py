@@ -15,7 +15,7 @@ from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
 from ..interventions.masking import MaskHandle, forward_mask
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..template.storage import NETWORK_DIR, SELECTION_FILE
@@ -230,7 +230,7 @@ def read_record(file: Path) -> dict[str, Any]:
             raise ValueError("the site, the layers, the mask or the neurons are none")
         if mode == "amplify" and not isinstance(record["mask_factor"], int | float):
             raise ValueError("amplify without a factor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *WRONG_VALUES) as error:
         raise FNSFTError(f"{file} cannot be read ({error}); it is what a run writes beside its weights") from error
     return record
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..writing import remove_leftovers, written_whole
 from .arms import Arm, versions
 
@@ -45,7 +45,7 @@ class Cells:
                     raise ValueError(f"{', '.join(_CHANGES)} are mappings")
                 self.found[self._key(cell)] = cell
             sorted(self.found)  # as they are written
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, *WRONG_VALUES) as error:
             raise FNSFTError(
                 f"{self.path} holds no cells of an experiment ({error}); choose another output directory"
             ) from error

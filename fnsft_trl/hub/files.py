@@ -206,7 +206,7 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
     """
     from huggingface_hub import errors
 
-    from ..compat.hub import HTTPError, is_broken_download, is_forced_offline, is_refused_card
+    from ..compat.hub import HTTPError, is_bad_name, is_broken_download, is_forced_offline, is_refused_card
 
     at = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.HFValidationError):
@@ -245,6 +245,8 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
         reason = hide_tokens(str(error).strip().partition("\n")[0]) or type(error).__name__
         return f"the Hub cannot be reached for {what} ({reason}); try again with a connection"
     message = " ".join(str(error).split())
+    if is_bad_name(error, message):
+        return f"{what}{at} holds a file whose name leads out of its folder ({message}); nothing is read of it"
     if is_refused_card(error, message):
         return f"the Hub refuses the model card for {what} ({message}); correct it, then push again"
     if is_forced_offline(error, message):

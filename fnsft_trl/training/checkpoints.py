@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..compat.transformers import TRAINER_STATE_FILE
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..template.storage import NETWORK_DIR
 from ..writing import written_whole
 
@@ -26,8 +26,6 @@ MARKER_FILE = "complete.json"  # in NETWORK_DIR
 
 SCALER_FILE = "scaler.pt"  # of float16
 
-# What comes out of values that are others than they should be.
-_OF_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 _CARDS = (".md", ".svg")  # which people may edit
 _BLOCK = 2**20
 # What a training goes on from, and the names that it has, those of sharded weights among them.
@@ -166,7 +164,7 @@ def damage(directory: Path) -> str | None:
             return f"{name} {reason}"
     try:
         TrainerState.load_from_json(str(directory / TRAINER_STATE_FILE))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *WRONG_VALUES) as error:
         return f"{TRAINER_STATE_FILE} cannot be read ({error})"
     return None
 
@@ -232,6 +230,6 @@ def _malformed(path: Path) -> str | None:
         elif path.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(path) as file:
                 return "is damaged (CRC-32)" if file.testzip() is not None else None
-    except (*_OF_VALUES, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (*WRONG_VALUES, OSError, zipfile.BadZipFile, zlib.error) as error:
         return f"cannot be read ({error})"
     return None if size else "is empty"

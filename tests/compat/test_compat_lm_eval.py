@@ -14,4 +14,4 @@ def test_sandbox_templates_render_rows_and_run_no_code():
     assert utils.apply_template("{{question|regex_replace('S', 's')}}", row) == "sky? "
     for code in ("question.__class__.__name__", "cycler.__init__.__globals__", "question|attr('__class__')"):
         with pytest.raises(SecurityError):
-            utils.apply_template(f"{{{{ {code}.x }}}}", row)
+            utils.apply_template(f"{{{{ ({code}).x }}}}", row)

@@ -200,11 +200,11 @@ def _rows() -> dict[str, Target]:
 
         try:
             found = json.loads(data)
-            part = Dataset.from_list(found["rows"])
+            part, config = Dataset.from_list(found["rows"]), found["config"]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, ArrowException):
             return
         try:
-            asked = TaskConfig(dataset="x", train_split="a", test_split="a", **found["config"])
+            asked = TaskConfig(dataset="x", train_split="a", test_split="a", **config)
         except TypeError:  # what is no mapping, or names no field, is met where files are read
             return
         labels = asked.labels
@@ -340,7 +340,8 @@ def _findings(folder: Path) -> dict[str, Target]:
         (place / "results.json").write_bytes(data)
         found = ProbeResults.read(place)
         found.verdicts(0)
-        found.rise(0)
+        found.rise(1)
+        found.charts()
 
     passes = (folder / "probe" / "passes-0.jsonl").read_bytes()
     return {

@@ -114,7 +114,17 @@ def test_weights_that_are_pickles_are_refused(marker, model, adapter, tmp_path):
     assert not marker.exists()
 
 
-CODE = "from pathlib import Path\nPath({marker!r}).touch()\nfrom transformers import LlamaConfig as C\n"
+CODE = """
+import traceback
+from pathlib import Path
+from transformers import LlamaConfig
+
+Path({marker!r}).write_text("".join(traceback.format_stack()))
+
+
+class C(LlamaConfig):
+    pass
+"""
 
 
 def plant_code(model: Path, marker: Path) -> None:
@@ -131,16 +141,20 @@ def plant_code(model: Path, marker: Path) -> None:
 def test_code_of_a_model_runs_only_where_that_is_said(marker, model, adapter, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked at a terminal either
     plant_code(model, marker)
-    refused(lambda: load_model_and_tokenizer(str(model), LoadingConfig()))
-    refused(lambda: EvaluatedModel.find(str(model)).load())
-    refused(lambda: EvaluatedModel.find(str(adapter)).load())
-    refused(lambda: to_merged(adapter, tmp_path / "merged"))
+    for read in (
+        lambda: load_model_and_tokenizer(str(model), LoadingConfig()),
+        lambda: EvaluatedModel.find(str(model)).load(),
+        lambda: EvaluatedModel.find(str(adapter)).load(),
+        lambda: to_merged(adapter, tmp_path / "merged"),
+    ):
+        refused(read)
+        assert not marker.exists(), marker.read_text()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(tiny_rows(2)[0]))
     words = ["--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")]
     assert main(["train", *words, "--use_cpu", "--bf16", "false", "--report_to", "none"]) == 2
     assert "trust_remote_code" in capsys.readouterr().err
-    assert not marker.exists()
+    assert not marker.exists(), marker.read_text()
     refused(lambda: load_model_and_tokenizer(str(model), LoadingConfig(trust_remote_code=True)), Exception)
     assert marker.exists()  # what was planted is code that would have run
 
