@@ -106,6 +106,7 @@ class PlanFile:
             for arm, options in found_arms.items()
         }
         for arm in staged.values():
+            _check_sequence(arm, plan)
             _check_later(arm, plan)
             _check_epochs(arm, plan, every)
         for switches, names in _SWITCHED:
@@ -162,6 +163,15 @@ def _staged(arm: str, way: Way, written: dict, shared, command_line, known: dict
     if config is not None:
         method = config.plan(lora_config=bool(values.get("use_peft"))).method
     return StagedArm(arm, way, values, method, config is not None)
+
+
+def _check_sequence(arm: StagedArm, plan: Plan) -> None:
+    """What acts from the second stage on needs one."""
+    if arm.in_sequence and all(len(names) == 1 for names in plan.orders.values()):
+        raise FNSFTError(
+            f"arm {arm.name}: {arm.in_sequence[0]} acts from the second stage on, and no order that is trained has "
+            "two tasks; name more tasks in an order, or drop it"
+        )
 
 
 def _check_later(arm: StagedArm, plan: Plan) -> None:

@@ -74,14 +74,8 @@ def report_study(
 
 def _order(page: Report, order: str, found: Sequence[Outcome]) -> str:
     """The part of one order; gives its table as text."""
-    names = found[0].tasks
-    texts = list(dict.fromkeys(text for each in found for text in each.retention))
-    header = ["arm", *_COLUMNS.values(), *(f"{text}: rise, nats" for text in texts)]
-    rows = []
-    for each in found:
-        measures = [spread(each.of_seeds(name)) for name in _COLUMNS]
-        lost = [spread(each.lost(text), "{:+.3f}") if text in each.retention else "-" for text in texts]
-        rows.append([each.arm, *measures, *lost])
+    names, texts = found[0].tasks, _texts(found)
+    header, rows = transfer_table(found)
     page.heading(f"{order}: {', '.join(names)}")
     page.table(header, rows)
     page.table(["arm", *names], [[each.arm, *(f"{value:.3f}" for value in each.mean()[-1])] for each in found])
@@ -106,6 +100,25 @@ def _order(page: Report, order: str, found: Sequence[Outcome]) -> str:
     _free(page, found)
     _overlap(page, found)
     return f"{order}: {', '.join(names)}\n{format_table(header, rows)}"
+
+
+def transfer_table(found: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """The measures of all arms in one order, means and standard deviations over seeds, as a header and rows.
+
+    Args:
+        found: the arms.
+    """
+    texts, rows = _texts(found), []
+    for each in found:
+        measures = [spread(each.of_seeds(name)) for name in _COLUMNS]
+        lost = [spread(each.lost(text), "{:+.3f}") if text in each.retention else "-" for text in texts]
+        rows.append([each.arm, *measures, *lost])
+    return ["arm", *_COLUMNS.values(), *(f"{text}: rise, nats" for text in texts)], rows
+
+
+def _texts(found: Sequence[Outcome]) -> list[str]:
+    """Names of the general texts that any arm was scored on."""
+    return list(dict.fromkeys(text for each in found for text in each.retention))
 
 
 def _free(page: Report, found: Sequence[Outcome]) -> None:

@@ -83,9 +83,14 @@ class StagedArm:
             )
         if self.merges and (values.get("load_in_4bit") or values.get("load_in_8bit")):
             raise FNSFTError("the adapter of each stage is merged, and quantised weights would be rounded; load in 16")
-        given = {**vars(way), **values}
-        if way.multitask and (idle := [name for name in _IN_SEQUENCE if given.get(name) not in (None, False)]):
+        if way.multitask and (idle := self.in_sequence):
             raise FNSFTError(f"{idle[0]} has no effect with multitask, which has one stage; drop it")
+
+    @property
+    def in_sequence(self) -> list[str]:
+        """Those of its options that act from the second stage on."""
+        given = {**vars(self.way), **self.values}
+        return [name for name in _IN_SEQUENCE if given.get(name) not in (None, False)]
 
     @property
     def merges(self) -> bool:

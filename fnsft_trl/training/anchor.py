@@ -117,10 +117,11 @@ class KLToBase:
         numbers = self._next(trainer)
         plain = trainer.accelerator.unwrap_model(model)
         model.train()
-        with masks_off(plain), trainer.compute_loss_context_manager():
-            kl = self.divergence(model, plain, numbers)
-            loss = self.config.kl_to_base * kl / trainer.current_gradient_accumulation_steps
-        trainer.accelerator.backward(loss)
+        with masks_off(plain):  # in the backward pass too, where a checkpoint computes activations again
+            with trainer.compute_loss_context_manager():
+                kl = self.divergence(model, plain, numbers)
+                loss = self.config.kl_to_base * kl / trainer.current_gradient_accumulation_steps
+            trainer.accelerator.backward(loss)
         self.last = float(kl.detach())
         return loss.detach()
 

@@ -94,6 +94,16 @@ def test_a_first_stage_has_nothing_to_keep(options):
     assert options("grows", ("dbpedia",))["protect_datasets"]
 
 
+# What acts from the second stage on.
+SEQUENCED = {
+    "replay": {"replay": 0.1},
+    "ewc": {"ewc": 1},
+    "lwf": {"lwf": 1},
+    "olora": {"olora": 1},
+    "adapter": {"adapter": "new"},
+    "networks": {**NETWORKS, "networks": "once"},
+    "protect_grows": {"protect": "subspace", "protect_datasets": ["x=y"], "protect_grows": True},
+}
 EPOCHS = {"tasks": {f"t{n}": {"dataset": "x", "epochs": n} for n in (1, 2)}, "orders": [["t1", "t2"]]}
 
 
@@ -138,6 +148,10 @@ def edit(path, **changes):
             "undo one another",
         ),
         ({"arms": {"a": {"multitask": True, "max_steps": -1}}, **EPOCHS}, "their epochs differ"),
+        *[
+            ({"arms": {"a": {**LORA, **options}}, "orders": [["dbpedia"], ["agnews"]]}, f"{name} acts from the second")
+            for name, options in SEQUENCED.items()
+        ],
         ({"arms": {"a/b": {}}}, "names a folder"),
         ({"seeds": [1, 1]}, "seeds holds 1 twice"),
         ({"lora_r": 8, "arms": {"a": {"lora_r": 4}}}, "lora_r has no effect without LoRA"),

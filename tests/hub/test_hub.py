@@ -1,6 +1,7 @@
 """Templates on the Hub: pushed, pulled and pinned, against the loopback Hub."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import traceback
 
 import pytest
+from helpers import tiny_rows
 from hub import ALICE, BOB, READER, save_login
 
 from fnsft_trl import FNSFTError, FunctionalNetworkTemplate
@@ -63,6 +65,20 @@ def test_pushed_and_pulled_in_a_fresh_process_it_is_the_same_bytes(hub, template
     own = written(template, tmp_path / "own")
     assert all(own[name] == pushed[name] for name in ("config.json", "template.safetensors", "networks.svg"))
     assert 'from_pretrained("alice/networks")' in pushed["README.md"].decode()
+
+
+def test_texts_of_a_dataset_are_pushed_only_when_asked(hub, model_dir, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": row["prompt"] * 3}) for row in tiny_rows(30)))
+    words = ["discover", str(model_dir), str(data), "--output_dir", str(tmp_path / "made"), "--ica_components", "2"]
+    words += ["--ica_rank", "8", "--ica_max_tokens", "200", "--examples", "1"]
+    for repo_id, more in (("alice/alone", []), ("alice/with_texts", ["--push_examples"])):
+        assert main([*words, "--push_to_hub", repo_id, *more]) == 0
+        kept = (tmp_path / "made" / "examples.json").read_bytes()
+        assert hub.files(repo_id).get("examples.json") == (kept if more else None)
+    assert b"data.jsonl" in kept
+    assert main([*words[:-2], "--push_to_hub", "alice/none", "--push_examples"]) == 2
+    assert "push_examples has no effect without examples" in capsys.readouterr().err
 
 
 def test_only_the_two_allowed_files_are_fetched_and_from_one_commit(hub, template, cache):

@@ -4,7 +4,8 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from helpers import tiny_rows
+from helpers import instead, tiny_rows
+from processes import run_processes
 
 from fnsft_trl.cli import main
 
@@ -57,6 +58,22 @@ def test_a_probe_from_the_command_line(place, model_dir, templates):
     assert json.loads((place / "out" / "results.json").read_text()) == found
 
 
+@pytest.mark.slow
+def test_two_processes_come_to_the_results_of_one(place, model_dir):
+    """The batches are split over them. (Without --surrogate they find that control together, on other shifts.)"""
+    more = f"--surrogate {place / 'template'} --prompts 1 --neurons 1 --networks 0 --batch_size 2".split()
+    for count in (1, 2):
+        asked = instead(words(place, model_dir, data=("rows", "text")), *more, "--output_dir", str(place / str(count)))
+        printed = run_processes(count, "-m", "fnsft_trl.cli", *asked)
+        assert [bool(each) for each in printed] == [True, *[False] * (count - 1)]  # one of them tells
+    one, two = (json.loads((place / str(count) / "results.json").read_text()) for count in (1, 2))
+    assert one.pop("cost")["passes"] == two.pop("cost")["passes"]
+    assert one == two
+    one, two = ((place / str(count) / "conditions.jsonl").read_bytes() for count in (1, 2))
+    assert one == two
+    assert all((place / "2" / f"passes-{rank}.jsonl").stat().st_size for rank in (0, 1))
+
+
 def test_resampled_at_answers_and_dissociated(place, model_dir):
     more = ["--tokens", "answer", "--ablation", "resample", "--examples", "0", "--networks", "0"]
     domains = ["--domains", f"rows={place / 'template'}", f"sky={place / 'template'}"]
@@ -77,8 +94,6 @@ def test_resampled_at_answers_and_dissociated(place, model_dir):
     ],
 )
 def test_what_cannot_be_probed_is_refused(place, model_dir, capsys, more, said):
-    from helpers import instead
-
     assert main(instead(words(place, model_dir), *more)) == 2
     assert said in capsys.readouterr().err
     assert not (place / "out").exists()

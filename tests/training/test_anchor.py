@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from fnsft_trl import AnchorConfig, FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, with_networks
 from fnsft_trl.evaluation.kl import StoredBase
 from fnsft_trl.evaluation.retention import RetentionText
+from fnsft_trl.interventions import masks_off
 from fnsft_trl.training.anchor import KLToBase
 
 
@@ -26,9 +28,9 @@ def text(tmp_path):
 
 @pytest.fixture
 def make(rows, tokenizer, templates, tmp_path, text):
-    def make(name="out", *, method=None, weight=5.0, model=None, **args):
+    def make(name="out", *, method=None, mask_mode=None, weight=5.0, model=None, **args):
         networks = {
-            "network_config": FunctionalNetworkConfig(train_method=method or "auto"),
+            "network_config": FunctionalNetworkConfig(train_method=method or "auto", mask_mode=mask_mode),
             "network_template": templates["llama"],
             "peft_config": LoraConfig(r=2) if method == "lora" else None,
         }
@@ -111,6 +113,24 @@ def test_the_gradient_of_a_step_is_the_sum_of_both(make, method):
         held = found != 0 if method == "full" else torch.ones_like(found, dtype=torch.bool)  # frozen slices have none
         torch.testing.assert_close(found[held], 2.5 * wanted[held], rtol=1e-3, atol=1e-5)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_forward_mask_does_not_reach_the_gradient(make, checkpointing):
+    """Not in the second forward pass either that a checkpoint makes in the backward pass."""
+    trainer = make(method="full", mask_mode="lesion", max_steps=3, gradient_checkpointing=checkpointing)
+    trainer.train()
+    model, found = trainer.model, []
+    assert model.is_gradient_checkpointing == checkpointing
+    for off in (nullcontext(), masks_off(model)):
+        trainer.anchor._at = (-1, 0)
+        model.zero_grad()
+        with off:
+            trainer.anchor.step(trainer, model)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert any(grad.abs().max() > 1e-4 for grad in found[0].values())
+    for name, grad in found[0].items():
+        assert torch.equal(grad, found[1][name]), name
 
 
 @pytest.mark.slow
