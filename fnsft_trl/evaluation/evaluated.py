@@ -193,7 +193,8 @@ def recorded_neurons(place: str, record: dict[str, Any], model: nn.Module) -> Ne
 
 
 def _source(loading: dict[str, Any]) -> dict[str, Any]:
-    return {key: loading[key] for key in _SOURCE if loading.get(key) is not None}
+    given = {key: loading[key] for key in _SOURCE if loading.get(key) is not None}
+    return {"trust_remote_code": False} | given  # without, transformers asks at the terminal
 
 
 def _file(place: str, file: str, revision: str | None) -> Path | None:
