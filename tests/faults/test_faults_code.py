@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from helpers import ROOT, sft_config, tiny_model, tiny_rows, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -172,7 +173,12 @@ def test_an_adapter_imports_no_module_that_it_names(marker, adapter, tmp_path, m
     assert not marker.exists()
 
 
-YAML = "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.PosixPath ['{marker}']]"
+YAML = "!!python/object/apply:os.system ['touch {marker}']"
+
+
+def test_a_tag_that_is_trusted_would_tell(marker):
+    yaml.unsafe_load(YAML.format(marker=marker))
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "arms", "tasks", "data", "model_init_kwargs"])

@@ -35,7 +35,7 @@ def test_files_that_were_changed_are_read_or_refused(targets, tmp_path):
     for name, target in targets.items():
         draw, place = fuzz.random.Random(f"quick {name}"), tmp_path / name
         place.mkdir()
-        for _ in range(max(20, round(1000 * target.share))):
+        for _ in range(max(40, round(1000 * target.share))):
             data = target.input(draw)
             assert fuzz.outcome(target, data, place) is None, (name, data)
 
