@@ -119,8 +119,8 @@ HUGE = {
     "a tensor of more bytes than there are numbers": header(
         {"w": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**63]}}
     ),
-    "a million tensors of nothing": header(
-        {str(number): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(10**5)}
+    "ten thousand tensors of nothing": header(
+        {str(number): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(10**4)}
     ),
     "nested without end": struct.pack("<Q", 200_000) + b"[" * 200_000,
 }
@@ -150,7 +150,7 @@ def test_a_file_that_claims_to_be_huge_is_refused_without_the_memory(name, templ
     config = {"peft_type": "LORA", "base_model_name_or_path": "gone"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes(HUGE[name])
-    if name != "a million tensors of nothing":  # which is an adapter of another model, and is met there
+    if name != "ten thousand tensors of nothing":  # which is an adapter of another model, and is met there
         with pytest.raises(FNSFTError):
             dict(SavedAdapter.read(tmp_path).tensors)
 
