@@ -39,13 +39,13 @@ class FunctionalNetworkConfig:
         "networks are discovered before training.",
     )
     ica_template_revision: str | None = option(
-        None, "Branch, tag or commit of a template on the Hub; the newest of `main` by default."
+        None, "Branch, tag or commit of a template on the Hub. By default the newest of `main`."
     )
     ica_components: int = option(10, "Number of independent components (networks) to discover.", least=1)
     ica_percentile: float | None = option(
         None,
-        "A network holds the neurons whose |loading| exceeds this percentile. By default 98.0 in a discovery, and the "
-        "template's own threshold when one is loaded.",
+        "Percentile of |loading| that a neuron must exceed to belong to a network. By default 98.0 in a discovery. A "
+        "loaded template brings its own threshold.",
         above=0,
         below=100,
     )
@@ -58,20 +58,20 @@ class FunctionalNetworkConfig:
     ica_zscore: float | None = option(None, "The z of the `zscore` rules; 1.96 by default.", above=0)
     ica_min_reliability: float = option(
         0.0,
-        "Without `ica_component_ids`: select only networks whose reliability above null is at least this.",
+        "Select only networks whose reliability above null is at least this. Not with `ica_component_ids`.",
         least=0,
         most=1,
     )
     ica_component_ids: list[int] | str | None = option(
         None,
-        "Numbers of the networks that make up the selection, as a list or as `0-3,7` (`5:`: from 5 on); all networks "
-        "of the template by default.",
+        "Numbers of the networks to select, as a list or as `0-3,7` (`5:` means from 5 on). By default all networks "
+        "of the template.",
         least=0,
     )
     ica_layers: str | list[int] = option(
         "all",
         "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. With a loaded "
-        "template: those of its layers to select in.",
+        "template: the layers to select in.",
     )
     ica_site: str = option(
         "mlp_intermediate",
@@ -91,22 +91,22 @@ class FunctionalNetworkConfig:
     )
     ica_decomposition: str = option(
         "ica",
-        "What is made of the sketch: `ica` (independent components), or a control of it. `pca` gives principal "
-        "components. `kmeans` gives clusters of neurons by their loadings on these; a neuron's loading is then its "
+        "How networks are made of the sketch: by `ica` (independent components), or by a control. `pca` gives "
+        "principal components. `kmeans` clusters neurons by their loadings on these; a neuron's loading is then its "
         "cosine to the centroid.",
         choices=("ica", "pca", "kmeans"),
     )
     ica_surrogate: bool = option(
         False,
-        "Shift the activations of each neuron in time by itself, within the sequences that are read together "
-        "(`ica_batch_size`): networks without co-activation, a control.",
+        "Shift each neuron's activations in time by an amount of its own, within the sequences that are read "
+        "together (`ica_batch_size`). The networks are then a control: no neurons co-activate.",
     )
     ica_contrast: str = option(
         "logcosh", "FastICA's contrast function: `logcosh`, `cube` or `exp`.", choices=("logcosh", "cube", "exp")
     )
     ica_backend: str = option(
         "torch",
-        "Whose FastICA: `torch` (our own, on the model's device) or `sklearn` (scikit-learn's, on the CPU).",
+        "Implementation of FastICA: `torch` (ours, on the model's device) or `sklearn` (scikit-learn's, on the CPU).",
         choices=("torch", "sklearn"),
     )
     ica_dtype: str = option(
@@ -116,52 +116,52 @@ class FunctionalNetworkConfig:
     )
     ica_rank: int = option(
         128,
-        "Rank of the streaming sketch; at least `ica_components`. Memory is `ica_rank` x neurons for each half.",
+        "Rank of the streaming sketch, at least `ica_components`. Memory is `ica_rank` x neurons for each half.",
         least=1,
     )
     ica_max_tokens: int = option(50_000, "Number of tokens to read, both halves together.", least=1)
     ica_reservoir: int = option(
-        16_384, "Largest number of token scores kept for each half; more tokens are sampled uniformly.", least=1
+        16_384, "Largest number of token scores to keep for each half. More tokens are sampled uniformly.", least=1
     )
     ica_until_reliable: float | None = option(
         None,
-        "Read on until the mean reliability above null reaches this, at most `ica_max_tokens`; the curve of it over "
-        "tokens is kept in the template.",
+        "Keep reading until the mean reliability above null reaches this, up to `ica_max_tokens`. The template keeps "
+        "the curve of reliability over tokens.",
         above=0,
         below=1,
     )
     ica_template_samples_per_ds: int | None = option(
-        None, "Number of rows taken of each dataset, from its start; as many as the tokens need by default.", least=1
+        None, "Number of rows to take from the start of each dataset. By default as many as the tokens need.", least=1
     )
-    ica_skip_tokens: int = option(1, "First tokens of every sequence to leave out (attention sinks).", least=0)
-    ica_skip_special: bool = option(True, "Leave special tokens out.")
+    ica_skip_tokens: int = option(1, "Tokens to leave out at the start of each sequence (attention sinks).", least=0)
+    ica_skip_special: bool = option(True, "Leave out special tokens.")
     ica_drop_massive: float | None = option(
         None,
-        "Leave out neurons whose RMS is more than this many times the median of their layer (massive activations); "
-        "they get no loading.",
+        "Leave out neurons whose RMS exceeds this multiple of the median of their layer (massive activations). They "
+        "get no loading.",
         above=1,
     )
     ica_store_basis: int | None = option(
-        None, "Keep this many leading directions of MLP inputs, too, for `protect`.", least=1, most=2000
+        None, "Also store this many leading directions of the MLP inputs, for `protect`.", least=1, most=2000
     )
     ica_batch_size: int = option(4, "Sequences per forward pass of the discovery.", least=1)
     ica_max_length: int = option(512, "Longest sequence of the discovery, in tokens.", least=2)
     ica_seed: int = option(0, "Seed of the reservoir, of FastICA's start and of random selections.", least=0)
     ica_datasets: list[str] | None = option(
-        None, "Files or Hub ids of the text to discover on; the training data by default."
+        None, "Files or Hub ids of the text to discover on. By default the training data."
     )
     ica_select: str = option(
         "networks",
-        "`networks`, or a control. `random`: drawn by `ica_seed`. `layer_shuffled`: as many other neurons of every "
-        "layer as the networks have there. `surrogate`: networks of activations shifted in time. `activation_rms` "
-        "(or `activation`): by RMS on the calibration text. `contrast`: used by the training data, and not by the "
-        "calibration text. `gradient_conflict`: whose gradients on the training data and on `ica_datasets` point "
-        "against each other.",
+        "How neurons are selected: by `networks`, or by a control. `random`: drawn with `ica_seed`. "
+        "`layer_shuffled`: other neurons, as many in every layer as the networks have there. `surrogate`: networks "
+        "of activations shifted in time. `activation_rms` (or `activation`): by RMS on the calibration text. "
+        "`contrast`: used by the training data and not by the calibration text. `gradient_conflict`: the gradients "
+        "on the training data and on `ica_datasets` oppose each other.",
         choices=(*SELECTORS, *SELECTOR_ALIASES),
     )
     ica_fraction: float | None = option(
         None,
-        "Select this fraction of the neurons of every layer instead of those over the threshold.",
+        "Select this fraction of every layer's neurons, instead of those over the threshold.",
         above=0,
         below=1,
     )
@@ -173,18 +173,18 @@ class FunctionalNetworkConfig:
     )
     mask_mode: str | None = option(
         None,
-        "Forward intervention during training: `lesion` zeroes the selected neurons, `preserve` all others, `amplify` "
-        "multiplies the selected ones by `mask_factor`; none by default.",
+        "What happens in the forward pass of the training: `lesion` zeroes the selected neurons, `preserve` zeroes "
+        "all others, `amplify` multiplies the selected ones by `mask_factor`. By default nothing.",
         choices=("lesion", "preserve", "amplify"),
     )
     mask_factor: float | None = option(
-        None, "With `mask_mode=amplify`: the factor; below 1 it inhibits. (0 is a lesion.)", above=0
+        None, "The factor of `mask_mode: amplify`. Below 1 it inhibits; 0 would be a lesion.", above=0
     )
-    mask_eval: bool = option(True, "Whether evaluation during training runs with the mask on.")
+    mask_eval: bool = option(True, "Whether the mask stays on in evaluations during training.")
     train_neurons: str = option(
         "auto",
-        "Whose weights may change: `selected`, `unselected`, `all`, or `auto` (`lesion` trains the unselected, "
-        "`preserve` the selected, no mask the selected).",
+        "Neurons whose weights may change: `selected`, `unselected`, `all`, or `auto` (`lesion` trains the "
+        "unselected, `preserve` the selected, no mask the selected).",
         choices=("auto", "all", "selected", "unselected"),
     )
     train_method: str = option(
@@ -194,21 +194,21 @@ class FunctionalNetworkConfig:
         choices=("auto", "neuron_delta", "lora", "full"),
     )
     train_other: bool = option(
-        True, "With `full` and `unselected`: whether the weights outside the MLP neurons train too."
+        True, "Whether weights outside the MLP neurons train too, with `full` and `unselected`."
     )
     anti_drift_row_param: bool = option(
         True,
-        "With `train_neurons=auto` and a mask: hold the other neurons' weights exactly (`True`), or leave it to the "
-        "forward mask, under which they get no gradient (`False`).",
+        "With `train_neurons: auto` and a mask: `True` holds the weights of the other neurons exactly. `False` "
+        "leaves that to the forward mask, under which they get no gradient.",
     )
     anti_drift_apply_to: str = option(
         "auto",
-        "Which weights you expect to be held: `lora`, `base`, `both`, or `auto` (those that the training method "
-        "holds). It changes nothing in the training; a contradiction with `train_method` is an error.",
+        "Weights that you expect to be held: `lora`, `base`, `both`, or `auto` (those that the training method "
+        "holds). It changes nothing in the training, but a contradiction with `train_method` is an error.",
         choices=("auto", "lora", "base", "both"),
     )
     frozen_guard: bool = option(
-        True, "Check at every save and at the end of training that no frozen neuron moved, and stop if one did."
+        True, "Check at every save and at the end of training that no frozen neuron moved. Stop if one did."
     )
 
     def __post_init__(self) -> None:
@@ -267,7 +267,7 @@ class FunctionalNetworkConfig:
         if method == "full" and lora_config:
             raise FNSFTError("train_method=full with a LoraConfig: drop peft_config, or use train_method=lora")
         if method == "lora" and not lora_config:
-            raise FNSFTError("train_method=lora needs a LoraConfig (peft_config, or use_peft on the command line)")
+            raise FNSFTError("train_method=lora needs a LoraConfig; give peft_config, or use_peft on the command line")
         if reason := ANTI_DRIFT_ERRORS.get((method, self.anti_drift_apply_to)):
             raise FNSFTError(f"train_method={method} with anti_drift_apply_to={self.anti_drift_apply_to}: {reason}")
         train, outcome = COMBINATIONS[self.mask_mode, self.train_neurons]

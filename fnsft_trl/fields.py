@@ -48,7 +48,7 @@ class Range:
     def text(self) -> str:
         """The range as it follows `it must be`."""
         if self.least is not None and self.most is not None:
-            return f"from {self.least} to {self.most}"
+            return f"from {self.least:,} to {self.most:,}"
         if self.above is not None and self.below is not None:
             return f"between {self.above} and {self.below}"
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

@@ -27,7 +27,7 @@ def parse_ranges(spec: str | int | Sequence[int | str], size: int, *, what: str 
     for item, first, end in _spans(spec, what):
         end = size if end is None else end
         if not 0 <= first < end <= size:
-            raise FNSFTError(f"{what} specification {spec!r}: {item!r} is outside 0-{size - 1} or empty")
+            raise FNSFTError(f"{what} specification {spec!r}: {item!r} is outside 0-{size - 1} or empty; stay within")
         chosen.update(range(first, end))
     if not chosen:
         raise FNSFTError(f"{what} specification {spec!r} names no {what}; there are {what}s 0-{size - 1}")

@@ -24,6 +24,9 @@ from fnsft_trl import FunctionalNetworkConfig, discover_networks
 from fnsft_trl.neurons.sites import SITES
 
 
+# Faults are those of POSIX: limits of a process, signals that end it, a folder that is brought to the disk.
+collect_ignore = ["faults"] if os.name == "nt" else []
+
 # The same examples in every run, so that a change alone can turn a test red.
 hypothesis.settings.register_profile("stable", derandomize=True, deadline=None, max_examples=100)
 hypothesis.settings.load_profile("stable")
@@ -31,6 +34,13 @@ hypothesis.settings.load_profile("stable")
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    """On Windows, leave out what only POSIX has; the converter of the tests is a script there."""
+    for item in items if os.name == "nt" else []:
+        if item.get_closest_marker("posix") or "converter" in item.fixturenames:
+            item.add_marker(pytest.mark.skip(reason="not on Windows"))
 
 
 @pytest.fixture(scope="session", autouse=True)

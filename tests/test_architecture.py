@@ -1,6 +1,9 @@
 """The structure that the design asks for, read from the source."""
 
 import ast
+import inspect
+import re
+import tomllib
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -322,6 +325,9 @@ def test_the_map_names_every_package_and_module_of_the_top_level():
     lines = [line.split()[0] for line in shown.splitlines() if line.startswith("      ")]
     expected = [f"{room}/" if names else f"{room}.py" for room, names in ORDER.items()]
     assert [line for line in lines if line in expected] == expected
+    folders = {line.split()[0] for line in shown.splitlines() if re.match(r" {4}\w+/", line)}
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
+    assert {*folders, "tests/"} == {f"{path[1:]}/" for path in built["include"] if (ROOT / path[1:]).is_dir()}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -364,3 +370,32 @@ def test_public_functions_and_classes_say_what_they_are(path):
     for node in nodes:
         if not node.name.startswith("_") and not node.name.startswith(inherited):
             assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def public_callables():
+    """Every public function, and of every public class what makes one and its own public methods."""
+    for name in fnsft_trl.__all__:
+        thing = inspect.unwrap(getattr(fnsft_trl, name))
+        if inspect.isfunction(thing):
+            yield name, thing
+            continue
+        for own, value in vars(thing).items():
+            function = inspect.unwrap(value.__func__ if isinstance(value, (classmethod, staticmethod)) else value)
+            if inspect.isfunction(function) and (own == "__init__" or not own.startswith("_")):
+                yield f"{name}.{own}", function
+
+
+def test_public_names_are_annotated():
+    """All that they take and give, so that a type checker of a user sees it (`py.typed`)."""
+    bare = set()
+    for name, function in public_callables():
+        signature = inspect.signature(function)
+        bare |= {
+            f"{name}({parameter.name})"
+            for parameter in signature.parameters.values()
+            if parameter.annotation is parameter.empty and parameter.name not in ("self", "cls")
+        }
+        if signature.return_annotation is signature.empty and not name.endswith("__init__"):
+            bare.add(f"{name} ->")
+    assert len(dict(public_callables())) > 60
+    assert not bare

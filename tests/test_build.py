@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -71,6 +72,21 @@ def test_the_sdist_holds_what_a_wheel_and_the_tests_need(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "constraints.txt", "tests/conftest.py"} <= names
     assert {"recipes/quickstart.yaml", "docs/training.md", "fnsft_trl/py.typed"} <= names
+
+
+def test_the_readme_on_the_package_index_leads_only_to_addresses(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        text = wheel.read(name).decode("utf-8").partition("\n\n")[2]
+    assert text.startswith("# fnsft_trl\n")
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    with tarfile.open(built[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = re.findall(r"`([\w./-]+\.(?:md|py|cff))`", text)
+    assert len(files) > 20
+    assert set(files) <= names
 
 
 def test_what_is_installed_lists_recipes_shows_a_template_and_trains(fresh, model_dir, templates, rows, tmp_path):

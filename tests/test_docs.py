@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from api_reference import api_pages
 from architectures import architectures_table
 from helpers import ROOT, instead, tiny_rows, write_converter
@@ -21,6 +22,7 @@ from hub import ORG
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
+import fnsft_trl
 from fnsft_trl import FunctionalNetworkConfig, NeuronTunerConfig, discover_networks
 from fnsft_trl.cli import VERBS, main
 from fnsft_trl.cli.options.arguments import read_arguments
@@ -304,6 +306,19 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/forgetting/README.md"])
+def test_no_link_of_a_page_outside_of_the_site_is_dead(page):
+    page = ROOT / page
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text())
+    assert links
+    for target, anchor in links:
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
 def test_the_lines_that_install_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text().replace("$(BIN)/", "").replace("--quiet ", "")
     makefile = makefile.replace("$(EMBEDDED)", re.search(r"EMBEDDED := (.*)", makefile)[1])
@@ -311,6 +326,21 @@ def test_the_lines_that_install_are_those_of_the_makefile():
     assert len(lines) == 3
     for line in lines:
         assert line in makefile
+
+
+def test_the_job_of_all_systems_installs_so_too_and_needs_no_make():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]["platforms"]
+    assert {name.partition("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
+    lines = [step["run"].replace(".[test]", ".[test,quality]") for step in job["steps"] if "run" in step]
+    assert lines[:-1] == "".join(blocks(ROOT / "docs" / "installation.md", "sh")).splitlines()
+    assert lines[-1].startswith("python -m pytest ")
+
+
+def test_the_changelog_has_a_section_for_the_version_and_dates_that_of_a_release():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    version = re.escape(fnsft_trl.__version__)
+    heading = r"\[Unreleased\]" if "dev" in version else rf"\[{version}\] - \d{{4}}-\d\d-\d\d"
+    assert re.search(rf"^## {heading}$", text, flags=re.MULTILINE)
 
 
 def test_the_oldest_versions_that_are_named_are_those_of_the_package():

@@ -1,10 +1,17 @@
-"""The prose of the pages: short sentences."""
+"""The prose of pages, help, docstrings and error messages: short sentences."""
 
+import ast
+import inspect
 import re
+from collections.abc import Iterator
+from importlib import import_module
 from statistics import median
 
 import pytest
 from helpers import ROOT
+
+from fnsft_trl.cli import VERBS
+from fnsft_trl.cli.options.schema import TRL
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,16 +45,45 @@ def _words(sentence: str) -> int:
     return sum(bool(re.search(r"\w", word)) for word in sentence.split())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_sentence_is_long(page):
-    long = {sentence: _words(sentence) for sentence in sentences(page.read_text()) if _words(sentence) > LONGEST}
-    assert not long
+def pages() -> Iterator[str]:
+    for page in PAGES:
+        yield page.read_text(encoding="utf-8")
 
 
-def test_sentences_are_short():
-    lengths = [_words(sentence) for page in PAGES for sentence in sentences(page.read_text())]
-    assert len(lengths) > 500
-    assert median(lengths) < MEDIAN
+def helps() -> Iterator[str]:
+    """What `fnsft VERB --help` says of the verb and of our options; TRL's are its own."""
+    for verb, about in VERBS.items():
+        module = import_module(f"fnsft_trl.cli.{verb}")
+        yield from (about, module.ABOUT, *(option.help for option in module.options() if option.group not in TRL))
+
+
+def docstrings() -> Iterator[str]:
+    """Every one of the package, with a paragraph for each argument."""
+    for node in _nodes():
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+            text = re.sub(r"^(Args|Attributes|Returns|Yields|Raises|Example):$", "", text, flags=re.MULTILINE)
+            yield re.sub(r"^ {4}(?=\S)", "\n", inspect.cleandoc(text), flags=re.MULTILINE)
+
+
+def errors() -> Iterator[str]:
+    """The messages that stand where an error is raised; what is filled in is a word."""
+    for node in _nodes():
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error") and node.args:
+            parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else node.args[:1]
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts)
+
+
+def _nodes() -> Iterator[ast.AST]:
+    for path in (ROOT / "fnsft_trl").rglob("*.py"):
+        yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("texts", [pages, helps, docstrings, errors])
+def test_sentences_are_short(texts):
+    lengths = {sentence: _words(sentence) for text in texts() for sentence in sentences(text)}
+    assert len(lengths) > 300
+    assert not {sentence: words for sentence, words in lengths.items() if words > LONGEST}
+    assert median(lengths.values()) < MEDIAN
 
 
 def test_what_counts_as_a_sentence():

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import jupytext
 import pytest
 from helpers import ROOT
 
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.slow
 # Constants at the head of an example, and what they are here.
 LESS = {
     "less_forgetting.py": "ROWS, TEST_ROWS, STEPS, TOKENS, TOLERANCE = 48, 12, 2, 200, 1.0",
+    "look_into_a_network.py": "NETWORKS, TOKENS, READ, SCORED, DRAWS = 3, 1_000, 200, 60, 3",
 }
 
 
@@ -33,7 +35,6 @@ def test_an_example_runs(name, tmp_path):
 
 @pytest.mark.parametrize("name", LESS)
 def test_an_example_is_a_notebook_with_text_before_its_code(name):
-    jupytext = pytest.importorskip("jupytext")
     cells = jupytext.read(ROOT / "examples" / name).cells
     assert cells[0].cell_type == "markdown"
     assert cells[0].source.startswith("# ")

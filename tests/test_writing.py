@@ -62,6 +62,7 @@ def test_a_folder_does_not_take_the_place_of_another(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["first"]
 
 
+@pytest.mark.posix
 def test_all_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace
@@ -75,6 +76,7 @@ def test_all_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     assert (set(done[:4]), done[4:]) == (numbers, ["renamed", tmp_path.stat().st_ino])
 
 
+@pytest.mark.posix
 def test_others_may_read_what_the_user_lets_them_read(tmp_path):
     (tmp_path / "plain").write_text("")
     with written_whole(tmp_path / "whole") as scratch:

@@ -27,12 +27,12 @@ VERBS = {
     "probe": "silence and scale networks beside controls, and say which of them matter",
     "experiment": "train and score every recipe of a folder over seeds, and compare them",
     "continual": "train one task after another, in several ways, and measure what each stage did to the others",
-    "restore": "take a fine-tune back where it touches text that is to be kept, without training",
+    "restore": "mend a fine-tune that forgot, without training",
     "export": "write what was trained as a merged, baked or smaller model, a plain LoRA or GGUF, and verify it",
     "recipes": "list the recipes that the package brings, and copy them",
-    "env": "show versions, devices and settings, for a report of a fault",
+    "env": "show versions, devices and settings, for a bug report",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
-    "demo": "the whole way on the embedded model, in minutes",
+    "demo": "show the whole way on the embedded model, in minutes",
 }
 # Which go on where they were interrupted.
 _RESUMABLE = ("train", "discover", "probe", "experiment", "continual", "demo")

@@ -8,8 +8,8 @@ from .options.schema import Option, row
 
 
 ABOUT = (
-    "Show which Hub token loads models and datasets, and which one uploads use. For each: where it was found, whose "
-    "it is, and what it may do. The token itself is never shown."
+    "Show which Hub token loads models and datasets, and which one uploads use. For each it says where it was found, "
+    "whose it is and what it may do. The token itself is never shown."
 )
 
 _ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-grained"}
@@ -17,7 +17,7 @@ _ROLES = {"read": "read", "write": "read and write", "fineGrained": "fine-graine
 
 def options() -> list[Option]:
     """The options of the verb."""
-    return [row("hub_token", f"The token that you would give an upload by this option. {TOKEN_HELP}")]
+    return [row("hub_token", f"The token that an upload would get by this option. {TOKEN_HELP}")]
 
 
 def main(argv: list[str]) -> None:

@@ -14,8 +14,8 @@ from .output import check_writable
 
 
 ABOUT = (
-    "Compare the networks of two templates. Templates of one model, or of a model and its fine-tuned child, are "
-    "compared neuron by neuron; others by their time courses on shared text (texts)."
+    "Compare the networks of two templates. Templates of one model are compared neuron by neuron, and so are those "
+    "of a model and its fine-tuned child. All others are compared by their time courses on shared text (texts)."
 )
 
 _SAMPLE_HEADER = ["network", "texts", "of all", "chance", "mean IoU"]
@@ -27,17 +27,17 @@ def options() -> list[Option]:
     template = {"positional": True}
     return [
         row("a", "Directory, JSON file or Hub id of a template.", metavar="A", required=True, **template),
-        row("b", "The template to compare it with, likewise; not with per_sample.", metavar="B", **template),
+        row("b", "Template to compare it with, given in the same way. Not with per_sample.", metavar="B", **template),
         row("revision_a", "Branch, tag or commit of A on the Hub."),
         row("revision_b", "Branch, tag or commit of B on the Hub."),
         row("texts", "Compare by time courses on this shared text.", many=True, metavar="DATASET"),
         row(
             "per_sample",
-            "Compare A with the networks of each text by itself: find these, and say which of A's they are.",
+            "Find the networks of each text by itself, and say which of A's networks they are.",
             False,
         ),
-        row("passages", "With texts: number of passages (per_sample: of texts).", 200, lowest=1),
-        row("permutations", "Random permutations for the p-values.", 199, lowest=1),
+        row("passages", "With texts: number of passages (with per_sample: of texts).", 200, lowest=1),
+        row("permutations", "Number of random permutations for the p-values.", 199, lowest=1),
         row("seed", "Seed of the permutations.", 0),
         row("output_dir", "Where the report goes.", "comparison", metavar="DIR"),
         *_model_options(),
@@ -47,7 +47,7 @@ def options() -> list[Option]:
 def _model_options() -> list[Option]:
     """What only time courses need: the two models, and how they are loaded."""
     models = [
-        row(f"model_{side}", f"Model of {side.upper()}; the one that its template names by default.") for side in "ab"
+        row(f"model_{side}", f"Model of {side.upper()}. By default the one that its template names.") for side in "ab"
     ]
     loading = [option for option in loading_options() if option.name != "model_revision"]  # which would be of one
     revisions = [

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 ABOUT = (
-    "Train a model on one task after another, in several orders and by several ways, score it on all tasks after each "
-    "stage, and report what each stage did to the others: the score matrix, average accuracy, backward and forward "
-    "transfer, forgetting, and what general text has lost. Killed at any point, the same call goes on where it was. "
-    "Options of `fnsft train` hold for all arms, over what the plan says."
+    "Train a model on one task after another, in several orders and by several ways. After each stage the model is "
+    "scored on all tasks and on general text. The report shows the score matrix, average accuracy, backward and "
+    "forward transfer, and what was forgotten. If the run is killed, the same call continues it. Options of `fnsft "
+    "train` apply to all arms and override the plan."
 )
 ROWS = "tasks"  # the folder of the rows, in the output directory
 
@@ -47,19 +47,21 @@ def options() -> list[Option]:
     own = [
         row("plan", "The YAML file with tasks, orders and arms.", positional=True, required=True, metavar="FILE"),
         row("output_dir", "Where cells, models, rows and the report go.", "continual_output", metavar="DIR"),
-        row("orders", "The orders to train, by name; all of the plan by default.", many=True, metavar="NAME"),
-        row("arms", "The arms to train, by name; all of the plan by default.", many=True, metavar="NAME"),
-        Option("seeds", "options", "int", help="Seeds of the training; those of the plan by default.", **of_numbers),
+        row("orders", "Orders to train, by name. By default all of the plan.", many=True, metavar="NAME"),
+        row("arms", "Arms to train, by name. By default all of the plan.", many=True, metavar="NAME"),
+        Option("seeds", "options", "int", help="Seeds of the training. By default those of the plan.", **of_numbers),
         row(
             "jobs",
-            "Cells that are trained at once, each in a process and, of several accelerators, on one of its own.",
+            "Number of cells to train at once, each in a process of its own. If there are several accelerators, each "
+            "process gets its own.",
             1,
             lowest=1,
         ),
-        row("restart", "Throw away what is finished of stages that have changed since, and train these anew.", False),
+        row("restart", "Discard finished stages whose settings have changed since, and train them anew.", False),
         row(
             "keep_models",
-            "Keep the whole models of stages that others have gone on from; else the last ones and all adapters stay.",
+            "Keep the whole model of every stage that others go on from. By default only the last ones stay, and all "
+            "adapters.",
             False,
         ),
     ]

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 ABOUT = (
-    "The whole way on a real model, as an experiment that is brought along: discover its functional networks, "
-    "fine-tune it on a new task in several ways, one of them protected, restore one of them afterwards, measure what "
-    "was learnt and what was forgotten, and write a report. Its "
-    "recipes and data are written to output_dir, for `fnsft train` and `fnsft experiment`."
+    "Show the whole way on a real model. The demo discovers functional networks and fine-tunes on a new task in "
+    "several ways, one of them protected. It restores one of them afterwards, measures what was learnt and what was "
+    "forgotten, and writes a report. Its recipes and data go to output_dir, where `fnsft train` and `fnsft "
+    "experiment` can use them."
 )
 LOGITS_FILE = (
     "logits.safetensors"  # in the folder of a cell: what the trained model says, to be checked after reloading
@@ -95,18 +95,17 @@ _ARMS = {
     ),
 }
 _REMARK = (
-    "This is one seed and one task: it shows how the parts work together and proves nothing about the method. "
-    "Learning rates were chosen beforehand on this task so that the arms learn about equally well. "
-    "The arm lora trains LoRA on the MLPs; outside trains the 10% of the neurons of every layer that have the lowest "
-    "loadings on all networks (outside the functional networks of general text) as deltas, and has no control here: "
-    "docs/example.md compares such neurons with random ones, which forgot less there. The arm protected trains the "
-    "LoRA of lora with forgetting: low, kept off the directions of other Wikipedia "
-    "passages; restored is what lora has trained, with position 0 and the mean of these passages taken out of it "
-    "afterwards, and no training. Every adapter gave the same logits, bit for bit, after it was loaded in a fresh "
-    "process. New task: name the desk a question belongs to (arithmetic, finance, health, household, science, "
-    "trivia); real questions of ASDiv, FiQA, HealthSearchQA, PIQA, OpenBookQA and NQ-open. General text: English "
-    "Wikipedia passages (BoolQ), of other articles than those that were discovered on and kept; general text of "
-    "another kind is protected in part only."
+    "This is one seed and one task. It shows how the parts work together, and proves nothing about the method. "
+    "Learning rates were chosen beforehand on this task, so that the arms learn about equally well. Every adapter "
+    "gave the same logits, bit for bit, after it was loaded in a fresh process. The arms: lora trains LoRA on the "
+    "MLPs. outside trains as deltas the 10% of each layer's neurons with the lowest loadings on all networks of "
+    "general text. It has no control here; docs/example.md compares such neurons with random ones, which forgot less "
+    "there. protected trains the LoRA of lora with forgetting: low, which keeps it off the directions of other "
+    "Wikipedia passages. restored is the trained lora without what it had along position 0 and the mean of these "
+    "passages; nothing was trained for that. The new task: name the desk a question belongs to (arithmetic, finance, "
+    "health, household, science, trivia). The questions are real ones of ASDiv, FiQA, HealthSearchQA, PIQA, "
+    "OpenBookQA and NQ-open. The general text: English Wikipedia passages (BoolQ), of other articles than those that "
+    "were discovered on and kept. General text of another kind is protected in part only."
 )
 
 
@@ -115,13 +114,18 @@ def options() -> list[Option]:
     return [
         row("model_name_or_path", "Hub id or directory, or `embedded`.", "embedded", metavar="MODEL"),
         row("output_dir", "Where the report and the adapters go.", "demo_output", metavar="DIR"),
-        row("discovery_tokens", "Tokens to discover networks on.", 20_000, lowest=1),
+        row("discovery_tokens", "Number of tokens to discover networks on.", 20_000, lowest=1),
         row("components", "Number of networks.", 10, lowest=1),
-        row("train_rows", "Rows of the new task to train on.", 480, lowest=1),
-        row("test_rows", "Rows of the new task to test on.", 120, lowest=1),
-        row("retention_tokens", "Tokens of general text to score.", 4_000, lowest=1),
-        row("keep_tokens", "Tokens of general text that what protects and restores is found from.", 4096, lowest=16),
-        row("seed", "Of the data order and the adapters.", 0),
+        row("train_rows", "Number of rows of the new task to train on.", 480, lowest=1),
+        row("test_rows", "Number of rows of the new task to test on.", 120, lowest=1),
+        row("retention_tokens", "Number of tokens of general text to score.", 4_000, lowest=1),
+        row(
+            "keep_tokens",
+            "Number of tokens of general text from which directions to protect and to restore are found.",
+            4096,
+            lowest=16,
+        ),
+        row("seed", "Seed of the data order and the adapters.", 0),
     ]
 
 

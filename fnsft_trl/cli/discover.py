@@ -52,24 +52,25 @@ def options() -> list[Option]:
             aliases=("ica_template_output",),
             metavar="DIR",
         ),
-        row("license", "Id of a license for the model card, for instance mit."),
+        row("license", "Id of a license for the model card, such as mit."),
         row("dataset_split", "Split of the datasets to read.", "train"),
-        row("resume", "Go on with an interrupted discovery in output_dir.", False),
+        row("resume", "Continue an interrupted discovery in output_dir.", False),
         row(
             "basis_only",
-            "Find no networks, but the leading directions of the inputs of all linear layers, for `protect_basis`; "
-            f"{DIMS} of each, or as many as ica_store_basis says.",
+            "Find no networks, only the leading directions of the inputs of all linear layers, for `protect_basis`. "
+            f"They are {DIMS} for each input, or as many as ica_store_basis says.",
             False,
         ),
         row(
             "examples",
-            "Keep so many texts of each network, in which it is most active, beside the template (examples.json).",
+            "Number of texts to keep for each network, those in which it is most active (examples.json beside the "
+            "template).",
             0,
             lowest=0,
         ),
         *PUSH_OPTIONS,
         row(
-            "push_examples", "With push_to_hub and examples: push these texts, too.", False, group="pushing to the Hub"
+            "push_examples", "With push_to_hub and examples: push these texts too.", False, group="pushing to the Hub"
         ),
         *(option for option in describe(DataConfig) if option.name in _DATA_FIELDS),
         *loading_options(),

@@ -13,7 +13,7 @@ from .options.arguments import read_arguments
 from .options.schema import Option
 
 
-ABOUT = "Show what a report of a fault should hold: versions, devices and settings. No token is shown."
+ABOUT = "Show what a bug report should hold: versions, devices and settings. No token is shown."
 
 _PACKAGES = (
     *(

@@ -16,8 +16,8 @@ from .output import check_writable
 
 
 ABOUT = (
-    "Score models on rows, general text and tasks: base models, adapters, merged and baked models, what a run has "
-    "written. Several are compared with the first, row by row."
+    "Score models on rows, general text and tasks. A model may be a base model, an adapter, a merged or baked model, "
+    "or what a run has written. Several are compared with the first, row by row."
 )
 
 _TASKS, _MASK = "tasks of lm-evaluation-harness", "under a mask"
@@ -29,24 +29,37 @@ _OF_MODELS = ("config.json", "adapter_config.json")  # what a directory with a m
 
 def options() -> list[Option]:
     """The options of the verb."""
-    place = "Directory of a model, an adapter or a run, Hub id, or `embedded`; as NAME=MODEL with a name of its own."
+    place = "Directory of a model, an adapter or a run, Hub id, or `embedded`. NAME=MODEL gives it a name of its own."
     data = (
-        "Rows to score: NAME=DATASET or DATASET, a Hub id, directory or file, of prompts and completions, "
-        "conversations, text, or multiple-choice questions."
+        "Rows to score, as DATASET or NAME=DATASET: a Hub id, directory or file. It may hold prompts and "
+        "completions, conversations, text, or multiple-choice questions."
     )
-    names = "Names of tasks, groups or tags; patterns with * are allowed."
+    names = "Names of tasks, groups or tags. Patterns with * are allowed."
     return [
         row("models", place, many=True, positional=True, required=True, metavar="MODEL"),
         row("data", data, many=True, metavar="DATASET"),
-        row("dataset_split", "Split of the data; by default that for tests or evaluations, or the only one."),
+        row("dataset_split", "Split of the data. By default the one for tests or evaluations, or the only one."),
         row("output_dir", "Where the report goes.", "evaluation", metavar="DIR"),
-        row("base", "Also score the base model of the first adapter, before all others, with its tokenizer.", False),
+        row(
+            "base", "Also score the base model of the first adapter, before all others and with its tokenizer.", False
+        ),
         row("masked", "Also score each model under the mask that it trained under.", False),
         *describe(EvaluationConfig),
         row("tasks", names, many=True, metavar="TASK", group=_TASKS),
         row("include_path", "Folder with tasks of your own (YAML).", metavar="DIR", group=_TASKS),
-        row("num_fewshot", "Examples before each question; what the task says by default.", kind="int", group=_TASKS),
-        row("limit", "Rows of each task, from its start; all by default.", kind="int", lowest=1, group=_TASKS),
+        row(
+            "num_fewshot",
+            "Number of examples before each question. By default what the task says.",
+            kind="int",
+            group=_TASKS,
+        ),
+        row(
+            "limit",
+            "Number of rows to take from the start of each task. By default all.",
+            kind="int",
+            lowest=1,
+            group=_TASKS,
+        ),
         *(option for option in describe(RetentionConfig) if option.name in _RETENTION_FIELDS),
         *mask_options(_MASK),
         *loading_options(),

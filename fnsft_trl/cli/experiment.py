@@ -17,8 +17,8 @@ from .recipe_arms import find_recipes, read_arms
 
 ABOUT = (
     "Train every recipe (a YAML file of `fnsft train`) with every seed, measure what each learns and forgets, and "
-    "compare them. A folder stands for its YAML files; a file `experiment.yaml` in it holds options of this verb. "
-    "Killed at any point, the same call goes on where it was. Options of `fnsft train` hold for all arms, over their "
+    "compare them. A folder stands for its YAML files. The file `experiment.yaml` in it holds options of this verb. "
+    "If the run is killed, the same call continues it. Options of `fnsft train` apply to all arms and override their "
     "recipes."
 )
 # Options of `fnsft train` that an experiment has under another meaning, or sets itself.
@@ -31,14 +31,15 @@ def options() -> list[Option]:
     own = [
         row(
             "recipes",
-            "A folder of recipes, or recipes: the name of a file is that of its arm.",
+            "A folder of recipes, or single recipes. The name of a file is that of its arm.",
             metavar="DIR|FILE",
             **by_place,
         ),
         row("output_dir", "Where cells, models, templates and the report go.", "experiment_output", metavar="DIR"),
         row(
             "data",
-            "Rows to score answers on: files, directories or Hub ids. By default what each recipe holds out.",
+            "Rows on which answers are scored: files, directories or Hub ids. By default the rows that each recipe "
+            "holds out.",
             many=True,
             metavar="DATASET",
         ),
@@ -50,17 +51,18 @@ def options() -> list[Option]:
             default=[0],
             lowest=0,
             highest=2**32 - 1,
-            help="Seeds of the training; each arm is trained with each.",
+            help="Seeds of the training. Each arm is trained with each of them.",
         ),
         row(
             "jobs",
-            "Cells that train at once, each in its own process and, if there are several, on its own accelerator.",
+            "Number of cells to train at once, each in a process of its own. If there are several accelerators, each "
+            "process gets its own.",
             1,
             lowest=1,
         ),
         row("generate", "Also let the models answer, and score the answers: BLEU, ROUGE, exact match.", False),
         row("max_new_tokens", "With generate: the longest answer in tokens.", 128, lowest=1),
-        row("restart", "Throw away the finished cells of arms that have changed since, and train these anew.", False),
+        row("restart", "Discard the finished cells of arms that have changed since, and train them anew.", False),
     ]
     return [*own, *_of_arms().values()]
 

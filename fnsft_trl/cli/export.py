@@ -49,12 +49,18 @@ _READ_BY = {
 def options() -> list[Option]:
     """The options of the verb."""
     forms = (
-        "merged: an ordinary checkpoint; baked: the same with a mask in its weights; smaller: without the neurons "
-        "that a mask silences; lora: neuron deltas as an ordinary PEFT LoRA; gguf: for llama.cpp."
+        "The form to write. merged: an ordinary checkpoint. baked: a merged one with a mask in its weights. smaller: "
+        "a model without the neurons that a mask silences. lora: neuron deltas as an ordinary PEFT LoRA. gguf: a "
+        "file for llama.cpp."
     )
-    parts = "merged, baked, smaller: what goes into the directory too: the adapter, and a GGUF file; one card for all."
-    verify = "Load what was written in a fresh process: are its logits, tokens and neurons those of what was trained?"
-    converter = f"The GGUF converter; {CONVERTER_VARIABLE} by default."
+    parts = (
+        "merged, baked, smaller: what else goes into the directory, the adapter or a GGUF file. One card "
+        "describes all."
+    )
+    verify = (
+        "Load what was written in a fresh process, and compare its logits, tokens and neurons with what was trained."
+    )
+    converter = f"The GGUF converter. By default {CONVERTER_VARIABLE}."
     subfolder = "With push_to_hub: the folder of the repository to put it into."
     masked = "the mask that is baked (amplify, too) or whose silenced neurons go (smaller); by default that of the run"
     return [

@@ -27,16 +27,16 @@ def options() -> list[Option]:
         row("template", where, positional=True, required=True, metavar="TEMPLATE"),
         row("revision", "Branch, tag or commit on the Hub."),
         row("json", "Print the template's config.json as it is.", False),
-        row("convert", "Save the template there in the current format.", metavar="DIR"),
+        row("convert", "Save the template in the current format, in this directory.", metavar="DIR"),
         row(
             "html",
-            "Write all that is known of the networks there, as one page that needs nothing else.",
+            "Write one self-contained page with all that is known of the networks.",
             metavar="FILE",
         ),
-        row("probe", "With html: show what a probe has found, too, given its output_dir.", metavar="DIR"),
+        row("probe", "With html: also show the results of a probe, given its output_dir.", metavar="DIR"),
         row(
             "name",
-            'Write a name of a network into the template, as NUMBER=NAME: 3="dates"; an empty one takes it away.',
+            'Name a network in the template, as NUMBER=NAME: 3="dates". An empty name removes it.',
             many=True,
             metavar="NUMBER=NAME",
         ),
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
 def _name(args: Arguments) -> None:
     """Write names of networks into a template on disk."""
     if not Path(args.template).expanduser().is_dir():
-        raise FNSFTError(f"{args.template} is no directory of a template, into which names could be written")
+        raise FNSFTError(f"{args.template} is no directory, and names are written into one; give that of a template")
     names = {}
     for text in args.name:
         number, separator, name = text.partition("=")

@@ -16,8 +16,9 @@ from .output import check_writable
 
 
 ABOUT = (
-    "Silence and scale the networks of a template, one by one and together, and score what is left of the model: "
-    "beside random masks, masks of the same amplitude and other controls, with a verdict on every network."
+    "Silence and scale the networks of a template, one by one and together, and score what is left of the model. "
+    "Random masks, masks of the same amplitude and other controls stand beside them, and each network gets a "
+    "verdict."
 )
 
 # Fields of EvaluationConfig that say how rows are read.
@@ -29,8 +30,8 @@ _FILES = ("results.json", "report.md", "report.html", "conditions.jsonl")
 def options() -> list[Option]:
     """The options of the verb."""
     data = (
-        "What to score on: NAME=DATASET or DATASET, a Hub id, directory or file, of text, prompts and completions, "
-        "conversations, or multiple-choice questions."
+        "What to score on, as DATASET or NAME=DATASET: a Hub id, directory or file. It may hold text, prompts and "
+        "completions, conversations, or multiple-choice questions."
     )
     where = "Directory or Hub id of a template of this model."
     reading = {option.name: option for option in describe(EvaluationConfig)}
@@ -40,21 +41,21 @@ def options() -> list[Option]:
         row("template", where, metavar="TEMPLATE", **by_place),
         row("template_revision", "Branch, tag or commit of the template on the Hub."),
         row("data", data, many=True, required=True, metavar="DATASET"),
-        row("dataset_split", "Split of the data; by default that for tests or evaluations, or the only one."),
+        row("dataset_split", "Split of the data. By default the one for tests or evaluations, or the only one."),
         row(
             "domains",
-            "Double dissociation: NAME=TEMPLATE for each dataset of that name, the template of its own networks, as "
-            "`discover` saves them in `datasets/`; these networks are probed in the place of those of TEMPLATE.",
+            "For a double dissociation: NAME=TEMPLATE for each dataset NAME, the template of its own networks. "
+            "`discover` saves such templates in `datasets/`. Their networks are probed instead of those of TEMPLATE.",
             many=True,
             metavar="NAME=TEMPLATE",
         ),
         row(
             "surrogate",
-            "Template of networks of activations that were shifted in time (`discover --ica_surrogate`), a control; "
-            "found on the data by default.",
+            "A control: the template of networks of activations shifted in time (`discover --ica_surrogate`). By "
+            "default they are found on the data.",
             metavar="TEMPLATE",
         ),
-        row("output_dir", "Where the report goes, and what is finished of it.", "probe", metavar="DIR"),
+        row("output_dir", "Where the report and finished parts go.", "probe", metavar="DIR"),
         *describe(ProbeConfig),
         *(replace(reading[name], group="how rows are read") for name in _READING),
         *loading_options(),

@@ -10,8 +10,8 @@ from .options.schema import Option, row
 
 
 ABOUT = (
-    "List the recipes that this package brings, or copy some: each with the data that it names, and with its paths as "
-    "they are after copying."
+    "List the recipes that this package brings, or copy some. The data that a recipe names is copied with it, and "
+    "its paths are adapted."
 )
 
 _DATA = "data"  # the folder of what recipes read
@@ -21,7 +21,7 @@ def options() -> list[Option]:
     """The options of the verb."""
     return [
         row("names", "Recipes or folders to copy; `all` copies all.", many=True, positional=True, metavar="NAME"),
-        row("output_dir", "Folder that they are copied to, made where it does not exist.", "recipes", metavar="DIR"),
+        row("output_dir", "Folder to copy them to, made if it does not exist.", "recipes", metavar="DIR"),
     ]
 
 

@@ -153,7 +153,10 @@ class _Run:
             for part in site.layout.slices if len(members) else ():
                 own[part.module_name] = Positions(part.indices(members), part.side)
         if not leading.keys() & set(self.changes.modules):
-            raise FNSFTError("none of the modules that were trained reads the neurons of the template's networks")
+            raise FNSFTError(
+                "none of the modules that were trained reads the neurons of the template's networks; drop "
+                "ica_template_path"
+            )
         return Places({"": kept, format_ranges(self.numbers): kept.with_leading(leading)}, own)
 
     def _energy(self, name: str, text: KeptText) -> dict[int, float]:

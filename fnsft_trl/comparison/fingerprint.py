@@ -53,8 +53,8 @@ def network_time_courses(
 ) -> torch.Tensor:
     """How active each network is in each passage.
 
-    The activity of the networks at a token is the least-squares fit of the token's activations, less their mean on the
-    calibration text, by the loadings of all networks; a passage has the mean of its tokens.
+    The activity of the networks at a token is a least-squares fit by the loadings of all networks. What is fitted are
+    the token's activations less their mean on the calibration text. A passage has the mean of its tokens.
 
     Args:
         model: the model that the template was made from.

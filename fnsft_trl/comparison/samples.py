@@ -1,8 +1,8 @@
 """The networks of single samples, and which of a template's they are.
 
-The first paper on functional networks looks at each sample by itself: independent components of its activations alone,
-of which those that share more than a fifth of their neurons (IoU above 0.2) with one of another sample count as the
-same network.
+The first paper on functional networks looks at each sample by itself, at independent components of its activations
+alone. Components of two samples count as the same network if they share more than a fifth of their neurons (IoU above
+0.2).
 """
 
 import math

@@ -71,9 +71,9 @@ def _fsdp_marks_modules() -> bool:
 def guard_hooks() -> None:
     """Let compiled code notice hooks: those put on, or taken away, after the compilation, and those of another model.
 
-    By default torch.compile takes for granted that hooks stay as they were, and runs what it made of one model for
-    another of the same classes, whose hooks are then ignored without a word. Code that was compiled so is dropped,
-    and made anew in its next call.
+    By default torch.compile takes for granted that hooks stay as they were. It runs what it made of one model for
+    another of the same classes, whose hooks are then ignored without a word. Code that was compiled so is dropped, and
+    made anew in its next call.
     https://docs.pytorch.org/docs/stable/torch.compiler_nn_module.html
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/config.py
     """

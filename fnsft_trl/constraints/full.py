@@ -1,7 +1,7 @@
 """Full fine-tuning held to a NeuronMask.
 
-Gradients of frozen slices are zeroed as they are accumulated, so that clipping does not count them, and the slices are
-put back after every step, so that weight decay does not move them either.
+Gradients of frozen slices are zeroed as they are accumulated, so that clipping does not count them. The slices are put
+back after every step, so that weight decay does not move them either.
 """
 
 from collections.abc import Iterator

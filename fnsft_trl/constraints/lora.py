@@ -160,7 +160,10 @@ def constrain_lora(model: nn.Module, trainable: NeuronMask, *, adapter_name: str
             trained += found.part.count - len(found.part.among(frozen))
             factors.append(_FrozenFactor(model, found, adapter_name, frozen))
     if not factors:
-        raise FNSFTError(f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train")
+        raise FNSFTError(
+            f"adapter {adapter_name!r} has no LoRA on an MLP module, so there is no neuron to train; add these to "
+            "target_modules"
+        )
     if trained == 0:
         raise FNSFTError(
             f"no trainable neuron lies in a layer that adapter {adapter_name!r} adapts, so none could train; adapt "

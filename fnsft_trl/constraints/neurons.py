@@ -24,9 +24,11 @@ def trainable_neurons(model: nn.Module, mask: NeuronMask, train: str) -> NeuronM
     selected = mask.over({site.layer: site.width for site in fitting_sites(model, mask)})
     trainable = {"selected": selected, "unselected": ~selected, "all": selected | ~selected}[train]
     if trainable.count == 0:
-        raise FNSFTError(f"train_neurons={train} leaves no neuron trainable: the selection holds {mask.count} neurons")
+        raise FNSFTError(
+            f"train_neurons={train} leaves no neuron trainable, for the selection holds {mask.count}; select others"
+        )
     if train == "unselected" and selected.count == 0:
-        raise FNSFTError("train_neurons=unselected with an empty selection freezes nothing")
+        raise FNSFTError("train_neurons=unselected with an empty selection freezes nothing; select some neurons")
     return trainable
 
 

@@ -6,8 +6,8 @@ step of the optimizer:
     LoRA, D = B A                       A <- A (I - U U^T)
     rows of neuron deltas               the same; a bias answers to every input, and stays zero
     columns C at the inputs S           D U = C^T U_S, so C <- (I - Q Q^T) C with Q an orthonormal basis of U_S
-    the weight W = W0 + D               W <- W - (W U - W0 U) U^T, for which W0 U is kept and not W0; at the end once
-                                        more in float64, or a product of float32 is what is left along U
+    the weight W = W0 + D               W <- W - (W U - W0 U) U^T, for which W0 U is kept and not W0. At the end once
+                                        more in float64, or the rounding of a float32 product is left along U.
 
 Where a part of the entries is frozen (other neurons), the rest is projected by itself, so that frozen ones keep their
 bits. A strength s below 1 takes the part s of what each step adds along U out, and leaves the rest.

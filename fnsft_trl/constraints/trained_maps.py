@@ -125,7 +125,9 @@ def check_adapter(config) -> None:
         if init == str(name) or (name and init.startswith(f"{name}_")):
             raise FNSFTError(f"init_lora_weights={init!r} cannot be protected: {why}; leave it out")
     if config.bias != "none":
-        raise FNSFTError(f"LoRA with bias={config.bias!r} cannot be protected: biases answer to every input")
+        raise FNSFTError(
+            f"LoRA with bias={config.bias!r} cannot be protected, for biases answer to every input; set bias=none"
+        )
 
 
 def _partial_slices(base: nn.Module, trainable: NeuronMask) -> dict[str, tuple[str, torch.Tensor]]:

@@ -1,8 +1,9 @@
 """GrowingDirections: after each stage, the directions of its task are added to those that are protected.
 
-With U the orthonormal directions that a stage protected and V the leading ones of its task's inputs in the model that
-it trained, the next stage protects the span of both: as in Gradient Projection Memory (Saha et al., 2021, arXiv
-2103.09762, section 5), so many new directions of each input that all hold a share of the task's energy, or a number.
+U are the orthonormal directions that a stage protected. V are the leading ones of its task's inputs in the model that
+it trained. The next stage protects the span of both, as in Gradient Projection Memory (Saha et al., 2021, arXiv
+2103.09762, section 5). Each input gets as many new directions as hold, with the old ones, a share of the task's
+energy, or a given number.
 """
 
 from collections.abc import Iterable, Mapping

@@ -135,8 +135,8 @@ class Plan:
         return [Stage(tuple((name,) for name in names[: end + 1])) for end in range(len(names))]
 
     def waves(self) -> list[list[tuple[str, Stage]]]:
-        """All stages of all arms: those that go on from the model before training, those that go on from these, and
-        so on; each once, for orders that begin alike share their beginning."""
+        """All stages of all arms: first those that go on from the model before training, then those that go on from
+        these, and so on. Each is there once, for orders that begin alike share their beginning."""
         found: dict[tuple[str, Stage], None] = {}
         for arm, way in self.ways.items():
             for order, names in self.orders.items():

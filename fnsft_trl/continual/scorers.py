@@ -26,7 +26,7 @@ def score_task(
         max_length: the longest row in tokens that is scored.
 
     Returns:
-        `score`: the mean over rows, from 0 to 1, higher is better; `rows`: of each row, in their order; `nll`: mean
+        `score`: the mean over rows, from 0 to 1; higher is better. `rows`: of each row, in their order; `nll`: mean
         negative log-likelihood of the expected answers, in nats; `left_out`: rows that are longer than `max_length`.
 
     Raises:

@@ -36,13 +36,13 @@ class DataConfig:
     )
     max_samples: int | None = option(
         None,
-        "Rows to take of each split of each dataset, drawn by the seed of the training and kept in their order. All "
-        "rows by default.",
+        "Number of rows to take of each split of each dataset, drawn by the seed of the training. They keep their "
+        "order. By default all rows.",
         least=1,
     )
     eval_fraction: float = option(
         0.1,
-        "Share of the training rows to hold out, drawn by the seed, when an evaluation has no split.",
+        "Share of the training rows to hold out when an evaluation has no split, drawn by the seed.",
         above=0,
         below=1,
     )

@@ -140,7 +140,9 @@ def question_routing(train_rows: int, test_rows: int) -> tuple[list[dict], list[
     draw = random.Random(0)
     mixed = _routing(draw)
     if len(mixed) < train_rows + test_rows:
-        raise FNSFTError(f"the embedded questions give {len(mixed)} rows, {train_rows + test_rows} were asked for")
+        raise FNSFTError(
+            f"the embedded questions give {len(mixed)} rows, {train_rows + test_rows} were asked for; ask for fewer"
+        )
     train, test = mixed[:train_rows], mixed[train_rows : train_rows + test_rows]
     draw.shuffle(train)
     return train, test

@@ -251,10 +251,10 @@ def _nearest(found: Sequence[str]) -> str:
 def choose(row: Mapping, matches: Sequence[Match]) -> Match:
     """The format of one row: the longest whose required columns are all filled in it.
 
-    A shorter format takes a row over from a longer one that is filled in part only if it reads everything that is
-    filled in that part: rows of several formats in one dataset are each read in their own, and a row with an
+    A longer format may be filled in part. A shorter one then takes the row over only if it reads everything that is
+    filled in that part. So rows of several formats in one dataset are each read in their own, and a row with an
     instruction and an empty answer is not read as something else. A conversation with an answer may always take a row
-    over, and does so from one that is filled too if it goes further.
+    over. It does so even from a format that is filled, if it goes further.
 
     Raises:
         UnusableRow: there is none; a required column of the nearest is null or empty.

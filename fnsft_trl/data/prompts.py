@@ -33,9 +33,9 @@ class PromptTemplate:
 def parse_prompt_template(template: str) -> PromptTemplate:
     """Read a template such as `"Q: {instruction}\\nA: {response}"`.
 
-    The placeholders are `{instruction}` and `{response}`, each once and in this order, and `{system}` on a line above
-    them: the lines up to it, and line breaks after it, are written only for a conversation with a system turn. Braces
-    of the text are doubled; a backslash and an n are a line break, as one writes it in a shell.
+    The placeholders are `{instruction}` and `{response}`, each once and in this order. `{system}` may stand on a line
+    above them. The lines up to it, and line breaks after it, are written only for a conversation with a system turn.
+    Braces of the text are doubled. A backslash and an n are a line break, as one writes it in a shell.
 
     Raises:
         FNSFTError: a placeholder is missing, repeated, unknown or out of order.

@@ -113,9 +113,9 @@ def answers_template(processing_class) -> str | None:
         return get_training_chat_template(processing_class)
     except ValueError as error:
         raise FNSFTError(
-            "assistant_only_loss needs a chat template that marks the answers (by generation), which the tokenizer's "
-            "does not, and TRL has none in its place; set template_format to alpaca, chatml or basic, whose templates "
-            "do, give such a template with chat_template_path, or drop assistant_only_loss"
+            "assistant_only_loss needs a chat template that marks the answers (by generation), and neither the "
+            "tokenizer nor TRL has one; set template_format to alpaca, chatml or basic, give such a template with "
+            "chat_template_path, or drop assistant_only_loss"
         ) from error
 
 

@@ -65,8 +65,8 @@ def trained_part(row: Mapping, text_field: str = "text"):
 
 
 def compared_part(row: Mapping, text_field: str = "text"):
-    """What trainers other than SFTTrainer read of a row: of preferences the prompt with the chosen answer, of prompts
-    that are answered in training the prompt, and of any other row what SFTTrainer trains."""
+    """What trainers other than SFTTrainer read of a row. Of preferences it is the prompt with the chosen answer. Of
+    prompts that are answered in training it is the prompt. Of any other row it is what SFTTrainer trains."""
     prompt = row.get("prompt")
     if "chosen" in row:
         return row["chosen"] if prompt is None else {"prompt": prompt, "completion": row["chosen"]}
@@ -120,8 +120,8 @@ def _conversation_ids(messages, name: str, row: Mapping, tokenizer, dialect: Dia
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = "the text") -> Iterator[TokenSequence]:
     """Tokenise texts, cutting long ones into sequences of at most `max_length` tokens.
 
-    Each text, or each run of four sequences of a long one, goes as a whole to the half that has fewer tokens so far:
-    the halves stay equally large and share no passage. Texts that cannot be used are left out, and counted.
+    Each text, or each run of four sequences of a long one, goes as a whole to the half that has fewer tokens so far.
+    So the halves stay equally large and share no passage. Texts that cannot be used are left out, and counted.
 
     Raises:
         FNSFTError: no text can be used, or one is of no known form.

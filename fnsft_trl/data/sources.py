@@ -88,7 +88,7 @@ def load_data(
         if path.is_file():
             return _load_file(path, split)
         if path.suffix in _BUILDERS and not path.exists():
-            raise FNSFTError(f"the dataset file {name_or_path} does not exist")
+            raise FNSFTError(f"the dataset file {name_or_path} does not exist; give the path of one that does")
         if is_saved:
             saved = load_from_disk(str(path))
             return _of_splits(saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved), split)
@@ -107,7 +107,10 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise FNSFTError(f"the dataset {name_or_path!r} was found neither here nor on the Hub ({reason})") from error
+        raise FNSFTError(
+            f"the dataset {name_or_path!r} was found neither here nor on the Hub ({reason}); see that the name is "
+            "right"
+        ) from error
     except FNSFTError:
         raise
     except (ValueError, OSError, DatasetsError, RuntimeError) as error:
@@ -117,7 +120,9 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
             found = re.search(r"configs: \[(.*)\]", str(error))
             raise _of_configurations(name_or_path, found[1] if found else "of several names") from error
         if "corresponds to no data" in str(error):
-            raise FNSFTError(f"the dataset {name_or_path} is empty: its split has no rows") from error
+            raise FNSFTError(
+                f"the dataset {name_or_path} is empty: its split has no rows; name another split"
+            ) from error
         if isinstance(error, DatasetGenerationError):  # which only says that it failed
             reason = shorten(str(error.__cause__ or error), 300)
         else:

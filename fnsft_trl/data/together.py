@@ -29,7 +29,9 @@ def put_together(parts: list[Dataset]) -> Dataset:
     parts = _alike(parts)
     if len({tuple(sorted(rows.column_names)) for rows in parts}) > 1:
         found = "; ".join(", ".join(rows.column_names) for rows in parts)
-        raise FNSFTError(f"the datasets cannot be trained together, their rows become different things: {found}")
+        raise FNSFTError(
+            f"the datasets cannot be trained together, for their rows become different things ({found}); give one kind"
+        )
     try:
         return concatenate_datasets(parts)
     except (ValueError, TypeError) as error:

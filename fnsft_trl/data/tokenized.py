@@ -96,10 +96,10 @@ class TokenizedCache:
     Tokenised datasets, each in a directory named by the SHA-256 of the rows, the tokenizer, the settings and the
     versions that it came from.
 
-    What is read back is therefore never stale: another row, another token of the vocabulary, another chat template or
-    another length give another name, and paths and dates have no part in it. Nor is it damaged: the files of an entry
-    are compared with their SHA-256. An entry is written under a temporary name and renamed, so that several processes
-    may work on it at once. Only the user can read what is kept.
+    What is read back is therefore never stale. Another row, another token of the vocabulary, another chat template or
+    another length give another name. Paths and dates have no part in it. Nor is it damaged: the files of an entry are
+    compared with their SHA-256. An entry is written under a temporary name and renamed, so that several processes may
+    work on it at once. Only the user can read what is kept.
 
     Args:
         directory (`str`, *optional*):

@@ -256,7 +256,9 @@ def _read_template_file(processing_class, training_args) -> bool:
     try:
         processing_class.chat_template = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise FNSFTError(f"the chat template {path} cannot be read: {error.strerror}") from error
+        raise FNSFTError(
+            f"the chat template {path} cannot be read ({error.strerror}); give a file that can"
+        ) from error
     training_args.chat_template_path = None  # or TRL would read it again, over what is changed below
     return True
 
@@ -276,7 +278,9 @@ def _set_prompt_format(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if training_args.eos_token is not None:
         if training_args.eos_token not in tokenizer.get_vocab():
-            raise FNSFTError(f"eos_token is {training_args.eos_token!r}, which is no token of the tokenizer")
+            raise FNSFTError(
+                f"eos_token is {training_args.eos_token!r}, which is no token of the tokenizer; name one of its tokens"
+            )
         tokenizer.eos_token = training_args.eos_token
     eos_token = tokenizer.eos_token
     if training_args.chat_template_path is not None:

@@ -324,7 +324,10 @@ class InputSums:
         mean = self.mean.cpu()
         start = orthonormal(self.first.cpu()[:, None], mean[:, None])
         if not start.shape[1]:
-            raise FNSFTError(f"all inputs of {modules[0]} are zero on the texts to keep, so they have no direction")
+            raise FNSFTError(
+                f"all inputs of {modules[0]} are zero on the texts to keep, so they have no direction; give other "
+                "texts"
+            )
         count = min(self.leading, self.width - start.shape[1])
         return orthonormal(start, *([self._leading(start)[:, :count]] if count else [])), mean
 

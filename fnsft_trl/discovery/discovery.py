@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import FunctionalNetworkConfig, ThresholdRule
@@ -48,7 +49,7 @@ _CHECK_GROWTH = 1.5  # and how much they grow from one look to the next
 
 def discover_networks(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Iterable | Mapping[str, Iterable],
     config: FunctionalNetworkConfig | None = None,
     *,
@@ -85,7 +86,7 @@ def discover_networks(
 
 def discover_group(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     datasets: Mapping[str, Iterable],
     config: FunctionalNetworkConfig | None = None,
     *,

@@ -1,7 +1,7 @@
 """FastICA (Hyvärinen, 1999, "Fast and robust fixed-point algorithms for independent component analysis").
 
 The parallel form with symmetric decorrelation (section IV). Several random starts run at once on a part of the
-samples, their unmixing matrices stacked so that each iteration is one matrix product; the start with the largest
+samples. Their unmixing matrices are stacked, so that each iteration is one matrix product. The start with the largest
 contrast goes on with all samples. scikit-learn's FastICA can do the iterations instead, from the same starts.
 """
 

@@ -21,9 +21,9 @@ def null_reliability(
 ) -> dict[str, float]:
     """What reliability and overlap of as many components would be without co-activation.
 
-    As many tokens as there were are drawn anew in each half, each neuron's activation by itself from all that it had:
-    every neuron does what it did, and no two do anything together. The neurons that vary most are taken, for one of
-    these can be a component by itself, and others at random.
+    As many tokens as there were are drawn anew in each half. Each neuron's activation is drawn by itself from all that
+    it had. So every neuron does what it did, and no two do anything together. The neurons that vary most are taken,
+    for one of these can be a component by itself, and others at random.
 
     Args:
         halves: two lists of finished sketches.
@@ -33,8 +33,8 @@ def null_reliability(
     Returns:
         `reliability` and `jaccard`, means over the components, and `highest`, the reliability of the most reliable of
         them; all in [0, 1]. Of z-scored activations all are near zero. Of centred ones a few neurons can carry most of
-        the variance; each of these is then a component by itself and returns without any co-activation, so that the
-        correlation is high and only the overlap is near zero.
+        the variance. Each of these is then a component by itself, and returns without any co-activation. The
+        correlation is high then, and only the overlap is near zero.
 
     Raises:
         FNSFTError: as [`decompose`].

@@ -148,7 +148,9 @@ class DiscoveryProgress:
             FNSFTError: there is no save, it cannot be read, or it is of a discovery with other settings or weights.
         """
         if self.directory is None:
-            raise FNSFTError("there is nothing to resume from without a progress_dir")
+            raise FNSFTError(
+                "there is nothing to resume from without a progress_dir; give the one of the interrupted discovery"
+            )
         saves = self._saves()
         if not saves:
             raise FNSFTError(f"there is no interrupted discovery in {self.directory} to resume; start without resume")

@@ -218,7 +218,7 @@ class ActivationSketch:
     def _rescaled(self) -> torch.Tensor:
         """Bring the rows to the units known by now, and give their Gram matrix.
 
-        All of them when the tokens have doubled; those of a neuron that varies far more than it did at once, before
+        All of them when the tokens have doubled. Those of a neuron that varies far more than it did at once, before
         its activations enter: whatever is small beside them would be lost.
         """
         divisor = self.units.running_divisor(self.moments)

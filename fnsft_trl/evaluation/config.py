@@ -34,19 +34,19 @@ class RetentionConfig:
 
     retention_datasets: list[str] | None = option(
         None,
-        "General texts, disjoint from the training data, each a series of its own: `name=source`. A source is a Hub "
-        "id, a directory, a file (.json, .jsonl, .csv, .parquet, .txt) or `embedded` (English Wikipedia). Without a "
-        "name, a source gets one from itself.",
+        "General texts, disjoint from the training data, each as `name=source` and a series of its own. A source is "
+        "a Hub id, a directory, a file (.json, .jsonl, .csv, .parquet, .txt) or `embedded` (English Wikipedia). "
+        "Without a name, the source gives it one.",
     )
     retention_tokens: int = option(
-        8192, "Tokens of each text that are scored, and of the task's prompts.", least=1, most=10**8
+        8192, "Number of tokens to score of each text, and of the task's prompts.", least=1, most=10**8
     )
     retention_batch_size: int = option(
-        8, "Sequences of up to 256 tokens in a forward pass; fewer of longer ones.", least=1
+        8, "Sequences of up to 256 tokens in a forward pass, fewer if they are longer.", least=1
     )
     retention_budget: float | None = option(
         None,
-        "The rise of cross-entropy, in nats per token, that no text may pass; no budget by default.",
+        "Largest rise of cross-entropy, in nats per token, that any text may show. By default there is no budget.",
         least=0,
     )
     retention_on_budget: str | None = option(

@@ -1,8 +1,8 @@
 """Equal learning: how far a model is from its base at the point where it has learnt as much as others.
 
 Two ways to train differ in how much they learn, so what they forget is compared where both have learnt the same. A
-target is a share of what there is to learn; on the path of a training, or from base to trained by interpolation, what
-was forgotten is read off where the loss first reaches it.
+target is a share of what there is to learn. What was forgotten is read off where the loss first reaches it, on the
+path of a training or by interpolation from base to trained.
 """
 
 from __future__ import annotations

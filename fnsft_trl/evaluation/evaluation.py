@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..data.cells import UnusableRow
 from ..data.choices import ChoiceFormat, check_choices, chosen_choice_format, find_choice_format, read_choices
@@ -100,7 +101,7 @@ class ModelScores:
 
 def evaluate_model(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     data: Sequence[EvaluationData],
     config: EvaluationConfig | None = None,
     *,

@@ -25,38 +25,42 @@ class EvaluationConfig:
     )
     template_format: str = option(
         "auto",
-        "How conversations are rendered, as in training: `chat`, `alpaca`, `chatml`, `basic`, or `auto`. `auto` takes "
-        "the chat template of each model's tokenizer, where a training keeps its format, and else `basic`.",
+        "How conversations are rendered, as in training: `chat`, `alpaca`, `chatml`, `basic`, or `auto`. `auto` "
+        "takes the chat template of each model's tokenizer, where a training keeps its format. Without one it takes "
+        "`basic`.",
         choices=TEMPLATE_FORMATS,
     )
     prompt_template: str | None = option(
         None, 'With `template_format="basic"`: the template, with `{instruction}` and `{response}`.'
     )
     assistant_only_loss: bool = option(
-        False, "Perplexity of conversations over the assistant's turns only, as in a training with this option."
+        False,
+        "Take the perplexity of conversations over the assistant's turns only, as a training with this option does.",
     )
     max_length: int | None = option(
         None,
-        "Longest row in tokens; longer ones are left out, and longer text is read in parts. By default what the model "
-        "has positions for, at most 2,048.",
+        "Longest row in tokens. Longer rows are left out, and longer text is read in parts. By default what the "
+        "model has positions for, at most 2,048.",
         least=2,
     )
     max_samples: int | None = option(
-        None, "Rows taken of each dataset, at random by the seed, in their order; all by default.", least=1
+        None,
+        "Number of rows to take of each dataset, drawn by the seed. They keep their order. By default all rows.",
+        least=1,
     )
     generate: bool = option(False, "Also let the models answer, and score the answers: exact match, BLEU, ROUGE.")
     max_new_tokens: int = option(128, "With `generate`: the longest answer in tokens.", least=1)
     choice_prompt: str | None = option(
         None,
-        "What stands before an answer of a multiple-choice question, with the names of columns in braces: "
-        "`Question: {question}\\nAnswer:`.",
+        "Text before the answers of a multiple-choice question, with the names of columns in braces: `Question: "
+        "{question}\\nAnswer:`.",
     )
     apply_chat_template: bool = option(
         False, "Put multiple-choice questions, and those of tasks, into the chat template, as a user's turn."
     )
     batch_size: int = option(8, "Rows in a forward pass.", least=1)
-    seed: int = option(0, "Seed of the rows that are taken, of the bootstrap and of tasks.", least=0)
-    bootstrap_draws: int = option(2000, "Draws of rows for the intervals.", least=100)
+    seed: int = option(0, "Seed of the rows that are drawn, of the bootstrap and of tasks.", least=0)
+    bootstrap_draws: int = option(2000, "Number of draws of rows for the intervals.", least=100)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -22,7 +22,7 @@ class Cells:
     """The finished cells of an experiment, in a file.
 
     Args:
-        path (`str` or `os.PathLike`): of the file; this process must be the only one that writes it.
+        path (`str` or `os.PathLike`): of the file; this process must be the only one that writes to it.
         by (`tuple[str, ...]`): the entries of a cell by which it is found, defaults to its arm and its seed.
 
     Attributes:
@@ -36,7 +36,6 @@ class Cells:
         self.path = Path(path)
         self.by = tuple(by)
         self.found: dict[Key, dict[str, Any]] = {}
-        remove_leftovers(self.path)
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             for line in lines:
@@ -66,6 +65,7 @@ class Cells:
 
     def _write(self) -> None:
         lines = [json.dumps(cell) + "\n" for _, cell in sorted(self.found.items())]
+        remove_leftovers(self.path)
         with written_whole(self.path) as scratch:
             scratch.write_text("".join(lines), encoding="utf-8")
 

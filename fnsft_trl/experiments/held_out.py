@@ -45,7 +45,8 @@ class HeldOut:
         """
         if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
             raise FNSFTError(
-                "an arm needs an evaluation dataset of rows that its trainer has tokenised (a datasets.Dataset)"
+                "an arm has no evaluation dataset of rows that its trainer has tokenised; give it an eval_dataset of "
+                "rows"
             )
         reader, rows, digest = RowReader(tokenizer), [], hashlib.sha256()
         for number, row in enumerate(dataset):

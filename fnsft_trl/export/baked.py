@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -47,7 +48,7 @@ def to_baked(
     *,
     factor: float | None = None,
     dtype: str = "auto",
-    **loading,
+    **loading: Any,
 ) -> BakedMask:
     """Write a model that computes without hooks what the trained one computes under its mask.
 

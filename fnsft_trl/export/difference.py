@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def verify_merge(
     adapter: str | os.PathLike | NeuronMask | None = None,
     *,
     sites: Sequence[NeuronSite] | None = None,
-    **loading,
+    **loading: Any,
 ) -> NeuronMask:
     """Find the neurons that differ between two checkpoints, and check that they are those an adapter says.
 
@@ -94,9 +95,8 @@ def verify_merge(
         trained |= {name.partition(part)[0] for part in (".lora_", ".token_adapter") if part in name}
     for name in others:
         if name.rpartition(".")[0] not in trained:
-            raise FNSFTError(
-                f"{name} differs in a weight that belongs to no neuron and that the adapter does not train"
-            )
+            what = "a weight that belongs to no neuron and that the adapter does not train"
+            raise FNSFTError(f"{name} differs in {what}; compare with the base that the adapter was trained on")
     return changed
 
 
@@ -123,7 +123,10 @@ def _check_members(site: NeuronSite, changed: torch.Tensor, expected: torch.Tens
     missing = expected & ~changed
     if all_of_them and missing.any():
         neuron = int(missing.nonzero()[0])
-        raise FNSFTError(f"neuron {neuron} of layer {site.layer} ({site.name}) should differ, but does not")
+        raise FNSFTError(
+            f"neuron {neuron} of layer {site.layer} ({site.name}) should differ, but does not; export anew what was "
+            "trained"
+        )
 
 
 def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after) -> None:
@@ -138,5 +141,6 @@ def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after)
             first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
             neuron = int(part.among(neurons).repeat(len(part.offsets))[first])
             raise FNSFTError(
-                f"{name} of neuron {neuron} (layer {site.layer}) is not the base value plus the adapter's delta"
+                f"{name} of neuron {neuron} (layer {site.layer}) is not the base value plus the adapter's delta; "
+                "compare the model with the base that the adapter was trained on"
             )

@@ -135,5 +135,8 @@ def _run(command: list[str]) -> tuple[int, str]:
         finally:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    if os.name == "posix":
+                        os.killpg(process.pid, signal.SIGKILL)
+                    else:
+                        process.kill()
         return process.returncode, err.strip() or out

@@ -1,6 +1,7 @@
 """An adapter merged into its base model, as an ordinary checkpoint."""
 
 import os
+from typing import Any
 
 from peft import PeftConfig
 
@@ -10,7 +11,7 @@ from .written import written_model
 
 
 def to_merged(
-    adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto", **loading
+    adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "auto", **loading: Any
 ) -> PeftConfig:
     """Merge a saved adapter into its base model and save the result as an ordinary checkpoint.
 
@@ -30,8 +31,8 @@ def to_merged(
         The configuration of the adapter.
 
     Raises:
-        FNSFTError: it is no adapter or one that does not merge, the base model is quantised or not the one that was
-            trained on, there is no tokenizer, or the output directory is one of those that are read.
+        FNSFTError: it is no adapter, or one that does not merge. The base model is quantised, or not the one that was
+            trained on. There is no tokenizer. The output directory is one of those that are read.
         ValueError: the merged weights are not finite.
     """
     source = WholeSource.read(adapter_dir)

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -29,7 +30,7 @@ def to_plain_lora(
     output_dir: str | os.PathLike,
     *,
     adapter_name: str = "default",
-    **loading,
+    **loading: Any,
 ) -> LoraConfig:
     """Write neuron deltas as an ordinary LoRA, which PEFT loads without this package.
 
@@ -39,7 +40,7 @@ def to_plain_lora(
         neurons are inputs:   B = D^T, shape (out, |S|);           A = one-hot of S, shape (|S|, in)
 
     with a scaling of 1. Deltas of biases become the bias of `lora_B`, which PEFT then gives to all modules of the
-    adapter; it merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
+    adapter. PEFT merges them only if each of these has a bias in the base model. LoRA beside the deltas, modules and
     token rows saved as a whole go along, and so does a tokenizer that lies beside the adapter. The one-hot factors
     make the files larger than those of the deltas.
 
@@ -56,8 +57,8 @@ def to_plain_lora(
         The configuration that was written.
 
     Raises:
-        FNSFTError: it is no adapter of neuron deltas, LoRA beside them is of a variant that cannot go along, or a
-            linear layer beside experts has a delta of its bias; or the output directory is one of those that are read.
+        FNSFTError: it is no adapter of neuron deltas; LoRA beside them is of a variant that cannot go along; a linear
+            layer beside experts has a delta of its bias. The output directory is one of those that are read.
     """
     processor = None
     if isinstance(model_or_adapter, PeftModel):

@@ -34,10 +34,10 @@ def found(settings: Mapping[str, Any], prompts: list[tuple[torch.Tensor, torch.T
         prompts: (ids, shape (1, positions); logits of the source after the last) of each.
 
     Returns:
-        `difference`: the largest absolute difference of the logits, and `largest`, the largest absolute logit;
-        `tokens`: numbers of the texts of which the tokenizer there makes other tokens; `neurons`: layer -> those that
-        differ from the base model, as text, or null where weights are rounded; `others`: parameters that differ in an
-        entry that belongs to no neuron; `own`: whether the base model is the source itself.
+        A mapping of these. `difference`: the largest absolute difference of the logits. `largest`: the largest
+        absolute logit. `tokens`: numbers of the texts that the tokenizer there tokenizes differently. `neurons`:
+        layer -> neurons that differ from the base model, as text, or null where weights are rounded. `others`:
+        parameters that differ in an entry that belongs to no neuron. `own`: whether the base model is the source.
     """
     form, place, loading = settings["form"], settings["place"], settings["loading"]
     model = _load(form, place, **loading).eval()

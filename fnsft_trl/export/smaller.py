@@ -6,6 +6,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ def to_smaller(
     mask: NeuronMask | None = None,
     *,
     dtype: str = "auto",
-    **loading,
+    **loading: Any,
 ) -> Removal:
     """Write a model without some neurons, which computes what the trained one computes while they are silenced.
 

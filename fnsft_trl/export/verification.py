@@ -79,13 +79,14 @@ def verify_export(
     silenced: NeuronMask | None = None,
     factor: float = 0.0,
     outtype: str = "auto",
-    **loading,
+    **loading: Any,
 ) -> Verification:
     """Load an export in a fresh process and compare it with its source.
 
-    On [`PROMPTS`], the logits after the last token are those of the source (under the mask that was baked), the
-    tokenizer makes the same tokens, and no neuron differs from the base model but those that the source may have
-    changed: of neuron deltas the adapter's, of a run with networks the trainable ones, and those of the mask.
+    Three things are checked on [`PROMPTS`]. The logits after the last token are those of the source, under the mask
+    that was baked. The tokenizer makes the same tokens. And no neuron differs from the base model but those that the
+    source may have changed: the adapter's (of neuron deltas), the trainable ones (of a run with networks), and those
+    of the mask.
 
     Args:
         source_dir: the adapter or the model that was exported.

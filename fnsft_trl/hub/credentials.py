@@ -9,7 +9,7 @@ from ..errors import FNSFTError
 
 
 ENV_FILE = ".env"
-TOKEN_HELP = "All users of the machine can see it in the list of processes: prefer HF_TOKEN in the environment."
+TOKEN_HELP = "Every user of the machine can see it in the list of processes, so prefer HF_TOKEN in the environment."
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the second is huggingface_hub's old name of the first
 
 _LINE = re.compile(rf"\s*(?:export\s+)?({'|'.join(TOKEN_VARIABLES)})\s*=\s*(.*?)\s*")

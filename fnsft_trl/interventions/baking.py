@@ -74,7 +74,10 @@ def bake_lesion(model: nn.Module, mask: NeuronMask) -> KeptWeights:
     silenced = mask.over({site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)})
     if before is not None:
         if before["site"] != mask.site:
-            raise FNSFTError(f"the model carries a lesion at {before['site']}, so none can be baked at {mask.site}")
+            raise FNSFTError(
+                f"the model carries a lesion at {before['site']}, so none can be baked at {mask.site}; bake into a "
+                "model without one"
+            )
         silenced = silenced | _silenced(model, before)
     kept = KeptWeights(values, found, {_LESION: {"site": mask.site, "neurons": silenced.to_ranges()}})
     for name, (dims, positions, _) in values.items():

@@ -1,7 +1,7 @@
 """Restoring: what a fine-tune has changed in a linear map, taken back along directions of its input.
 
-A change D, shape (out, in), projected off orthonormal directions U, shape (in, m), is D (I - U U^T): what the map
-makes of any input along U is what it made of it before the training. Each kind of change keeps its form.
+A change D, shape (out, in), projected off orthonormal directions U, shape (in, m), is D (I - U U^T). What the map
+makes of any input along U is then what it made of it before the training. Each kind of change keeps its form.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class NeuronMask:
         for layer, spec in ranges.items():
             number = numbers.get(str(layer))
             if number is None:
-                raise FNSFTError(f"neurons of layer {layer} are selected, but the layers are {format_ranges(layers)}")
+                raise FNSFTError(
+                    f"neurons of layer {layer} are selected, but the layers are {format_ranges(layers)}; name these"
+                )
             layers[number][parse_ranges(spec, widths[number], what="neuron")] = True
         return cls(layers, site)
 
@@ -93,7 +95,7 @@ class NeuronMask:
         if shapes != others or self.site != other.site:
             raise FNSFTError(
                 f"masks of different layers, widths or sites do not combine: {self.site} {shapes} and {other.site} "
-                f"{others}"
+                f"{others}; take both from one model and site"
             )
         for layer in self.layers:
             yield layer, self.layers[layer], other.layers[layer]

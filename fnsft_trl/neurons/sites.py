@@ -344,7 +344,9 @@ def _check_no_weight_is_shared(sites: list[NeuronSite]) -> None:
                 )
 
 
-def find_neuron_sites(model: nn.Module, *, kind: str = "mlp_intermediate", layers="all") -> list[NeuronSite]:
+def find_neuron_sites(
+    model: nn.Module, *, kind: str = "mlp_intermediate", layers: str | list[int] = "all"
+) -> list[NeuronSite]:
     """Find the MLP sites of a transformer, one for each layer.
 
     Args:

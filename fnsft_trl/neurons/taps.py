@@ -1,7 +1,7 @@
 """Taps: what calls a function on the activations of a site.
 
-They are objects and no closures, so that a copy of a model (`copy.deepcopy`, pickle) gets copies of them, with copies
-of what they refer to: the state of the copy is its own.
+They are objects and not closures. So a copy of a model (`copy.deepcopy`, pickle) gets copies of them, with copies of
+what they refer to: the state of the copy is its own.
 """
 
 import warnings

@@ -33,37 +33,37 @@ class ProbeConfig:
     """
 
     networks: str | None = option(
-        None, "Numbers of the networks to probe, as `0-3,7`; all of the template by default."
+        None, "Numbers of the networks to probe, as `0-3,7`. By default all of the template."
     )
     fraction: float | None = option(
         None,
-        "Take each network as this share of all neurons, those of its largest |loading|; those over the template's "
-        "threshold by default.",
+        "Share of all neurons that makes up each network, those of its largest |loading|. By default those over the "
+        "template's threshold.",
         above=0,
         below=1,
     )
     curves: list[str] | None = option(
         None,
-        "What to measure beside the lesion of each network: `union` (of the first m networks), `dose` (0.1% to 20% of "
-        "all neurons), `preserve` (5% to 100%), `amplify` (activations halved, doubled, times 4), `kept` (the "
-        "networks alone), `prune` (neurons of no network, in all layers but the first and the last, set to their "
-        "mean, and to zero), or `lesion` for nothing else; all of them by default.",
+        "Curves to measure beside the lesion of each network. `union`: the first m networks together. `dose`: 0.1% "
+        "to 20% of all neurons. `preserve`: 5% to 100%. `amplify`: activations halved, doubled, times 4. `kept`: the "
+        "networks alone. `prune`: neurons of no network set to their mean, and to zero, in all layers but the first "
+        "and the last. `lesion`: nothing else. By default all of them.",
     )
     draws: int = option(
         20,
-        "Masks of random neurons and of neurons of the same amplitude for each network, and a quarter of them of "
-        "other controls and on the other curves. Fewer than 20 give no verdict.",
+        "Number of random masks, and of masks of the same amplitude, for each network. Other controls and curves get "
+        "a quarter of them. Fewer than 20 give no verdict.",
         least=3,
     )
-    max_tokens: int = option(8192, "Tokens of each dataset to score.", least=16)
+    max_tokens: int = option(8192, "Number of tokens to score of each dataset.", least=16)
     max_length: int = option(
-        256, "Longest sequence in tokens: longer text is read in parts, longer rows are left out.", least=2
+        256, "Longest sequence in tokens. Longer text is read in parts, and longer rows are left out.", least=2
     )
     batch_size: int = option(4, "Sequences in a forward pass.", least=1)
     ablation: str = option(
         "zero",
-        "What stands in for silenced neurons: `zero`, their `mean` on the calibration text (kept in the template), or "
-        "`resample`, their activations at other tokens of the data.",
+        "What replaces the activations of silenced neurons: `zero`, their `mean` on the calibration text (kept in "
+        "the template), or `resample`, their activations at other tokens of the data.",
         choices=ABLATIONS,
     )
     tokens: str = option(
@@ -74,18 +74,21 @@ class ProbeConfig:
     )
     prompts: int = option(
         0,
-        "Prompts of each dataset to continue greedily, for the rate of degenerate outputs; 0 for none.",
+        "Number of prompts of each dataset to continue greedily, for the rate of degenerate outputs; 0 for none.",
         least=0,
     )
     neurons: int = option(
         0,
-        "Rank so many single neurons by their own lesion: those of the largest first-order effect, then exactly.",
+        "Number of single neurons to rank by their own lesion. A first-order estimate finds the largest effects, "
+        "which are then measured exactly.",
         least=0,
     )
     examples: int = option(
-        8, "Texts of the data to show of each network, in which it is most active; 0 for none.", least=0
+        8,
+        "Number of texts of the data to show for each network, those in which it is most active; 0 for none.",
+        least=0,
     )
-    seed: int = option(0, "Of the draws.", least=0)
+    seed: int = option(0, "Seed of the draws.", least=0)
 
     def __post_init__(self) -> None:
         if isinstance(self.curves, str):

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from ..data.choices import ChoiceRow, read_choices
 from ..errors import FNSFTError
 from ..evaluation.choices import choice_requests
@@ -58,7 +60,7 @@ class ProbeData:
     def read(
         cls,
         part: EvaluationData,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         config: EvaluationConfig,
         *,
         max_tokens: int,

@@ -44,9 +44,9 @@ class Dissociation:
 def dissociate(found: Found, own: Mapping[str, str], *, seed: int = 0) -> Dissociation:
     """Whether networks hurt their own domain more than others.
 
-    The damage of a network on a sequence is taken over the mean damage of its layer-matched random masks there, so
-    that a domain in which any lesion hurts more is no advantage, and as a share of what the full lesion does on that
-    set.
+    From the damage of a network on a sequence, the mean damage of its layer-matched random masks there is subtracted.
+    So a domain in which any lesion hurts more is no advantage. The rest is taken as a share of what the full lesion
+    does on that set.
 
     Args:
         found: with at least two datasets, on each of which a lesion of all neurons does damage.

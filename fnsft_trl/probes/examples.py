@@ -32,10 +32,10 @@ def find_examples(
 ) -> Examples:
     """Find the passages in which the networks of a template are most active.
 
-    The activity of the networks at a token is the least-squares fit of the token's activations, less their mean on the
-    calibration text and in the units of the loadings, by these, over its standard deviation on the texts that are
-    read. Of each sequence, a network has at most one passage: what is around the token of its largest absolute
-    activity.
+    The activity of the networks at a token is the least-squares fit of the token's activations by the loadings. The
+    activations are taken less their mean on the calibration text, in the units of the loadings. Activity is divided by
+    its standard deviation on the texts that are read. Of each sequence, a network has at most one passage: what is
+    around the token of its largest absolute activity.
 
     Args:
         model: the model of the template.

@@ -79,9 +79,9 @@ def plan(
 ) -> list[Condition]:
     """All conditions of a probe.
 
-    The lesion of every network has all draws of the random and the amplitude-matched control, by which verdicts are
-    told, and a quarter of them, at least 3, of shuffled and surrogate networks; a point of another curve has that many
-    of the first two, and the highest activation and weight norm.
+    The lesion of every network has all draws of the random and the amplitude-matched control, which give the verdicts.
+    Of shuffled and surrogate networks it has a quarter as many, at least 3. A point of another curve has that many of
+    the first two, and the highest activation and weight norm.
 
     Args:
         networks: those that are probed; of one template, or of several for one model.

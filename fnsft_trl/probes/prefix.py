@@ -12,9 +12,9 @@ from ..neurons.sites import base_model, find_blocks
 class SharedPrefix:
     """A model whose passes over one batch share the blocks before the first that an intervention changes.
 
-    [`whole`] runs all blocks and keeps what each gives; [`run_from`] then runs the model again over the same inputs,
-    in which the blocks before a layer give what they gave, without computing it. What a block gives is kept as it is,
-    with all that it hands on beside the hidden states.
+    [`whole`] runs all blocks and keeps what each gives. [`run_from`] then runs the model again over the same inputs.
+    The blocks before a layer give what they gave, without computing it. What a block gives is kept as it is, with all
+    that it hands on beside the hidden states.
 
     Use it in a `with` block, outside of which the model is as it was.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import FNSFTError
@@ -59,7 +60,7 @@ class Probe:
 
 def probe_networks(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     template: FunctionalNetworkTemplate,
     data: Sequence[ProbeData],
     config: ProbeConfig | None = None,

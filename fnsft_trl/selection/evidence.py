@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..config import FunctionalNetworkConfig
 from ..data.sequences import TokenSequence, token_sequences
@@ -37,7 +38,7 @@ class SelectorEvidence:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         task: Iterable | None = None,
         general: Iterable | Mapping[str, Iterable] | None = None,
@@ -87,8 +88,8 @@ class SelectorEvidence:
         """How much the gradients of a neuron's weights on the task and on general text point against each other.
 
         Minus the cosine of the two gradients of the mean token cross-entropy, in [-1, 1]. Above 0 they conflict (Yu et
-        al., 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, definition 1): to first order, a small
-        step on the task raises the loss on general text through this neuron.
+        al., 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, definition 1). To first order, a small
+        step on the task then raises the loss on general text through this neuron.
 
         Returns:
             Layer -> shape (neurons,).

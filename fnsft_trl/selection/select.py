@@ -45,8 +45,8 @@ def select_neurons(
 ) -> NeuronMask:
     """Select neurons by the networks they belong to, or by a control (`SELECTORS`).
 
-    Of networks, without `fraction` and `like`, the union of the named ones is selected, by the template's threshold;
-    with one of them, neurons are ranked by their largest |loading| in these networks.
+    Without `fraction` and `like`, the selector `networks` gives the union of the named networks, by the template's
+    threshold. With one of them, it ranks neurons by their largest |loading| in these networks.
 
     Args:
         template: the networks.
@@ -217,7 +217,10 @@ def _take(scores, fraction, per_layer, like) -> dict[int, torch.Tensor]:
     if like is not None:
         widths = {layer: len(values) for layer, values in scores.items()}
         if {layer: len(members) for layer, members in like.layers.items()} != widths:
-            raise FNSFTError("the mask given as `like` has other layers or widths than what is selected from")
+            raise FNSFTError(
+                "the mask given as `like` has other layers or widths than what is selected from; give one of this "
+                "model and site"
+            )
         counts = {layer: int(members.sum()) for layer, members in like.layers.items()}
     else:
         counts = {layer: max(1, round(fraction * len(values))) for layer, values in scores.items()}

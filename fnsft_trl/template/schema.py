@@ -50,7 +50,10 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
         FNSFTError: another format, a newer version, or a value that is missing or has no meaning.
     """
     if not is_description(config):
-        raise FNSFTError(f"{path} does not describe a template of functional networks (no format {FORMAT!r})")
+        raise FNSFTError(
+            f"{path} does not describe a template of functional networks (no format {FORMAT!r}); give the directory "
+            "of one"
+        )
     version = config.get("format_version")
     if not _is_count(version) or version < 1:
         raise FNSFTError(f"{path} has format version {reprlib.repr(version)}; it must be 1 to {FORMAT_VERSION}")

@@ -39,7 +39,7 @@ def write_files(directory: Path, files: dict[str, bytes | None]) -> None:
     """Write the files of a template; of several processes that write into one directory, each in its turn.
 
     Whoever is killed or fails leaves the old template or the new one, whole. The new one is written into a folder
-    beside the old one, which from the renaming of that folder on no longer counts, though its files are still there:
+    beside the old one. Once that folder is renamed, the old one no longer counts, though its files are still there:
     whoever reads looks into the folder first. Then file after file moves into its place.
 
     Args:
@@ -102,7 +102,7 @@ def read_json(*places: Path) -> Any:
     with _opened(places) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _LARGEST_DESCRIPTION:
-            raise FNSFTError(f"{path} has {size} bytes, too many for the description of a template")
+            raise FNSFTError(f"{path} has {size} bytes, too many for the description of a template; {_AGAIN}")
         data = file.read()
     try:
         return from_json(data.decode("utf-8"), parse_constant=_no_constant)

@@ -186,7 +186,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
         with_lists: bool = False,
-        **push_to_hub_kwargs,
+        **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Write `config.json`, `template.safetensors`, and the model card `README.md` with its figure `networks.svg`.
 
@@ -280,7 +280,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         commit_message: str = "Upload functional networks",
         create_pr: bool = False,
         beside: dict[str, bytes] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> str:
         """Push the template to the Hub: a commit of its four files.
 
@@ -356,10 +356,9 @@ def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescriptio
     for number, (stated, counted) in enumerate(zip(found.components, template.components, strict=True)):
         if {layer: count for layer, count in stated.layers.items() if count} != counted.layers:
             raise FNSFTError(
-                f"{where}: network {number} is said to have {stated.neurons} neurons in {len(stated.layers)} "
-                f"layers, but by its loadings and the threshold ({found.threshold_in_words()}) it has "
-                f"{counted.neurons} in {len(counted.layers)}, or in others: its description is damaged; save or "
-                "fetch the template again"
+                f"{where} is damaged: it says that network {number} has {stated.neurons} neurons in "
+                f"{len(stated.layers)} layers, but its loadings and the threshold ({found.threshold_in_words()}) give "
+                f"{counted.neurons} in {len(counted.layers)}, or in others; save or fetch the template again"
             )
 
 

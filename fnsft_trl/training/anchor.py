@@ -35,10 +35,11 @@ _SAME = 1e-5  # nats per token between a model at its start and the same with it
 class KLToBase:
     """The texts on which a model is kept near its base, and what the base predicts on them.
 
-    The base is the model before training. Where an adapter trains that changes nothing yet, it is had in each step by
-    switching the adapter off, exactly. All else (full fine-tuning, an adapter that has been trained before, or one
-    that changes the base weights) is compared with the 64 most probable tokens that were predicted before the
-    training, and all others as one: a lower bound, and the same gradient but for what it does among these others.
+    The base is the model before training. A new adapter that changes nothing yet is switched off in each step, which
+    gives the base exactly. That does not work for full fine-tuning, for an adapter that has been trained before, or
+    for one that changes the base weights. These are compared with the 64 most probable tokens that were predicted
+    before the training, and with all others as one. That is a lower bound, with the same gradient except among these
+    others.
     Forward masks are off: trained weights carry none.
 
     Args:

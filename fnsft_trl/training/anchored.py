@@ -9,8 +9,8 @@ from .watched import WatchedTrainer
 class AnchoredTrainer(WatchedTrainer):
     """Trainer with a KL divergence to the base beside its own loss, whatever that is.
 
-    Each batch of the training is followed by one of general text, with a backward pass of its own, so that no more
-    memory is needed than for the larger of the two. The loss that is logged is their sum, `kl_to_base` the divergence.
+    Each batch of the training is followed by one of general text, with a backward pass of its own. So the memory
+    needed is that of the larger of the two. The loss that is logged is their sum, `kl_to_base` the divergence.
 
     Args:
         anchor ([`KLToBase`], *optional*): the texts and the weight.

@@ -15,8 +15,9 @@ def with_networks(trainer_class: type[Trainer]) -> type[NetworkedTrainer]:
     """A class of trainers, with functional networks.
 
     What it returns takes the arguments of the class, and `network_config` and `network_template` as [`FNSFTTrainer`]
-    does. It discovers or loads the networks before the trainer is made, and so before PEFT wraps the model and before
-    a reference model is: that one is the model before training. Without a `network_config` it is the trainer itself.
+    does. It discovers or loads the networks before the trainer is made. So this comes before PEFT wraps the model, and
+    before a reference model is made, which is the model before training. Without a `network_config` it is the trainer
+    itself.
 
     Example:
 

@@ -19,14 +19,16 @@ class ReplayConfig:
 
     replay_datasets: list[str] | None = option(
         None,
-        "Rows to train on beside the task, so that what they hold is not forgotten (general text, data of older "
-        "tasks): `source` or `name=source`. A source is a Hub id, a directory, a file or `embedded` (English "
-        "Wikipedia), in any format that is trained.",
+        "Rows to train on beside the task, such as general text or data of older tasks, so that they are not "
+        "forgotten. Each is `source` or `name=source`. A source is a Hub id, a directory, a file or `embedded` "
+        "(English Wikipedia), in any format that can be trained.",
     )
     replay_share: float = option(
-        0.1, "The share of each batch that is replayed; what is left over goes to the next batches.", above=0, below=1
+        0.1, "Share of each batch that is replayed. What is left over goes to the next batches.", above=0, below=1
     )
-    replay_rows: int = option(1000, "At most this many rows of each of these datasets, from its start.", least=1)
+    replay_rows: int = option(
+        1000, "Largest number of rows to take from the start of each of these datasets.", least=1
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,16 +67,16 @@ class AnchorConfig:
 
     kl_to_base: float | None = option(
         None,
-        "Add the KL divergence of the base to the trained model on `kl_datasets`, in nats per token, to the loss, "
-        "times this weight.",
+        "Weight of the KL divergence of the base to the trained model on `kl_datasets`, in nats per token. It is "
+        "added to the loss.",
         above=0,
     )
     kl_datasets: list[str] | None = option(
         None,
-        "General texts on which the model is kept near its base: `source` or `name=source`, as for "
-        "`retention_datasets`, and disjoint from those.",
+        "General texts on which the model is kept near its base, each as `source` or `name=source`, as in "
+        "`retention_datasets`. They must be disjoint from those.",
     )
-    kl_tokens: int = option(8192, "Tokens of each of these texts that are read, in turns.", least=1, most=10**8)
+    kl_tokens: int = option(8192, "Number of tokens to read of each of these texts, in turns.", least=1, most=10**8)
     kl_batch_size: int = option(
         2, "Sequences of up to 256 tokens of these texts beside each batch of the training.", least=1
     )

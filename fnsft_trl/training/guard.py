@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..constraints import factor_slices, frozen_by_site
 from ..errors import FNSFTError
@@ -54,7 +55,9 @@ class FrozenNeuronGuard(TrainerCallback):
         self._sums: dict[str, torch.Tensor] = {}
         self._has_begun = False
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._sums, self.checked, self.others, self._has_begun = {}, None, 0, True
         of_layers: dict[int, list[torch.Tensor]] = {}
         for layer, name, rows, neurons in self._frozen():
@@ -69,8 +72,8 @@ class FrozenNeuronGuard(TrainerCallback):
         )
         if self.expected not in (None, self.fingerprint):
             raise FNSFTError(
-                "the weights that this run holds frozen are not those of the run that it resumes: another base model, "
-                "or in another precision; load the model that the checkpoint was trained on, or start anew (drop "
+                "the frozen weights are not those of the run that is resumed: another base model, or another "
+                "precision; load the model that the checkpoint was trained on, or start anew (drop "
                 "resume_from_checkpoint)"
             )
         self.expected = None
@@ -83,10 +86,12 @@ class FrozenNeuronGuard(TrainerCallback):
             digest.update(name.encode() + sums.numpy().tobytes())
         return digest.hexdigest()
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.check(step=state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.check(step=state.global_step)
 
     def check(self, *, step: int) -> None:

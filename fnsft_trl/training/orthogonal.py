@@ -1,8 +1,8 @@
 """OrthogonalFactors: LoRA in directions in which no earlier adapter reads.
 
 Wang et al. (2023), "Orthogonal Subspace Learning for Language Model Continual Learning" (O-LoRA), EMNLP Findings,
-equations 5 to 7. A task t trains a LoRA of its own, D = B_t A_t, on the model with all earlier ones merged, and with
-the rows of the earlier A_i, shape (r_i, in), and those of A_t, shape (r, in), of every module
+equations 5 to 7. A task t trains a LoRA of its own, D = B_t A_t, on the model with all earlier ones merged. With the
+earlier A_i, shape (r_i, in), and A_t, shape (r, in), of every module
 
     L = L_task + w sum over i of || A_i A_t^T ||^2  (the sum of the squared entries).
 

@@ -25,43 +25,42 @@ class PenaltyConfig:
 
     ewc: float | str | None = option(
         None,
-        "Weight of elastic weight consolidation: half of it times the Fisher information of earlier rows times the "
-        "square of how far each weight is from where it was, summed over all that train. `inf` keeps every weight "
-        "that counts for them where it was.",
+        "Weight of elastic weight consolidation. The penalty is half of it times a sum over the weights that train: "
+        "the Fisher information of earlier rows, times the squared distance of the weight from where it was. `inf` "
+        "keeps every weight that counts for these rows where it was.",
         above=0,
     )
     ewc_datasets: list[str] | None = option(
         None,
-        "Rows of earlier tasks on which the Fisher information is measured before the training: `source` or "
-        "`name=source`, in any format that is trained.",
+        "Rows of earlier tasks, each as `source` or `name=source`, in any format that can be trained. The Fisher "
+        "information is measured on them before the training.",
     )
     ewc_from: str | None = option(
         None,
-        "Directory of an earlier run with `ewc_save`: its Fisher information, and the weights that it belongs to.",
+        "Directory of an earlier run with `ewc_save`. It gives its Fisher information and the weights that belong to "
+        "it.",
     )
     ewc_save: bool = option(
         False,
-        "Measure after the training how much each weight counts for its rows, and save that, with what `ewc_from` "
-        "held, in `ewc/` of the output directory, for the `ewc_from` of the run on the next task.",
+        "After the training, measure the Fisher information of its rows. It is saved in `ewc/` of the output "
+        "directory, together with what `ewc_from` held, for the `ewc_from` of the next task.",
     )
-    ewc_rows: int = option(200, "Rows of each source on which the Fisher information is measured.", least=1)
+    ewc_rows: int = option(200, "Number of rows of each source on which the Fisher information is measured.", least=1)
     lwf: float | None = option(
         None,
-        "Weight of learning without forgetting: the cross-entropy of what the model before this training answers to "
-        "the rows of the task, by the model in training.",
+        "Weight of learning without forgetting. The penalty is the cross-entropy, on the rows of the task, between "
+        "what the model answered before this training and what it answers now.",
         above=0,
     )
-    lwf_temperature: float = option(
-        2.0, "With `lwf`: the temperature of both distributions; 2 as in its paper.", above=0
-    )
+    lwf_temperature: float = option(2.0, "Temperature of both distributions of `lwf`; 2 as in its paper.", above=0)
     olora: float | str | None = option(
         None,
-        "Weight of O-LoRA: the squared products of the factors A of LoRA with those of `olora_adapters`, summed. "
-        "`inf` keeps them orthogonal to these exactly, by a projection after each step.",
+        "Weight of O-LoRA. The penalty is the sum of squared products of LoRA's factors A with those of "
+        "`olora_adapters`. `inf` keeps them exactly orthogonal, by a projection after each step.",
         above=0,
     )
     olora_adapters: list[str] | None = option(
-        None, "Directories of the LoRA adapters of earlier tasks, which the model in training holds merged."
+        None, "Directories of the LoRA adapters of earlier tasks. The model in training holds them merged."
     )
 
     def __post_init__(self) -> None:

@@ -44,53 +44,55 @@ class ProtectionConfig:
 
     forgetting: str | None = option(
         None,
-        "`low`: what this project recommends to a run that is to forget little: `protect: subspace` with all its "
-        "defaults, of `protect_datasets`, which are `embedded` then where none are given.",
+        "`low` sets what this project recommends for little forgetting: `protect: subspace` with its defaults. "
+        "Without `protect_datasets` it protects `embedded` (English Wikipedia).",
         choices=(LOW,),
     )
     protect: str = option(
         "none",
-        "`none`; `subspace`: the directions of texts to keep; `networks`: those of the networks of a template, at the "
-        "inputs of the down projections; `random`: as many random ones, a control.",
+        "What to protect. `none`: nothing. `subspace`: the directions of texts to keep. `networks`: the directions "
+        "of a template's networks, at the inputs of the down projections. `random`: as many random directions, a "
+        "control.",
         choices=KINDS,
     )
     protect_datasets: list[str] | None = option(
         None,
-        "Texts to keep (general text, chat logs, the data of old tasks): `name=source`, where the source is a Hub id, "
-        "a directory, a file (.json, .jsonl, .csv, .parquet, .txt) or `embedded` (English Wikipedia).",
+        "Texts to keep, such as general text, chat logs or the data of old tasks, each as `name=source`. A source is "
+        "a Hub id, a directory, a file (.json, .jsonl, .csv, .parquet, .txt) or `embedded` (English Wikipedia).",
     )
     protect_shares: list[float] | None = option(
-        None, "The weight of each text to keep, in their order; all alike by default.", above=0
+        None, "The weight of each text to keep, in their order. By default all weigh the same.", above=0
     )
-    protect_tokens: int = option(8192, "Tokens read of each text to keep.", least=16, most=10**8)
+    protect_tokens: int = option(8192, "Number of tokens to read of each text to keep.", least=16, most=10**8)
     protect_dims: float | None = option(
         None,
-        "Leading directions of each input, beside position 0 and the mean: a number of them, or the share of the "
-        "texts' energy that all are to hold, such as 0.99. By default 200 and at most half of an input's channels, or "
-        "all that `protect_basis` holds.",
+        "Leading directions to protect at each input, beside position 0 and the mean: a number of them, or the share "
+        "of the texts' energy that they hold together, such as 0.99. By default 200, and at most half of an input's "
+        "channels. With `protect_basis`, by default all that it holds.",
         above=0,
     )
     protect_component_ids: list[int] | str | None = option(
         None,
-        "With `networks`: their numbers, as a list or as `0-3,7`; all networks of the template by default.",
+        "Networks to protect with `protect: networks`, as a list or as `0-3,7`. By default all networks of the "
+        "template.",
         least=0,
     )
     protect_basis: str | None = option(
         None,
-        "Directory or Hub id of directions that were found before (`fnsft discover --basis_only`), or of a template "
-        "that holds some (`ica_store_basis`), in the place of `protect_datasets`; with `networks`, of the template "
-        "too, where the run has none.",
+        "Directory or Hub id of saved directions, instead of `protect_datasets`. `fnsft discover --basis_only` saves "
+        "them, and so does a discovery with `ica_store_basis`. With `protect: networks` it is also the template, if "
+        "the run has none.",
     )
     protect_basis_revision: str | None = option(
-        None, "Branch, tag or commit of a `protect_basis` on the Hub; the newest of `main` by default."
+        None, "Branch, tag or commit of `protect_basis` on the Hub. By default the newest of `main`."
     )
     protect_strength: float = option(
         1.0,
-        "How much of each step is taken out along the directions: 1 all of it, 0.9 leaves a tenth.",
+        "How much of each step is removed along the directions: 1 removes all of it, 0.9 leaves a tenth.",
         above=0,
         most=1,
     )
-    protect_seed: int = option(0, "Seed of `random` directions.", least=0)
+    protect_seed: int = option(0, "Seed of the directions of `protect: random`.", least=0)
 
     def __post_init__(self) -> None:
         if isinstance(self.protect_datasets, str):

@@ -107,8 +107,8 @@ def _check_generation(checkpoint: Path, args: TrainingArguments) -> None:
     every = math.lcm(batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
     if step % every:
         raise FNSFTError(
-            f"{checkpoint} was written while the answers of one generation were in use, which last {every} steps and "
-            f"are not in it; resume from the checkpoint of a step that is a multiple of {every} (set save_steps so)"
+            f"{checkpoint} was written amid the {every} steps that use the answers of one generation, and does not "
+            f"hold them; resume from a step that is a multiple of {every} (set save_steps so)"
         )
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import FNSFTError
 from ..evaluation.config import MEASURES, TASK
@@ -62,7 +63,7 @@ class RetentionCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer,
+        trainer: Trainer,
         texts: Iterable | RetentionText | Mapping[str, Iterable | RetentionText],
         *,
         name: str | None = None,
@@ -103,7 +104,9 @@ class RetentionCallback(TrainerCallback):
         """Cross-entropy of the base, in nats per token; `None` before the training has begun."""
         return self.series[0].base
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         callbacks = callbacks_of(self.trainer)
         self.run = None
         if callbacks[0] is not self:
@@ -119,17 +122,26 @@ class RetentionCallback(TrainerCallback):
         all_callbacks.insert(0, self)
         self.run.begin(state, self.checkpoint or self._directory(args, state))
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.run is not None:
             self.run.evaluate(state, control, {} if metrics is None else metrics)
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.run is not None and args.should_save:
             directory = self._directory(args, state)
             if directory.is_dir() and not (directory / BASE_FILE).exists():
                 self.run.save(directory)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.run is not None:
             self.run.end(args, state)
             if self.raises and self.run.failure is not None:

@@ -4,8 +4,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..constraints import FrozenSlices, check_momenta, freeze_neurons
 from ..errors import FNSFTError
@@ -59,7 +61,7 @@ class MaskScheduleCallback(TrainerCallback):
             first step, an optimizer whose momentum a later phase could not clear.
     """
 
-    def __init__(self, trainer, phases: Sequence[MaskPhase]) -> None:
+    def __init__(self, trainer: Trainer, phases: Sequence[MaskPhase]) -> None:
         if not phases:
             raise FNSFTError("a MaskScheduleCallback without phases has no effect; give it some")
         if getattr(trainer, "network_config", None) is None:
@@ -110,7 +112,8 @@ class MaskScheduleCallback(TrainerCallback):
         trainable = run if phase.trainable is None else phase.trainable.over(widths)
         if phase.trainable is not None and plan.method != "full":
             raise FNSFTError(
-                f"a phase can switch the trainable neurons of full fine-tuning only, not of {plan.method}"
+                f"a phase can switch the trainable neurons of full fine-tuning only, not of {plan.method}; drop "
+                "trainable"
             )
         if (trainable & ~run).count:
             raise FNSFTError(
@@ -124,7 +127,10 @@ class MaskScheduleCallback(TrainerCallback):
             silenced = silenced if phase.mask_mode == "lesion" else ~silenced
             able = trainable & ~silenced.over(widths)
         if able.count == 0 and not others_train:
-            raise FNSFTError(f"the phase from {phase.start} on leaves nothing that could learn")
+            raise FNSFTError(
+                f"the phase from {phase.start} on leaves nothing that could learn; let it train neurons that its mask "
+                "does not silence"
+            )
         return trainable
 
     def _handle(self, phase: MaskPhase) -> MaskHandle | None:
@@ -135,7 +141,14 @@ class MaskScheduleCallback(TrainerCallback):
         handle.disable()
         return handle
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         starts = [int(p.start * state.max_steps) if isinstance(p.start, float) else p.start for p in self.phases]
         if any(later <= earlier for earlier, later in pairwise(starts)):
             raise FNSFTError(
@@ -143,17 +156,35 @@ class MaskScheduleCallback(TrainerCallback):
                 "the one before it"
             )
         if starts[-1] >= state.max_steps:
-            raise FNSFTError(f"a phase starts at step {starts[-1]}, but the run ends at step {state.max_steps}")
+            raise FNSFTError(
+                f"a phase starts at step {starts[-1]}, but the run ends at step {state.max_steps}; begin it before"
+            )
         self._starts = starts
         self._enter(state.global_step, optimizer)
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._enter(state.global_step, optimizer)
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._frozen.before_step()
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._frozen.after_step()
         if not self._checked and optimizer.state:  # a first step may have been skipped, of gradients that overflow
             self._checked = True

@@ -35,8 +35,8 @@ class FNSFTTrainer(NetworkedTrainer, SFTTrainer):
     Trainer for Supervised Fine-Tuning with functional networks.
 
     A drop-in for [`~trl.SFTTrainer`]: with `network_config=None` it is that trainer, bit for bit. With a
-    [`FunctionalNetworkConfig`], it loads or discovers the networks of the model, trains only the neurons that the
-    config allows and keeps all others bit-identical, and, if asked, masks neurons in the forward pass.
+    [`FunctionalNetworkConfig`], it loads or discovers the networks of the model. It trains only the neurons that the
+    config allows, and keeps all others bit-identical. If asked, it masks neurons in the forward pass.
 
     Example:
 

@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 class WatchedTrainer(HubTrainer):
     """Trainer, with errors where its numbers would mean nothing. It goes in front of any other kind of trainer.
 
-    A run ends in an error when its loss or gradients are not finite (transformers logs a loss of 0.0 then, and goes
-    on), and when no batch of the training, or of an evaluation, holds a label.
+    A run ends in an error when its loss or gradients are not finite. (transformers logs a loss of 0.0 then, and goes
+    on.) So it does when no batch of the training, or of an evaluation, holds a label.
 
     Args:
         args, kwargs: those of the trainer that it goes in front of.
@@ -100,8 +100,8 @@ class WatchedTrainer(HubTrainer):
         if batches and empty == batches:
             raise FNSFTError(
                 f"none of the {batches} batches of the {what}{'' if is_done else ' so far'} holds a token with a "
-                "label, so there is nothing to learn or to measure, and its loss is 0.0; see that rows have text, "
-                "that answers begin within max_length, and what completion_only_loss and assistant_only_loss leave"
+                "label, so there is nothing to learn or to measure; see that rows have text and answers begin within "
+                "max_length, and what completion_only_loss and assistant_only_loss leave"
             )
         if is_done and empty:
             logger.warning(

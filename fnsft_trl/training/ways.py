@@ -248,8 +248,8 @@ def _check_same_neurons(model: PeftModel, trainable: NeuronMask) -> None:
     if found != trainable:
         raise FNSFTError(
             f"the model brings deltas of {found.count} neurons at {found.site}, and the config trains "
-            f"{trainable.count} at {trainable.site}, not the same ones; give the template and the selection that the "
-            "adapter was trained with (beside its weights), or merge it first (merge_and_unload)"
+            f"{trainable.count} others at {trainable.site}; give the template and the selection that lie beside the "
+            "adapter's weights, or merge it first (merge_and_unload)"
         )
 
 

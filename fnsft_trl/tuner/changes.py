@@ -34,8 +34,8 @@ def summed_linear(
     """The additive form of a plain linear map: what its changes add is where the sums of the product begin.
 
     The weight is left as it is, so no delta is too small beside it. And a sum is rounded once, so no change is too
-    small beside it either: in half precision, a change that is added to what was rounded before is lost where it is
-    less than half a rounding step.
+    small beside the sum either. In half precision, a change added to a rounded sum would be lost where it is less than
+    half a rounding step.
 
     Args:
         x: the input, shape (..., in).

@@ -42,7 +42,10 @@ class NeuronTunerModel(BaseTuner):
         super()._check_new_adapter_config(config)
         sites = sorted({config.site for config in self.peft_config.values()})
         if len(sites) > 1:
-            raise FNSFTError(f"the adapters of one model must have one site, not {' and '.join(sites)}")
+            raise FNSFTError(
+                f"the adapters of one model must have one site, not {' and '.join(sites)}; load them into models of "
+                "their own"
+            )
 
     def _prepare_adapter_config(self, peft_config: NeuronTunerConfig, model_config: dict) -> NeuronTunerConfig:
         sites = find_neuron_sites(self.model, kind=peft_config.site)
@@ -116,7 +119,9 @@ class NeuronTunerModel(BaseTuner):
                 "attention modules alone"
             )
         if not targets:
-            raise FNSFTError(f"the targets of LoRA ({lora['target_modules']}) match no linear layer of the model")
+            raise FNSFTError(
+                f"the targets of LoRA ({lora['target_modules']}) match no linear layer of the model; name some that do"
+            )
         return targets
 
     def _create_and_replace(
@@ -213,7 +218,9 @@ class NeuronTunerModel(BaseTuner):
         configs = [self.peft_config[name] for name in adapters]
         for name, config in zip(adapters, configs, strict=True):
             if config.lora or config.modules_to_save or config.trainable_token_indices:
-                raise FNSFTError(f"adapter {name!r} trains more than neurons, which does not combine by a sum")
+                raise FNSFTError(
+                    f"adapter {name!r} trains more than neurons, which does not combine by a sum; combine others"
+                )
         sites = find_neuron_sites(self.model, kind=configs[0].site)
         mask = self._mask(configs[0], sites)
         for config in configs[1:]:

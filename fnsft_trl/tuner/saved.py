@@ -62,7 +62,7 @@ class SavedAdapter:
             FNSFTError: there is none in the directory, or it does not name its base model.
         """
         if not (Path(directory) / "adapter_config.json").is_file():
-            raise FNSFTError(f"{directory} holds no adapter_config.json: not a directory of a saved adapter")
+            raise FNSFTError(f"{directory} holds no adapter_config.json, as a saved adapter does; give its directory")
         with library_errors(
             lambda error: (
                 f"{directory}/adapter_config.json cannot be read ({first_line(error)}); save the adapter again"
@@ -70,7 +70,10 @@ class SavedAdapter:
         ):
             config = PeftConfig.from_pretrained(str(directory))
         if not config.base_model_name_or_path:
-            raise FNSFTError(f"{directory}/adapter_config.json does not name its base model (base_model_name_or_path)")
+            raise FNSFTError(
+                f"{directory}/adapter_config.json does not name its base model; write it there "
+                "(base_model_name_or_path)"
+            )
         return cls(Path(directory), config)
 
     @cached_property

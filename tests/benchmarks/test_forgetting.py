@@ -3,6 +3,8 @@
 import json
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from study import plan, texts
@@ -254,15 +256,25 @@ def test_a_killed_study_goes_on_and_loses_no_cell(tmp_path, monkeypatch):
     assert {tuple(json.loads(line)[name] for name in KEY) for line in lines} == {each.key for each in gate({})}
 
 
-def test_two_processes_do_not_run_one_study(tmp_path, monkeypatch):
+def test_two_that_run_one_study_share_its_cells(tmp_path, monkeypatch):
+    """As two processes do: each holds other locks on the same files."""
+    done, together = [], Barrier(2, timeout=60)
+
     def cell(self, setting):
-        with pytest.raises(FNSFTError, match="another process"):
-            Study(tmp_path / "cells.jsonl", tmp_path, Pause(None, say=print), print).run(gate)
-        raise Interrupted
+        done.append(setting)
+        if len(done) <= 2:
+            together.wait()  # each has begun a cell before one of them is finished
+        return synthetic(setting)
 
     monkeypatch.setattr(Study, "cell", cell)
-    with pytest.raises(Interrupted):
-        Study(tmp_path / "cells.jsonl", tmp_path, Pause(None, say=print), print).run(gate)
+    monkeypatch.setattr("study.running._SECONDS", 0.01)
+    studies = [Study(tmp_path / "cells.jsonl", tmp_path / str(n), Pause(None, say=print), print) for n in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        for ended in [pool.submit(study.run, gate) for study in studies]:
+            ended.result(timeout=60)
+    assert max(Counter(done).values()) == 1
+    assert set(studies[0].cells()) == {each.key for each in gate({})} == {each.key for each in done}
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 def test_a_pause_lasts_as_long_as_its_file(tmp_path, monkeypatch):

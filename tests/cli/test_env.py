@@ -56,6 +56,7 @@ def test_the_device_decides_precision_and_quantisation(shown, no_token, monkeypa
     assert found["quantised weights"].startswith("none (4 and 8 bits: bitsandbytes holds no quantised weights on cuda")
 
 
+@pytest.mark.posix
 def test_the_converter_and_the_cache_are_named_without_the_user(shown, no_token, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

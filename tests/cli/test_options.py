@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -172,6 +173,7 @@ def test_the_help_shows_every_option_ours_first(options, capsys):
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
     assert "One of: linear, cosine" in text
+    assert not re.search(r"^\w*(Config|Arguments):$", text, flags=re.MULTILINE)  # every group has a title
     assert "%%" not in text
 
 

@@ -129,6 +129,7 @@ def test_plain_lora_trains_where_peft_knows_no_targets(base, tmp_path, monkeypat
     assert all(".mlp." in name for name in config["target_modules"])
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("method", [["--use_peft"], []], ids=["lora", "neuron deltas"])
 def test_the_adapter_is_merged_and_converted(base, networks, method, model_dir, tmp_path, monkeypatch, capsys):
     write_converter(tmp_path / "bin" / "converter")
@@ -146,6 +147,7 @@ def test_the_adapter_is_merged_and_converted(base, networks, method, model_dir, 
     assert all(torch.equal(value, merged[name]) for name, value in adapted.items())
 
 
+@pytest.mark.posix
 def test_full_fine_tuning_is_converted_as_it_is(base, tmp_path, monkeypatch):
     write_converter(tmp_path / "bin" / "converter")
     monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path / "bin" / "converter"))

@@ -341,6 +341,7 @@ def test_an_entry_that_is_not_whole_is_never_read(tmp_path, damage):
         assert cache.load("key").to_list() == data.to_list()
 
 
+@pytest.mark.posix
 def test_only_the_user_can_read_what_is_kept(file, tmp_path, cache):
     before = os.umask(0)
     try:
@@ -377,6 +378,7 @@ def _write_slowly(directory, barrier):
     TokenizedCache(directory).save("slow", Dataset.from_list([{"input_ids": [1]}] * 9))
 
 
+@pytest.mark.posix
 def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
     context = multiprocessing.get_context("fork")
     dead = [context.Process(target=_write_and_die, args=(tmp_path, f"dead{number}")) for number in range(2)]
@@ -416,6 +418,7 @@ def _save(directory, barrier):
         assert cache.load(f"key{number}").to_list() == data.to_list()
 
 
+@pytest.mark.posix
 def test_two_processes_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)

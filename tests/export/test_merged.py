@@ -130,6 +130,7 @@ def test_all_of_a_model_of_images_and_text_stops_where_its_tokenizer_does(declar
     assert written["eos_token_id"] == written["text_config"]["eos_token_id"] == expected
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
 def test_what_is_trained_with_another_eos_stops_there(method, rows, templates, tmp_path, monkeypatch):
     write_converter(tmp_path / "convert")

@@ -9,7 +9,6 @@ What a library writes without Python (safetensors, torch) is met by [`file_size_
 import builtins
 import io
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,6 +163,7 @@ def at_every_step(action: Callable[[], object], root: Path, how: str, *, prepare
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file can grow beyond a size, whoever writes it: what a library of its own meets on a full disk."""
+    resource = pytest.importorskip("resource")  # not on Windows
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -394,8 +394,8 @@ def test_a_threshold_that_the_counts_contradict_is_refused(files, tmp_path):
     config["threshold"]["value"] -= 10
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(tmp_path)
-    assert "network 0 is said to have" in message
-    assert "by its loadings and the threshold" in message
+    assert "it says that network 0 has" in message
+    assert "its loadings and the threshold" in message
 
 
 def test_a_description_changed_by_hand_is_refused_until_its_checksum_is_taken_out(files, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +16,6 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fnsft_trl.data.embedded import embedded_model
-from fnsft_trl.errors import FNSFTError
 from fnsft_trl.evaluation.demonstrations import with_demonstrations
 from fnsft_trl.evaluation.metrics import score_rows
 from fnsft_trl.evaluation.rows import RowReader
@@ -36,6 +38,8 @@ from .texts import CHAT, scored_texts
 TEXTS = {"choose": CHOOSING, "screen": SCREENING, "confirm": CONFIRMING, "dissociation": DISSOCIATION}
 BASE = "base"  # the arm of a cell that trains nothing
 SCREEN = "screen"  # that of a cell whose change is projected afterwards
+
+_SECONDS = 2.0  # between two looks, while other processes are at work on all cells that are missing
 
 
 @dataclass
@@ -65,25 +69,42 @@ class Study:
         return Cells(self.file, by=KEY).found
 
     def run(self, wanted: Callable[[dict[tuple, dict[str, Any]]], Sequence[Setting]]) -> None:
-        """Finish the cells that are wanted, until none is missing.
+        """Finish the cells that are wanted, until none is missing. Several processes may do so at once.
 
         Args:
             wanted: is given the cells that are finished, and says which there should be: what is trained next may
                 depend on them.
 
         Raises:
-            FNSFTError: another process is at work on these cells, or one cannot be trained.
+            FNSFTError: one cannot be trained.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with one_writer(self.file.with_name(f".{self.file.name}.lock"), waits=False):
-                cells = Cells(self.file, by=KEY)
-                while missing := [each for each in wanted(cells.found) if each.key not in cells.found]:
-                    self.pause.wait()
-                    self.say(f"{len(missing)} to go; begins: {missing[0].title}")
-                    cells.add(self.cell(missing[0]))
-        except TimeoutError as error:
-            raise FNSFTError(f"another process runs the cells of {self.file}; wait for it, or name others") from error
+        while missing := self._missing(wanted):
+            if not any(self._finish(setting, len(missing)) for setting in missing):
+                time.sleep(_SECONDS)  # others are at work on all of them
+
+    def _missing(self, wanted) -> list[Setting]:
+        found = self.cells()
+        return [each for each in wanted(found) if each.key not in found]
+
+    def _finish(self, setting: Setting, missing: int) -> bool:
+        """Train and keep one cell; `False` where another process is at work on it."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(one_writer(self._lock(_name(setting)), waits=False))
+            except TimeoutError:
+                return False
+            if setting.key in self.cells():
+                return True  # the other process has finished it since
+            self.pause.wait()
+            self.say(f"{missing} to go; begins: {setting.title}")
+            cell = self.cell(setting)
+            with one_writer(self._lock("file")):
+                Cells(self.file, by=KEY).add(cell)
+        return True
+
+    def _lock(self, name: str) -> Path:
+        return self.file.with_name(f".{self.file.name}.{name}.lock")
 
     def cell(self, setting: Setting) -> dict[str, Any]:
         """Train and score one cell."""
@@ -91,7 +112,7 @@ class Study:
         head = {"stage": setting.stage, "part": setting.part, "code": code()}
         if setting.arm == BASE:
             return head | _base(setting, place)
-        directory = self.work / "cell"
+        directory = self.work / f"cell-{_name(setting)}"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         try:
@@ -111,6 +132,11 @@ class Study:
             make_chat(model, CHAT, tokens=2 * TEXTS[part].tokens["chat"])
         texts = scored_texts(TEXTS[part], AutoTokenizer.from_pretrained(model))
         return Place(model, texts, (self.pause,), Bases(model, self.work / "bases"))
+
+
+def _name(setting: Setting) -> str:
+    """Of a cell, in names of files."""
+    return hashlib.sha256(repr(setting.key).encode()).hexdigest()[:12]
 
 
 @cache

@@ -4,7 +4,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-from .schema import Option
+from .schema import TRL, Option
 
 
 _COMMON = (
@@ -18,8 +18,10 @@ _TITLES = {
     "RetentionConfig": "retention: what the model loses",
     "ReplayConfig": "replay: rows of other texts beside the task",
     "AnchorConfig": "staying near the base model",
+    "ProtectionConfig": "protection of what texts or networks use",
     "PenaltyConfig": "penalties that keep earlier tasks: EWC, LwF, O-LoRA",
     "LoadingConfig": "loading the model",
+    "EvaluationConfig": "how rows are read and scored",
     "ProbeConfig": "what is probed",
     "RunConfig": "around the training",
     "ScriptArguments": "data (TRL)",
@@ -32,8 +34,9 @@ _TITLES = {
 def format_help(verb: str, about: str, options: Sequence[Option]) -> str:
     """What a verb does, and all its options with their help and defaults."""
     width = min(shutil.get_terminal_size().columns, 119)
-    call = " ".join(filter(None, ("usage: fnsft", verb, usage(options), "[--config FILE.yaml] [options]")))
-    lines = [call, "", *textwrap.wrap(about, width), "", *textwrap.wrap(_COMMON, width)]
+    call = ("usage: fnsft", verb, usage(options), "[--config FILE.yaml] [options]" if options else "")
+    lines = [" ".join(filter(None, call)), "", *textwrap.wrap(about, width)]
+    lines += ["", *textwrap.wrap(_COMMON, width)] if options else []
     for group in dict.fromkeys(option.group for option in options):
         lines += ["", f"{_TITLES.get(group, group)}:"]
         for option in options:
@@ -70,8 +73,10 @@ def _names(option: Option) -> str:
 
 
 def _help(option: Option) -> str:
+    """Our own help says in words what a default of null comes to."""
     default = "null" if option.default is None else str(option.default)
     default = default.lower() if isinstance(option.default, bool) else default
     choices = f" One of: {', '.join(option.choices)}." if option.choices and option.kind == "str" else ""
     help_text = f"{option.help}{choices}"
-    return help_text if option.required else f"{help_text} (default: {default})"
+    is_said = option.required or (option.default is None and option.group not in TRL)
+    return help_text if is_said else f"{help_text} (default: {default})"

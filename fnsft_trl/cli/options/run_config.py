@@ -16,7 +16,7 @@ class RunConfig:
 
     adapter_name_or_path: str | None = option(
         None,
-        "Directory of an adapter of this model, LoRA or neuron deltas, that is trained on, in the place of a new one.",
+        "Directory of an adapter of this model, LoRA or neuron deltas. It trains on, instead of a new one.",
     )
     merge_adapter_with_base: bool = option(
         False,
@@ -28,12 +28,12 @@ class RunConfig:
         "After training, convert the model (an adapter is merged first) to `model.gguf` in the output directory.",
     )
     gguf_quantization: str = option(
-        "auto", "With `convert_to_gguf`: precision of the file, one that the converter offers (f16, q8_0 and so on)."
+        "auto", "With `convert_to_gguf`: precision of the file, one that the converter offers (f16, q8_0, ...)."
     )
     ica_template_output: str | None = option(
-        None, "Directory to save the template of the networks in, before training."
+        None, "Directory in which to save the template of the networks, before training."
     )
-    hub_commit_message: str | None = option(None, "With `push_to_hub`: message of the commit that ends the training.")
+    hub_commit_message: str | None = option(None, "With `push_to_hub`: message of the last commit of the training.")
     wandb_project: str | None = option(None, "With `report_to: wandb`: name of the project; WANDB_PROJECT by default.")
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def _split(argv: list[str], known: dict[str, Option]) -> tuple[dict[str, tuple[s
             if is_negated and own:
                 raise FNSFTError(f"{flag} takes no value; write {flag}, or --{name} true or false")
             if name == "config" and (len(own) != 1 or name in found):
-                raise FNSFTError("--config takes one YAML file, once")
+                raise FNSFTError("--config takes one YAML file, once; put all options into that file")
             if name in found:
                 raise FNSFTError(f"{name} is given twice on the command line; give it once")
             found[name] = ("false",) if is_negated else tuple(own)

@@ -72,7 +72,7 @@ def _from_words(option: Option, words: tuple[str, ...], spelt: str) -> Any:
         return list(words)
     if len(words) > 1 and option.kind != "mapping":
         shown = "" if option.name.endswith("token") else f": {line}"
-        raise FNSFTError(f"{spelt} takes one value, {len(words)} were given{shown}")
+        raise FNSFTError(f"{spelt} takes one value, {len(words)} were given{shown}; give one")
     return line
 
 

@@ -52,10 +52,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         with open(path, "rb") as file:
             data = file.read(_LARGEST + 1)
     except OSError as error:
-        raise FNSFTError(f"the config file {str(path)!r} cannot be read: {error.strerror}") from error
+        raise FNSFTError(
+            f"the config file {str(path)!r} cannot be read ({error.strerror}); give a file that can"
+        ) from error
     if len(data) > _LARGEST:
         raise FNSFTError(
-            f"the config file {path} is larger than 1 MiB; it must hold a mapping of option names to values"
+            f"the config file {path} is larger than 1 MiB; it must hold a mapping, `name: value` for each option"
         )
     try:
         root = _Loader(data).get_single_node()
@@ -66,7 +68,9 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes, escapes and directives
         raise FNSFTError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise FNSFTError(f"the config file {path} must hold a mapping of option names to values")
+        raise FNSFTError(
+            f"the config file {path} holds something else; it must hold a mapping, `name: value` for each option"
+        )
     return _Values(path).of(root)
 
 
@@ -82,8 +86,8 @@ def read_json(text: str) -> Any:
 def core_value(written: Any) -> Any:
     """What a value means that belongs to no option, so that only its own form can say it.
 
-    That is the core schema of YAML 1.2 without octal and hexadecimal numbers: `true`, `false` and `null`, decimal
-    numbers such as `8`, `0.5` and `1e-4`, and all else, `007` and `1:30` among it, is text.
+    That is the core schema of YAML 1.2 without octal and hexadecimal numbers. It knows `true`, `false`, `null`, and
+    decimal numbers such as `8`, `0.5` and `1e-4`. All else is text, `007` and `1:30` among it.
 
     Args:
         written: what [`read_yaml`] gives.
@@ -109,7 +113,7 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"the key {key!r} stands twice; keep one")
         found[key] = value
     return found
 
