@@ -45,7 +45,7 @@ docs: install  ## the pages of docs/ as a site, in site/; a dead link is an erro
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 faults: install  ## processes killed at random moments, 100,000 damaged files, long runs
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --tries 5 --output faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --tries 5 --jobs 2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --executions 100000 --found faults
 	FNSFT_SOAK_STEPS=2000 FNSFT_SOAK_TRAINERS=100 FNSFT_REAL_KILLS=1 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/faults
@@ -72,4 +72,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOORS) demo_output site faults faults.json
+	rm -rf $(VENV) $(FLOORS) demo_output site faults

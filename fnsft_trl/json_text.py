@@ -1,7 +1,11 @@
-"""from_json: JSON that others have written, of which nothing but a ValueError comes."""
+"""from_json: JSON that others have written, of which nothing but a ValueError comes; and what its values come to."""
 
 import json
 from typing import Any
+
+
+# What comes out of values that are others than they were written, where they are used.
+WRONG_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def from_json(text: str | bytes, **options: Any) -> Any:

@@ -45,6 +45,8 @@ def is_open(spec: str | int | Sequence[int | str], *, what: str = "layer") -> bo
 
 def _spans(spec: str | int | Sequence[int | str], what: str) -> list[tuple[str | int, int, int | None]]:
     """Every item, with the first of its indices and the one after the last; `None` is the number that there are."""
+    if not isinstance(spec, str | int | Iterable):
+        raise FNSFTError(f"{what} specification {spec!r} is neither text nor a list of indices")
     items = [spec] if isinstance(spec, int) else spec
     if isinstance(items, str):
         text = items.strip().strip("[]").strip()

@@ -8,6 +8,9 @@ import torch.distributed as dist
 from .errors import FNSFTError
 
 
+_OF_BACKENDS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+
+
 class Ranks:
     """The processes of a launch, in work that each does by itself between points where all meet.
 
@@ -51,6 +54,29 @@ class Ranks:
         except Exception as error:
             self.meet(error)
             raise
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Say in one line that another process of the launch is gone, in the place of what the backend says of it.
+
+    Raises:
+        FNSFTError: in the place of the error with which a backend ends the wait for a process that was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in _OF_BACKENDS)):
+            raise
+        raise FNSFTError(
+            f"another process of this launch has ended ({first_words(error)}); what it printed says why, or it was "
+            "killed, perhaps for want of memory; start all of them again, and what was saved is gone on with"
+        ) from error
+
+
+def first_words(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _in_words(error: Exception) -> str:

@@ -18,6 +18,10 @@ from safetensors import SafetensorError
 from .errors import FNSFTError
 
 
+if os.name == "posix":
+    import fcntl
+
+
 _READY = ".fnsft.ready"  # a folder in a folder: files that are whole, and are to move into their places
 _OLD = ".fnsft.old"  # what they take the place of, until all of them are there
 _ENTRIES = ("results.json", "config.json", "adapter_config.json")  # without which the others are not found
@@ -37,7 +41,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             scratch.write_bytes(data)
 
     A file takes the place of an older one. Where the body or the disk fails, the older one stays and what was written
-    beside it is removed; a killed process leaves that behind, in a hidden folder `.{name}.*`.
+    beside it is removed; a killed process leaves that behind, in a hidden folder `.{name}.*`, until the next writing.
 
     Args:
         path: the file or the folder; the directory that it is in is made where it does not exist.
@@ -50,15 +54,13 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
-    try:
+    remove_leftovers(path)
+    with _hidden_folder(path, path.parent) as folder:
         scratch = folder / path.name
         yield scratch
         _bring_to_disk(scratch)
         os.replace(scratch, path)
         _bring_names_to_disk(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text_whole(path: str | os.PathLike, text: str) -> None:
@@ -102,16 +104,13 @@ def files_written_whole(
         remove_leftovers(directory)
         settle(directory)
         beside = has_room and exchanged and not os.path.ismount(directory) and not _is_inside(os.getcwd(), directory)
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(directory), dir=directory.parent if beside else directory))
-        try:
+        with _hidden_folder(directory, directory.parent if beside else directory) as folder:
             scratch = folder / directory.name
             scratch.mkdir()
             yield scratch
             _bring_to_disk(scratch)
             if not (beside and _exchange(scratch, directory, owned)):
                 _move(scratch, directory, owned)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -136,14 +135,57 @@ def one_writer(lock: str | os.PathLike, *, waits: bool = True) -> Iterator[None]
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what killed processes left beside a path in [`written_whole`].
-
-    It must be called by the one writer of the path, for what another one is writing looks the same.
-    """
+    """Remove what killed processes left beside a path in [`written_whole`]; what one that lives is writing stays."""
     path = Path(path)
-    for folder in path.parent.glob(f"{_prefix(path)}*"):
-        if folder.is_dir() and all(inside.name == path.name for inside in folder.iterdir()):
+    own = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}")  # as `tempfile` names folders
+    names = os.listdir(path.parent) if path.parent.is_dir() else ()
+    for folder in (path.parent / name for name in names if own.fullmatch(name)):
+        lock = _lock(folder, waits=False)
+        if lock is not None:
+            with _closing(lock), suppress(FileNotFoundError):  # its process has removed it meanwhile
+                if all(inside.name == path.name for inside in folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _hidden_folder(path: Path, parent: Path) -> Iterator[Path]:
+    """A folder for what is to take the place of a path: locked, so that it is not taken for a leftover."""
+    lock, folder = None, None
+    while folder is None or not folder.exists():  # it was taken for one, before it was locked
+        if lock is not None:
+            os.close(lock)
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=parent))
+        lock = _lock(folder, waits=True)
+    with _closing(lock):
+        try:
+            yield folder
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _closing(lock: int | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, waits: bool) -> int | None:
+    """Lock a folder for as long as this process lives and has not closed the descriptor that it gives; `None` where
+    another one has the lock and this one does not wait, it is no folder, or the system has no such locks."""
+    if os.name != "posix":
+        return None
+    number = None
+    try:
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(number, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if number is not None:
+            os.close(number)
+        return None
+    return number
 
 
 def settle(directory: Path) -> None:
@@ -155,8 +197,8 @@ def settle(directory: Path) -> None:
                 shutil.rmtree(directory / name)
             os.replace(ready / name, directory / name)
         ready.rmdir()
-    for folder in (old, *directory.glob(f"{_prefix(directory)}*")):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    remove_leftovers(directory / directory.name)  # its scratch may have been in it
 
 
 def _move(scratch: Path, directory: Path, owned: Sequence[str]) -> None:

@@ -89,16 +89,20 @@ def run_python(*words: object, variables: dict[str, str] | None = None) -> subpr
     return Started(*words, variables=variables).end()
 
 
-def run_processes(count: int, *words: object) -> list[str]:
-    """Run Python in `count` processes on the CPU that know of each other as under torchrun; what each printed."""
+def start_processes(count: int, *words: object) -> list[Started]:
+    """Start Python in `count` processes on the CPU that know of each other as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     together |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     ranks = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
-    started = [Started(*words, variables=variables) for variables in ranks]
-    ended = [each.end() for each in started]
+    return [Started(*words, variables=variables) for variables in ranks]
+
+
+def run_processes(count: int, *words: object) -> list[str]:
+    """Run Python in processes that know of each other to their end; what each printed."""
+    ended = [each.end() for each in start_processes(count, *words)]
     for each in ended:
         assert each.returncode == 0, each.stderr
     return [each.stdout for each in ended]

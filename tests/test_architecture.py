@@ -34,6 +34,7 @@ ORDER = {
             "hub",
             "bitsandbytes",
             "deepspeed",
+            "lm_eval",
             "methods",
         ),
     ],

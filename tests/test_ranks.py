@@ -1,7 +1,11 @@
 """Of processes that wait for each other, one that fails tells the others what it failed with, wherever they wait."""
 
+import json
+import signal
+
 import pytest
-from processes import run_processes
+from helpers import tiny_rows
+from processes import run_processes, start_processes
 
 from fnsft_trl import FNSFTError
 from fnsft_trl.ranks import Ranks
@@ -88,6 +92,54 @@ def test_an_error_of_one_process_is_that_of_all(tmp_path):
     assert held < size < 1.1 * held + 10_000  # and without what tensors are views of
     assert "NaN or infinite" in told["1", "discovery"]
     assert told["0", "discovery"] == told["1", "discovery"]
+
+
+# A command of which process 1 is killed in its third pass of the model that trains, or that does not.
+DYING = """
+import os, signal, sys
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import LlamaModel
+
+from fnsft_trl.cli import main
+
+dies_in_training, words, passes = sys.argv[1] == "training", sys.argv[2:], 0
+
+
+def dies(module, arguments):
+    global passes
+    passes += isinstance(module, LlamaModel) and module.training == dies_in_training
+    if passes == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+register_module_forward_pre_hook(dies)
+sys.exit(main(words))
+"""
+TRAIN = (
+    *("--max_steps", "6", "--use_cpu", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"),
+    *("--per_device_train_batch_size", "2", "--max_length", "32", "--ica_select", "random", "--ica_fraction", "0.3"),
+    *("--retention_tokens", "400", "--retention_batch_size", "1", "--tokenized_cache", "false"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["discovery", "training", "scoring"])
+def test_a_process_that_is_killed_ends_all_with_one_line(place, model_dir, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, tiny_rows(60))))
+    out = ("--output_dir", str(tmp_path / "out"))
+    if place == "discovery":
+        small = ("--ica_components", "2", "--ica_rank", "8", "--ica_max_tokens", "400", "--ica_batch_size", "1")
+        words = ["discover", str(model_dir), str(rows), *out, *small]
+    else:
+        data = ("--model_name_or_path", str(model_dir), "--dataset_name", str(rows))
+        words = ["train", *data, *out, *TRAIN, "--retention_datasets", f"rows={rows}"]
+    first, second = start_processes(2, "-c", DYING, "training" if place == "training" else "scoring", *words)
+    killed, other = second.end(120), first.end(120)  # which is far below the half hour that backends wait
+    assert killed.returncode == -signal.SIGKILL
+    assert other.returncode == 2, other.stderr
+    assert f"fnsft {words[0]}: error: another process of this launch has ended" in other.stderr.splitlines()[-1]
+    assert "Traceback" not in other.stderr
 
 
 def test_alone_an_error_stays_what_it_is():

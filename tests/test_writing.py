@@ -1,9 +1,13 @@
 import os
+import signal
 import stat
 
 import pytest
 
-from fnsft_trl.writing import written_whole
+from fnsft_trl.writing import files_written_whole, write_text_whole, written_whole
+
+
+forks = pytest.mark.skipif(os.name != "posix", reason="there are no such processes and locks")
 
 
 class Failed(BaseException):
@@ -81,3 +85,50 @@ def test_others_may_read_what_the_user_lets_them_read(tmp_path):
         scratch.mkdir()
     plain, whole, folder = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "whole", "folder"))
     assert plain == whole == folder & 0o666
+
+
+def killed_while(writes, tmp_path):
+    """Let a process die in the middle of a writing, and give what is hidden then."""
+    child = os.fork()
+    if child == 0:
+        with writes as scratch:
+            (scratch / "half" if scratch.is_dir() else scratch).write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    return [name for name in os.listdir(tmp_path) if name.startswith(".") and not name.endswith(".lock")]
+
+
+@forks
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_ones_stays(tmp_path):
+    file = tmp_path / "file[1].json"
+    (left,) = killed_while(written_whole(file), tmp_path)
+    assert (tmp_path / left / file.name).read_text() == "half"
+    with written_whole(file) as living:
+        living.write_text("living")
+        assert not (tmp_path / left).exists()
+        write_text_whole(file, "meanwhile")
+        assert file.read_text() == "meanwhile"
+        assert living.read_text() == "living"
+    assert file.read_text() == "living"
+    assert os.listdir(tmp_path) == [file.name]
+
+
+@forks
+def test_what_a_killed_writer_of_a_new_folder_left_goes_with_the_next_one(tmp_path):
+    assert len(killed_while(files_written_whole(tmp_path / "folder"), tmp_path)) == 1
+    with files_written_whole(tmp_path / "folder") as scratch:
+        (scratch / "whole").write_text("whole")
+    assert os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == ["whole"]
+
+
+@forks
+def test_nothing_of_others_is_taken_for_a_leftover(tmp_path):
+    others = tmp_path / ".file.json.d", tmp_path / ".file.json.abcdefgh", tmp_path / "away"
+    for folder in others:
+        folder.mkdir()
+    (others[1] / "mine").write_text("of the user")
+    (tmp_path / ".file.json.12345678").symlink_to(others[2])
+    write_text_whole(tmp_path / "file.json", "whole")
+    assert all(folder.is_dir() for folder in others)
+    assert (tmp_path / ".file.json.12345678").is_symlink()

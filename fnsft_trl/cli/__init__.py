@@ -6,7 +6,7 @@ A verb is a module with `ABOUT`, what it does; `options()`, the rows of its opti
 import difflib
 import os
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 
 from .. import __version__
@@ -81,7 +81,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
     status 130 or 143. A token in the file `.env` of the working directory is used as one in the environment is.
     """
     try:
-        with ends_in_order(), disk_errors():
+        with ends_in_order(), disk_errors(), _of_launch():
             return _run_verb(verb, argv)
     except FNSFTError as error:
         message = hide_tokens(" ".join(str(error).split()))
@@ -91,6 +91,13 @@ def run_verb(verb: str, argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"\nfnsft {verb}: {_interrupted(verb, argv)}", file=sys.stderr)  # below a bar
         return 143 if isinstance(error, Ended) else 130
+
+
+def _of_launch() -> AbstractContextManager:
+    """What one of several processes says where another one is gone; alone, nothing is imported for it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return nullcontext()
+    return import_module("..ranks", __package__).lost_processes()
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:

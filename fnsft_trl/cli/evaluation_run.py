@@ -115,7 +115,7 @@ def evaluate(
     if settings.generate:
         check_scores_of_text()
     parts = [read_data(name, source, args.dataset_split, settings) for name, source in data.items()]
-    tasks = Tasks(args.tasks, args.include_path) if args.tasks else None
+    tasks = Tasks(args.tasks, args.include_path, trusts=loading.trust_remote_code) if args.tasks else None
     texts = None if retention is None else RetentionTexts(retention)
     found = _found(models, args, loading, state.device)
     work = _Work(args, settings, parts, tasks, texts, mask, Share.of_launch(), state.device)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FNSFTError
 from ..export.gguf import (
@@ -22,6 +22,10 @@ from .options.loading import LoadingConfig, loading_options
 from .options.schema import Option, row
 from .output import check_writable
 from .pushing import PUSH_OPTIONS, push_arguments
+
+
+if TYPE_CHECKING:
+    from ..export.baked import BakedMask
 
 
 _WHOLE = ("merged", "baked", "smaller")
@@ -58,7 +62,7 @@ def options() -> list[Option]:
     )
     converter = f"The GGUF converter. By default {CONVERTER_VARIABLE}."
     subfolder = "With push_to_hub: the folder of the repository to put it into."
-    silenced = "which neurons are silenced (baked, smaller); by default those that the run's mask silenced"
+    masked = "the mask that is baked (amplify, too) or whose silenced neurons go (smaller); by default that of the run"
     return [
         row(
             "adapter",
@@ -77,7 +81,7 @@ def options() -> list[Option]:
         row("converter", converter, metavar="PROGRAM"),
         *PUSH_OPTIONS,
         row("hub_subfolder", subfolder, metavar="FOLDER", group=PUSH_OPTIONS[0].group),
-        *mask_options(silenced),
+        *mask_options(masked),
         *(_for_some(option) for option in loading_options(dtype="auto")),
     ]
 
@@ -105,10 +109,10 @@ def main(argv: list[str]) -> None:
         print(f"GGUF file saved to: {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         _verify(args, source, file, "gguf", None, loading)
         return
-    silenced = _write(args, source, output_dir, loading)
-    _verify(args, source, output_dir, args.to, silenced, loading)
+    masked = _write(args, source, output_dir, loading)
+    _verify(args, source, output_dir, args.to, masked, loading)
     if args.include:
-        _include(args, source, output_dir, silenced, loading)
+        _include(args, source, output_dir, masked, loading)
     if push is not None:
         url = push_directory(output_dir, subfolder=args.hub_subfolder, commit_message=_SAID[args.to], **push)
         print(f"Pushed to: {url}")
@@ -131,13 +135,9 @@ def _check(args: Arguments) -> None:
         if name in args.given and not makes_gguf:
             raise FNSFTError(f"{name} has no effect with to={args.to}; drop it")
     check_mask_options(args, "export the run that selected so, whose mask is the default")
-    if args.mask_mode not in (None, "lesion", "preserve"):
-        raise FNSFTError(
-            f"mask_mode is {args.mask_mode}, which silences no neuron; give lesion or preserve, or bake it in Python "
-            "(bake_amplification)"
-        )
-    if args.mask_mode == "amplify":
-        raise FNSFTError("mask_mode=amplify silences no neuron, which baked and smaller do; take lesion or preserve")
+    if args.mask_mode == "amplify" and args.to == "smaller":
+        raise FNSFTError("mask_mode=amplify silences no neuron that could go; give lesion or preserve, or to=baked")
+    mask_config(args)
     needed = "output_path" if args.to == "gguf" else "output_dir"
     if vars(args)[needed] is None:
         raise FNSFTError(f"to={args.to} needs {needed}")
@@ -161,9 +161,10 @@ def _loading(args: Arguments) -> dict[str, Any]:
     return loading_arguments(loading)
 
 
-def _write(args: Arguments, source: Path, output_dir: Path, loading: dict[str, Any]):
-    """Write a directory; the neurons that are silenced in it, if any."""
+def _write(args: Arguments, source: Path, output_dir: Path, loading: dict[str, Any]) -> "BakedMask | None":
+    """Write a directory; the mask that is in its weights, if any."""
     from ..export import to_baked, to_plain_lora, to_smaller
+    from ..export.baked import BakedMask
     from .refusals import refusals
 
     if args.to == "merged":
@@ -177,12 +178,13 @@ def _write(args: Arguments, source: Path, output_dir: Path, loading: dict[str, A
             return None
         mask = _mask(args, source, loading)
         if args.to == "baked":
-            mask = to_baked(source, output_dir, mask, **loading)
-            print(f"Baked model saved to: {output_dir} ({mask.count} neurons are silenced)")
-            return mask
+            baked = to_baked(source, output_dir, mask, factor=args.mask_factor, **loading)
+            done = f"multiplied by {baked.factor:g}" if baked.factor else "silenced"
+            print(f"Baked model saved to: {output_dir} ({baked.neurons.count} neurons are {done})")
+            return baked
         removal = to_smaller(source, output_dir, mask, **loading)
     print(f"Smaller model saved to: {output_dir}\n{removal}")
-    return removal.removed
+    return BakedMask(removal.removed)
 
 
 def _where(loading: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +192,14 @@ def _where(loading: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask(args: Arguments, source: Path, loading: dict[str, Any]):
-    """The neurons to silence that were asked for; `None` where those of the run are."""
+    """The neurons of the mask that was asked for, as it is baked; `None` where that of the run is."""
     from ..export.whole import WholeSource
 
     config = mask_config(args)
     if config is None:
         return None
     mask = configured_mask(config, WholeSource.read(source).outline(**_where(loading)))
-    return mask if config.mask_mode == "lesion" else ~mask
+    return ~mask if config.mask_mode == "preserve" else mask
 
 
 def _merge(adapter: Path, output_dir: Path, loading: dict[str, Any]) -> None:
@@ -215,17 +217,22 @@ def _merge(adapter: Path, output_dir: Path, loading: dict[str, Any]) -> None:
         print(f"Verified: {changed.count} neurons differ from {base}, as the adapter says")
 
 
-def _verify(args: Arguments, source: Path, written: Path, form: str, silenced, loading: dict[str, Any]) -> None:
+def _verify(
+    args: Arguments, source: Path, written: Path, form: str, masked: "BakedMask | None", loading: dict[str, Any]
+) -> None:
     if not args.verify:
         return
     from ..export import verify_export
 
     outtype = args.outtype or "auto"
-    found = verify_export(source, written, form, silenced=silenced, outtype=outtype, **loading)
+    of_mask = {} if masked is None else {"silenced": masked.neurons, "factor": masked.factor}
+    found = verify_export(source, written, form, outtype=outtype, **of_mask, **loading)
     print(f"Verified in a fresh process: {found}")
 
 
-def _include(args: Arguments, source: Path, output_dir: Path, silenced, loading: dict[str, Any]) -> None:
+def _include(
+    args: Arguments, source: Path, output_dir: Path, masked: "BakedMask | None", loading: dict[str, Any]
+) -> None:
     """Put the adapter and a GGUF file beside the model."""
     from ..export.parts import add_parts
     from ..export.whole import GGUF_FILE
@@ -233,4 +240,4 @@ def _include(args: Arguments, source: Path, output_dir: Path, silenced, loading:
     add_parts(output_dir, source, args.include, outtype=args.outtype or "auto", converter=args.converter)
     print(f"Beside it: {', '.join(args.include)}")
     if "gguf" in args.include:
-        _verify(args, source, output_dir / GGUF_FILE, "gguf", silenced, loading)
+        _verify(args, source, output_dir / GGUF_FILE, "gguf", masked, loading)

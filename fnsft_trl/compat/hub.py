@@ -15,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 __all__ = [
     "HTTPError",
     "allows_saved_login",
+    "is_bad_name",
     "is_broken_download",
     "is_forced_offline",
     "is_refused_card",
@@ -49,6 +50,14 @@ def is_forced_offline(error: BaseException, message: str) -> bool:
     https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/file_download.py
     """
     return isinstance(error, ValueError) and re.search("[Ff]orce.download", message) is not None
+
+
+def is_bad_name(error: BaseException, message: str) -> bool:
+    """Whether the name of a file in a repository leads out of its folder.
+
+    https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/_local_folder.py
+    """
+    return isinstance(error, ValueError) and message.startswith("Invalid filename")
 
 
 def is_broken_download(error: BaseException, message: str) -> bool:

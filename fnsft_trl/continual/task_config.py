@@ -85,6 +85,12 @@ class TaskConfig:
             parts = list(Formatter().parse(text))
         except ValueError as error:
             raise FNSFTError(f"{name} is {text!r}: {error}; a brace that is none is written twice") from error
+        for _, column, form, conversion in parts:
+            if column is not None and (not column or form or conversion):
+                raise FNSFTError(
+                    f"{name} is {text!r}: braces hold the name of a column and nothing else; a brace that is none is "
+                    "written twice"
+                )
         return [column for _, column, _, _ in parts if column]
 
     def _checked(self, labels: dict) -> dict[str, str]:

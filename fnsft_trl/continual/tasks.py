@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -151,7 +152,8 @@ def _rows(part: Dataset, config: TaskConfig, labels: Mapping[str, str] | None) -
 
 def _filled(template: str, row: Mapping[str, Any], longest: int | None) -> str:
     """A template with the values of a row, each cut; for one that is missing, nothing."""
-    return template.format_map({name: "" if value is None else str(value)[:longest] for name, value in row.items()})
+    texts = {name: "" if value is None else str(value)[:longest] for name, value in row.items()}
+    return "".join(text + (texts[column] if column else "") for text, column, _, _ in Formatter().parse(template))
 
 
 def _completion(answer: str, prompt: str) -> str:

@@ -113,7 +113,9 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
         ) from error
     except FNSFTError:
         raise
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "scripts are no longer supported" not in str(error):
+            raise
         if "Config name is missing" in str(error):
             found = re.search(r"configs: \[(.*)\]", str(error))
             raise _of_configurations(name_or_path, found[1] if found else "of several names") from error

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..writing import written_whole
 
 
@@ -162,7 +162,8 @@ class DiscoveryProgress:
                 if opened.metadata()[_DIGEST] != _digest(written, tensors):
                     raise ValueError("it is not as it was written")
                 state = from_json(written)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                state["about"] = dict(state["about"])
+        except (SafetensorError, OSError, *WRONG_VALUES) as error:
             raise FNSFTError(f"{file} cannot be read ({error}); delete it and start without resume") from error
         for key, value in self.about.items():
             if state["about"].get(key) != value:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import FNSFTError
 from ..hub.files import MissingFileError, fetch_file, is_hub_id
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..writing import write_text_whole, written_whole
 from .directions import InputDirections, KeptDirections
 
@@ -73,7 +73,7 @@ def load_directions(directory: str | os.PathLike) -> tuple[KeptDirections, dict[
             if basis.shape != (each["directions"], each["width"]) or mean.shape != (each["width"],):
                 raise ValueError(f"input {number} has {tuple(basis.shape)} instead of what {ABOUT_FILE} says")
             inputs.append(InputDirections(tuple(each["modules"]), basis.T.double().contiguous(), mean.double()))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (SafetensorError, OSError, *WRONG_VALUES) as error:
         told = " ".join(str(error).split())
         raise FNSFTError(
             f"{directory} holds no directions that can be read ({told}); find them again (fnsft discover "

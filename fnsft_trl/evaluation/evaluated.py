@@ -9,12 +9,13 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from ..config import SITES
 from ..data.embedded import resolve_model
 from ..errors import FNSFTError, library_errors
 from ..hub.files import fetch_file, hub_errors, is_hub_id
 from ..interventions.baking import lesion_note
 from ..interventions.masking import MaskHandle, forward_mask
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..template.storage import NETWORK_DIR, SELECTION_FILE
@@ -23,6 +24,7 @@ from ..tuner.saved import SavedAdapter, first_line, load_model, model_class
 
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_MASK_MODES = ("lesion", "preserve", "amplify")
 _SOURCE = ("revision", "trust_remote_code")
 
 
@@ -191,7 +193,8 @@ def recorded_neurons(place: str, record: dict[str, Any], model: nn.Module) -> Ne
 
 
 def _source(loading: dict[str, Any]) -> dict[str, Any]:
-    return {key: loading[key] for key in _SOURCE if loading.get(key) is not None}
+    given = {key: loading[key] for key in _SOURCE if loading.get(key) is not None}
+    return {"trust_remote_code": False} | given  # without, transformers asks at the terminal
 
 
 def _file(place: str, file: str, revision: str | None) -> Path | None:
@@ -209,10 +212,28 @@ def _read_record(place: str, revision: str | None) -> dict[str, Any] | None:
     file = _file(place, f"{NETWORK_DIR}/{SELECTION_FILE}", revision)
     if file is None:
         return None
+    return read_record(file)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What a run has written of its networks (`selection.json`).
+
+    Raises:
+        FNSFTError: it is no JSON, or lacks what the neurons and the mask of the run are known by.
+    """
     try:
-        return from_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FNSFTError(f"{file} is no JSON ({error}); it is what a run writes beside its weights") from error
+        record = from_json(file.read_text(encoding="utf-8"))
+        config, mode = record["network_config"], record["mask_mode"]
+        texts = [record[name]["sha256"] for name in ("selected", "trainable")]
+        texts += [part for pair in record["neurons"].items() for part in pair]
+        is_known = config["ica_site"] in SITES and isinstance(config["ica_layers"], str | list | None)
+        if not is_known or mode not in (None, *_MASK_MODES) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("the site, the layers, the mask or the neurons are none")
+        if mode == "amplify" and not isinstance(record["mask_factor"], int | float):
+            raise ValueError("amplify without a factor")
+    except (OSError, *WRONG_VALUES) as error:
+        raise FNSFTError(f"{file} cannot be read ({error}); it is what a run writes beside its weights") from error
+    return record
 
 
 def _adapter_directory(place: str, revision: str | None) -> Path | None:
@@ -247,7 +268,7 @@ def _model_config(found: str, place: str, loading: dict[str, Any]) -> Pretrained
     """The configuration of a whole model."""
     path = Path(found)
     if path.is_dir() and not (path / "config.json").is_file():
-        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        checkpoints = sorted(path.glob("checkpoint-[0-9]*"), key=lambda folder: (len(folder.name), folder.name))
         inner = f"; its newest checkpoint is {checkpoints[-1]}: give that" if checkpoints else ""
         raise FNSFTError(f"{place} holds neither a model (config.json) nor an adapter ({_ADAPTER_CONFIG}){inner}")
     if path.is_file():

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets.exceptions import DatasetsError
 from torch import nn
 
+from ..compat.lm_eval import sandbox_templates
 from ..errors import FNSFTError
 from ..tuner.saved import first_line
 from .evaluated import EvaluatedModel
@@ -43,6 +45,28 @@ class TaskScores:
     about: dict[str, dict[str, Any]]
 
 
+def _check_no_code(folder: Path) -> None:
+    """See that tasks are data: that no file has tags, with which lm-eval runs code, or includes one of elsewhere.
+
+    Raises:
+        FNSFTError: one has.
+    """
+    for path in folder.rglob("*.yaml"):
+        try:
+            with path.open("rb") as file:
+                events = list(yaml.parse(file, Loader=yaml.BaseLoader))
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise FNSFTError(f"{path} is no YAML ({first_line(error)}); take it out of include_path") from error
+        said = [event.value for event in events if isinstance(event, yaml.ScalarEvent)]
+        places = [(path.parent / text).resolve() for text in said if text.endswith((".yaml", ".yml"))]
+        is_outside = "include" in said and not all(place.is_relative_to(folder.resolve()) for place in places)
+        if is_outside or any(getattr(event, "tag", None) for event in events):
+            raise FNSFTError(
+                f"{path} brings code of its own (a tag such as !function, or a file of another folder), which runs "
+                "only if that is asked for: trust_remote_code"
+            )
+
+
 def check_harness() -> None:
     """Check that tasks can be run.
 
@@ -60,18 +84,23 @@ class Tasks:
     Args:
         names (`Sequence[str]`): of tasks, groups and tags; patterns with `*` are allowed.
         include_path (`str`, *optional*): folder with tasks of one's own (YAML), which come before lm-eval's.
+        trusts (`bool`, *optional*, defaults to `False`): whether these may bring code of their own (`!function`).
 
     Raises:
-        FNSFTError: a name that is not known, or a folder that is not there.
+        FNSFTError: a name that is not known, a folder that is not there, or one whose tasks bring code.
     """
 
-    def __init__(self, names: Sequence[str], include_path: str | None = None) -> None:
+    def __init__(self, names: Sequence[str], include_path: str | None = None, *, trusts: bool = False) -> None:
         check_harness()
         from lm_eval.tasks import TaskManager
+
+        sandbox_templates()
 
         folder = None if include_path is None else Path(include_path).expanduser()
         if folder is not None and not folder.is_dir():
             raise FNSFTError(f"include_path is {include_path}, and there is no such folder; give one with YAML files")
+        if folder is not None and not trusts:
+            _check_no_code(folder)
         own = [] if folder is None else TaskManager(include_path=str(folder), include_defaults=False).all_tasks
         # The index of lm-eval's own thousands of tasks takes seconds.
         defaults = not set(names) <= set(own)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..writing import remove_leftovers, written_whole
 from .arms import Arm, versions
 
@@ -15,6 +15,7 @@ from .arms import Arm, versions
 Key = tuple  # of a cell: its arm and seed, or what else it is found by
 
 _MOST_SHOWN = 4
+_CHANGES = ("settings", "sources", "versions")  # of a cell, which are compared with those of now
 
 
 class Cells:
@@ -39,8 +40,11 @@ class Cells:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             for line in lines:
                 cell = from_json(line)
+                if not all(isinstance(cell.get(name, {}), dict) for name in _CHANGES):
+                    raise ValueError(f"{', '.join(_CHANGES)} are mappings")
                 self.found[self._key(cell)] = cell
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            sorted(self.found)  # as they are written
+        except (OSError, *WRONG_VALUES) as error:
             raise FNSFTError(
                 f"{self.path} holds no cells of an experiment ({error}); choose another output directory"
             ) from error
@@ -74,10 +78,11 @@ class Cells:
             if name not in by_name:
                 continue
             arm = by_name[name]
+            settings, sources, then = (cell.get(name, {}) for name in _CHANGES)
             said = [
-                *_differences(cell["settings"], arm.settings),
-                *_content(cell["sources"], arm.sources),
-                *(f"the version of {text}" for text in _differences(cell["versions"], now)),
+                *_differences(settings, arm.settings),
+                *_content(sources, arm.sources),
+                *(f"the version of {text}" for text in _differences(then, now)),
             ]
             if said:
                 more = f" and {len(said) - _MOST_SHOWN} more" if said[_MOST_SHOWN:] else ""

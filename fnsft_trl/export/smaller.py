@@ -17,7 +17,7 @@ from ..interventions.baking import baked_neurons
 from ..neurons.mask import NeuronMask, fitting_sites
 from ..neurons.sites import NeuronSite, find_neuron_sites
 from ..tuner.saved import first_line
-from .baked import mask_to_bake, run_mask
+from .baked import BakedMask, mask_to_bake, run_mask
 from .on_disk import move_to_disk
 from .whole import WholeSource
 from .written import written_model
@@ -104,10 +104,16 @@ def neurons_to_remove(source: WholeSource, outline: PreTrainedModel, mask: Neuro
         FNSFTError: see [`to_smaller`].
     """
     baked = baked_neurons(outline)
-    if mask is None and baked is not None:
+    if mask is None:
         of_run = run_mask(source, outline)
-        mask = baked if of_run is None or of_run.site != baked.site else _union(outline, baked, of_run)
-    mask = mask_to_bake(source, outline, mask)
+        if of_run is not None and of_run.factor:
+            raise FNSFTError(
+                f"{source.directory} was trained under mask_mode=amplify, which silences no neuron; export it baked"
+            )
+        mask = None if of_run is None else of_run.neurons
+        if baked is not None:
+            mask = baked if mask is None or mask.site != baked.site else _union(outline, baked, mask)
+    mask = mask_to_bake(source, outline, None if mask is None else BakedMask(mask)).neurons
     if mask.site != "mlp_intermediate":
         raise FNSFTError(
             f"the mask is of the site {mask.site}, whose channels other layers read; only neurons (mlp_intermediate) "

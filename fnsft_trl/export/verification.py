@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import FNSFTError
 from ..evaluation.reload import last_logits
-from ..interventions.masking import lesion
+from ..interventions.masking import amplify, lesion
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from ..tuner import NeuronTunerConfig
@@ -77,6 +77,7 @@ def verify_export(
     form: str,
     *,
     silenced: NeuronMask | None = None,
+    factor: float = 0.0,
     outtype: str = "auto",
     **loading: Any,
 ) -> Verification:
@@ -85,13 +86,14 @@ def verify_export(
     Three things are checked on [`PROMPTS`]. The logits after the last token are those of the source, under the mask
     that was baked. The tokenizer makes the same tokens. And no neuron differs from the base model but those that the
     source may have changed: the adapter's (of neuron deltas), the trainable ones (of a run with networks), and those
-    that were silenced.
+    of the mask.
 
     Args:
         source_dir: the adapter or the model that was exported.
         written: the directory, or the GGUF file.
         form: `merged`, `baked`, `lora`, `smaller` or `gguf`.
-        silenced: the neurons that were baked or removed.
+        silenced: the neurons of the mask that was baked, or that were removed.
+        factor: what the mask multiplies their activations by.
         outtype: precision of a GGUF file.
         loading: as in the export.
 
@@ -102,7 +104,7 @@ def verify_export(
     source = WholeSource.read(source_dir)
     model = source.load(**loading).eval()
     prompts = _prompts(source, loading)
-    with lesion(model, silenced) if silenced is not None else nullcontext():
+    with _masked(model, silenced, factor):
         logits = [last_logits(model, ids) for ids in prompts]
     expected = _expected(source, model, silenced)
     site = expected.site if silenced is None else silenced.site
@@ -127,6 +129,13 @@ def verify_export(
     if wrong is not None:
         raise FNSFTError(f"{written} is not what was exported from {source_dir}: {wrong}; export it again")
     return found
+
+
+def _masked(model: nn.Module, neurons: NeuronMask | None, factor: float) -> AbstractContextManager:
+    """The model as it computes under the mask that was baked."""
+    if neurons is None:
+        return nullcontext()
+    return amplify(model, neurons, factor) if factor else lesion(model, neurons)
 
 
 def check_verifiable(form: str, outtype: str = "auto") -> None:
@@ -204,7 +213,7 @@ def _wrong(found: Verification, told: dict[str, Any], expected: NeuronMask) -> s
         extra = (members & ~expected.layers[layer]).nonzero().flatten()
         if len(extra):
             neuron = f"neuron {int(extra[0])} of layer {layer}"
-            return f"{neuron} differs from {found.base}, and was neither trained nor silenced"
+            return f"{neuron} differs from {found.base}, and was neither trained nor masked"
     if told["own"] and told["others"]:
         return f"{told['others'][0]} differs from {found.base}"
     return None

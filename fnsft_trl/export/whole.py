@@ -1,6 +1,5 @@
 """WholeSource: what an export writes as a whole model, from a saved adapter or from a model that was trained whole."""
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,9 @@ from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..errors import FNSFTError, library_errors
+from ..evaluation.evaluated import read_record
 from ..hub.card import TAGS, card_text, merged_card
+from ..hub.files import check_links
 from ..template.storage import CARD_FILE, NETWORK_DIR, SELECTION_FILE
 from ..template.template import FunctionalNetworkTemplate
 from ..tuner.saved import SavedAdapter, first_line, load_model, load_outline
@@ -38,9 +39,11 @@ class WholeSource:
         """Find what lies in a directory, without reading weights.
 
         Raises:
-            FNSFTError: neither an adapter nor a model, or an adapter that merges into no weights.
+            FNSFTError: neither an adapter nor a model, an adapter that merges into no weights, or a card or networks
+                that are links to elsewhere.
         """
         path = Path(directory).expanduser()
+        check_links(path, (CARD_FILE, f"{NETWORK_DIR}/**/*"))
         if (path / "adapter_config.json").is_file():
             adapter = SavedAdapter.read(path)
             if adapter.config.is_prompt_learning:
@@ -69,10 +72,7 @@ class WholeSource:
     def record(self) -> dict[str, Any] | None:
         """What the run that made it says that it selected, trained and masked; `None` without networks."""
         file = self.directory / NETWORK_DIR / SELECTION_FILE
-        if not file.is_file():
-            return None
-        with library_errors(lambda error: f"{file} cannot be read ({first_line(error)}); a run writes it"):
-            return json.loads(file.read_text(encoding="utf-8"))
+        return read_record(file) if file.is_file() else None
 
     def outline(self, **loading) -> PreTrainedModel:
         """Its structure without weights (on the device `meta`)."""

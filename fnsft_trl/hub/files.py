@@ -5,7 +5,7 @@ Which token a request carries is decided in [`~fnsft_trl.hub.credentials`].
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -120,10 +120,12 @@ def push_directory(
         The address of the commit.
 
     Raises:
-        FNSFTError: the Hub refuses it or cannot be reached; the message says what to do.
+        FNSFTError: the directory has a link to elsewhere, or the Hub refuses it or cannot be reached; the message
+            says what to do.
     """
     from huggingface_hub import HfApi
 
+    check_links(directory)
     with hub_errors(repo_id, branch, token=token):
         if (kind := kind_of(directory)) is not None:
             check_repository(repo_id, kind, branch=branch, token=token, subfolder=subfolder)
@@ -137,6 +139,27 @@ def push_directory(
             create_pr=create_pr,
         )
     return str(commit)
+
+
+def check_links(directory: str | os.PathLike, patterns: Sequence[str] = ("**/*",)) -> None:
+    """See that what is published of a directory lies in it: a link in a folder of others may lead to any file.
+
+    Args:
+        directory: whose files are copied or pushed. Links of the Hub's cache, into its own `blobs`, are files.
+        patterns: of the files that count.
+
+    Raises:
+        FNSFTError: one is a link to somewhere else; with both.
+    """
+    root = Path(os.path.realpath(directory))
+    own = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in (path for pattern in patterns for path in root.glob(pattern)):
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(place) for place in own):
+            raise FNSFTError(
+                f"{path.relative_to(root)} in {directory} is, or lies behind, a link to {target}, which would be "
+                "published with it; put the file itself there, or take the link out"
+            )
 
 
 @contextmanager
@@ -183,7 +206,7 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
     """
     from huggingface_hub import errors
 
-    from ..compat.hub import HTTPError, is_broken_download, is_forced_offline, is_refused_card
+    from ..compat.hub import HTTPError, is_bad_name, is_broken_download, is_forced_offline, is_refused_card
 
     at = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.HFValidationError):
@@ -222,6 +245,8 @@ def explain(error: BaseException, what: str, revision: str | None = None) -> str
         reason = hide_tokens(str(error).strip().partition("\n")[0]) or type(error).__name__
         return f"the Hub cannot be reached for {what} ({reason}); try again with a connection"
     message = " ".join(str(error).split())
+    if is_bad_name(error, message):
+        return f"{what}{at} holds a file whose name leads out of its folder ({message}); nothing is read of it"
     if is_refused_card(error, message):
         return f"the Hub refuses the model card for {what} ({message}); correct it, then push again"
     if is_forced_offline(error, message):

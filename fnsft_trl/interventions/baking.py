@@ -92,7 +92,7 @@ def bake_amplification(model: nn.Module, mask: NeuronMask, factor: float) -> Kep
     """Multiply the outgoing weights of some neurons, as [`bake_lesion`] zeroes them.
 
     The model then computes without hooks what it computes under `amplify(model, mask, factor)`. The model's config
-    names neurons and factor (`baked_amplification`).
+    names neurons and factor (`baked_amplification`). Further neurons may be multiplied by the same factor.
 
     Args:
         model, mask: as of [`bake_lesion`].
@@ -102,17 +102,22 @@ def bake_amplification(model: nn.Module, mask: NeuronMask, factor: float) -> Kep
         What [`unbake`] needs to put every weight back, bit for bit.
 
     Raises:
-        FNSFTError: as [`bake_lesion`], or the model carries a lesion or an amplification already.
+        FNSFTError: as [`bake_lesion`], or the model carries a lesion, another amplification, or one of these neurons.
     """
     if factor in (0, 1) or not float("-inf") < factor < float("inf"):
         raise FNSFTError(f"the factor to bake is {factor}; it must be finite, and neither 0 (bake_lesion) nor 1")
     values = _values(model, mask, outgoing_only=True)
     found = _baked(model)
+    amplified = mask.over({site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)})
     if found:
-        raise FNSFTError(
-            f"the model carries a {min(found)} already, over which nothing is amplified; take it out first"
-        )
-    entry = {"site": mask.site, "neurons": mask.to_ranges(), "factor": float(factor)}
+        before = found.get(_AMPLIFICATION)
+        is_one = before is not None and (before["site"], before["factor"]) == (mask.site, factor)
+        if not is_one or (_silenced(model, before) & amplified).count:
+            raise FNSFTError(
+                f"the model carries a {min(found)} already, over which nothing is amplified; take it out first"
+            )
+        amplified = amplified | _silenced(model, before)
+    entry = {"site": mask.site, "neurons": amplified.to_ranges(), "factor": float(factor)}
     kept = KeptWeights(values, found, {_AMPLIFICATION: entry})
     for name, (dims, positions, old) in values.items():
         write_positions(model.get_parameter(name), dims, positions, old * factor)

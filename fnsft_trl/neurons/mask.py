@@ -66,15 +66,19 @@ class NeuronMask:
         """The inverse of `to_ranges`, given the width of every layer.
 
         Raises:
-            FNSFTError: a layer or a neuron is out of range.
+            FNSFTError: a layer or a neuron is out of range, or none.
         """
+        if not isinstance(ranges, dict):
+            raise FNSFTError(f"neurons are {type(ranges).__name__}; a mapping of layers to ranges was expected")
         layers = {layer: torch.zeros(width, dtype=torch.bool) for layer, width in widths.items()}
+        numbers = {str(layer): layer for layer in layers}
         for layer, spec in ranges.items():
-            if int(layer) not in layers:
+            number = numbers.get(str(layer))
+            if number is None:
                 raise FNSFTError(
                     f"neurons of layer {layer} are selected, but the layers are {format_ranges(layers)}; name these"
                 )
-            layers[int(layer)][parse_ranges(spec, widths[int(layer)], what="neuron")] = True
+            layers[number][parse_ranges(spec, widths[number], what="neuron")] = True
         return cls(layers, site)
 
     def over(self, widths: dict[int, int]) -> "NeuronMask":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FNSFTError
 from ..hub.names import UNKNOWN
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..ranges import format_ranges
 from ..report.charts import line_chart, strip_chart
 from ..template.description import Component, TemplateDescription
@@ -56,7 +56,11 @@ class ProbeResults:
         try:
             found = cls(from_json(path.read_text(encoding="utf-8")))
             found.charts()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            found.rise(0)
+            for part in found.results["data"].values():
+                for verdict in part["verdicts"]:
+                    found.verdicts(verdict["network"])
+        except (OSError, *WRONG_VALUES) as error:
             raise FNSFTError(f"{path} holds no results of `fnsft probe` ({error}); give its output_dir") from error
         return found
 
@@ -71,7 +75,7 @@ class ProbeResults:
 
     def rise(self, number: int) -> float | None:
         """What a lesion of a network does, on the first dataset."""
-        part = next(iter(self.results["data"].values()))
+        part = next(iter(self.results["data"].values()), {"verdicts": ()})
         found = [v["effect"]["value"] for v in part["verdicts"] if v["network"] == str(number)]
         return found[0] if found else None
 

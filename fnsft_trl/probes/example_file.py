@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..writing import disk_errors, write_text_whole
 
 
@@ -88,7 +88,7 @@ class Examples:
                 raise ValueError(f"its format is {found['format']!r}")
             parts = tuple(tuple(map(_example, of_network)) for of_network in found["networks"])
             result = cls(parts, int(found["tokens"]), found["tensors_sha256"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, *WRONG_VALUES) as error:
             raise FNSFTError(f"{path} holds no examples ({error}); find them again, or delete it") from error
         if len(parts) != networks or tensors_sha256 not in (None, result.tensors_sha256):
             raise FNSFTError(f"{path} is of another template; find the examples again, or delete it")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..writing import disk_errors, remove_leftovers, write_text_whole
 
 
@@ -56,7 +56,7 @@ class Records:
                     self._take(line)
             except FNSFTError:
                 raise
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except (OSError, *WRONG_VALUES) as error:
                 raise FNSFTError(
                     f"{path} holds no passes of a probe ({error}); delete it, or name another output_dir"
                 ) from error
@@ -73,11 +73,15 @@ class Records:
 
     def _take(self, line: dict[str, Any]) -> None:
         if "texts" in line:
-            self._texts[line["data"], line["key"]] = line["texts"]
+            self._texts[line["data"], line["key"]] = list(map(str, line["texts"]))
         elif "whole" in line:
-            self._timings.append((line["seconds"], line["whole"]))
+            self._timings.append((float(line["seconds"]), float(line["whole"])))
         else:
-            self._scores[line["data"], line["batch"], line["key"]] = line
+            measured = [np.asarray(line[name], float) for name in _MEASURES]
+            if any(each.ndim != 1 or len(each) != len(measured[0]) for each in measured):
+                raise ValueError("a pass has not one value of each measure for each item")
+            costs = {name: float(line[name]) for name in ("seconds", "share")}
+            self._scores[line["data"], line["batch"], line["key"]] = line | costs
 
     def _add(self, line: dict[str, Any]) -> None:
         self._own.append(line)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..compat.transformers import TRAINER_STATE_FILE
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..template.storage import NETWORK_DIR
 from ..writing import written_whole
 
@@ -59,7 +59,7 @@ def mark(directory: Path, about: dict[str, Any]) -> None:
 def marked(directory: Path) -> dict[str, Any] | None:
     """What the run of a complete checkpoint was asked to do; `None` where it has no mark."""
     record = _record(directory)
-    return record and record["run"]
+    return record and record.get("run")
 
 
 def find_checkpoint(asked: str | bool | None, args: TrainingArguments, *, has_mark: bool) -> Path | None:
@@ -164,7 +164,7 @@ def damage(directory: Path) -> str | None:
             return f"{name} {reason}"
     try:
         TrainerState.load_from_json(str(directory / TRAINER_STATE_FILE))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *WRONG_VALUES) as error:
         return f"{TRAINER_STATE_FILE} cannot be read ({error})"
     return None
 
@@ -182,9 +182,13 @@ def _record(directory: Path) -> dict[str, Any] | None:
         content = dict(from_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE}: {error}") from error
-    if content.get("crc32") != _record_checksum(content.get("record")):
+    record = content.get("record")
+    if content.get("crc32") != _record_checksum(record):
         raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE} is damaged (CRC-32)")
-    return content["record"]
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(each, list) and len(each) == 2 for each in files.values()):
+        raise ValueError(f"{NETWORK_DIR}/{MARKER_FILE} does not say which files there are")
+    return record
 
 
 def _record_checksum(record: Any) -> int:
@@ -226,6 +230,6 @@ def _malformed(path: Path) -> str | None:
         elif path.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(path) as file:
                 return "is damaged (CRC-32)" if file.testzip() is not None else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+    except (*WRONG_VALUES, OSError, zipfile.BadZipFile, zlib.error) as error:
         return f"cannot be read ({error})"
     return None if size else "is empty"

@@ -18,7 +18,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from trl import SFTTrainer
 
 from ..errors import FNSFTError
-from ..json_text import from_json
+from ..json_text import WRONG_VALUES, from_json
 from ..template.storage import NETWORK_DIR
 from ..template.template import FunctionalNetworkTemplate
 from .checkpoints import marked
@@ -155,7 +155,7 @@ def _unmarked_settings(checkpoint: Path) -> dict[str, Any]:
         adapter = checkpoint / ADAPTER_CONFIG_NAME
         if adapter.is_file():
             settings |= _adapter_settings(from_json(adapter.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, *WRONG_VALUES) as error:
         raise FNSFTError(f"{checkpoint} cannot be read ({error}); name another checkpoint") from error
     return json.loads(json.dumps(settings, default=_plain))
 

@@ -83,6 +83,8 @@ class NeuronTunerConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NeuronPeftType.NEURON_DELTA
+        if not isinstance(self.neurons, dict):
+            raise FNSFTError(f"neurons is {self.neurons!r}; a mapping of layers to ranges was expected")
         self.neurons = {str(layer): spec for layer, spec in self.neurons.items()}
         if not self.neurons:
             raise FNSFTError("NeuronTunerConfig selects no neuron; give neurons=mask.to_ranges()")

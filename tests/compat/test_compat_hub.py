@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import get_session
@@ -71,3 +71,11 @@ def test_hub_is_broken_download_knows_its_error(repo, hub, tmp_path):
     with (tmp_path / "a.txt").open("wb") as file, pytest.raises(OSError) as error:
         http_get(f"{hub.endpoint}/{repo}/resolve/main/a.txt", file, expected_size=99)
     assert compat.is_broken_download(*told(error))
+
+
+def test_hub_is_bad_name_knows_its_error(repo, hub, tmp_path):
+    hub.put(repo, {"../../evil.txt": b"evil"})
+    with pytest.raises(ValueError) as error:
+        snapshot_download(repo, cache_dir=tmp_path)
+    assert compat.is_bad_name(*told(error))
+    assert not compat.is_refused_card(*told(error))

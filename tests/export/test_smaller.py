@@ -106,7 +106,7 @@ def test_a_baked_lesion_of_a_real_model_makes_it_smaller(tmp_path):
     ("mask", "message"),
     [
         (lambda model: unequal(model, {1: 40}), "all 40 neurons of layer 1"),
-        (lambda model: unequal(model, {}), "silences no neuron"),
+        (lambda model: unequal(model, {}), "has no neuron"),
         (lambda model: NeuronMask({0: torch.ones(16, dtype=torch.bool)}, "mlp_output"), "is of the site mlp_output"),
         (lambda model: NeuronMask({0: torch.ones(7, dtype=torch.bool)}), "made for another model"),
     ],

@@ -32,7 +32,8 @@ def exports(trained):
     found = {}
     for way, form in CASES:
         made = FORMS[form](trained / way, trained / f"{way}.{form}")
-        silenced = {"baked": made, "smaller": getattr(made, "removed", None)}.get(form)
+        attribute = {"baked": "neurons", "smaller": "removed"}.get(form)
+        silenced = None if attribute is None else getattr(made, attribute)
         found[way, form] = (trained / f"{way}.{form}", silenced)
     return found
 
@@ -146,11 +147,6 @@ def test_what_was_baked_is_said_in_the_card(trained, exports):
         ("lora", ["--to", "lora"], "one of neuron deltas was expected"),
         ("lora", ["--to", "merged", "--ica_fraction", "0.1"], "ica_fraction has no effect with to=merged"),
         ("lora", ["--to", "baked", "--ica_fraction", "0.1"], "ica_fraction: no effect without mask_mode"),
-        (
-            "lora",
-            ["--to", "baked", "--ica_template_path", "t", "--mask_mode", "amplify", "--mask_factor", "2"],
-            "mask_mode is amplify, which silences no neuron",
-        ),
         ("lora", ["--to", "merged", "--outtype", "f16"], "outtype has no effect with to=merged"),
         ("full", ["--to", "baked", "--include", "adapter"], "holds no adapter"),
     ],
@@ -160,6 +156,23 @@ def test_what_cannot_be_exported_is_refused_on_one_line(way, words, message, tra
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_under_an_amplification_bakes_it_and_leaves_no_smaller_model(trained, tmp_path, capsys, forked):
+    shutil.copytree(trained / "lora", tmp_path / "run")
+    file = tmp_path / "run" / "functional_networks" / "selection.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"mask_mode": "amplify", "mask_factor": 3.0}))
+    words = ["export", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), "--verify", "--to"]
+    assert main([*words, "smaller"]) == 2
+    assert "trained under mask_mode=amplify, which silences no neuron" in capsys.readouterr().err
+    assert main([*words, "baked"]) == 0
+    printed = capsys.readouterr().out
+    assert f"({record['selected']['count']} neurons are multiplied by 3)" in printed
+    assert "Verified in a fresh process" in printed
+    silenced = to_baked(tmp_path / "run", tmp_path / "other").neurons
+    with pytest.raises(FNSFTError, match="its logits differ by"):  # the mask counts: it is no lesion
+        verify_export(tmp_path / "run", tmp_path / "out", "baked", silenced=silenced)
 
 
 def test_ternary_files_are_not_verified(trained, tmp_path, capsys, monkeypatch):
