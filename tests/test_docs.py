@@ -149,7 +149,7 @@ def workplace(tmp_path, monkeypatch, model_dir, hub):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("\n".join(json.dumps(row) for row in rows))
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    shown = page.partition("where `tasks/sky.yaml` is\n\n")[2].partition("\n\nAdapters")[0]
+    shown = page.partition("where `tasks/sky.yaml` is\n\n")[2].partition("\n\n")[0]
     Path("tasks/sky.yaml").write_text(textwrap.dedent(shown))
     Path("recipes").symlink_to(ROOT / "recipes")
     return tmp_path

@@ -75,11 +75,11 @@ def test_a_record_that_was_changed_is_noticed(tmp_path, model_dir, templates):
     tiny_model("llama").save_pretrained(tmp_path)
     templates["llama"].save_pretrained(tmp_path / "functional_networks")
     record = {"network_config": {"ica_layers": "all", "ica_site": "mlp_intermediate"}, "mask_mode": "lesion"}
-    record |= {"neurons": {"0": "1-3"}, "selected": {"sha256": "0" * 64}}
+    record |= {"neurons": {"0": "1-3"}, "selected": {"sha256": "0" * 64}, "trainable": {"sha256": "0" * 64}}
     (tmp_path / "functional_networks" / "selection.json").write_text(json.dumps(record))
     found = EvaluatedModel.find(str(tmp_path)).masked()
     with pytest.raises(FNSFTError, match=r"do not have the SHA-256 that stands there"):
         found.load()
     (tmp_path / "functional_networks" / "selection.json").write_text("{")
-    with pytest.raises(FNSFTError, match=r"selection.json is no JSON"):
+    with pytest.raises(FNSFTError, match=r"selection.json cannot be read"):
         EvaluatedModel.find(str(tmp_path))

@@ -358,7 +358,7 @@ def test_a_run_is_not_resumed_between_two_generations(make, tmp_path):
         return trainer
 
     whole = run("whole")
-    with pytest.raises(FNSFTError, match=r"last 2 steps .* multiple of 2"):
+    with pytest.raises(FNSFTError, match=r"amid the 2 steps .* multiple of 2"):
         run("odd", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     resumed = run("even", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert changed_entries(state(whole.model), state(resumed.model)) == {}
