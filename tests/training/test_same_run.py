@@ -209,7 +209,11 @@ OTHERS = {
     "alpha beside": (beside(), beside(lora_alpha=9), r"adapter\.lora was .* and is now"),
     "precision": ({}, {"model": "bfloat16"}, r"dtype was \['float32'\] and is now \['bfloat16', 'float32'\]"),
     "base model": ({}, {"model": "other"}, "the frozen weights are not those of the run that is resumed"),
-    "base of lora": (lora(), {**lora(), "model": "other"}, "the frozen weights are not those of the run that is resumed"),
+    "base of lora": (
+        lora(),
+        {**lora(), "model": "other"},
+        "the frozen weights are not those of the run that is resumed",
+    ),
     "rows": ({}, {"rows": tiny_rows(48, seed=1)}, r"train_dataset was 48 rows \(\w+\) and is now 48 rows \(\w+\)"),
     "order of rows": ({}, {"rows": tiny_rows()[::-1]}, "train_dataset was 48 rows"),
     "number of rows": ({}, {"rows": tiny_rows()[:40]}, r"train_dataset was 48 rows \(\w+\) and is now 40 rows"),
