@@ -175,8 +175,8 @@ def _closing(lock: int | None) -> Iterator[None]:
 def _lock(folder: Path, *, waits: bool) -> int | None:
     """Lock a folder for as long as this process lives and has not closed the descriptor that it gives.
 
-    It gives `None` where another one has the lock and this one does not wait. So it does where there is no such folder,
-    or where the system has no such locks.
+    It gives `None` where another one has the lock and this one does not wait. So it does where there is no such
+    folder, or where the system has no such locks.
     """
     if os.name != "posix":
         return None
