@@ -48,7 +48,7 @@ def picture(found: list[Outcome]) -> bytes:
     for arm in dict.fromkeys(each.arm for each in found):
         rises = [each.retention[TEXT] for each in found if each.arm == arm]
         curves[arm] = [0.0, *map(fmean, zip(*(of_seed for seeds in rises for of_seed in seeds), strict=True))]
-    return stages_figure(curves, measure="rise of the cross-entropy of Wikipedia, nats per token")
+    return stages_figure(curves, measure="rise on Wikipedia, nats per token")
 
 
 def main() -> None:
