@@ -68,7 +68,8 @@ def _training(*way: str) -> Operation:
         return _trained(inputs, out, "--dataset_name", f"{inputs}/rows.jsonl", *saved, *way)
 
     def again(out: Path) -> list[str]:
-        return ["--resume_from_checkpoint", "true"] if any(out.glob("checkpoint-*/trainer_state.json")) else []
+        marks = out.glob("checkpoint-*/functional_networks/complete.json")  # else "no checkpoint was complete yet"
+        return ["--resume_from_checkpoint", "true"] if any(marks) else []
 
     weights = "model*.safetensors" if "full" in way else "adapter_model.safetensors"
     return Operation(call, (weights, "functional_networks/template.safetensors"), again)
