@@ -93,7 +93,7 @@ class PlanFile:
         found_orders = _chosen(every_order, orders, "orders")
         found_arms = own["arms"] or {}
         if not isinstance(found_arms, dict):
-            raise FNSFTError("arms is something else; write `name: {options of fnsft train}` for each")
+            raise FNSFTError("arms is no mapping; write `name: {options of fnsft train}` for each")
         found_arms = _chosen(found_arms, arms, "arms")
         every = _tasks(own["tasks"], path.parent)
         ways = {arm: _way(arm, options or {}) for arm, options in found_arms.items()}
@@ -144,7 +144,7 @@ def _chosen(found: Mapping[str, Any], names: Sequence[str] | None, what: str) ->
 
 def _way(arm: str, written: Any) -> Way:
     if not isinstance(written, dict):
-        raise FNSFTError(f"arm {arm} is something else; write its options as `name: value`")
+        raise FNSFTError(f"arm {arm} is no mapping; write its options as `name: value`")
     if not _ARM.fullmatch(arm):
         raise FNSFTError(f"the arm {arm!r} names a folder; take letters, digits, dots, dashes and underscores")
     known = by_name(describe(Way))
