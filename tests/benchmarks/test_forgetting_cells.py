@@ -19,7 +19,7 @@ from fnsft_trl.errors import FNSFTError
 from fnsft_trl.evaluation.retention import RetentionText
 
 
-DEVICE = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+DEVICE = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 class TinyBases:

@@ -55,8 +55,9 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    accelerator = torch.accelerator.current_accelerator()
-    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        devices.append(torch.accelerator.current_accelerator().type)
     if args.device not in devices:
         raise FNSFTError(f"there is no device {args.device!r} on this machine; there is: {', '.join(devices)}")
     from .pausing import Pause
