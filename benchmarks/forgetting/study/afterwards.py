@@ -1,8 +1,8 @@
 """Cells that were added when the verdict was known. They decide nothing: they say what the verdict leaves open.
 
 With fresh seeds the rival's rate, which had just reached the target in the tuning, did not reach it on the second
-shift, and no arm did on the third. So the same rival is trained at the rate with which it learnt most in the tuning, and
-on the third shift it and protection are trained at their rates of the second.
+shift, and no arm did on the third. So the same rival is trained at the rate with which it learnt most in the tuning,
+and on the third shift it and protection are trained at their rates of the second.
 """
 
 from __future__ import annotations
