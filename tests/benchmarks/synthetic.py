@@ -15,6 +15,7 @@ PARTS = {
     "choose": ("wikipedia", "questions"),
     "screen": ("wikipedia", "questions", "docs"),
     "confirm": ("wikipedia", "questions", "chat"),
+    "afterwards": ("wikipedia", "questions", "chat"),
     "dissociation": ("wikipedia", "docs"),
 }
 TOKENS = 100
@@ -53,7 +54,7 @@ def synthetic(setting: Setting, kl: Mapping[str, float] | None = None) -> dict:
         }
 
     also = {"interpolated": [point(scale, scale=scale) for scale in SCALES] if setting.path != BY_STEPS else []}
-    if setting.part == "confirm":
+    if setting.part in ("confirm", "afterwards"):
         also["capability"] = {"acc_norm": draw.uniform(0.3, 0.4)}
     if setting.arm == SCREEN:
         ways = ["subspace", "random", "down alone", *(f"networks {m}" for m in SCREENED_NETWORKS)]

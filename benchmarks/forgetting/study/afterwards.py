@@ -43,13 +43,18 @@ def learning_rate(found: Found, task: str) -> float:
     return min(cells, key=lambda cell: cell["points"][-1]["learning"])["learning_rate"]
 
 
+BOTH = "both shifts"
+
+
 def comparisons(found: Found, share: float = SHARE) -> dict[str, Comparison]:
     """Protection beside the rival at that rate, as far as its cells are there: what is compared -> numbers."""
-    compared, pairs = {}, []
-    for task in tuned_shifts(found):
-        pairs += _pairs(runs(found, task, PROTECTED, share), _rivals(found, task, share))
-    if _open(found) and pairs:
-        compared["both shifts"] = compare(PROTECTED, {task: rival(found, task) for task in tuned_shifts(found)}, pairs)
+    if not _added(found):
+        return {}
+    compared, tasks = {}, tuned_shifts(found)
+    sides = [(runs(found, task, PROTECTED, share), rivals(found, task, share)) for task in tasks]
+    if is_begun(found) and all(second for _, second in sides):
+        pairs = [pair for each in sides for pair in _pairs(*each)]
+        compared[BOTH] = compare(PROTECTED, {task: rival(found, task) for task in tasks}, pairs)
     task = _third(found)
     if task is not None:
         second = tuned_shifts(found)[1]
@@ -57,6 +62,11 @@ def comparisons(found: Found, share: float = SHARE) -> dict[str, Comparison]:
         if all(sides):
             compared[task] = compare(PROTECTED, {task: rival(found, second)}, _pairs(*sides))
     return compared
+
+
+def _added(found: Found) -> set[str]:
+    """Shifts with cells of this stage."""
+    return {key[1] for key in found if key[0] == AFTERWARDS}
 
 
 def _open(found: Found) -> list[str]:
@@ -79,7 +89,14 @@ def _rate(found: Found, task: str) -> float:
     )
 
 
-def _rivals(found: Found, task: str, share: float) -> list[Run]:
+def is_begun(found: Found) -> bool:
+    """Whether a rival that missed the target has cells at another rate."""
+    added = _added(found)
+    return bool(added) and any(task in added for task in _open(found))
+
+
+def rivals(found: Found, task: str, share: float = SHARE) -> list[Run]:
+    """The rival of a shift, at the other rate where it was trained at one."""
     if task in _open(found):
         return _runs(found, task, rival(found, task), task, share)
     return runs(found, task, rival(found, task), share)

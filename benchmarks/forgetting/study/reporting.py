@@ -11,8 +11,8 @@ from typing import Any
 from fnsft_trl.report.figures import learning_figure
 from fnsft_trl.report.report import Report
 
-from .afterwards import EVERY, comparisons
-from .comparing import Comparison
+from .afterwards import BOTH, EVERY, comparisons, is_begun, rivals
+from .comparing import Comparison, Run, runs
 from .paths import At, Cell, Found, Levels, Path, at_target, every_at, of_arm
 from .plan import BY_STEPS, GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, TUNING_SEED
 from .screening import index
@@ -24,6 +24,7 @@ from .stages import (
     forgetting,
     gate,
     kept_shifts,
+    networks_arm,
     proposed,
     rival,
     screen,
@@ -56,6 +57,7 @@ def write_report(found: Found, directory: File) -> dict[str, Any]:
     if half.comparisons:
         report.text(f"At half of what there is to learn (decides nothing): {half.text}")
         results["Q1 at half"] = _of_answer(half)
+    _equal(report, found, results, answers[0])
     _stages(report, found, results)
     _gate(report, found, results)
     _tuning(report, found, results)
@@ -74,6 +76,63 @@ def _of_answer(answer: Answer) -> dict[str, Any]:
         "adjusted_p": answer.adjusted,
         "dissociations": {name: asdict(each) for name, each in answer.dissociations.items()},
     }
+
+
+_CALLED = {
+    "full": "full fine-tuning",
+    "lora": "LoRA r 8",
+    "replay": "full, a quarter of each batch from the texts to keep",
+    "random": "full, as many random directions protected",
+    "networks": "full, directions of networks protected",
+    "subspace": "full, leading directions protected (`protect: subspace`)",
+}
+
+
+def _equal(report: Report, found: Found, results: dict[str, Any], answer: Answer) -> None:
+    if not answer.comparisons:
+        return
+    report.heading("At equal learning")
+    report.text(
+        f"KL from the base in nats per token where {SHARE:.0%} is learnt: geometric mean over {' and '.join(PRIMARY)} "
+        "and over the seeds that get there, of five. Last, the KL of protection as a part of it, over all pairs of "
+        "seeds in which both get there."
+    )
+    header, rows = equal_table(found, answer)
+    report.table(header, rows)
+    results["at equal learning"] = [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def equal_table(found: Found, answer: Answer) -> tuple[list[str], list[list[str]]]:
+    """What each way has forgotten on both shifts where as much is learnt, and protection beside it.
+
+    Args:
+        found: the cells.
+        answer: to Q1, from all confirming cells.
+    """
+    tasks, rows = tuned_shifts(found), []
+    for arm, called in _CALLED.items():
+        arms = {task: networks_arm(found, task) if arm == "networks" else arm for task in tasks}
+        cells = [_reached(runs(found, task, arms[task], SHARE)) for task in tasks]
+        beside = answer.comparisons.get(arm)
+        rows.append([called, *cells, "" if beside is None else _beside(beside)])
+    if is_begun(found):
+        cells = [_reached(rivals(found, task)) for task in tasks]
+        rows.insert(1, ["the same at another rate, added afterwards", *cells, _beside(comparisons(found)[BOTH])])
+    return ["all linear layers train", *(task.partition(",")[0] for task in tasks), "protection beside it (95%)"], rows
+
+
+def _reached(found: Sequence[Run]) -> str:
+    there = [run for run in found if run.is_reached]
+    if not there:
+        return f"not reached (0 of {len(found)})"
+    kl = math.exp(sum(float(run.log_kl()[0]) for run in there) / len(there))
+    return f"{kl:.4f}" + ("" if len(there) == len(found) else f" ({len(there)} of {len(found)})")
+
+
+def _beside(each: Comparison) -> str:
+    if each.ratio is None:
+        return f"no pair of {each.pairs}"
+    return f"{shown(each.ratio)}, {len(each.differences)} of {each.pairs} pairs"
 
 
 def _stages(report: Report, found: Found, results: dict[str, Any]) -> None:
