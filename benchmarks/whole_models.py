@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(WHOLE), choices=[*TINY, *WHOLE])
     parser.add_argument("--tokens", type=int, default=50_000, help="of the discovery")
     parser.add_argument("--components", type=int, default=20, help="of the discovery")
-    parser.add_argument("--rounds", type=int, default=9, help="of steps, five at least")
+    parser.add_argument("--rounds", type=int, default=7, help="of steps, five at least")
     parser.add_argument("--seconds", type=float, default=100, help="after which nothing begins")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
