@@ -5,9 +5,10 @@
 The models have the shapes of Llama 3, random weights in bfloat16, and are made on the device. Their texts are random
 tokens. Seconds are those of the clock, after the device has done all that it was asked. The parts, of each shape:
 
-  discovery   of `--tokens` tokens in sequences of 512, at the defaults of the package: `forward` is the forward pass
-              alone, `reading` the same with the activations of all neurons copied out, `sketch` what the two sketches
-              take, `ica` the decomposition of both and of each, `null` that of its null. `whole` is all but `forward`
+  discovery   of `--tokens` tokens in sequences of 512, at the package's defaults but for `--components`: `forward` is
+              the forward pass alone, `reading` the same with the activations of all neurons copied out, `sketch`
+              what the two sketches take, `ica` the decomposition of both and of each, `null` that of its null. `whole`
+              is all but `forward`. Random tokens have no networks, so FastICA goes on to its last iteration
   masked      the forward pass with 2% of the neurons silenced, over a plain one
   training    a step (forward pass, loss, backward pass, fused AdamW, zero_grad) of 1,024 and of 4,096 tokens, of the
               arms of benchmarks/training_step.py, each with and without `protect` (200 directions, random ones, which
