@@ -11,7 +11,8 @@ Measured, on one block of Llama's shape at each size, float32, one thread, media
 Computed from these, and said to be: core minutes of a discovery of 50,000 tokens and of a training step of 1,024, as
 the number of blocks times the block, without embeddings and head, and without the ICA at the end; and GiB with weights
 in bfloat16: `discovery` is weights + block of activations + sketches of two halves, `lora` and `delta` are weights +
-what trains, its gradients and Adam's state in float32 + what autograd keeps.
+what trains, its gradients and Adam's state in float32 + what autograd keeps. benchmarks/whole_models.py measures whole
+models on an accelerator; benchmarks/big_models_page.py makes the tables of the docs of both.
 """
 
 import argparse
@@ -45,6 +46,7 @@ class Shape:
         layers, hidden, intermediate, heads (`int`): 8 key-value heads in each.
         parameters (`float`): of the whole model.
         tokens (`int`): of a pass that is measured.
+        vocabulary (`int`), ties_head (`bool`): of the whole model.
     """
 
     layers: int
@@ -53,10 +55,12 @@ class Shape:
     heads: int
     parameters: float
     tokens: int
+    vocabulary: int = 128_256
+    ties_head: bool = False
 
 
 SHAPES = {
-    "1B": Shape(16, 2048, 8192, 32, 1.24e9, 512),
+    "1B": Shape(16, 2048, 8192, 32, 1.24e9, 512, ties_head=True),
     "8B": Shape(32, 4096, 14336, 32, 8.03e9, 512),
     "70B": Shape(80, 8192, 28672, 64, 70.6e9, 256),
 }

@@ -36,21 +36,31 @@ NAMES = ("full mlp", "lora", "delta 30%")
 class ProtectedArm(Arm):
     """An arm of which each step of the optimizer is followed by the projection."""
 
-    def __init__(self, build, model: nn.Module, inputs: torch.Tensor, directions: int) -> None:
-        super().__init__(build, model, inputs)
+    def __init__(self, build, model: nn.Module, inputs: torch.Tensor, directions: int, **settings) -> None:
+        super().__init__(lambda copied: self._held(build(copied)), model, inputs, **settings)
         base = base_model(self.model)
-        linears = {name for name, module in base.named_modules() if linear_shape(module) is not None}
-        maps, _ = trained_maps(self.model, None, linears)
-        drawn: dict[tuple, torch.Tensor] = {}
+        drawn: dict[int, torch.Tensor] = {}  # the same numbers for all layers, each of which has its own copy
+        of_inputs: dict[tuple, torch.Tensor] = {}
         bases = {}
-        for each in maps:
+        for each in self.maps:
             width = linear_shape(base.get_submodule(each.module))[0]
+            if width not in drawn:
+                drawn[width] = torch.linalg.qr(torch.randn(width, directions, dtype=torch.float64)).Q
             key = (each.module.rpartition(".")[0], width)  # gate and up read one input
-            if key not in drawn:
-                drawn[key] = torch.linalg.qr(torch.randn(width, directions, dtype=torch.float64)).Q
-            bases[each.module] = drawn[key]
-        self.protected = protect_weights(maps, bases)
+            if key not in of_inputs:
+                of_inputs[key] = drawn[width].clone()
+            bases[each.module] = of_inputs[key]
+        self.protected = protect_weights(self.maps, bases)
         self.protected.attach(self.optimizer)
+
+    def _held(self, model: nn.Module) -> nn.Module:
+        """The model, in which nothing trains that has no directions."""
+        base = base_model(model)
+        linears = {name for name, module in base.named_modules() if linear_shape(module) is not None}
+        self.maps, without = trained_maps(model, None, linears)
+        for name in without:
+            base.get_parameter(name).requires_grad_(False)
+        return model
 
 
 def measure(rounds: int, tokens: int, directions: int) -> dict[str, dict]:

@@ -141,27 +141,52 @@ ARMS = {
 }
 
 
-class Arm:
-    """One way to train a copy of the model, on embedded (tokens, hidden) or whole numbers of tokens."""
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
-    def __init__(self, build, model: nn.Module, inputs: torch.Tensor) -> None:
-        self.model = build(copy.deepcopy(model)).train()
-        self.inputs = inputs
+
+class Arm:
+    """One way to train a copy of the model, on embedded (tokens, hidden) or whole numbers of tokens.
+
+    Args:
+        build: makes of a copy what trains.
+        model, inputs: on one device.
+        clock: gives seconds.
+        copied: makes the copy.
+        on_loss: whether a pass ends in the loss of its tokens, and not in a fixed gradient of the output.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[nn.Module], nn.Module],
+        model: nn.Module,
+        inputs: torch.Tensor,
+        *,
+        clock: Callable[[], float] = time.process_time,
+        copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+        on_loss: bool = False,
+    ) -> None:
+        self.model = build(copied(model)).train()
+        self.inputs, self.clock, self.on_loss = inputs, clock, on_loss
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if self.trained else None
 
     def step(self) -> tuple[float, float]:
-        """CPU seconds of forward and backward pass, and of the whole step."""
-        start = time.process_time()
+        """Seconds of forward and backward pass, and of the whole step."""
+        start = self.clock()
         self.forward_backward()
-        middle = time.process_time()
+        middle = self.clock()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return middle - start, time.process_time() - start
+        return middle - start, self.clock() - start
 
     def forward_backward(self) -> None:
-        """The pass through the model and back to its embedded inputs."""
+        """The pass through the model and back to its embedded inputs, or to what trains."""
+        if self.on_loss:
+            self.model(input_ids=self.inputs, labels=self.inputs, use_cache=False).loss.backward()
+            return
         embedded = self.inputs.is_floating_point()
         x = self.inputs.clone() if embedded else self.model.get_input_embeddings()(self.inputs)
         if not x.requires_grad:

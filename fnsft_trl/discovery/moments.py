@@ -8,6 +8,12 @@ import torch
 
 
 COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
+_LAUNCH = 65_536  # neurons of which a product takes an accelerator about as long as it takes to ask for it
+
+
+def strip_width(device: torch.device) -> int:
+    """How many neurons are worked on at a time in each block of tokens, where a temporary copy is needed."""
+    return COLUMNS if device.type == "cpu" else _LAUNCH
 
 
 def exact(values: torch.Tensor) -> torch.Tensor:
@@ -42,7 +48,7 @@ class Moments:
         """
         mean = block.mean(0)
         block.sub_(mean)
-        squares = torch.cat([(strip * strip).sum(0) for strip in block.split(COLUMNS, 1)])
+        squares = torch.cat([(strip * strip).sum(0) for strip in block.split(strip_width(block.device), 1)])
         m2 = exact(squares)
         too_large = ~squares.isfinite()
         if too_large.any():

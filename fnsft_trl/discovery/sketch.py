@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .moments import COLUMNS, Moments
+from .moments import Moments, strip_width
 from .units import Units
 
 
@@ -228,7 +228,7 @@ class ActivationSketch:
             self._next_rescale = 2 * self.count
         changed = (divisor != self.divisor).nonzero().flatten()
         rows, gram = self.rows, self.singular.square().diag()
-        for columns in changed.split(COLUMNS) if len(rows) else ():
+        for columns in changed.split(strip_width(rows.device)) if len(rows) else ():
             old = rows[:, columns.to(rows.device)]
             new = old * (self.divisor / divisor)[columns].to(old)
             gram += (new @ new.T).to(gram) - (old @ old.T).to(gram)
@@ -271,6 +271,5 @@ class ActivationSketch:
 def _rotate(matrix: torch.Tensor, turn: torch.Tensor) -> None:
     """Write turn @ matrix over the first rows of the matrix, a strip of columns at a time."""
     turn = turn.to(matrix)
-    for columns in range(0, matrix.shape[1], COLUMNS):
-        strip = matrix[:, columns : columns + COLUMNS]
+    for strip in matrix.split(strip_width(matrix.device), 1):
         strip[: len(turn)] = turn @ strip

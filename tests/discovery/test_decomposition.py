@@ -6,6 +6,7 @@ from sklearn.decomposition import FastICA
 from fnsft_trl import FNSFTError
 from fnsft_trl.discovery.decomposition import IcaSettings, decompose
 from fnsft_trl.discovery.matching import match_components
+from fnsft_trl.discovery.moments import strip_width
 from fnsft_trl.discovery.sketch import ActivationSketch
 from fnsft_trl.discovery.units import Units
 
@@ -70,6 +71,16 @@ def test_sketch_does_not_depend_on_how_the_stream_is_cut():
     one, other = sketch(data, block=97), sketch(data, block=1000)
     assert torch.equal(one.rows, other.rows)
     assert torch.equal(one.scores, other.scores)
+
+
+def test_a_sketch_does_not_depend_on_how_many_neurons_are_worked_on_at_a_time(monkeypatch):
+    assert strip_width(torch.device("cuda")) > strip_width(torch.device("cpu"))
+    data, _ = planted(tokens=1000)
+    whole = sketch(data, units=ZSCORE, dtype=torch.float64)
+    monkeypatch.setattr("fnsft_trl.discovery.moments.COLUMNS", 7)
+    strips = sketch(data, units=ZSCORE, dtype=torch.float64)
+    assert torch.allclose(strips.rows.T @ strips.rows, whole.rows.T @ whole.rows, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(strips.moments.m2, whole.moments.m2)
 
 
 @pytest.mark.parametrize("standardize", ["center", "zscore"])
