@@ -370,6 +370,26 @@ def test_the_page_on_forgetting_says_what_the_log_says_and_the_verdict_of_the_st
     assert "\n".join(f"> {line}".rstrip() for line in verdict.splitlines()) in page
 
 
+def test_the_table_and_pictures_of_the_study_are_those_of_its_cells():
+    results = ROOT / "benchmarks" / "forgetting" / "results"
+    report = (results / "report.md").read_text()
+    table = re.search(r"^## At equal learning\n.*?\n(\|.*?\n)\n", report, flags=re.MULTILINE | re.DOTALL)[1]
+    assert table.count("\n") > 7
+    for page in ("README.md", "docs/forgetting.md"):
+        assert table in (ROOT / page).read_text(), page
+    for name, task in (("forgetting_study", "routing"), ("forgetting_study_german", "german")):
+        committed = results / f"confirmation-{task}-all-linear-layers.png"
+        assert (ROOT / "docs" / "images" / f"{name}.png").read_bytes() == committed.read_bytes()
+
+
+def test_ratios_that_are_quoted_are_in_the_report_of_the_study():
+    report = (ROOT / "benchmarks" / "forgetting" / "results" / "report.md").read_text()
+    ratio = r"\b0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]"
+    quoted = re.findall(ratio, EVIDENCE) + re.findall(ratio, (ROOT / "README.md").read_text())
+    assert len(quoted) > 4
+    assert set(quoted) <= set(re.findall(ratio, report))
+
+
 def test_the_table_of_combinations_is_the_one_in_the_code():
     assert combinations_table() in (ROOT / "docs" / "training.md").read_text()
 
