@@ -6,13 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..compat.torch import exact
+
 
 COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
-
-
-def exact(values: torch.Tensor) -> torch.Tensor:
-    """Values in float64, on their device; on the CPU where the device knows no float64."""
-    return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
 
 
 class Moments:

@@ -27,7 +27,8 @@ def changed_neurons(
         The neurons any of whose weights differ; and the names of the parameters that differ in an entry that belongs
         to no neuron.
     """
-    differing = {name: before[name] != after[name] for name in before if not torch.equal(before[name], after[name])}
+    there = {name: values.to(before[name].device) for name, values in after.items()}
+    differing = {name: before[name] != there[name] for name in before if not torch.equal(before[name], there[name])}
     layers = {}
     for site in sites:
         members = torch.zeros(site.width, dtype=torch.bool)
