@@ -136,7 +136,7 @@ def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after)
         if delta is None:
             continue
         name, positions = part.full_name, part.indices(neurons)
-        rows, found = (part.select(values[name].detach(), positions) for values in (before, after))
+        rows, found = (part.select(values[name].detach().cpu(), positions) for values in (before, after))
         wrong = (rows + delta.view_as(rows)).to(rows.dtype) != found
         if wrong.any():
             first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])
