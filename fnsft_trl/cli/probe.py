@@ -24,6 +24,7 @@ ABOUT = (
 # Fields of EvaluationConfig that say how rows are read.
 _READING = ("columns", "template_format", "prompt_template", "max_samples", "choice_prompt", "apply_chat_template")
 ATLAS_FILE = "atlas.html"
+_ONE_MASK = ("union", "dose", "preserve", "kept", "prune", "cut")  # curves of which a point is one mask of networks
 _FILES = ("results.json", "report.md", "report.html", "conditions.jsonl")
 
 
@@ -170,13 +171,22 @@ def _save_atlas(args: Arguments, config: ProbeConfig, model, tokenizer, template
 
 
 def _show(probe) -> None:
-    for name in probe.found.data:
-        print(f"{name}: {probe.found.data[name].tokens} tokens")
-        for verdict in probe.found.verdicts(name):
+    found = probe.found
+    for name in found.data:
+        print(f"{name}: {found.data[name].tokens} tokens; a lesion of all neurons: {found.full(name):+.3f} nats")
+        for verdict in found.verdicts(name):
             print(
                 f"  network {verdict.network}: {verdict.effect.value:+.3f} nats [{verdict.effect.low:+.3f}, "
                 f"{verdict.effect.high:+.3f}]: {verdict.words}"
             )
+        for curve in _ONE_MASK:
+            for condition in found.of(curve, selector="networks")[-1:]:
+                drawn = found.of(curve, selector="random", point=condition.point)
+                random = sum(found.effect(name, each.key) for each in drawn) / len(drawn)
+                print(
+                    f"  {curve} at {condition.point:g}: {found.effect(name, condition.key):+.3f} nats; random "
+                    f"neurons {random:+.3f}"
+                )
 
 
 def interrupted(argv: list[str]) -> str:

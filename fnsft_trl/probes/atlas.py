@@ -95,8 +95,9 @@ class ProbeResults:
                 )
                 for verdict in part["verdicts"]
             ]
-            chart = strip_chart(rows, x="rise of the cross-entropy (nats per token)")
-            found.append({"svg": chart.decode(), "caption": f"The lesion of each network, on {name}."})
+            if rows:
+                chart = strip_chart(rows, x="rise of the cross-entropy (nats per token)")
+                found.append({"svg": chart.decode(), "caption": f"The lesion of each network, on {name}."})
             for curve, (title, x, is_share) in _CURVES.items():
                 if part["curves"].get(curve):
                     lines = _means(part["curves"][curve])

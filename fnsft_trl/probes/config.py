@@ -44,10 +44,10 @@ class ProbeConfig:
     )
     curves: list[str] | None = option(
         None,
-        "Curves to measure beside the lesion of each network. `union`: the first m networks together. `dose`: 0.1% "
-        "to 20% of all neurons. `preserve`: 5% to 100%. `amplify`: activations halved, doubled, times 4. `kept`: the "
-        "networks alone. `prune`: neurons of no network set to their mean, and to zero, in all layers but the first "
-        "and the last. `lesion`: nothing else. By default all of them.",
+        "Curves to measure. `lesion`: each network by itself beside every control, which gives the verdicts. `union`: "
+        "the first m networks together. `dose`: 0.1% to 20% of all neurons. `preserve`: 5% to 100%. `amplify`: "
+        "activations halved, doubled, times 4. `kept`: the networks alone. `prune`: neurons of no network set to "
+        "their mean, and to zero, in all layers but the first and the last. By default all of them.",
     )
     draws: int = option(
         20,
@@ -96,6 +96,13 @@ class ProbeConfig:
         check_fields(self)
         if unknown := [name for name in self.curves or () if name not in CURVES]:
             raise FNSFTError(f"curves holds {unknown[0]!r}; it must be of: {', '.join(CURVES)}")
+        if len(set(self.curves or ())) < len(self.curves or ()):
+            raise FNSFTError(f"curves names one twice: {', '.join(self.curves)}; name each once")
+
+    @property
+    def has_lesions(self) -> bool:
+        """Whether each network is silenced by itself, beside every control."""
+        return not self.curves or "lesion" in self.curves
 
     def chosen(self, count: int) -> list[int]:
         """The numbers of the networks to probe, of so many that a template has.

@@ -85,17 +85,14 @@ def plan(
 
     Args:
         networks: those that are probed; of one template, or of several for one model.
-        curves: which of `CURVES`; `lesion` is always among them.
+        curves: which of `CURVES`.
         draws: of the random and the amplitude-matched control.
         seed: of the draws.
     """
     everything = _everything(networks)
     found = [Condition("full", "networks", None, 0.0, 0, everything)]
-    for network in networks:
-        found += _with_controls("lesion", network.label, 0.0, network.mask, network.controls, draws, seed)
     for curve in curves:
-        if curve != "lesion":
-            found += _CURVES[curve](networks, fewer(draws), seed)
+        found += _lesions(networks, draws, seed) if curve == "lesion" else _CURVES[curve](networks, fewer(draws), seed)
     return found
 
 
@@ -136,6 +133,12 @@ def _with_controls(
             shared = (chosen & mask).count / mask.count
             loudness = controls.loudness(chosen, mask)
             yield condition(name, draw, chosen, shared=round(shared, 4), loudness=round(loudness, 4))
+
+
+def _lesions(networks: Sequence[Network], draws: int, seed: int) -> Iterator[Condition]:
+    """Of each network by itself, beside every control."""
+    for network in networks:
+        yield from _with_controls("lesion", network.label, 0.0, network.mask, network.controls, draws, seed)
 
 
 def _unions(networks: Sequence[Network], draws: int, seed: int) -> Iterator[Condition]:

@@ -99,7 +99,9 @@ def probe_networks(
     with ranks.together():
         about = _about(model, [template, *(domains or {}).values()], data, config)
         records = Records(output, about, index=share.index)
-        shifted = surrogate or _surrogate(model, tokenizer, template, data, config, output, ranks)
+        shifted = surrogate
+        if shifted is None and config.has_lesions:  # no other curve has that control
+            shifted = _surrogate(model, tokenizer, template, data, config, output, ranks)
         networks = _networks(model, template, domains, shifted, config)
         replacement = _replacement(model, template, data, config)
         singles = _singles(model, networks, data, config)
@@ -158,6 +160,10 @@ def _check(template, data, config: ProbeConfig, domains) -> None:
         raise FNSFTError("ablation=mean: the template was converted and knows no means; discover the networks again")
     if domains is None:
         return
+    if not config.has_lesions:
+        raise FNSFTError(
+            f"a double dissociation is one of lesions; curves holds {', '.join(config.curves)}: add lesion"
+        )
     if len(names) < 2 or not set(domains) <= set(names):
         raise FNSFTError(
             f"domains are of {', '.join(domains)}, the data of {', '.join(names)}: give data of the same names, and "

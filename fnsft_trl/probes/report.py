@@ -117,12 +117,21 @@ def _summary(probe: Probe, about: Mapping[str, Any]) -> str:
     how = {"zero": "set to zero", "mean": "set to their mean", "resample": "set to what they are at other tokens"}
     return (
         f"{len(probe.networks)} networks of {about.get('template')} in {about.get('model')}. Scored on "
-        f"{'; '.join(sizes)}. Silenced neurons are {how[config.ablation]}, {where}. Each network is compared with "
-        f"{config.draws} draws of random neurons and of neurons of the same amplitude, and with fewer of other "
-        "controls, all with as many neurons in every layer. Intervals: 95%, by a bootstrap over sequences (and draws, "
-        "where controls are compared). p: by the standardised effects of the draws of all networks, adjusted by Holm "
-        "over the networks. A cell of a control shows the mean of its draws and, in brackets, the highest."
-        + ("" if found.of("lesion", selector="surrogate") else " The data is too short to find surrogate networks on.")
+        f"{'; '.join(sizes)}. Silenced neurons are {how[config.ablation]}, {where}.{_beside(probe)}"
+    )
+
+
+def _beside(probe: Probe) -> str:
+    """What lesions are compared with."""
+    if not probe.config.has_lesions:
+        return ""
+    return (
+        f" Each network is compared with {probe.config.draws} draws of random neurons and of neurons of the same "
+        "amplitude, and with fewer of other controls, all with as many neurons in every layer. Intervals: 95%, by a "
+        "bootstrap over sequences (and draws, where controls are compared). p: by the standardised effects of the "
+        "draws of all networks, adjusted by Holm over the networks. A cell of a control shows the mean of its draws "
+        "and, in brackets, the highest."
+        + ("" if probe.found.of("lesion", selector="surrogate") else " There are no surrogate networks beside them.")
     )
 
 
@@ -131,10 +140,12 @@ def _verdicts(report: Report, found: Found, name: str, verdicts: Sequence[Verdic
     values = ", ".join(f"{_MEASURES[m]} {sums.mean:.3f}" for m, sums in intact.items() if m != "kl")
     degenerate = found.degenerate(name, INTACT)
     values += "" if degenerate is None else f", degenerate {degenerate:.0%} of {len(found.data[name].prompts)} prompts"
-    report.heading(f"Lesions on {name}")
+    report.heading(f"Lesions on {name}" if verdicts else f"The model on {name}")
     report.text(
         f"The intact model: {values}. A lesion of all neurons raises the cross-entropy by {found.full(name):.2f} nats."
     )
+    if not verdicts:
+        return
     report.table(*verdict_table(found, name, verdicts))
     rows = []
     for verdict in verdicts:

@@ -19,6 +19,9 @@ from fnsft_trl.errors import FNSFTError
 from fnsft_trl.evaluation.retention import RetentionText
 
 
+DEVICE = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
 class TinyBases:
     """Directions of a tiny model on tiny rows."""
 
@@ -60,7 +63,7 @@ def place(tmp_path_factory):
     rows = [row["prompt"] for row in tiny_rows(20, seed=5)]
     parts = (("wikipedia", rows[:8]), ("questions", rows[8:14]), ("docs", rows[14:]))
     texts = {name: RetentionText.from_texts(part, tokenizer) for name, part in parts}
-    return Place(str(path), texts, (), TinyBases(path, model, tokenizer), steps=4, scored=(1, 2, 4))
+    return Place(str(path), texts, (), TinyBases(path, model, tokenizer), steps=4, scored=(1, 2, 4), device=DEVICE)
 
 
 @pytest.fixture
@@ -83,6 +86,7 @@ def test_a_cell_has_what_was_learnt_and_lost_on_both_paths(arm, study):
     assert (cell["task"], cell["arm"], cell["learning_rate"], cell["seed"]) == ("german", arm, 1e-2, 0)
     assert (cell["stage"], cell["part"]) == ("gate", "choose")
     assert cell["versions"]["torch"]
+    assert cell["device"] == DEVICE
     for name, text in cell["retention"].items():
         assert text["kl"] == "exact"
         assert text["sha256"]
@@ -134,7 +138,7 @@ def test_what_is_protected_does_not_change_and_nothing_but_the_shifts_layers_tra
     trainer = make_arm(chosen, place).make_trainer(0, tmp_path, None)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    change = {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
+    change = {name: (p.detach() - before[name]).cpu() for name, p in trainer.model.named_parameters()}
     bases = {"subspace": place.bases.subspace(0), "random": place.bases.random(0), "full": {}}
     basis = bases.get(arm) or place.bases.of_domain("networks", "docs", 3)
     changed = {name for name, d in change.items() if d.any()}
@@ -175,7 +179,7 @@ def merged(model) -> dict:
         if name.endswith(("gate_proj", "up_proj", "down_proj")):
             delta = module.get_delta_weight("default") if hasattr(module, "get_delta_weight") else 0
             weight = module.base_layer.weight if hasattr(module, "base_layer") else module.weight
-            found[f"{name}.weight"] = (weight + delta).detach().clone()
+            found[f"{name}.weight"] = (weight + delta).detach().cpu().clone()
     return found
 
 

@@ -82,6 +82,18 @@ def test_resampled_at_answers_and_dissociated(place, model_dir):
     assert {verdict["network"] for verdict in found["data"]["rows"]["verdicts"]} == {"rows/0", "sky/0"}
 
 
+def test_without_lesions_there_are_no_verdicts_and_the_curves_stand_alone(place, model_dir, capsys):
+    assert main(instead(words(place, model_dir), "--curves", "kept")) == 0
+    printed = capsys.readouterr().out
+    assert "kept at " in printed
+    assert "network 0" not in printed
+    found = json.loads((place / "out" / "results.json").read_text())["data"]["text"]
+    assert found["verdicts"] == []
+    assert list(found["curves"]) == ["kept"]
+    assert not (place / "out" / "surrogate").exists()
+    assert "The model on text" in (place / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -91,6 +103,7 @@ def test_resampled_at_answers_and_dissociated(place, model_dir):
         (["--load_in_8bit"], "norms of weights"),
         (["--draws", "2"], "draws is 2"),
         (["--curves", "dosis"], "curves holds 'dosis'"),
+        (["--curves", "kept", "kept"], "curves names one twice"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(place, model_dir, capsys, more, said):

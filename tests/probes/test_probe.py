@@ -184,6 +184,9 @@ def test_what_has_no_effect_is_refused(planted, tmp_path):
         probe_networks(model, tokenizer, template, [data, data], output_dir=tmp_path)
     with pytest.raises(FNSFTError, match="give data of the same names"):
         probe_networks(model, tokenizer, template, [data], domains={"code": template}, output_dir=tmp_path)
+    kept = ProbeConfig(curves=["kept"])
+    with pytest.raises(FNSFTError, match="one of lesions; curves holds kept: add lesion"):
+        probe_networks(model, tokenizer, template, [data], kept, domains={"code": template}, output_dir=tmp_path)
     with pytest.raises(FNSFTError, match="curves holds 'dosis'"):
         ProbeConfig(curves=["dosis"])
     assert list(tmp_path.iterdir()) == []

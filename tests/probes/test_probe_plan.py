@@ -54,6 +54,12 @@ def test_weight_norms_are_those_of_the_rows_and_the_column(templates):
     assert float(found[1][3]) == pytest.approx(float(torch.cat(parts).detach().norm()), rel=1e-6)
 
 
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_plan_has_the_curves_that_are_asked_for_and_no_other(curve, controls):
+    conditions = plan(networks_of(controls, [0, 1]), curves=[curve], draws=3)
+    assert {condition.curve for condition in conditions} - {"cut"} == {"full", curve}
+
+
 def test_the_plan_has_every_curve_with_controls(controls, templates):
     networks = networks_of(controls, [0, 1])
     conditions = plan(networks, draws=20)

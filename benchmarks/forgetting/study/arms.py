@@ -86,6 +86,7 @@ class Place:
         bases ([`Bases`] or `None`): the directions to protect, for the arms that protect any.
         steps (`int`): of a training.
         scored (`tuple[int, ...]`): steps at which it is scored.
+        device (`str`): where it is trained and scored: `cpu`, or the type of the accelerator.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Place:
     bases: Bases | None = None
     steps: int = STEPS
     scored: tuple[int, ...] = SCORED_STEPS
+    device: str = "cpu"
 
 
 def make_arm(setting: Setting, place: Place) -> Arm:
@@ -131,7 +133,7 @@ def _trainer(setting: Setting, place: Place, rows, way: Callable, directory: Pat
         save_strategy="no",
         logging_steps=10,
         report_to="none",
-        use_cpu=True,
+        use_cpu=place.device == "cpu",
         bf16=False,
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"},

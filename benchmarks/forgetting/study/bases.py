@@ -19,7 +19,7 @@ from fnsft_trl.discovery.directions import KeptDirections, KeptText, orthonormal
 from fnsft_trl.discovery.inputs import batches_of, run_taps
 from fnsft_trl.errors import FNSFTError
 from fnsft_trl.template.template import FunctionalNetworkTemplate
-from fnsft_trl.writing import written_whole
+from fnsft_trl.writing import one_writer, written_whole
 
 from .plan import COMPONENTS, DIRECTIONS, DOMAINS, KEPT_TOKENS, PIECE
 from .texts import MAX_LENGTH, kept_rows
@@ -38,11 +38,13 @@ class Bases:
     Args:
         model: directory of the model.
         folder: where they are kept.
+        device: where they are found.
     """
 
-    def __init__(self, model: str, folder: Path) -> None:
+    def __init__(self, model: str, folder: Path, device: str = "cpu") -> None:
         self.path = model
         self.folder = folder
+        self.device = device
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         rows = {name: kept_rows(name, self._tokenizer, KEPT_TOKENS // len(DOMAINS)) for name in DOMAINS}
         self.rows = rows
@@ -126,11 +128,13 @@ class Bases:
 
     def _kept(self, name: str, find: Callable[[nn.Module], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         path = self.folder / f"{name}-{self._mark}.safetensors"
-        if not path.exists():
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype="float32").eval()
-            found = find(model)
-            with written_whole(path) as scratch:
-                save_file({key: tensor.contiguous() for key, tensor in found.items()}, scratch)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with one_writer(path.with_suffix(".lock")):  # other processes at work on cells wait
+            if not path.exists():
+                model = AutoModelForCausalLM.from_pretrained(self.path, dtype="float32").to(self.device).eval()
+                found = find(model)
+                with written_whole(path) as scratch:
+                    save_file({key: tensor.contiguous().cpu() for key, tensor in found.items()}, scratch)
         return load_file(path)
 
     def _subspace(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -197,10 +201,10 @@ def joint_energy(model: nn.Module, loadings: Mapping[str, torch.Tensor], text: K
         scores: list[torch.Tensor] = []
 
         def read(group: tuple[str, ...], rows: torch.Tensor, others=others, scores=scores) -> None:
-            scores.append(rows[others].double() @ loadings[group[0]].T)
+            scores.append(rows[others].double() @ loadings[group[0]].to(rows.device).T)
 
         run_taps(model, groups, inputs, read)
-        total = total + sum(scores).square().sum(0)
+        total = total + sum(scores).square().sum(0).cpu()
         tokens += len(others)
     return total / tokens
 
@@ -224,4 +228,4 @@ def second_moments(model: nn.Module, text: KeptText) -> dict[str, torch.Tensor]:
         tokens += len(others)
     if not tokens:
         raise FNSFTError("a text to keep has no tokens; give some sentences")
-    return {name: total.double() / tokens for name, total in sums.items()}
+    return {name: total.cpu().double() / tokens for name, total in sums.items()}

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output_dir", type=Path, default=HOME / "results", help="where the report goes")
     add("--work_dir", type=Path, default=Path("forgetting_work"), help="for what a cell needs meanwhile")
     add("--pause_file", type=Path, help="the study waits while this file exists")
+    add("--device", default="cpu", help="where cells are trained: cpu, or the type of an accelerator, such as cuda")
     add("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     try:
@@ -45,16 +46,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """One thread, behind everything else on the machine."""
+    """One thread, behind everything else on the machine.
+
+    Raises:
+        FNSFTError: there is no such device.
+    """
     os.nice(19)
     import torch
 
     torch.set_num_threads(1)
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        devices.append(torch.accelerator.current_accelerator().type)
+    if args.device not in devices:
+        raise FNSFTError(f"there is no device {args.device!r} on this machine; there is: {', '.join(devices)}")
     from .pausing import Pause
     from .running import Study
     from .stages import WANTED
 
-    study = Study(args.cells, args.work_dir, Pause(args.pause_file, say=_say), _say)
+    study = Study(args.cells, args.work_dir, Pause(args.pause_file, say=_say), _say, device=args.device)
     for stage in args.stages:
         study.run(WANTED[stage])
 

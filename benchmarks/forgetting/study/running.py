@@ -53,6 +53,7 @@ class Study:
         pause ([`Pause`]): waited for.
         say (`Callable`): is told what is done.
         model (`str` or `None`): directory of the model; the embedded one by default.
+        device (`str`): where its cells are trained and scored.
         place (`Callable`): gives what the cells of a part share; of the plan by default.
     """
 
@@ -61,6 +62,7 @@ class Study:
     pause: Pause
     say: Callable[[str], None]
     model: str | None = None
+    device: str = "cpu"
     place: Callable[[str], Place] | None = None
     _places: dict[str, Place] = field(default_factory=dict)
 
@@ -131,7 +133,8 @@ class Study:
         if "chat" in TEXTS[part].tokens and not CHAT.exists():
             make_chat(model, CHAT, tokens=2 * TEXTS[part].tokens["chat"])
         texts = scored_texts(TEXTS[part], AutoTokenizer.from_pretrained(model))
-        return Place(model, texts, (self.pause,), Bases(model, self.work / "bases"))
+        bases = Bases(model, self.work / "bases", self.device)
+        return Place(model, texts, (self.pause,), bases, device=self.device)
 
 
 def _name(setting: Setting) -> str:
@@ -164,7 +167,7 @@ def _also(setting: Setting, place: Place, trainer, directory: Path) -> dict[str,
 def _base(setting: Setting, place: Place) -> dict[str, Any]:
     """A cell of the base: its loss on a task alone, and after demonstrations."""
     tokenizer = AutoTokenizer.from_pretrained(place.model)
-    model = AutoModelForCausalLM.from_pretrained(place.model, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(place.model, dtype="float32").to(place.device)
     reader = RowReader(tokenizer)
     train, test = ([reader.read(row, number) for number, row in enumerate(rows)] for rows in shift(setting.task))
     shown = with_demonstrations(test, train, count=DEMONSTRATIONS, seed=setting.seed)
@@ -179,5 +182,6 @@ def _base(setting: Setting, place: Place) -> dict[str, Any]:
         "demonstrated": sum(after) / len(after),
         "demonstrations": DEMONSTRATIONS,
         "rows": {"nll": alone, "demonstrated": after},
+        "device": place.device,
         "versions": versions(),
     }

@@ -62,7 +62,7 @@ def _projected(
         if is_down_alone and not module.endswith("down_proj"):
             found[name] = start[name]
         elif module in basis:
-            change = projected((weight - start[name]).float(), basis[module].float())
+            change = projected((weight - start[name]).float(), basis[module].to(weight.device, torch.float32))
             found[name] = start[name] + change
         else:
             found[name] = weight
