@@ -409,6 +409,9 @@ def test_nothing_of_the_change_lies_along_protected_directions(
     assert trainer.protection.left() <= (MERGED if way.startswith("full") else EXACT)
     torch.set_float32_matmul_precision("highest")  # the merge of a LoRA is a product too
     after = weights(trainer.model)
+    changed, others = changed_neurons(find_neuron_sites(tiny_model("llama")), before, after)
+    assert others == []
+    assert changed == trainer.trainable_neurons
     left = []
     for name in [f"model.layers.{layer}.mlp.{kind}" for layer in range(3) for kind in ("up_proj", "down_proj")]:
         base = before[f"{name}.weight"].double()
