@@ -60,13 +60,13 @@ def _run(args: argparse.Namespace) -> None:
         devices.append(torch.accelerator.current_accelerator().type)
     if args.device not in devices:
         raise FNSFTError(f"there is no device {args.device!r} on this machine; there is: {', '.join(devices)}")
+    from .afterwards import EVERY
     from .pausing import Pause
     from .running import Study
-    from .stages import WANTED
 
     study = Study(args.cells, args.work_dir, Pause(args.pause_file, say=_say), _say, device=args.device)
     for stage in args.stages:
-        study.run(WANTED[stage])
+        study.run(EVERY[stage])
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -72,4 +72,4 @@ SCREENING = Texts({"wikipedia": 1500, "questions": 1000, "docs": 1500}, "choose"
 DISSOCIATION = Texts({"wikipedia": 3000, "docs": 3000}, "confirm")
 PRIMARY = ("wikipedia", "questions")  # texts of Q1; of others it is only reported
 
-STAGES = ("gate", "tuning", "screen", "networks", "confirmation", "third", "dissociation")
+STAGES = ("gate", "tuning", "screen", "networks", "confirmation", "third", "dissociation", "afterwards")

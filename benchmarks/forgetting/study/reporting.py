@@ -11,6 +11,7 @@ from typing import Any
 from fnsft_trl.report.figures import learning_figure
 from fnsft_trl.report.report import Report
 
+from .afterwards import EVERY, comparisons
 from .comparing import Comparison
 from .paths import At, Cell, Found, Levels, Path, at_target, every_at, of_arm
 from .plan import BY_STEPS, GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, TUNING_SEED
@@ -18,7 +19,6 @@ from .screening import index
 from .stages import (
     CHOOSE,
     CONFIRM,
-    WANTED,
     arms_of,
     best_of,
     forgetting,
@@ -61,6 +61,7 @@ def write_report(found: Found, directory: File) -> dict[str, Any]:
     _tuning(report, found, results)
     _screen(report, found, results)
     _confirmation(report, found, results, answers[0])
+    _afterwards(report, found, results)
     report.save(directory, results)
     return results
 
@@ -78,7 +79,7 @@ def _of_answer(answer: Answer) -> dict[str, Any]:
 def _stages(report: Report, found: Found, results: dict[str, Any]) -> None:
     report.heading("Cells")
     rows, results["stages"] = [], {}
-    for stage, wanted in WANTED.items():
+    for stage, wanted in EVERY.items():
         settings = wanted(found)
         done = sum(each.key in found for each in settings)
         results["stages"][stage] = {"finished": done, "known": len(settings)}
@@ -127,7 +128,7 @@ def _gate(report: Report, found: Found, results: dict[str, Any]) -> None:
                 curves[f"{setting.arm} {setting.learning_rate:g}"] = [_curve(found[setting.key])]
         _picture(
             report,
-            f"gate-{task.replace(', ', '-').replace(' ', '-')}",
+            f"gate-{_file(task)}",
             curves,
             found,
             task,
@@ -215,7 +216,9 @@ def _confirmation(report: Report, found: Found, results: dict[str, Any], answer:
             rows.append([f"{task}: {arm}", str(len(cells)), str(len(there)), *shown_kl, f"{row['capability']:.2f}"])
         if arms:
             results["confirmation"][task] = of_task
-            _picture(report, f"confirmation-{task}", curves, found, task, f"{task}, five seeds that chose nothing.")
+            _picture(
+                report, f"confirmation-{_file(task)}", curves, found, task, f"{task}, five seeds that chose nothing."
+            )
     if not rows:
         report.text("No cell yet.")
         return
@@ -229,6 +232,23 @@ def _confirmation(report: Report, found: Found, results: dict[str, Any], answer:
             [_compared(name, each, answer.adjusted) for name, each in answer.comparisons.items()],
         )
         results["rivals"] = {task: rival(found, task) for task in tuned_shifts(found)}
+
+
+def _afterwards(report: Report, found: Found, results: dict[str, Any]) -> None:
+    compared = comparisons(found)
+    if not compared:
+        return
+    report.heading("Afterwards")
+    report.text(
+        "Cells that were added when the verdict was known; they decide nothing. Where the rate of the rival did not "
+        "reach the target with fresh seeds, it is trained at the rate with which it learnt most in the tuning. On the "
+        "third shift both are trained at their rates of the second. Protection to the rival, at the same target."
+    )
+    rows = [
+        [*_compared(name, each, {})[:4], f"{each.missed[0]} and {each.missed[1]}"] for name, each in compared.items()
+    ]
+    report.table(["shifts", "ratio [95%]", "pairs", "p", "never reached by protection and rival"], rows)
+    results["afterwards"] = {name: asdict(each) for name, each in compared.items()}
 
 
 def _compared(name: str, each: Comparison, adjusted: Mapping[str, float]) -> list[str]:
@@ -257,6 +277,10 @@ def _curve(cell: Cell, which: str = BY_STEPS) -> list[tuple[float, float]]:
     kl = {name: path.kl[name].sum(1) / path.tokens[name].sum() for name in PRIMARY}
     points = range(1, len(path.losses))
     return [(path.losses[i], _geometric([max(kl[name][i], 1e-7) for name in PRIMARY])) for i in points]
+
+
+def _file(task: str) -> str:
+    return task.replace(", ", "-").replace(" ", "-")
 
 
 def _geometric(values: Sequence[float]) -> float | None:

@@ -36,6 +36,7 @@ from .texts import CHAT, scored_texts
 
 
 TEXTS = {"choose": CHOOSING, "screen": SCREENING, "confirm": CONFIRMING, "dissociation": DISSOCIATION}
+TEXTS["afterwards"] = CONFIRMING
 BASE = "base"  # the arm of a cell that trains nothing
 SCREEN = "screen"  # that of a cell whose change is projected afterwards
 
@@ -159,7 +160,7 @@ def _also(setting: Setting, place: Place, trainer, directory: Path) -> dict[str,
     found: dict[str, Any] = {}
     if setting.path != BY_STEPS:
         found["interpolated"] = interpolated(trainer, SCALES)
-    if setting.part == "confirm":
+    if TEXTS[setting.part] is CONFIRMING:
         found["capability"] = capability(trainer)
     return found
 
