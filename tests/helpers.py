@@ -140,8 +140,8 @@ def changed_entries(before: dict, after: dict) -> dict[str, torch.Tensor]:
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a model's weights."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """A copy of a model's weights, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def random_mask(model, kind, share=0.4, seed=0):

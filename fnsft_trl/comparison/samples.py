@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.torch import exact
 from ..data.sequences import TokenSequence, text_token_ids
 from ..discovery.activations import ActivationReader
 from ..discovery.components import IcaSettings, Reduced, components_of
@@ -164,7 +165,8 @@ def sample_networks(rows: torch.Tensor, template, columns: dict[int, slice], set
         settings, units: of the decomposition.
     """
     moments = Moments.centring(rows)
-    rows = rows.double() / units.divisor(moments).to(rows.device)  # (tokens, neurons)
+    rows = exact(rows)  # (tokens, neurons)
+    rows = rows / units.divisor(moments).to(rows.device)
     u, singular, v = torch.linalg.svd(rows, full_matrices=False)
     kept = min(math.ceil(_OVERSAMPLING * settings.components), int((singular > 1e-9 * singular[0]).sum()))
     scores = (u[:, :kept] * singular[:kept]).float().cpu()

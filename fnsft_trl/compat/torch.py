@@ -18,6 +18,7 @@ from torch.nn.modules import module as modules
 
 __all__ = [
     "compute_local_shape_and_global_offset",
+    "exact",
     "forward_hooks",
     "full_products",
     "guard_hooks",
@@ -165,6 +166,14 @@ def full_products() -> Iterator[None]:
             backend.fp32_precision = kept
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
+
+
+def exact(values: Tensor) -> Tensor:
+    """Values in float64, on their device; on the CPU where the device knows no float64, as Apple's.
+
+    https://docs.pytorch.org/docs/stable/mps_environment_variables.html
+    """
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def version_counter(tensor: Tensor) -> int:

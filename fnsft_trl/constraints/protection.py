@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
-from ..compat.torch import full_products
+from ..compat.torch import exact, full_products
 from ..errors import FNSFTError
 from ..interventions.restoring import LoraChange
 from .momentum import plain_optimizer
@@ -115,10 +115,8 @@ class ProtectedWeight:
 
     def exact_along(self) -> torch.Tensor:
         """The same in float64, on the CPU where the device knows no float64."""
-        part = self._part()
-        device = "cpu" if part.device.type == "mps" else part.device
-        basis = self.basis.to(device, torch.float64)
-        return torch.cat([rows.to(device, torch.float64) @ basis for rows in part.split(_ROWS)])
+        basis = exact(self.basis)
+        return torch.cat([exact(rows) @ basis for rows in self._part().split(_ROWS)])
 
     def _follow(self) -> None:
         """Bring what is kept to where the parameter is by now."""
@@ -150,7 +148,7 @@ class ProtectedWeight:
         self._follow()
         if self.map.holds_base and not self.is_closed:
             along = self.exact_along()
-            self._subtract(along - self.reference.to(along), 1.0)
+            self._subtract(along - exact(self.reference), 1.0)
 
     def left(self) -> tuple[float, float]:
         """Norms of D U and of what it is compared with: D, or the weight where that holds the base. In float64."""
@@ -159,7 +157,7 @@ class ProtectedWeight:
             return LoraChange(values.cpu(), self.map.factor.detach().cpu()).left_in(self.whole)
         along = self.exact_along()
         if self.reference is not None:
-            along = along - self.reference.to(along)
+            along = along - exact(self.reference)
         return float(along.norm()), float(values.norm(dtype=torch.float64 if values.device.type != "mps" else None))
 
 

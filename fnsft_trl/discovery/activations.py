@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..compat.accelerate import input_device
 from ..data.sequences import TokenSequence
 from ..errors import FNSFTError
 from ..neurons.sites import NeuronSite, base_model
@@ -75,8 +76,7 @@ class ActivationReader:
         self.model = model
         self.sites = list(sites)
         self.skip_tokens = skip_tokens
-        here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
-        self.device = next(here, torch.device("cpu"))  # all weights may be offloaded
+        self.device = input_device(model)
         self.digests: list = []
         self.tokens: list[int] = []
         self.source = 0

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..compat.torch import exact
 from ..errors import FNSFTError
 from .components import IcaSettings, Reduced, components_of
 from .ica import TOLERANCE
 from .matching import match_components
-from .moments import COLUMNS, Moments, exact
+from .moments import COLUMNS, Moments
 from .sketch import ActivationSketch, eigh_descending
 from .units import Units
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..compat.torch import exact
 from ..errors import FNSFTError
 from ..neurons.sites import linear_shape
 from .inputs import batches_of, module_named, run_taps, shared_inputs
-from .moments import Moments, exact
+from .moments import Moments
 from .sinks import SinkCount, SinkCounter
 from .sketch import ActivationSketch
 
@@ -176,8 +177,8 @@ class KeptDirections:
             def read(group, rows, others=others):
                 rows = rows[others]  # (tokens, width)
                 along = rows @ bases[group].to(rows)  # (tokens, directions)
-                held[group] += along.double().square().sum(0).cpu()
-                whole[group] += float(rows.double().square().sum())
+                held[group] += exact(along).square().sum(0).cpu()
+                whole[group] += float(exact(rows).square().sum())
 
             run_taps(model, groups, inputs, read)
         return [held[group].cumsum(0) / max(whole[group], 1e-300) for group in groups]
@@ -249,14 +250,15 @@ class InputSums:
 
     def __init__(self, width: int, leading: int) -> None:
         self.width, self.leading = width, leading
-        self.first = self.mean = self.second = self.sketch = None
+        self.first = self.mean = self.second = self.sketch = self.device = None
         self.sequences = self.tokens = 0
         self._rows: list[torch.Tensor] = []  # of the sketches that this was merged from
 
     def add(self, first: torch.Tensor, others: torch.Tensor, of_first: float, of_other: float) -> None:
-        """Add tokens, each by its share."""
+        """Add tokens, each by its share; of a model on several devices, they may lie on another one than the sums."""
         if self.first is None:
             self.begin(first.device)
+        first, others = first.to(self.device), others.to(self.device)
         self.sequences += len(first)
         self.tokens += len(others)
         self.first += of_first * exact(first.sum(0))
@@ -269,6 +271,7 @@ class InputSums:
 
     def begin(self, device: torch.device | str) -> None:
         """Of no token yet."""
+        self.device = device
         self.first = exact(torch.zeros(self.width, device=device))
         self.mean = torch.zeros_like(self.first)
         if self.width <= _SQUARE:
@@ -347,4 +350,4 @@ def _sketched(sketch: ActivationSketch) -> list[torch.Tensor]:
     """Rows whose second moment is that of a sketch about zero, in float64 on the CPU."""
     sketch.finish()
     moments: Moments = sketch.moments
-    return [sketch.rows.double().cpu(), (moments.count**0.5 * moments.mean[None]).cpu()]
+    return [sketch.rows.cpu().double(), (moments.count**0.5 * moments.mean[None]).cpu()]

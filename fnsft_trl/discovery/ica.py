@@ -86,7 +86,7 @@ def fast_ica(
     """
     samples, k = data.shape
     centred = data - data.mean(0)
-    covariance = (centred.T @ centred / samples).to("cpu", torch.float64)
+    covariance = (centred.T @ centred / samples).cpu().double()
     _check_independent(covariance, torch.finfo(data.dtype).eps)
     values, vectors = torch.linalg.eigh(covariance)
     whitening = (vectors / values.sqrt()).T  # (k, k)
@@ -141,7 +141,7 @@ def _iterate(
         old = unmixing[running]  # (running, k, k)
         stacked = old.flatten(0, 1)  # (running * k, k)
         g, slope = derivative(white @ stacked.T.to(white))  # (samples, running * k), (running * k,)
-        step = (g.T @ white).to("cpu", torch.float64) / len(white) - slope.to("cpu", torch.float64)[:, None] * stacked
+        step = (g.T @ white).cpu().double() / len(white) - slope.cpu().double()[:, None] * stacked
         new = _decorrelate(step.view_as(old))
         change[running] = ((new * old).sum(2).abs() - 1).abs()
         unmixing[running] = new
@@ -155,7 +155,7 @@ def _iterate_in_scikit_learn(
     from sklearn.decomposition import FastICA  # loaded only where it is asked for
     from sklearn.exceptions import ConvergenceWarning
 
-    data = white.to("cpu", torch.float64).numpy()
+    data = white.cpu().double().numpy()
 
     def run(start: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
         # The data is white; scikit-learn's own whitening would zero sources where it is exactly so.
@@ -182,7 +182,7 @@ def _gain(white: torch.Tensor, unmixing: torch.Tensor, contrast: str) -> torch.T
     """What each start achieves: summed over sources, the squared distance of E[G] from that of a normal variable."""
     _, function, of_normal = CONTRASTS[contrast]
     sources = white @ unmixing.flatten(0, 1).T.to(white)  # (samples, starts * k)
-    gain = (function(sources).mean(0).to("cpu", torch.float64) - of_normal).square()
+    gain = (function(sources).mean(0).cpu().double() - of_normal).square()
     return gain.view(len(unmixing), -1).sum(1)
 
 

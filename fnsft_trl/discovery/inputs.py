@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..compat.accelerate import input_device
 from ..errors import FNSFTError
 from ..neurons.sites import base_model, linear_shape
 from .activations import batch_inputs, decoder_ids
@@ -77,7 +78,7 @@ def run_taps(
 
     handles = [module_named(model, group[0]).register_forward_pre_hook(hook_of(group)) for group in groups]
     try:
-        _forward(whole, {name: tensor.to(next(whole.parameters()).device) for name, tensor in inputs.items()}, groups)
+        _forward(whole, {name: tensor.to(input_device(whole)) for name, tensor in inputs.items()}, groups)
     finally:
         for handle in handles:
             handle.remove()
@@ -122,7 +123,7 @@ def reached_linears(model: nn.Module, ids: list[int]) -> set[str]:
         handles.append(module.register_forward_pre_hook(hook))
     whole = base_model(model)
     try:
-        on_device = {name: tensor.to(next(whole.parameters()).device) for name, tensor in inputs.items()}
+        on_device = {name: tensor.to(input_device(whole)) for name, tensor in inputs.items()}
         _forward(whole, on_device, [("",)])
     finally:
         for handle in handles:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..compat.torch import exact
+
 
 COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
 _LAUNCH = 65_536  # neurons of which a product takes an accelerator about as long as it takes to ask for it
@@ -14,11 +16,6 @@ _LAUNCH = 65_536  # neurons of which a product takes an accelerator about as lon
 def strip_width(device: torch.device) -> int:
     """How many neurons are worked on at a time in each block of tokens, where a temporary copy is needed."""
     return COLUMNS if device.type == "cpu" else _LAUNCH
-
-
-def exact(values: torch.Tensor) -> torch.Tensor:
-    """Values in float64, on their device; on the CPU where the device knows no float64."""
-    return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
 
 
 class Moments:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from ..compat.torch import exact
 from .decomposition import IcaSettings, decompose
-from .moments import Moments, exact
+from .moments import Moments
 from .sketch import ActivationSketch
 from .units import Units
 

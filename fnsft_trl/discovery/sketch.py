@@ -31,7 +31,7 @@ def eigh_descending(gram: torch.Tensor, count: int, dtype: torch.dtype) -> tuple
     Returns:
         Singular values, descending, shape (r,); vectors, shape (rows, r).
     """
-    values, vectors = torch.linalg.eigh(gram.to("cpu", torch.float64))
+    values, vectors = torch.linalg.eigh(gram.cpu().double())
     order = torch.arange(len(values) - 1, -1, -1)[:count]
     singular = values[order].clamp_min(0).sqrt()
     # Below this, a direction is rounding noise of the Gram matrix and not a direction of the data.
@@ -196,7 +196,7 @@ class ActivationSketch:
         stack = self._buffer[: r + c + bool(n)]  # (r + added, neurons)
         self._divide(stack[r:])
 
-        products = (stack[r:] @ stack.T).to("cpu", torch.float64)  # (added, r + added)
+        products = (stack[r:] @ stack.T).cpu().double()  # (added, r + added)
         gram = torch.cat([torch.cat([gram, products[:, :r].T], 1), products])
         singular, vectors = eigh_descending(gram, self.rank, self.dtype)  # (new r,), (r + added, new r)
         _rotate(stack, vectors.T)

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..compat.accelerate import input_device
 from ..interventions.masking import masks_off
 from .kl import divergences
 from .measures import Measure
@@ -36,7 +37,7 @@ def score_text(
 
     def work(numbers: list[int]) -> list[tuple[float, float]]:
         sequences = [text.sequences[number] for number in numbers]
-        inputs = model_inputs(sequences, next(model.parameters()).device)
+        inputs = model_inputs(sequences, input_device(model))
         logits = model(**inputs).logits
         base = None
         if reference is not None:

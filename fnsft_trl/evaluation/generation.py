@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from ..compat.accelerate import input_device
 from ..errors import FNSFTError
 from .measures import Measure
 from .metrics import evaluating
@@ -105,7 +106,7 @@ def generate_answers(
     config = GenerationConfig(
         **_GREEDY, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=padding, bos_token_id=None
     )
-    device = next(model.parameters()).device
+    device = input_device(model)
 
     def work(numbers: list[int]) -> list[Answer]:
         batch = [prompts[number] for number in numbers]

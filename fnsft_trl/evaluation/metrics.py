@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..compat.accelerate import input_device
 from ..errors import FNSFTError
 from .rows import EvaluationRow, RowReader
 from .share import ALONE, Share
@@ -89,7 +90,7 @@ def token_scores(logits: torch.Tensor, ids: torch.Tensor, first: int, last: int)
 
 def score_batch(model: nn.Module, sequences: Sequence[list[int]], first_scored: Sequence[int]) -> list[TokenScores]:
     """As [`score_tokens`], for sequences that share one forward pass, under [`evaluating`]."""
-    inputs = model_inputs(sequences, next(model.parameters()).device)
+    inputs = model_inputs(sequences, input_device(model))
     logits = model(**inputs).logits
     rows = enumerate(zip(sequences, first_scored, strict=True))
     return [token_scores(logits[row], inputs["input_ids"][row], first, len(ids)) for row, (ids, first) in rows]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..compat.accelerate import input_device
 from ..errors import FNSFTError
 
 
@@ -33,7 +34,7 @@ def last_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """
     was_training = model.training
     model.eval()
-    inputs = {"input_ids": input_ids.to(next(model.parameters()).device)}
+    inputs = {"input_ids": input_ids.to(input_device(model))}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     logits = model(**inputs, use_cache=False).logits

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..compat.accelerate import input_device
 from ..errors import FNSFTError
 from .config import MEASURES, metric_name
 from .kl import AdapterOff, StoredBase, chunks, reference_of, switches_kept
@@ -67,7 +68,7 @@ def _sums(
     # Sharded models wait for all processes in each forward pass: one without a batch takes any.
     idle = every[:1] * (rounds - len(own))
     was_training, found = model.training, {}
-    device = next(model.parameters()).device
+    device = input_device(model)
     model.eval()
     try:
         with torch.no_grad(), switches_kept(model):

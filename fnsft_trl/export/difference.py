@@ -27,7 +27,8 @@ def changed_neurons(
         The neurons any of whose weights differ; and the names of the parameters that differ in an entry that belongs
         to no neuron.
     """
-    differing = {name: before[name] != after[name] for name in before if not torch.equal(before[name], after[name])}
+    there = {name: values.to(before[name].device) for name, values in after.items()}
+    differing = {name: before[name] != there[name] for name in before if not torch.equal(before[name], there[name])}
     layers = {}
     for site in sites:
         members = torch.zeros(site.width, dtype=torch.bool)
@@ -135,7 +136,7 @@ def _check_values(site: NeuronSite, neurons: torch.Tensor, state, before, after)
         if delta is None:
             continue
         name, positions = part.full_name, part.indices(neurons)
-        rows, found = (part.select(values[name].detach(), positions) for values in (before, after))
+        rows, found = (part.select(values[name].detach().cpu(), positions) for values in (before, after))
         wrong = (rows + delta.view_as(rows)).to(rows.dtype) != found
         if wrong.any():
             first = int(wrong.reshape(len(positions), -1).any(1).nonzero()[0])

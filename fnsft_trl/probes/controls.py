@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..compat.torch import exact
 from ..errors import FNSFTError
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
@@ -138,7 +139,7 @@ def weight_norms(model: nn.Module, template: FunctionalNetworkTemplate) -> dict[
                     "precision"
                 )
             numbers = torch.arange(part.first, part.first + part.count)
-            rows = part.select(weight, part.indices(numbers).to(weight.device)).double()
+            rows = exact(part.select(weight, part.indices(numbers).to(weight.device)))
             squares[numbers] += rows.square().reshape(len(part.offsets), part.count, -1).sum((0, 2)).cpu()
         found[site.layer] = squares.sqrt()
     return found

@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..compat.accelerate import input_device
 from ..evaluation.generation import generate_answers
 from ..evaluation.metrics import evaluating, model_inputs
 from ..evaluation.share import Share
@@ -145,7 +146,7 @@ class ProbePasses:
         bar: tqdm,
     ) -> None:
         """One batch: the intact model, then each condition from the first layer that it changes."""
-        inputs = model_inputs([item.ids for item in batch], next(self.model.parameters()).device)
+        inputs = model_inputs([item.ids for item in batch], input_device(self.model))
         first = [item.scored[0] - 1 for item in batch] if self.work.at_answers else None
         switch.set(None)
         before = time.perf_counter()

@@ -69,8 +69,8 @@ class IntactBatch:
                 z = of_item[part].float()
                 normaliser = z.logsumexp(-1)
                 at_target = z.gather(1, target[part, None])[:, 0]
-                sums[0] += float((normaliser - at_target).double().sum())
-                sums[1] += float((entropy - _dot(p, z) + normaliser).double().sum())
+                sums[0] += float((normaliser - at_target).cpu().double().sum())
+                sums[1] += float((entropy - _dot(p, z) + normaliser).cpu().double().sum())
                 if item.is_answer and met:
                     met = bool((z.argmax(-1) == target[part]).all())
             nll.append(float(sums[0]))

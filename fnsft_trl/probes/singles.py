@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..compat.accelerate import input_device
+from ..compat.torch import exact
 from ..evaluation.metrics import model_inputs
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
@@ -96,13 +98,13 @@ def _batch(model: nn.Module, batch: Sequence[Item], sites: Sequence):
         for handle in handles:
             handle.remove()
     for layer, neurons, values in taken:
-        effect = -(values.detach() * values.grad).reshape(-1, values.shape[-1]).double().sum(0)
-        yield layer, neurons, effect.cpu()
+        effect = -(values.detach() * values.grad).reshape(-1, values.shape[-1])
+        yield layer, neurons, exact(effect).sum(0).cpu()
 
 
 def _loss(model: nn.Module, batch: Sequence[Item]) -> torch.Tensor:
     """Cross-entropy of the tokens that count, summed."""
-    inputs = model_inputs([item.ids for item in batch], next(model.parameters()).device)
+    inputs = model_inputs([item.ids for item in batch], input_device(model))
     logits = model(**inputs).logits
     losses = []
     for row, item in enumerate(batch):

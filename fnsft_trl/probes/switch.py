@@ -1,6 +1,6 @@
 """Switch: one set of taps on a model, and what they change, set from pass to pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +18,8 @@ class Change:
     """What an intervention does.
 
     Attributes:
-        members (`dict[int, torch.Tensor]`): layer -> which of its neurons are changed, on the model's device; layers
-            without any are left out.
+        members (`dict[int, torch.Tensor]`): layer -> which of its neurons are changed, on the device of the layer
+            from its first pass on; layers without any are left out.
         replacement (`Replacement`): what stands in for their activations.
     """
 
@@ -35,7 +35,7 @@ class Change:
 class Switch:
     """Taps on all sites of a model, registered once, in a `with` block. What they change is set with [`set`].
 
-    Each set of neurons goes to the device once, with [`prepared`], and is not copied again.
+    Each set of neurons goes to the devices of its layers once, in its first pass, and is not copied again.
 
     Args:
         model: a causal language model.
@@ -50,7 +50,6 @@ class Switch:
         self._places: TokenPlaces | None = None
         self._hooks: list = []
         self._change: Change | None = None
-        self._device = next(model.parameters()).device
 
     def __enter__(self) -> "Switch":
         if self._follows:
@@ -66,13 +65,13 @@ class Switch:
         self._hooks, self._change = [], None
 
     def prepared(self, mask: NeuronMask, replacement: Replacement) -> Change:
-        """A set of neurons, on the device, and what stands in for them.
+        """A set of neurons, and what stands in for them.
 
         Raises:
             FNSFTError: the mask is of another model, or changes nothing.
         """
         fitting_sites(self.model, mask)
-        members = {layer: found.to(self._device) for layer, found in mask.layers.items() if found.any()}
+        members = {layer: found for layer, found in mask.layers.items() if found.any()}
         if not members:
             raise FNSFTError("a mask without neurons changes nothing; give one with some")
         replacement.check({layer: len(found) for layer, found in members.items()})
@@ -94,9 +93,11 @@ class Switch:
 
     def changed(self, layer: int, values: torch.Tensor, neurons: slice, tokens: torch.Tensor | None):
         """The activations to go on with; `None` to leave them."""
-        members: Mapping[int, torch.Tensor] = self._change.members
+        members = self._change.members
         if layer not in members:
             return None
+        if members[layer].device != values.device:  # once
+            members[layer] = members[layer].to(values.device)
         return changed_values(
             values, members[layer][neurons], layer, neurons, self._change.replacement, self._places, tokens
         )

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..compat.accelerate import input_device
+from ..compat.torch import exact
 from ..config import FunctionalNetworkConfig
 from ..data.sequences import TokenSequence, token_sequences
 from ..discovery.activations import ActivationReader, batch_inputs, decoder_ids
@@ -209,7 +211,7 @@ class SelectorEvidence:
 
     def _loss(self, ids: list[int]) -> torch.Tensor:
         """Cross-entropy of a sequence, summed over its tokens."""
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         inputs, present = (values.to(device) for values in batch_inputs([ids]))
         more = {}
         if self.model.config.is_encoder_decoder:
@@ -233,9 +235,9 @@ def _conflict_of(
     for part in site.layout.slices:
         numbers = torch.arange(part.first, part.first + part.count)
         a, b = (
-            part.select(found[part.full_name], part.indices(numbers).to(found[part.full_name].device))
-            .reshape(len(part.offsets), part.count, -1)
-            .double()
+            exact(part.select(found[part.full_name], part.indices(numbers).to(found[part.full_name].device))).reshape(
+                len(part.offsets), part.count, -1
+            )
             for found in (first, second)
         )
         for row, (left, right) in enumerate(((a, b), (a, a), (b, b))):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..compat.torch import exact
 from ..neurons.layout import whole_values
 from ..neurons.sites import NeuronSite
 from .schema import PROBES
@@ -50,9 +51,9 @@ def weight_probes(model: nn.Module, sites: Iterable[NeuronSite]) -> WeightProbes
             columns = _signs(weight.shape[1], signs).to(weight.device)
             for rows in weight.split(_ROWS):
                 rounded = rows.to(torch.bfloat16).float()
-                products = (rounded @ columns).double().cpu()  # (rows, probes)
+                products = (rounded @ columns).cpu().double()  # (rows, probes)
                 sums += (products * _signs(len(rows), signs)).sum(0)
-                norm += float(rounded.double().square().sum())
+                norm += float(exact(rounded).square().sum())
         probes[site.layer] = {
             "norm": _rounded(math.sqrt(norm)),
             "probes": [_rounded(value) for value in sums.tolist()],

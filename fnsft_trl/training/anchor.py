@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..compat.accelerate import input_device
 from ..errors import FNSFTError
 from ..evaluation.kl import TOP_K, StoredBase, divergences, has_switch, switches_kept
 from ..evaluation.metrics import model_inputs
@@ -131,7 +132,7 @@ class KLToBase:
             numbers: of the sequences.
         """
         sequences = [self.text.sequences[number] for number in numbers]
-        inputs = model_inputs(sequences, next(plain.parameters()).device)
+        inputs = model_inputs(sequences, input_device(plain))
         base = None if self._stored is not None else self._without_adapter(plain, inputs)
         trained = model(**inputs).logits
         found = []
@@ -193,7 +194,7 @@ class KLToBase:
     @torch.no_grad()
     def _store(self, model: nn.Module, *, show: bool) -> None:
         """Keep what a model predicts on all texts."""
-        was_training, device, size = model.training, next(model.parameters()).device, 8
+        was_training, device, size = model.training, input_device(model), 8
         model.eval()
         try:
             with masks_off(model):

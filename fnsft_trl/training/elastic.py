@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from ..compat.torch import exact
 from ..data.cells import UnusableRow
 from ..data.sources import load_texts
 from ..errors import FNSFTError
@@ -163,16 +164,16 @@ def with_task(
     """
     found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
     for name, parameter in parameters.items():
-        new, now = measured[name].double(), parameter.detach().double()
+        new, now = exact(measured[name]), exact(parameter.detach())
         old, before = (
-            kept[name].double() if name in kept else zero for kept, zero in ((fisher, 0 * new), (center, now))
+            exact(kept[name]) if name in kept else zero for kept, zero in ((fisher, 0 * new), (center, now))
         )
         new, old = (torch.where(each < _NOTHING, 0, each) for each in (new, old))
         total = old + new
         # A share of the way from the old centre, so that a weight that has stayed keeps its bits.
         mean = torch.where(total > 0, before + (now - before) * (new / total.clamp(min=_NOTHING)), now)
         for kind, value in zip(found, (total, mean), strict=True):
-            kind[name] = value.float()
+            kind[name] = value.float().to(parameter.device)
     return found
 
 

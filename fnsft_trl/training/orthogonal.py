@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..compat.torch import exact
 from ..errors import FNSFTError
 from ..tuner.saved import SavedAdapter
 from .elastic import add_to_gradient
@@ -76,7 +77,7 @@ class OrthogonalFactors:
                 )
         if math.isinf(self.weight):
             for name in common:
-                _, singular, right = torch.linalg.svd(self.earlier[name].double(), full_matrices=False)
+                _, singular, right = torch.linalg.svd(exact(self.earlier[name]), full_matrices=False)
                 self._bases[name] = right[singular > _RANK * singular[0]].T.contiguous()
                 width, rank = self._bases[name].shape
                 if rank == width:
@@ -108,7 +109,7 @@ class OrthogonalFactors:
         """Take out of each A what lies in the span of earlier rows."""
         for name, factor in lora_factors(model).items():
             if name in self._bases:
-                basis, values = self._bases[name], factor.double()
+                basis, values = self._bases[name], exact(factor)
                 factor.copy_(values - (values @ basis) @ basis.T)
 
     def overlap(self, model: nn.Module) -> float:
@@ -116,7 +117,7 @@ class OrthogonalFactors:
         found = 0.0
         for name, factor in lora_factors(model).items():
             if name in self.earlier:
-                rows, others = (nn.functional.normalize(f.detach().double()) for f in (factor, self.earlier[name]))
+                rows, others = (nn.functional.normalize(exact(f.detach())) for f in (factor, self.earlier[name]))
                 found = max(found, float((rows @ others.T).abs().max()))
         return found
 

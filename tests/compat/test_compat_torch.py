@@ -222,3 +222,19 @@ def test_torch_takes_all_bits_of_float32_in_a_block_and_goes_back(precision):
         assert not torch.is_grad_enabled()
     assert not compat.multiplies_exactly(x)
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_torch_exact_is_float64_where_there_is_some_else_on_the_cpu():
+    values = torch.rand(3)
+    assert torch.equal(compat.exact(values), values.double())
+    assert compat.exact(values.to("meta")).device.type == "meta"
+
+    class OfApple:
+        """A tensor of a device without float64."""
+
+        device = torch.device("mps")
+
+        def cpu(self):
+            return values
+
+    assert torch.equal(compat.exact(OfApple()), values.double())

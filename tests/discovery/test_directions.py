@@ -7,7 +7,7 @@ import torch
 from architectures import ARCHITECTURES
 from helpers import VOCABULARY, tiny_model
 
-from fnsft_trl.discovery.directions import LEADING, KeptDirections, KeptText, orthonormal
+from fnsft_trl.discovery.directions import LEADING, InputSums, KeptDirections, KeptText, orthonormal
 from fnsft_trl.discovery.inputs import batches_of, shared_inputs
 from fnsft_trl.errors import FNSFTError
 from fnsft_trl.neurons.sites import find_neuron_sites, linear_shape
@@ -57,6 +57,14 @@ def test_they_are_position_0_the_mean_and_the_eigenvectors_of_the_second_moment(
     along = (vectors[:, -3:].T @ each.basis[:, LEADING:]).abs()
     assert torch.linalg.svdvals(along).min() > 1 - 1e-4
     assert torch.allclose((rest @ each.basis[:, LEADING:]).square().sum(0), values[-3:].flip(0), rtol=1e-3)
+
+
+def test_sums_stay_where_they_began_wherever_a_layer_lies():
+    """Of a model on several devices; `meta` stands for another one."""
+    sums = InputSums(8, leading=2)
+    sums.begin("meta")
+    sums.add(torch.randn(2, 8), torch.randn(5, 8), 1.0, 1.0)
+    assert {each.device.type for each in (sums.first, sums.mean, sums.second)} == {"meta"}
 
 
 def test_a_text_counts_by_its_share_however_long_it_is():
