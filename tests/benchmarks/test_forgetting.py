@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 from study import plan, texts
-from study.afterwards import afterwards, comparisons, is_begun, learning_rate
+from study.afterwards import afterwards, beside_other_rate, learning_rate, left_open
 from study.arms import ATTENTION, KEY, TARGETS, targets_of
 from study.command import HOME
 from study.paths import Levels, Path, at_target
@@ -258,12 +258,11 @@ def test_a_killed_study_goes_on_and_loses_no_cell(tmp_path, monkeypatch):
 
 
 def missed(found, tasks):
-    """The same, but for the rival on some shifts, and every arm on the third, which never learn enough."""
-    third_shift = kept_shifts(found)[2]
+    """The same, but for the rival on some shifts, which never learns enough."""
     slow = {}
     for key, cell in found.items():
         part, task, arm, *_ = key
-        if part == "confirm" and (task == third_shift or (task in tasks and arm == rival(found, task))):
+        if part == "confirm" and task in tasks and arm == rival(found, task):
             floor = [point | {"learning": max(point["learning"], 3.0)} for point in cell["points"]]
             between = [point | {"learning": max(point["learning"], 3.0)} for point in cell["also"]["interpolated"]]
             cell = cell | {"points": floor, "also": cell["also"] | {"interpolated": between}}
@@ -274,29 +273,28 @@ def missed(found, tasks):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_what_the_verdict_leaves_open_is_trained_afterwards_and_compared_apart(found, count, tmp_path):
-    tasks = plan.SHIFTS[2 - count : 2]
-    left_open = missed(found, tasks)
-    assert afterwards(found) == afterwards(whole_study(stages=("gate", "tuning"))) == []
-    added = afterwards(left_open)
-    assert Counter((each.task, each.arm) for each in added) == {
-        **{(task, "replay"): 5 for task in tasks},
-        **{(plan.SHIFTS[2], arm): 5 for arm in ("subspace", "replay")},
+    tasks = plan.SHIFTS[:count]
+    slow = missed(found, tasks)
+    added = afterwards(slow)
+    assert left_open(slow) == list(tasks)
+    assert Counter((each.task, each.arm) for each in added) == {(task, "replay"): 5 for task in tasks}
+    assert {(each.task, each.learning_rate) for each in added} == {
+        (task, learning_rate(found, task)) for task in tasks
     }
-    for each in added:
-        if each.task in tasks:
-            assert each.learning_rate == learning_rate(found, each.task)
-    decided = answer_q1(left_open)
-    every = left_open | {each.key: synthetic(each) for each in added}
+    decided = answer_q1(slow)
+    every = slow | {each.key: synthetic(each) for each in added}
     assert answer_q1(every) == decided
-    compared = comparisons(every)
-    assert set(compared) == {plan.SHIFTS[2], *(["both shifts"] if count else [])}
-    for each in compared.values():
-        assert len(each.differences) == each.pairs
-        assert each.ratio.value == pytest.approx(0.02 / 0.3, rel=0.1)
-    assert is_begun(every) == bool(count)
-    results = write_report(every, tmp_path)
-    assert len(results["at equal learning"]) == 6 + bool(count)
-    assert set(results["afterwards"]) == set(compared)
+    compared = beside_other_rate(every)
+    assert len(write_report(every, tmp_path)["at equal learning"]) == 6 + bool(count)
+    if not count:
+        assert compared is None
+        return
+    assert len(compared.differences) == compared.pairs == 10
+    assert compared.ratio.value == pytest.approx(0.02 / 0.3, rel=0.1)
+
+
+def test_nothing_is_added_before_the_verdict_is_there():
+    assert afterwards(whole_study(stages=("gate", "tuning"))) == []
 
 
 def test_two_that_run_one_study_share_its_cells(tmp_path, monkeypatch):

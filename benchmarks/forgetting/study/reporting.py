@@ -11,7 +11,7 @@ from typing import Any
 from fnsft_trl.report.figures import learning_figure
 from fnsft_trl.report.report import Report
 
-from .afterwards import BOTH, EVERY, comparisons, is_begun, rivals
+from .afterwards import EVERY, beside_other_rate, learning_rate, left_open, rivals
 from .comparing import Comparison, Run, runs
 from .paths import At, Cell, Found, Levels, Path, at_target, every_at, of_arm
 from .plan import BY_STEPS, GATE, LEAST_FORGETTING, PRIMARY, SHARE, SHARES, TUNING_SEED
@@ -115,9 +115,10 @@ def equal_table(found: Found, answer: Answer) -> tuple[list[str], list[list[str]
         cells = [_reached(runs(found, task, arms[task], SHARE)) for task in tasks]
         beside = answer.comparisons.get(arm)
         rows.append([called, *cells, "" if beside is None else _beside(beside)])
-    if is_begun(found):
+    compared = beside_other_rate(found)
+    if compared is not None:
         cells = [_reached(rivals(found, task)) for task in tasks]
-        rows.insert(1, ["the same at another rate, added afterwards", *cells, _beside(comparisons(found)[BOTH])])
+        rows.insert(1, ["the same at another rate, added afterwards", *cells, _beside(compared)])
     return ["all linear layers train", *(task.partition(",")[0] for task in tasks), "protection beside it (95%)"], rows
 
 
@@ -294,20 +295,20 @@ def _confirmation(report: Report, found: Found, results: dict[str, Any], answer:
 
 
 def _afterwards(report: Report, found: Found, results: dict[str, Any]) -> None:
-    compared = comparisons(found)
-    if not compared:
+    compared = beside_other_rate(found)
+    if compared is None:
         return
+    rates = {task: learning_rate(found, task) for task in left_open(found)}
+    how = ", ".join(f"{rival(found, task)} at {rate:g} on {task}" for task, rate in rates.items())
     report.heading("Afterwards")
     report.text(
-        "Cells that were added when the verdict was known; they decide nothing. Where the rate of the rival did not "
-        "reach the target with fresh seeds, it is trained at the rate with which it learnt most in the tuning. On the "
-        "third shift both are trained at their rates of the second. Protection to the rival, at the same target."
+        "Cells that were added when the verdict was known; they decide nothing. The rival is trained at the rate with "
+        f"which it learnt most in the tuning, where its own did not reach the target with fresh seeds: {how}."
     )
-    rows = [
-        [*_compared(name, each, {})[:4], f"{each.missed[0]} and {each.missed[1]}"] for name, each in compared.items()
-    ]
-    report.table(["shifts", "ratio [95%]", "pairs", "p", "never reached by protection and rival"], rows)
-    results["afterwards"] = {name: asdict(each) for name, each in compared.items()}
+    row = _compared("the rival at that rate", compared, {})
+    missed = f"{compared.missed[0]} and {compared.missed[1]}"
+    report.table(["protection to", "ratio [95%]", "pairs", "p", "never reached by either"], [[*row[:4], missed]])
+    results["afterwards"] = asdict(compared)
 
 
 def _compared(name: str, each: Comparison, adjusted: Mapping[str, float]) -> list[str]:
