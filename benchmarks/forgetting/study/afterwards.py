@@ -54,7 +54,7 @@ def beside_other_rate(found: Found) -> Comparison | None:
 
 
 def rivals(found: Found, task: str) -> list[Run]:
-    """The rival of a shift, at its other rate where it was trained at one: on the path that forgot less in the tuning."""
+    """The rival of a shift, at its other rate where it has one, on the path that forgot less in the tuning."""
     arm, loss = rival(found, task), Levels.of(found, task).target(SHARE)
     cells = of_arm(found, task, arm, part=AFTERWARDS)
     if not cells:
