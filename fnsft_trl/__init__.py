@@ -7,7 +7,7 @@ torch.
 from .lazy import lazy_names
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "FNSFTError": "errors",
