@@ -97,14 +97,14 @@ def verdict_table(found: Found, name: str, verdicts: Sequence[Verdict]) -> tuple
     measures = [m for m in found.measures(name, INTACT) if m != "cross_entropy"]
     controls = list(verdicts[0].comparisons)
     header = ["network", "neurons", "rise (nats)", "of full", *(_MEASURES[m] for m in measures)]
-    header += ["degenerate", *(SELECTORS[control] for control in controls), "verdict"]
+    is_continued = found.degenerate(name, INTACT) is not None
+    header += [*(["degenerate"] if is_continued else []), *(SELECTORS[control] for control in controls), "verdict"]
     rows = []
     for verdict in verdicts:
         (condition,) = found.of("lesion", selector="networks", network=verdict.network)
-        degenerate = found.degenerate(name, condition.key)
         row = [verdict.network, str(condition.mask.count), _interval(verdict.effect), _share(verdict.share)]
         row += [f"{found.effect(name, condition.key, measure):+.3f}" for measure in measures]
-        row.append("" if degenerate is None else f"{degenerate:.0%}")
+        row += [f"{found.degenerate(name, condition.key):.0%}"] if is_continued else []
         row += [_compared(verdict.comparisons[control]) for control in controls]
         rows.append([*row, verdict.words])
     return header, rows

@@ -123,6 +123,6 @@ def test_a_comment_that_cannot_be_followed_is_found(tmp_path):
     settings = "model_name_or_path: embedded\ndatasets: [embedded]\n"
     for comment in ("Or with --ica_components 256.", f"So:\n# fnsft discover --config {recipe} --ica_components 256"):
         recipe.write_text(f"# fnsft discover --config {recipe}\n# {comment}\n{settings}")
+        *_, words = calls(recipe)
         with pytest.raises(FNSFTError, match="ica_rank is 128, below ica_components"):
-            for words in calls(recipe):
-                check(words[1], words[2:])
+            check(words[1], words[2:])
