@@ -8,13 +8,13 @@ What the tables need of the runs is in `results/probes/`.
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fnsft_trl.probes.config import SELECTORS
+from fnsft_trl.probes.controls import MATCHED
 from fnsft_trl.report.charts import line_chart, strip_chart
 
 
@@ -103,9 +103,7 @@ def lesions(results: Results) -> str:
         row.append(f"{controls['surrogate']['mean']:.2f} ({controls['surrogate']['highest']:.2f})")
         row += [f"{controls[name]['mean']:.2f}" for name in ("weight_norm", "activation_rms")]
         stronger = [controls[name]["stronger"] for name in ("random", "rms_matched")]
-        row.append(
-            "may be chance" if not stronger[0] else "stronger than both" if stronger[1] else "may be loudness"
-        )
+        row.append("may be chance" if not stronger[0] else "stronger than both" if stronger[1] else "may be loudness")
         rows.append(row)
     return f"{_lesions_in_words(run)}\n\n{table(header, rows)}"
 
@@ -118,23 +116,30 @@ def _lesions_in_words(run: dict[str, Any]) -> str:
         return [each["controls"][control][key] for each in verdicts]
 
     effect = [each["effect"]["value"] for each in verdicts]
-    beaten = {name: [e["network"] for e in verdicts if e["controls"][name]["stronger"]] for name in FEW}
-    surrogates = sum(value > highest for value, highest in zip(effect, of("surrogate", "highest"), strict=True))
-    loud = beaten["rms_matched"]
+    beaten = {name: [e["network"] for e in verdicts if e["controls"][name]["stronger"]] for name in MATCHED}
+    above = {
+        name: sum(value > highest for value, highest in zip(effect, of(name, "highest"), strict=True))
+        for name in ("surrogate", "activation_rms", "weight_norm")
+    }
+    (loud,) = [each for each in verdicts if each["network"] in beaten["rms_matched"]]
+    weights = loud["controls"]["weight_norm"]
     return (
         f"Each of the {count} networks is {run['networks'][0]['neurons']} neurons "
         f"({run['networks'][0]['neurons'] / run['neurons']:.1%} of all). On {run['tokens']:,} tokens in "
         f"{run['sequences']} sequences the intact model has a cross-entropy of {run['intact']['cross_entropy']:.2f} "
-        f"nats. Without any of these neurons it rises by {run['full']['cross_entropy']:.2f}.\n\n"
+        f"nats. Without any MLP neuron it rises by {run['full']['cross_entropy']:.2f}.\n\n"
         f"{len(beaten['random'])} of {count} networks do more damage than {draws} draws of random neurons "
         f"(p = {max(of('random', 'adjusted')):.4f} for each, adjusted by Holm; {draws} draws can't give a smaller "
-        f"one). {len(loud)} of {count} does more than neurons of the same amplitude: network "
-        f"{' and '.join(loud)}. For the other {count - len(loud)} the verdict is \"it may be loudness\". All "
-        f"{surrogates} do more than the highest of their {verdicts[0]['controls']['surrogate']['draws']} surrogate "
-        f"networks, too few for a verdict. The loudest neurons do {min(of('activation_rms', 'mean')):.1f} to "
-        f"{max(of('activation_rms', 'mean')):.1f} nats, more than {count - len(beaten['activation_rms'])} of {count} "
+        f"one). {len(beaten['rms_matched'])} of {count} does more than neurons of the same amplitude: network "
+        f'{loud["network"]}. For the other {count - len(beaten["rms_matched"])} the verdict is "it may be '
+        f'loudness". {above["surrogate"]} of {count} do more than the highest of '
+        f"{verdicts[0]['controls']['surrogate']['draws']} surrogate networks, too few for a verdict. The loudest "
+        f"neurons of the same layers do {min(of('activation_rms', 'mean')):.1f} to "
+        f"{max(of('activation_rms', 'mean')):.1f} nats, more than {count - above['activation_rms']} of {count} "
         f"networks. Those with the largest weights do {min(of('weight_norm', 'mean')):.1f} to "
-        f"{max(of('weight_norm', 'mean')):.1f}, more than {count - len(beaten['weight_norm'])} of {count}."
+        f"{max(of('weight_norm', 'mean')):.1f}, more than {count - above['weight_norm']} of {count}. Network "
+        f"{loud['network']} does {weights['difference']:+.2f} beside these, [{weights['interval'][0]:+.2f}, "
+        f"{weights['interval'][1]:+.2f}]."
     )
 
 
@@ -157,8 +162,7 @@ def edge(results: Results) -> str:
         "this run the draws of all networks came from the same seeds, so those of one network resemble those of "
         f"another (their effects correlate by {_correlation(drawn):.2f} on average), and {len(null)} count for fewer. "
         f"By its own {len(draws)} draws alone p would be {p:.3f}, and {min(1.0, p * len(drawn)):.2f} after Holm. The "
-        f"probe now draws anew for each network. So network {label} is the one to look at with more draws, and no more "
-        "than that."
+        f"probe now draws anew for each network. So network {label} is the one to look at with more draws, no more."
     )
 
 
@@ -182,15 +186,18 @@ def union(results: Results) -> str:
     (own,), many = values["networks"], fmean(values["random_15"])
     share = results["preserved"]["curves"]["kept"][0]["point"]
     before = effects(points, "networks", last - 1)[0]
-    rows = [[f"{m:g}", *beside(points, m)] for m in sorted({each["point"] for each in points})]
+    numbers = sorted({each["point"] for each in points})
+    ahead = [m for m in numbers if effects(points, "networks", m)[0] > max(effects(points, "rms_matched", m))]
     words = (
         f"The {last:g} networks together are {share:.1%} of all neurons. Their lesion costs {own:.2f} nats, "
         f"{own / many:.1f} times as much as that of 15% of all neurons at random ({many:.2f}, "
-        f"{len(values['random_15'])} draws). As many neurons of the same amplitude cost "
-        f"{fmean(values['rms_matched']):.2f}, and the loudest {values['activation_rms'][0]:.2f}. So the networks' lead "
-        f"over random neurons is as large as the first paper says, and loudness alone gives it too. Damage does not "
-        f"add up: the last network takes {before:.2f} to {own:.2f}."
+        f"{len(values['random_15'])} draws). That is the comparison of the first paper. As many neurons of the same "
+        f"amplitude cost {fmean(values['rms_matched']):.2f}, and the loudest {values['activation_rms'][0]:.2f}: "
+        f"loudness alone does as much. With {ahead[0]:g} to {ahead[-1]:g} networks, network 3 among them, they cost "
+        f"more than each of {len(values['rms_matched'])} draws of the same amplitude. Damage does not add up: "
+        f"silencing the last network too takes it from {before:.2f} to {own:.2f}."
     )
+    rows = [[f"{m:g}", *beside(points, m)] for m in numbers]
     return f"{words}\n\n{table(['networks', 'rise (nats)', *(SELECTORS[name] for name in FEW)], rows)}"
 
 
@@ -202,15 +209,18 @@ def kept(results: Results) -> str:
         points = run["curves"]["kept"]
         rows.append([str(len(run["networks"])), f"{points[0]['point']:.1%}", *beside(points), run["device"]])
     firsts = [effects(run["curves"]["kept"], "networks")[0] for run in runs]
-    matched = [fmean(effects(run["curves"]["kept"], "rms_matched")) for run in runs]
-    ahead = [str(count) for count, a, b in zip(counts, firsts, matched, strict=True) if a < b]
-    few, many = runs[0]["curves"]["kept"][0]["point"], runs[-1]["curves"]["kept"][0]["point"]
+    drawn = [effects(run["curves"]["kept"], "rms_matched") for run in runs]
+    stand = [
+        "lose less than each" if own < min(each) else "lose more than each" if own > max(each) else "lie among them"
+        for own, each in zip(firsts, drawn, strict=True)
+    ]
+    shares = [run["curves"]["kept"][0]["point"] for run in runs]
     words = (
-        f"The share of neurons that is kept is the point: {counts[0]} networks keep {few:.1%} of all neurons, and "
-        f"{counts[-1]} keep {many:.1%}. The rise falls from {firsts[0]:.2f} to {firsts[-1]:.2f} nats. As many random "
-        f"neurons do far worse each time. As many of the same amplitude do about as well as the networks: the mean of "
-        f"their draws is above the networks' with {' and '.join(ahead) or 'no number of'} networks, and below it with "
-        f"the others. The loudest neurons always do better than the networks."
+        f"The share of neurons that is kept is the point: {counts[0]} networks keep {shares[0]:.1%} of all neurons, "
+        f"and {counts[-1]} keep {shares[-1]:.1%}. The rise falls from {firsts[0]:.2f} to {firsts[-1]:.2f} nats. As "
+        f"many random neurons lose more each time. Beside {len(drawn[0])} draws of the same amplitude, "
+        f"{'; '.join(f'{count} networks {said}' for count, said in zip(counts, stand, strict=True))}. The loudest "
+        "neurons alone lose less than the networks each time."
     )
     header = ["networks", "of all neurons", "alone (nats)", *(SELECTORS[name] for name in FEW), "run on"]
     return f"{words}\n\n{table(header, rows)}"
@@ -228,8 +238,9 @@ def pruned(results: Results) -> str:
         f"neurons are in none of them and in neither the first nor the last layer. To take these away costs "
         f"{own:.2f} nats with compensation in the bias and {bare:.2f} without: compensation saves "
         f"{1 - own / bare:.0%}. It is better to keep the networks than {len(effects(curves['prune'], 'rms_matched'))} "
-        f"draws of the same amplitude ({min(effects(curves['prune'], 'rms_matched')):.2f} at best), and worse than to "
-        f"keep the loudest neurons. A model that loses {own:.2f} nats is no working model."
+        f"draws of the same amplitude ({min(effects(curves['prune'], 'rms_matched')):.2f} at best; so few "
+        f"draws are no verdict), and worse than to keep the loudest neurons. A model that loses {own:.2f} nats is no "
+        "working model."
     )
     return f"{words}\n\n{table(['compensation', 'kept: networks', *(SELECTORS[name] for name in FEW)], rows)}"
 
@@ -309,11 +320,12 @@ PARTS: dict[str, Callable[[Results], str]] = {
 def written(page: str, results: Results) -> str:
     """The page with every part as the results say it."""
     for name, part in PARTS.items():
-        start, end = f"<!-- generated by benchmarks/probes.py: {name} -->", "<!-- end -->"
-        pattern = re.compile(rf"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
-        page, count = pattern.subn(lambda _, said=part(results), start=start: f"{start}\n{said}\n{end}", page)
-        if count != 1:
-            raise ValueError(f"{PAGE} has {count} places for {name}; it must have one")
+        start, end = f"<!-- generated by benchmarks/probes.py: {name} -->\n", "\n<!-- end -->"
+        before, found, after = page.partition(start)
+        old, closed, rest = after.partition(end)
+        if not (found and closed) or "<!-- generated" in old or start in rest:
+            raise ValueError(f"{PAGE} must have one place for {name}")
+        page = before + start + part(results) + end + rest
     return page
 
 
@@ -329,7 +341,7 @@ def pictures(results: Results) -> dict[str, bytes]:
     numbers = sorted({each["point"] for each in points})
     runs = [results[name]["curves"]["kept"] for name in KEPT if name in results]
     rise = "rise (nats)"
-    return {
+    charts = {
         "probe_lesions.svg": strip_chart(rows, x="rise of the cross-entropy (nats per token)"),
         "probe_union.svg": line_chart(
             {SELECTORS[n]: [(m, fmean(effects(points, n, m))) for m in numbers] for n in ("networks", *FEW)},
@@ -337,12 +349,17 @@ def pictures(results: Results) -> dict[str, bytes]:
             y=rise,
         ),
         "probe_kept.svg": line_chart(
-            {SELECTORS[n]: [(r[0]["point"], fmean(effects(r, n))) for r in runs] for n in ("networks", *FEW)},
+            {
+                SELECTORS[n]: [(round(r[0]["point"], 2), fmean(effects(r, n))) for r in runs]
+                for n in ("networks", *FEW)
+            },
             x="share of all neurons that is kept",
             y=rise,
             is_share=True,
         ),
     }
+    # A picture of a page does not know the page's colour: it has its own.
+    return {name: chart.replace(b"height:auto", b"height:auto;background:#fff", 1) for name, chart in charts.items()}
 
 
 def main() -> None:
@@ -356,8 +373,7 @@ def main() -> None:
     if options.write:
         PAGE.write_text(written(PAGE.read_text(), read()))
         for name, picture in pictures(read()).items():
-            # On a page of any colour the text of a picture has the ink of paper.
-            (IMAGES / name).write_bytes(picture.replace(b'role="img">', b'role="img" style="background:#fff">', 1))
+            (IMAGES / name).write_bytes(picture)
 
 
 if __name__ == "__main__":
