@@ -8,13 +8,13 @@ What the tables need of the runs is in `results/probes/`.
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fnsft_trl.probes.config import SELECTORS
-from fnsft_trl.probes.controls import MATCHED
 from fnsft_trl.report.charts import line_chart, strip_chart
 
 
@@ -22,8 +22,9 @@ RESULTS = Path(__file__).parent / "results" / "probes"
 PAGE = Path(__file__).parents[1] / "docs" / "probes.md"
 IMAGES = PAGE.parent / "images"
 DATA = "wiki"
-KEPT = ("preserved", "preserved_64", "preserved_128", "preserved_256", "preserved_512")
-FEW = ("random", "rms_matched", "activation_rms", "weight_norm")
+KEPT = {"preserved": 10, "preserved_64": 64, "preserved_128": 128, "preserved_256": 256, "preserved_512": 512}
+MATCHED = ("random", "rms_matched")  # by which verdicts are told
+FEW = (*MATCHED, "activation_rms", "weight_norm")  # controls of all curves
 GOAL = 1.6  # times as fast by a shared prefix
 
 Results = dict[str, dict[str, Any]]
@@ -87,6 +88,21 @@ def standardised(value: float, draws: Sequence[float]) -> float:
     return (value - mean) / (deviation * (1 + 1 / count) ** 0.5)
 
 
+def short(results: Results) -> str:
+    """What the lesions come to."""
+    verdicts = results["one_by_one"]["verdicts"]
+    count = len(verdicts)
+    random, matched = (sum(e["controls"][name]["stronger"] for e in verdicts) for name in MATCHED)
+    loudest = sum(e["effect"]["value"] > e["controls"]["activation_rms"]["highest"] for e in verdicts)
+    return (
+        f"- {random} of {count} networks do more damage than random neurons of the same layers.\n"
+        f"- For {count - matched} of {count}, neurons of the same amplitude do as much. What looks like a network's "
+        "importance may\n  be its loudness.\n"
+        f"- {matched} of {count} stands out beside both, at the edge of what 20 draws can tell.\n"
+        f"- {loudest} of {count} matter as much as the loudest neurons of their layers."
+    )
+
+
 def lesions(results: Results) -> str:
     """Networks one by one."""
     run = results["one_by_one"]
@@ -138,7 +154,7 @@ def _lesions_in_words(run: dict[str, Any]) -> str:
         f"{max(of('activation_rms', 'mean')):.1f} nats, more than {count - above['activation_rms']} of {count} "
         f"networks. Those with the largest weights do {min(of('weight_norm', 'mean')):.1f} to "
         f"{max(of('weight_norm', 'mean')):.1f}, more than {count - above['weight_norm']} of {count}. Network "
-        f"{loud['network']} does {weights['difference']:+.2f} beside these, [{weights['interval'][0]:+.2f}, "
+        f"{loud['network']} differs from these by {weights['difference']:+.2f} [{weights['interval'][0]:+.2f}, "
         f"{weights['interval'][1]:+.2f}]."
     )
 
@@ -222,6 +238,8 @@ def kept(results: Results) -> str:
         f"{'; '.join(f'{count} networks {said}' for count, said in zip(counts, stand, strict=True))}. The loudest "
         "neurons alone lose less than the networks each time."
     )
+    missing = [str(count) for name, count in KEPT.items() if name not in results]
+    words += f" The table with {' and '.join(missing)} networks was not run." if missing else ""
     header = ["networks", "of all neurons", "alone (nats)", *(SELECTORS[name] for name in FEW), "run on"]
     return f"{words}\n\n{table(header, rows)}"
 
@@ -293,8 +311,8 @@ def cost(results: Results) -> str:
         f"What `one_by_one.yaml` computes takes {masks * batches * whole / 3600:.0f} there.\n\n"
         f"Sharing saved nothing of that. {first} of the {len(run['networks'])} networks have neurons in layer 0, so "
         f"their controls do too, and every pass computed {run['cost']['layers']:.0%} of the layers: 1 times as "
-        f"fast, where the goal was {GOAL}. The passes of `pruned.yaml` begin at layer 1 of 30. They were run both "
-        f"ways: {both['seconds_whole']:.4f} s whole and {both['seconds_begun']:.4f} s from there, "
+        f"fast, where the goal was {GOAL}. The passes of `pruned.yaml` begin at layer 1, of 30 layers, and were "
+        f"run both ways: {both['seconds_whole']:.4f} s whole and {both['seconds_begun']:.4f} s from there, "
         f"{both['saving']:.2f} times as fast. By the table a saving of {GOAL} needs networks that begin at layer "
         f"{_enough(cpu['seconds'])} or later, as with `ica_layers`. Networks of all layers do not."
     )
@@ -306,6 +324,7 @@ def _enough(seconds: dict[str, float]) -> str:
 
 
 PARTS: dict[str, Callable[[Results], str]] = {
+    "short": short,
     "lesions": lesions,
     "edge": edge,
     "union": union,
@@ -317,6 +336,17 @@ PARTS: dict[str, Callable[[Results], str]] = {
 }
 
 
+def wrapped(text: str) -> str:
+    """Paragraphs in lines of the page; tables as they are."""
+    parts = text.split("\n\n")
+    return "\n\n".join(
+        part
+        if part.startswith(("|", "-"))
+        else textwrap.fill(part, 119, break_long_words=False, break_on_hyphens=False)
+        for part in parts
+    )
+
+
 def written(page: str, results: Results) -> str:
     """The page with every part as the results say it."""
     for name, part in PARTS.items():
@@ -325,7 +355,7 @@ def written(page: str, results: Results) -> str:
         old, closed, rest = after.partition(end)
         if not (found and closed) or "<!-- generated" in old or start in rest:
             raise ValueError(f"{PAGE} must have one place for {name}")
-        page = before + start + part(results) + end + rest
+        page = before + start + wrapped(part(results)) + end + rest
     return page
 
 
