@@ -302,6 +302,7 @@ def cost(results: Results) -> str:
     first = sum(each["first_layer"] == 0 for each in run["networks"])
     both = results["pruned"]["cost"]
     whole = cpu["seconds"]["0"]
+    enough = next(layer for layer, seconds in cpu["seconds"].items() if whole / seconds >= GOAL)
     return (
         f"Ten networks with six controls of 20 draws each are {controls:,} masks. On the H200 a pass of one batch "
         f"took {spent:.4f} s (the mean of {run['cost']['passes']:,}: {masks} masks on {run['batches']} batches; "
@@ -314,25 +315,12 @@ def cost(results: Results) -> str:
         f"fast, where the goal was {GOAL}. The passes of `pruned.yaml` begin at layer 1, of 30 layers, and were "
         f"run both ways: {both['seconds_whole']:.4f} s whole and {both['seconds_begun']:.4f} s from there, "
         f"{both['saving']:.2f} times as fast. By the table a saving of {GOAL} needs networks that begin at layer "
-        f"{_enough(cpu['seconds'])} or later, as with `ica_layers`. Networks of all layers do not."
+        f"{enough} or later, as with `ica_layers`. Networks of all layers do not."
     )
 
 
-def _enough(seconds: dict[str, float]) -> str:
-    """The first layer in the table, from which on a pass is so much faster."""
-    return next(layer for layer, spent in seconds.items() if seconds["0"] / spent >= GOAL)
-
-
 PARTS: dict[str, Callable[[Results], str]] = {
-    "short": short,
-    "lesions": lesions,
-    "edge": edge,
-    "union": union,
-    "kept": kept,
-    "pruned": pruned,
-    "samples": samples,
-    "first_layers": first_layers,
-    "cost": cost,
+    part.__name__: part for part in (short, lesions, edge, union, kept, pruned, samples, first_layers, cost)
 }
 
 
