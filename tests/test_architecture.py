@@ -145,7 +145,7 @@ ORDER = {
             "pool",
         ),
         *("statistics", "found", "dissociation", "singles", "probe", "report", "example_file"),
-        *("examples", "atlas"),
+        *("examples", "sample_file", "atlas"),
     ],
     "experiments": ["held_out", "arms", "cells", "runner", "summary", "comparison"],
     "continual": [

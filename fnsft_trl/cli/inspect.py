@@ -35,6 +35,12 @@ def options() -> list[Option]:
         ),
         row("probe", "With html: also show the results of a probe, given its output_dir.", metavar="DIR"),
         row(
+            "samples",
+            "With html: also show in how many single texts each network is found, given the output_dir of "
+            "`compare --per_sample`.",
+            metavar="DIR",
+        ),
+        row(
             "name",
             'Name a network in the template, as NUMBER=NAME: 3="dates". An empty name removes it.',
             many=True,
@@ -48,8 +54,9 @@ def main(argv: list[str]) -> None:
     asked = [name for name in ("json", "convert", "html", "name") if vars(args)[name]]
     if len(asked) > 1:
         raise FNSFTError(f"{' and '.join(asked)} exclude each other; drop all but one of them")
-    if args.probe and not args.html:
-        raise FNSFTError("probe has no effect without html; give it, or drop probe")
+    for name in ("probe", "samples"):
+        if vars(args)[name] and not args.html:
+            raise FNSFTError(f"{name} has no effect without html; give it, or drop {name}")
     if args.name:
         _name(args)
         return
@@ -90,6 +97,7 @@ def _write_page(args: Arguments, stored: StoredTemplate) -> None:
     """Write the atlas of a template: an HTML file."""
     from ..probes.atlas import ProbeResults, atlas_html
     from ..probes.example_file import Examples
+    from ..probes.sample_file import SampleResults
 
     target = Path(args.html).expanduser()
     if target.is_dir():
@@ -97,11 +105,13 @@ def _write_page(args: Arguments, stored: StoredTemplate) -> None:
     check_writable(target.parent)
     found = stored.description
     probe = None if args.probe is None else ProbeResults.read(args.probe)
-    of_template = {"tensors_sha256": found.tensors_sha256, "networks": len(found.components)}
+    networks = len(found.components)
+    samples = None if args.samples is None else SampleResults.read(args.samples, networks=networks)
+    of_template = {"tensors_sha256": found.tensors_sha256, "networks": networks}
     places = [place for place in (args.template, args.probe) if place is not None]
     read = (Examples.read(Path(place).expanduser(), **of_template) for place in places)
     examples = next((each for each in read if each is not None), None)
-    page = atlas_html(found, stored.loadings(), examples=examples, probe=probe)
+    page = atlas_html(found, stored.loadings(), examples=examples, probe=probe, samples=samples)
     with disk_errors(target.parent):
         write_text_whole(target, page)
     print(f"Page: {target}")

@@ -20,6 +20,7 @@ from ..template.description import Component, TemplateDescription
 from ..template.membership import members
 from .config import SELECTORS
 from .example_file import Examples
+from .sample_file import SampleResults
 
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ _MOST_OVERLAPS = 64  # networks up to which all pairs are shown
 _COLUMNS = ("network", "neurons", "layers", "reliability", "above null", "variance", "kurtosis")
 _BESIDE = {"random": "random: mean, highest", "rms_matched": "same amplitude: mean, highest"}
 _CURVES = {
-    "union": ("Union of the first networks", "number of networks", False),
-    "dose": ("Dose: the neurons of the largest |loading|", "share of all neurons", True),
-    "preserve": ("Preservation: all other neurons silenced", "share of all neurons", True),
+    "union": ("Union of the first networks", "number of networks"),
+    "dose": ("Dose: the neurons of the largest |loading|", "share of all neurons"),
+    "preserve": ("Preservation: all other neurons silenced", "share of all neurons"),
+    "amplify": ("Activations of one network multiplied, mean over the networks", "factor"),
 }
 
 
@@ -98,10 +100,10 @@ class ProbeResults:
             if rows:
                 chart = strip_chart(rows, x="rise of the cross-entropy (nats per token)")
                 found.append({"svg": chart.decode(), "caption": f"The lesion of each network, on {name}."})
-            for curve, (title, x, is_share) in _CURVES.items():
+            for curve, (title, x) in _CURVES.items():
                 if part["curves"].get(curve):
-                    lines = _means(part["curves"][curve])
-                    chart = line_chart(lines, x=x, y="rise (nats)", is_logarithmic=is_share, is_share=is_share)
+                    scales = {"is_logarithmic": curve != "union", "is_share": "share" in x}
+                    chart = line_chart(_means(part["curves"][curve]), x=x, y="rise (nats)", **scales)
                     found.append({"svg": chart.decode(), "caption": f"{title}, on {name}."})
         return found
 
@@ -112,6 +114,7 @@ def atlas_html(
     *,
     examples: Examples | None = None,
     probe: ProbeResults | None = None,
+    samples: SampleResults | None = None,
 ) -> str:
     """The page.
 
@@ -120,6 +123,7 @@ def atlas_html(
         loadings: layer -> signed loadings, shape (components, neurons).
         examples: the texts in which its networks are most active.
         probe: what their lesions do.
+        samples: in which single texts they are found.
     """
     from jinja2 import Environment
 
@@ -129,13 +133,13 @@ def atlas_html(
     overlaps = _overlaps(description, loadings)
     layers = sorted(description.widths)
     null = description.null and (description.null.highest or description.null.reliability)
-    columns = [*_COLUMNS, *(["rise (nats)"] if probe else [])]
+    columns = [*_COLUMNS, *(["in texts"] if samples else []), *(["rise (nats)"] if probe else [])]
     return page.render(
         title=f"Functional networks of {description.base_model or UNKNOWN}",
         facts=_facts(description),
         columns=columns,
         networks=[
-            _network(description, number, layers, overlaps[number], examples, probe)
+            _network(description, number, layers, overlaps[number], examples, probe, samples)
             for number in range(len(description.components))
         ],
         overlaps=[[round(float(v), 3) for v in row] for row in overlaps] if len(overlaps) <= _MOST_OVERLAPS else [],
@@ -170,6 +174,7 @@ def _network(
     overlaps: "np.ndarray",
     examples: Examples | None,
     probe: ProbeResults | None,
+    samples: SampleResults | None,
 ) -> dict[str, Any]:
     """What the page shows of one network."""
     component = description.components[number]
@@ -186,6 +191,7 @@ def _network(
         _cell(component.explained_variance, ".4f"),
         _cell(component.kurtosis, ".1f"),
     ]
+    cells += [_cell(samples.share(number), ".0%")] if samples else []
     cells += [_cell(probe.rise(number), "+.3f")] if probe else []
     strongest = sorted(shares, key=lambda layer: -shares[layer])[:3]
     order = [int(other) for other in overlaps.argsort()[::-1] if other != number and overlaps[other] > 0][:3]
@@ -202,7 +208,7 @@ def _network(
         "sentence": f"{component.neurons} neurons, most in layers {', '.join(map(str, sorted(strongest)))}.",
         "reliability": None if component.reliability is None else round(min(1.0, component.reliability), 2),
         "near": ", ".join(f"network {other} ({overlaps[other]:.0%})" for other in order),
-        "recurrence": _recurrence(component),
+        "recurrence": [*_recurrence(component), *([samples.words(number)] if samples else [])],
         "verdicts": probe.verdicts(number) if probe else [],
         "examples": [_example(example) for example in examples.networks[number]] if examples else [],
     }

@@ -1,5 +1,6 @@
 """The plan of a probe: its networks, and all conditions of its curves with their controls."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -40,6 +41,10 @@ class Network:
     mask: NeuronMask = field(repr=False)
     controls: Controls = field(repr=False)
     domain: str | None = None
+
+    def seed(self, of_probe: int) -> int:
+        """Of the draws beside it, no other network's: the verdicts take those of all networks for independent."""
+        return of_probe + zlib.crc32(self.label.encode())
 
 
 def networks_of(
@@ -138,7 +143,8 @@ def _with_controls(
 def _lesions(networks: Sequence[Network], draws: int, seed: int) -> Iterator[Condition]:
     """Of each network by itself, beside every control."""
     for network in networks:
-        yield from _with_controls("lesion", network.label, 0.0, network.mask, network.controls, draws, seed)
+        of_network = network.seed(seed)
+        yield from _with_controls("lesion", network.label, 0.0, network.mask, network.controls, draws, of_network)
 
 
 def _unions(networks: Sequence[Network], draws: int, seed: int) -> Iterator[Condition]:
@@ -180,7 +186,7 @@ def _amplified(networks: Sequence[Network], draws: int, seed: int) -> Iterator[C
                 network.mask,
                 network.controls,
                 draws,
-                seed,
+                network.seed(seed),
                 names=("random", "rms_matched"),
                 factor=factor,
             )

@@ -103,11 +103,10 @@ def probe_networks(
         if shifted is None and config.has_lesions:  # no other curve has that control
             shifted = _surrogate(model, tokenizer, template, data, config, output, ranks)
         networks = _networks(model, template, domains, shifted, config)
-        replacement = _replacement(model, template, data, config)
+        replacements = _replacements(model, template, data, config)
         singles = _singles(model, networks, data, config)
     conditions = plan(networks, curves=config.curves or CURVES, draws=config.draws, seed=config.seed)
     conditions += [Condition("neuron", "networks", each.label, 0.0, 0, each.mask) for each in singles]
-    replacements = {None: replacement, "zero": Zero(), "mean": Mean(template.mean)}
     work = Work(template.site, replacements, config.tokens == "answer", config.batch_size, share)
     passes = ProbePasses(model, tokenizer, data, work, records)
     ranks.meet()
@@ -208,12 +207,12 @@ def _surrogate(model, tokenizer, template, data, config: ProbeConfig, output: Pa
     return found
 
 
-def _replacement(model, template, data, config: ProbeConfig) -> Replacement:
-    if config.ablation == "zero":
-        return Zero()
-    if config.ablation == "mean":
-        return Mean(template.mean)
-    return Resampled(activation_pool(model, data, site=template.site), seed=config.seed)
+def _replacements(model, template, data, config: ProbeConfig) -> dict[str | None, Replacement]:
+    """What stands in for silenced neurons, by the ablation that a condition names; `None`: it names none."""
+    found: dict[str | None, Replacement] = {"zero": Zero(), "mean": Mean(template.mean)}
+    if config.ablation == "resample":
+        return found | {None: Resampled(activation_pool(model, data, site=template.site), seed=config.seed)}
+    return found | {None: found[config.ablation]}
 
 
 def _singles(model, networks: Sequence[Network], data, config: ProbeConfig) -> list[SingleNeuron]:

@@ -96,17 +96,17 @@ def verdict_table(found: Found, name: str, verdicts: Sequence[Verdict]) -> tuple
     """The verdicts on a dataset, with the effects of the networks and their controls."""
     measures = [m for m in found.measures(name, INTACT) if m != "cross_entropy"]
     controls = list(verdicts[0].comparisons)
-    header = ["network", "neurons", "rise (nats)", "of full", *(_MEASURES[m] for m in measures)]
-    header += ["degenerate", *(SELECTORS[control] for control in controls), "verdict"]
+    header = ["network", "verdict", "neurons", "rise (nats)", "of full", *(_MEASURES[m] for m in measures)]
+    is_continued = found.degenerate(name, INTACT) is not None
+    header += [*(["degenerate"] if is_continued else []), *(SELECTORS[control] for control in controls)]
     rows = []
     for verdict in verdicts:
         (condition,) = found.of("lesion", selector="networks", network=verdict.network)
-        degenerate = found.degenerate(name, condition.key)
-        row = [verdict.network, str(condition.mask.count), _interval(verdict.effect), _share(verdict.share)]
+        row = [verdict.network, verdict.words, str(condition.mask.count)]
+        row += [_interval(verdict.effect), _share(verdict.share)]
         row += [f"{found.effect(name, condition.key, measure):+.3f}" for measure in measures]
-        row.append("" if degenerate is None else f"{degenerate:.0%}")
-        row += [_compared(verdict.comparisons[control]) for control in controls]
-        rows.append([*row, verdict.words])
+        row += [f"{found.degenerate(name, condition.key):.0%}"] if is_continued else []
+        rows.append([*row, *(_compared(verdict.comparisons[control]) for control in controls)])
     return header, rows
 
 

@@ -3,8 +3,9 @@
 A network is compared with D draws of a control. If it were nothing but one more draw, its effect, standardised by mean
 and deviation of the draws, would be distributed as that of each draw by the others. So these values, of the draws of
 all K networks together, are the null distribution: p = (1 + how many of them reach the network's) / (1 + K D). The p
-values of the networks are then adjusted by Holm. With D = 20 the smallest adjusted p is below 1 / 20 for any K; fewer
-draws can tell nothing at 5%.
+values of the networks are then adjusted by Holm. Draws of different networks must be drawn by different seeds: K times
+the same D draws are a null distribution of D values alone. With D = 20 the smallest adjusted p is below 1 / 20 for any
+K; fewer draws can tell nothing at 5%.
 """
 
 from collections.abc import Mapping, Sequence

@@ -85,7 +85,7 @@ def strip_chart(
             color = COLORS[number % len(COLORS)]
             for each in controls.get(name, ()):
                 parts.append(
-                    f'<path d="M{across(each):.1f} {y - 6:.1f}v12" stroke="{color}" stroke-width="1.6" opacity=".6">'
+                    f'<path d="M{across(each):.1f} {y - 6:.1f}v12" stroke="{color}" stroke-width="1.6" opacity=".8">'
                     f"<title>{escape(f'{name}: {each:.3g}')}</title></path>"
                 )
         parts.append(

@@ -13,19 +13,26 @@ from ..writing import disk_errors, files_written_whole
 
 
 _STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1c2733; max-width: 56rem; margin: 3rem auto; padding: 0 1.2rem; }
+:root { color-scheme: light dark; --ink: #1c2733; --soft: #55636f; --line: #dde3ea; --head: #9fb0c0; --code: #f0f3f6;
+  --page: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --soft: #9fb0c0; --line: #33404c; --head: #5c7083;
+  --code: #232d37; --page: #141a20; } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 56rem;
+  margin: 3rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
 table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
 td { font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
+td.words { min-width: 18rem; text-align: left; }
 h1, h2, p, figcaption { overflow-wrap: anywhere; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #9fb0c0; }
-img { max-width: 100%; } figcaption { color: #55636f; font-size: .9rem; }
-figure { margin: 1.2rem 0; overflow-x: auto; }
-code { background: #f0f3f6; padding: .1rem .3rem; border-radius: 3px; font-size: .88em; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid var(--head); }
+img { max-width: 100%; background: #fff; } figcaption { color: var(--soft); font-size: .9rem; }
+figure { margin: 1.2rem 0; overflow-x: auto; } @media (max-width: 40rem) { figure svg { min-width: 32rem; } }
+code { background: var(--code); padding: .1rem .3rem; border-radius: 3px; font-size: .88em; overflow-wrap: anywhere; }
 """
 
 _PNG, _SVG = b"\x89PNG", b"<svg"
+_SENTENCE = 40  # letters, above which a cell of a table is one
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,7 +135,7 @@ class Report:
             elif kind == "table":
                 header, rows = content
                 head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
-                body = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
+                body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows)
                 blocks.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
             else:
                 _, picture, caption = content
@@ -150,6 +157,12 @@ def _inline(text: str) -> str:
 def _cell(text: str) -> str:
     """Text in a table of Markdown: on one line, in one cell."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _html_cell(text: str) -> str:
+    """Text in a table of HTML; a sentence gets room, or it would make its row as high as it has words."""
+    kind = ' class="words"' if len(text) > _SENTENCE else ""
+    return f"<td{kind}>{_inline(text)}</td>"
 
 
 def _image(png: bytes, caption: str) -> str:

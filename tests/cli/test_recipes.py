@@ -1,11 +1,19 @@
 """`fnsft recipes`: what it lists is what lies in the folder, and what it copies can be run as it says."""
 
+import re
+import shlex
+from importlib import import_module
+
 import pytest
 import yaml
 from helpers import ROOT
 
+from fnsft_trl import FunctionalNetworkConfig
 from fnsft_trl.cli import main
-from fnsft_trl.cli.options.parse import parse_recipe
+from fnsft_trl.cli.options.arguments import read_arguments
+from fnsft_trl.cli.options.parse import parse_options, parse_recipe
+from fnsft_trl.errors import FNSFTError
+from fnsft_trl.probes.config import ProbeConfig
 
 
 RECIPES = sorted(path.relative_to(ROOT / "recipes").as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -76,3 +84,45 @@ def test_what_cannot_be_is_one_line(words, message, tmp_path, monkeypatch, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+CONFIGS = {"discover": FunctionalNetworkConfig, "probe": ProbeConfig}
+
+
+def calls(recipe):
+    """The commands in the comments of a recipe; options that the text names are given to the first."""
+    lines = [line.lstrip("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
+    lines = "\n".join(lines).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line) for line in lines if line.startswith(("fnsft ", "accelerate "))]
+    prose = " ".join(line for line in lines if not line.startswith(("fnsft ", "accelerate ")))
+    named = re.findall(r"--\w+(?: [^\s,;()-][^\s,;()]*)?", prose.replace(". ", " ").rstrip("."))
+    return [[*found[0], *(word for option in named for word in option.split())], *found[1:]] if found else []
+
+
+def check(verb, words):
+    if verb == "train":
+        parse_options(words)
+        return
+    args = read_arguments(words, import_module(f"fnsft_trl.cli.{verb}").options())
+    if verb in CONFIGS:
+        CONFIGS[verb](**args.of(CONFIGS[verb]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_comments_of_a_recipe_say_to_call_can_be_called(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in calls(ROOT / "recipes" / name):
+        if words[0] == "accelerate":
+            module = words.index("-m") + 1
+            words = ["fnsft", words[module].removeprefix("fnsft_trl.cli."), *words[module + 1 :]]
+        check(words[1], words[2:])
+
+
+def test_a_comment_that_cannot_be_followed_is_found(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    settings = "model_name_or_path: embedded\ndatasets: [embedded]\n"
+    for comment in ("Or with --ica_components 256.", f"So:\n# fnsft discover --config {recipe} --ica_components 256"):
+        recipe.write_text(f"# fnsft discover --config {recipe}\n# {comment}\n{settings}")
+        *_, words = calls(recipe)
+        with pytest.raises(FNSFTError, match="ica_rank is 128, below ica_components"):
+            check(words[1], words[2:])

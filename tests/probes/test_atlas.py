@@ -16,6 +16,7 @@ from fnsft_trl.errors import FNSFTError
 from fnsft_trl.probes.atlas import ProbeResults
 from fnsft_trl.probes.example_file import Example, Examples
 from fnsft_trl.probes.examples import find_examples
+from fnsft_trl.probes.sample_file import SampleResults
 from fnsft_trl.template.stored import StoredTemplate
 
 
@@ -54,7 +55,7 @@ def results_of(networks):
         for selector in ("networks", "random")
         for point in (0.001, 0.01, 0.1)
     ]
-    part = {"tokens": 100, "intact": {}, "verdicts": verdicts, "curves": {"dose": curve}}
+    part = {"tokens": 100, "intact": {}, "verdicts": verdicts, "curves": {"dose": curve, "amplify": curve}}
     return {"data": {HOSTILE[1]: part}, "settings": {"ablation": "zero", "draws": 20}}
 
 
@@ -71,8 +72,12 @@ def page(templates, tmp_path_factory):
     Examples(tuple((example,) * 2 for _ in range(count)), 100, found.tensors_sha256).save(place / "template")
     (place / "probe").mkdir()
     (place / "probe" / "results.json").write_text(json.dumps(results_of(count)))
-    words = ["inspect", str(place / "template"), "--html", str(place / "atlas.html"), "--probe", str(place / "probe")]
-    assert main(words) == 0
+    (place / "samples").mkdir()
+    counted = {"null": 0.25, "iou": 0.5}
+    found = [{"network": number, "samples": number, "share": number / 8} | counted for number in range(count)]
+    (place / "samples" / "results.json").write_text(json.dumps({"networks": found, "samples": [[]] * 8}))
+    words = ["inspect", str(place / "template"), "--html", str(place / "atlas.html")]
+    assert main([*words, "--probe", str(place / "probe"), "--samples", str(place / "samples")]) == 0
     return place / "atlas.html"
 
 
@@ -93,6 +98,17 @@ def test_every_text_is_escaped_and_nothing_is_asked_for(page, templates):
     for hostile in HOSTILE:  # shown as it is
         assert hostile in found.text
     assert len(text) < 3 * 2**20
+
+
+def test_effects_curves_and_recurrence_are_shown(page, templates):
+    """Of each network, and in its row of the table."""
+    text = Page(page.read_text()).text
+    for number in range(len(templates["llama"].components)):
+        assert f"{1.0 + number:+.3f} nats" in text
+        assert f"Found in {number} of 8 texts taken by themselves" in text
+        assert f'<td data-value="{number / 8}">{number / 8:.0%}</td>' in page.read_text()
+    for caption in ("The lesion of each network", "Dose: ", "Activations of one network multiplied"):
+        assert caption in text
 
 
 def test_the_policy_names_the_script_that_is_there(page):
@@ -137,6 +153,11 @@ def test_what_is_not_of_the_template_is_refused(page, templates, tmp_path):
     (tmp_path / "examples.json").write_text('{"format": "fnsft_trl.examples", "networks": [[{"tokens": []}]]}')
     with pytest.raises(FNSFTError, match="holds no examples"):
         Examples.read(tmp_path, tensors_sha256=None, networks=1)
+    words = ["inspect", str(page.parent / "template"), "--html", str(tmp_path / "a.html"), "--samples"]
+    assert main([*words, str(page.parent / "probe")]) == 2
+    assert main([*words[:2], *words[4:], str(page.parent / "samples")]) == 2  # without html
+    with pytest.raises(FNSFTError, match=f"is of {count} networks, and the template has {count + 1}"):
+        SampleResults.read(page.parent / "samples", networks=count + 1)
     (tmp_path / "results.json").write_text('{"data": {"x": {"verdicts": [{"network": "0"}]}}}')
     with pytest.raises(FNSFTError, match="holds no results"):
         ProbeResults.read(tmp_path)

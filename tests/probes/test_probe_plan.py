@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -58,6 +59,17 @@ def test_weight_norms_are_those_of_the_rows_and_the_column(templates):
 def test_the_plan_has_the_curves_that_are_asked_for_and_no_other(curve, controls):
     conditions = plan(networks_of(controls, [0, 1]), curves=[curve], draws=3)
     assert {condition.curve for condition in conditions} - {"cut"} == {"full", curve}
+
+
+@pytest.mark.parametrize("curve", ["lesion", "amplify"])
+def test_networks_share_no_draw(curve, controls):
+    """Not even two that have the same neurons: the null distribution of the verdicts takes draws for independent."""
+    (network,) = networks_of(controls, [0])
+    conditions = plan([network, replace(network, label="again")], curves=[curve], draws=20, seed=1)
+    for name in MATCHED:
+        of_network = [{c.key for c in conditions if (c.network, c.selector) == (n, name)} for n in ("0", "again")]
+        assert all(len(keys) > 10 for keys in of_network)
+        assert not of_network[0] & of_network[1]
 
 
 def test_the_plan_has_every_curve_with_controls(controls, templates):

@@ -74,3 +74,12 @@ def test_a_page_fits_a_narrow_screen(tmp_path):
     for part in ("table", "h1, h2, p, figcaption", "code"):
         (rule,) = re.findall(rf"^{part} {{(.*)}}$", page, flags=re.MULTILINE)
         assert "overflow-x: auto" in rule or "overflow-wrap: anywhere" in rule
+
+
+def test_a_sentence_in_a_table_gets_room(tmp_path):
+    report = Report("a report")
+    report.table(["name", "value", "verdict"], [["x", "1.5", "stronger than random neurons of the same layers"]])
+    report.save(tmp_path, {})
+    assert re.findall('<td class="words">(.*?)</td>', (tmp_path / "report.html").read_text()) == [
+        "stronger than random neurons of the same layers"
+    ]

@@ -69,6 +69,7 @@ FEATURES = {
     "`optim: paged_adamw_8bit`": Feature({"optim": "paged_adamw_8bit"}, needs="bitsandbytes"),
     "`activation_offloading`": Feature({"activation_offloading": True}),
     "`mask_mode: preserve`": Feature(network={"mask_mode": "preserve"}, control=True),
+    "`mask_mode: amplify`": Feature(network={"mask_mode": "amplify", "mask_factor": 2.0}),
     "`eval_strategy`": Feature({"eval_strategy": "steps", "eval_steps": 1}),
     "`load_best_model_at_end`": Feature({**EVALUATION, "load_best_model_at_end": True}, control=True),
     "resume": Feature({"save_strategy": "steps", "save_steps": 1}, resume=True),
