@@ -225,19 +225,20 @@ def kept(results: Results) -> str:
         points = run["curves"]["kept"]
         rows.append([str(len(run["networks"])), f"{points[0]['point']:.1%}", *beside(points), run["device"]])
     firsts = [effects(run["curves"]["kept"], "networks")[0] for run in runs]
-    drawn = [effects(run["curves"]["kept"], "rms_matched") for run in runs]
-    stand = [
-        "lose less than each" if own < min(each) else "lose more than each" if own > max(each) else "lie among them"
-        for own, each in zip(firsts, drawn, strict=True)
-    ]
     shares = [run["curves"]["kept"][0]["point"] for run in runs]
     words = (
         f"The share of neurons that is kept is the point: {counts[0]} networks keep {shares[0]:.1%} of all neurons, "
-        f"and {counts[-1]} keep {shares[-1]:.1%}. The rise falls from {firsts[0]:.2f} to {firsts[-1]:.2f} nats. As "
-        f"many random neurons lose more each time. Beside {len(drawn[0])} draws of the same amplitude, "
-        f"{'; '.join(f'{count} networks {said}' for count, said in zip(counts, stand, strict=True))}. The loudest "
-        "neurons alone lose less than the networks each time."
+        f"and {counts[-1]} keep {shares[-1]:.1%}. The rise falls from {firsts[0]:.2f} to {firsts[-1]:.2f} nats."
     )
+    called = {"random": "draws of random neurons", "rms_matched": "draws of the same amplitude"}
+    for name, said in (called | {"activation_rms": "mask of the loudest neurons"}).items():
+        drawn = [effects(run["curves"]["kept"], name) for run in runs]
+        stand: dict[str, list[str]] = {}
+        for count, own, each in zip(counts, firsts, drawn, strict=True):
+            verb = "lose less" if own < min(each) else "lose more" if own > max(each) else "lie among them"
+            stand.setdefault(verb, []).append(str(count))
+        told = "; ".join(f"{', '.join(numbers)} networks {verb}" for verb, numbers in stand.items())
+        words += f" Beside {len(drawn[0])} {said}: {told}."
     missing = [str(count) for name, count in KEPT.items() if name not in results]
     words += f" The table with {' and '.join(missing)} networks was not run." if missing else ""
     header = ["networks", "of all neurons", "alone (nats)", *(SELECTORS[name] for name in FEW), "run on"]
