@@ -12,30 +12,41 @@ class Ended(BaseException):
     """This process was asked to end (SIGTERM)."""
 
 
+# What is raised where a signal comes; and its handler in a process that nobody has told otherwise.
+_RAISED = {signal.SIGTERM: Ended, signal.SIGINT: KeyboardInterrupt}
+_PLAIN = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
 @contextmanager
 def ends_in_order() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that what is half written and what was started is taken away with it.
 
-    Not in one of several processes, which wait for each other where no exception reaches them.
+    Not in one of several processes, which wait for each other where no exception reaches them. Compiled code may put
+    an error of its own in the place of the exception, as it does of that of an interrupt; then it is put back.
     """
     is_here = threading.current_thread() is threading.main_thread() and "RANK" not in os.environ
-    if not is_here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    process = os.getpid()
+    taken = [number for number, plain in _PLAIN.items() if is_here and signal.getsignal(number) == plain]
+    process, asked = os.getpid(), []
 
     def end(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, _PLAIN[number])
         if os.getpid() != process:  # a worker that was forked meanwhile
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             return
-        raise Ended
+        asked.append(number)
+        raise _RAISED[number]
 
-    signal.signal(signal.SIGTERM, end)
+    for number in taken:
+        signal.signal(number, end)
     try:
         yield
+    except Exception as error:
+        if asked:
+            raise _RAISED[asked[0]] from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, _PLAIN[number])
 
 
 def command(verb: str, argv: Sequence[str], *more: str) -> str:

@@ -13,9 +13,10 @@ import pytest
 from helpers import tiny_model, tiny_rows, tiny_tokenizer
 
 from fnsft_trl import FunctionalNetworkTemplate
-from fnsft_trl.cli import main
+from fnsft_trl.cli import main, run_verb
 from fnsft_trl.cli.endings import command
 from fnsft_trl.discovery.activations import ActivationReader
+from fnsft_trl.errors import FNSFTError
 from fnsft_trl.training.trainer import FNSFTTrainer
 
 
@@ -175,6 +176,26 @@ def test_the_command_that_goes_on_has_each_option_once_and_no_token():
     told = command("train", argv, "--resume_from_checkpoint", "true")
     assert told == "`fnsft train m --seed 1 --resume_from_checkpoint true`"
     assert command("discover", ["m", "--resume", "--seed", "1"], "--resume") == "`fnsft discover m --seed 1 --resume`"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("error", [FNSFTError("a file cannot be read"), RuntimeError("no shape"), OSError(28, "full")])
+def test_an_error_that_takes_the_place_of_a_request_to_end_is_one(number, error, monkeypatch, capsys):
+    """As compiled code does: it knows that something was raised, and not what."""
+
+    def main(argv):
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise error from None
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("fnsft_trl.cli.env.main", main)
+    assert run_verb("env", []) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    said = capsys.readouterr().err
+    assert "interrupted" in said
+    assert "error" not in said
+    assert signal.getsignal(number) == before
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
