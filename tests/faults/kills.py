@@ -15,6 +15,7 @@ writes the table of a page from these lines, and tries nothing.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -173,6 +174,11 @@ class Lines:
         with self._turn:
             return [each for each in self.found if (each["operation"], each["signal"], each["seed"]) == asked]
 
+    def next(self, name: str, title: str) -> int:
+        """The first number that no line has: that of one which was taken out is tried again, at the same moment."""
+        numbers = {line["try"] for line in self.of(name, title)}
+        return next(number for number in itertools.count() if number not in numbers)
+
     def done(self, name: str, title: str) -> int:
         """In how many of them the signal came in time."""
         return sum(line["outcome"] != OVER for line in self.of(name, title))
@@ -217,7 +223,7 @@ def one_try(trial: Trial, name: str, title: str, lines: Lines) -> None:
             trial.measure()
         outcome = OVER
         while outcome == OVER:
-            number = len(lines.of(name, title))
+            number = lines.next(name, title)
             moment = random.Random(f"{lines.seed} {name} {title} {number}").random()
             said = None
             try:
