@@ -21,14 +21,17 @@ def changed_neurons(
 
     Args:
         sites: the model's sites.
-        before, after: parameter name -> tensor, with the same names and shapes.
+        before, after: parameter name -> tensor, of the same shapes; `after` may have more of them.
 
     Returns:
         The neurons any of whose weights differ; and the names of the parameters that differ in an entry that belongs
         to no neuron.
     """
-    there = {name: values.to(before[name].device) for name, values in after.items()}
-    differing = {name: before[name] != there[name] for name in before if not torch.equal(before[name], there[name])}
+    differing = {}
+    for name, values in before.items():
+        found = after[name].to(values.device)
+        if not torch.equal(values, found):
+            differing[name] = values != found
     layers = {}
     for site in sites:
         members = torch.zeros(site.width, dtype=torch.bool)
