@@ -22,7 +22,8 @@ def ends_in_order() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that what is half written and what was started is taken away with it.
 
     Not in one of several processes, which wait for each other where no exception reaches them. Compiled code may put
-    an error of its own in the place of the exception, as it does of that of an interrupt; then it is put back.
+    an error of its own in the place of the exception, as it does of that of an interrupt; then it is put back. An
+    error of what was done to end, such as a full disk, stays one.
     """
     is_here = threading.current_thread() is threading.main_thread() and "RANK" not in os.environ
     taken = [number for number, plain in _PLAIN.items() if is_here and signal.getsignal(number) == plain]
@@ -41,12 +42,19 @@ def ends_in_order() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if asked:
+        if asked and not _follows(error, _RAISED[asked[0]]):
             raise _RAISED[asked[0]] from error
         raise
     finally:
         for number in taken:
             signal.signal(number, _PLAIN[number])
+
+
+def _follows(error: BaseException | None, raised: type[BaseException]) -> bool:
+    """Whether an error came up while an exception of a kind was handled."""
+    while error is not None and not isinstance(error, raised):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def command(verb: str, argv: Sequence[str], *more: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from helpers import tiny_model, tiny_rows, tiny_tokenizer
@@ -184,10 +185,9 @@ def test_an_error_that_takes_the_place_of_a_request_to_end_is_one(number, error,
     """As compiled code does: it knows that something was raised, and not what."""
 
     def main(argv):
-        try:
+        with suppress(BaseException):
             signal.raise_signal(number)
-        except BaseException:
-            raise error from None
+        raise error
 
     before = signal.getsignal(number)
     monkeypatch.setattr("fnsft_trl.cli.env.main", main)
@@ -196,6 +196,21 @@ def test_an_error_that_takes_the_place_of_a_request_to_end_is_one(number, error,
     assert "interrupted" in said
     assert "error" not in said
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_error_of_what_is_done_to_end_stays_one(number, monkeypatch, capsys):
+    """As where a disk has no room for what an interrupted verb saves."""
+
+    def main(argv):
+        try:
+            signal.raise_signal(number)
+        finally:
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("fnsft_trl.cli.env.main", main)
+    assert run_verb("env", []) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
