@@ -47,11 +47,11 @@ def divergences(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
     for part in chunks(base):
         p = base[part].float().log_softmax(-1)  # (positions, vocabulary)
         q = trained[part].float().log_softmax(-1)
-        found.append(_weighted(p, q).sum(-1))
+        found.append(weighted(p, q).sum(-1))
     return torch.cat(found)
 
 
-def _weighted(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def weighted(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """`exp(p) * (p - q)` of log-probabilities; 0 where the first probability is 0."""
     found = (p - q).mul_(p.exp())
     return found.masked_fill_(p == -torch.inf, 0) if p.amin() == -torch.inf else found
@@ -95,9 +95,9 @@ class TopDistributions:
             logs = trained[part].float().log_softmax(-1)
             ids = self.ids[part].to(logs.device).long()
             p, p_rest = self.log_probs[part].to(logs.device), self.log_rest[part].to(logs.device)
-            own = _weighted(p, logs.gather(-1, ids)).sum(-1)
+            own = weighted(p, logs.gather(-1, ids)).sum(-1)
             has_rest = ids.shape[-1] < logs.shape[-1]  # nothing has no gradient
-            found.append(own + _weighted(p_rest, _log_rest(logs, ids)) if has_rest else own)
+            found.append(own + weighted(p_rest, _log_rest(logs, ids)) if has_rest else own)
         return torch.cat(found)
 
 

@@ -1,5 +1,6 @@
 """ProbePasses: every condition of a probe on every batch, resumable at any point, split over processes."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..compat.accelerate import input_device
+from ..errors import FNSFTError
 from ..evaluation.generation import generate_answers
 from ..evaluation.metrics import evaluating, model_inputs
 from ..evaluation.share import Share
@@ -155,7 +157,7 @@ class ProbePasses:
         scores = intact.scores(logits)
         del logits
         if self.records.missing(part.name, number, [INTACT]):
-            self._note(part, number, INTACT, scores, 0, shared, before)
+            self._note(part, number, None, scores, 0, shared, before)
         for condition in conditions:
             change = self._change(condition, switch)
             layer = change.first_layer if self.shares_prefix else 0
@@ -165,12 +167,19 @@ class ProbePasses:
             before = time.perf_counter()
             switch.set(change, first)
             scores = intact.scores(shared.run_from(layer, inputs))
-            self._note(part, number, condition.key, scores, layer, shared, before)
+            self._note(part, number, condition, scores, layer, shared, before)
             bar.update(_cost(batch, shared.layers - layer))
         switch.set(None)
 
-    def _note(self, part, number, key, scores, layer, shared, before) -> None:
+    def _note(self, part, number, condition, scores, layer, shared, before) -> None:
         seconds = time.perf_counter() - before
+        if not all(map(math.isfinite, [*scores.nll, *scores.kl])):
+            state = "intact" if condition is None else f"under {condition.curve} of {condition.selector}"
+            raise FNSFTError(
+                f"batch {number} of {part.name}: the model, {state}, predicts nothing that is a number (NaN or an "
+                f"infinite loss); its weights are {self.model.dtype}: load it in float32"
+            )
+        key = INTACT if condition is None else condition.key
         self.records.add(part.name, number, key, asdict(scores), seconds=seconds, share=1 - layer / shared.layers)
 
     def _checked(self, layer, intact, inputs, change, first, switch, shared) -> int:

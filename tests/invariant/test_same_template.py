@@ -1,6 +1,7 @@
 """Same input, same bytes; memory that does not grow with tokens (invariant 6)."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,10 +61,15 @@ print(json.dumps({"peak": peak}))
 """
 
 
+# What is freed goes back to the system at once, so that the size of a process is what it holds.
+EXACT_SIZE = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_ARENA_MAX": "1"}
+
+
 def run(code, *arguments, is_new=True):
     words = ["-c", code, *map(str, arguments)]
     if is_new:
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        environment = os.environ | EXACT_SIZE
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
     else:
         done = run_python(*words)
     assert done.returncode == 0, done.stderr

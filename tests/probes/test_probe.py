@@ -190,3 +190,22 @@ def test_what_has_no_effect_is_refused(planted, tmp_path):
     with pytest.raises(FNSFTError, match="curves holds 'dosis'"):
         ProbeConfig(curves=["dosis"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("state", ["intact", "under full of networks"])
+def test_a_model_that_predicts_no_numbers_is_refused(state, tokenizer, rows, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    if state == "intact":
+        model.lm_head.weight.data[5] = torch.nan
+    else:
+        monkeypatch.setattr(Zero, "of", lambda *args: torch.nan)
+    with pytest.raises(FNSFTError, match=rf"batch 0 of text: the model, {state}, predicts nothing .*float32"):
+        probe_networks(
+            model,
+            tokenizer,
+            random_template(model, 0),
+            [data_of(rows[:4], tokenizer)],
+            ProbeConfig(curves=["lesion"], draws=3),
+            output_dir=tmp_path,
+        )
+    assert not list(tmp_path.glob("report*"))
