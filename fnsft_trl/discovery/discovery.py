@@ -258,7 +258,7 @@ class _Discovery:
             max_tokens=each,
             first_batch=progress.first_batch,
             share=self.share,
-            description="discovering networks",
+            description="discovering surrogate networks" if config.ica_surrogate else "discovering networks",
         )
         with closing(blocks), self.bases.reading(self.model) if self.bases else nullcontext():
             if progress.first_batch:  # what was read before the interruption is only counted
@@ -335,7 +335,7 @@ class _Discovery:
         """The group's template, those of the datasets, and the last point of the curve."""
         found = self._found(_halves(parts))
         result = found.result
-        if not result.converged:
+        if not (result.converged or self.config.ica_surrogate):  # without networks there is nothing to converge to
             logger.warning(
                 f"FastICA did not reach its tolerance (the last step changed a direction by {result.change:.1g}); the "
                 "weakest networks may not replicate: give more tokens (ica_max_tokens), or ask for fewer "

@@ -1,5 +1,6 @@
 """Surrogates: every neuron does what it did, and no two do anything together."""
 
+import pytest
 import torch
 from helpers import tiny_model
 from test_decomposition import planted
@@ -36,3 +37,12 @@ def test_a_surrogate_template_has_the_moments_and_says_what_it_is(tokenizer, row
         assert torch.equal(shifted.loadings[layer], again.loadings[layer])
         assert not torch.equal(shifted.loadings[layer], plain.loadings[layer])
     assert shifted.settings["ica_surrogate"] is True
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_of_networks_that_are_none_it_is_not_said_that_they_may_not_replicate(on, tokenizer, rows, log, monkeypatch):
+    monkeypatch.setattr("fnsft_trl.discovery.decomposition.TOLERANCE", 0)
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    config = FunctionalNetworkConfig(ica_components=3, ica_rank=16, ica_max_length=32, ica_surrogate=on)
+    discover_networks(tiny_model("llama"), tokenizer, texts, config)
+    assert ("did not reach its tolerance" in log.text) is not on
