@@ -35,8 +35,8 @@ train, test = (Dataset.from_list(rows) for rows in question_routing(ROWS, TEST_R
 print(train[0])
 
 # %% [markdown]
-# One function trains a LoRA. `RetentionConfig` names the text on which the loss of ability is measured, from the first
-# step to the last.
+# One function trains a LoRA. `RetentionConfig` names the text on which forgetting is measured, at the start and at the
+# end of training.
 
 
 # %%
@@ -72,8 +72,8 @@ def fine_tune(name, learning_rate, protection=None):
 # %% [markdown]
 # ## Plain, and protected
 #
-# Protection keeps every change of a weight off the directions in which Wikipedia runs through the layer. What is left
-# to change is less, so the learning rate may be higher.
+# With protection, weights do not change along the leading directions of Wikipedia. That leaves less to change, so the
+# learning rate may be higher.
 
 # %%
 fine_tune("plain", 6e-4)
@@ -82,9 +82,9 @@ fine_tune("low", 2e-3, ProtectionConfig(forgetting="low", protect_tokens=KEPT))
 # %% [markdown]
 # ## Mended afterwards
 #
-# `fnsft restore` takes a fine-tune that exists, and removes from its change what runs along a few directions of the
-# text to keep. It trains nothing. Of several ways it chooses the one that loses least of Wikipedia within 5% of what
-# was learnt. Here it is called as on the command line.
+# `fnsft restore` takes an existing fine-tune, and removes the part of its change that lies along a few directions of
+# the text to keep. It trains nothing. It tries several ways, and chooses the one that forgets the least of Wikipedia
+# while it keeps 95% of what was learnt. Here it is called as on the command line.
 
 
 # %%
@@ -102,7 +102,7 @@ fnsft("restore", "output/plain", *keep, *task, "--output_dir", "output/restored"
 # %% [markdown]
 # ## What was learnt, what was lost
 #
-# All three beside the model before training, on the same rows and the same text, with intervals.
+# All three are compared with the model before training, on the same rows and the same text, with intervals.
 
 # %%
 models = ["output/plain", "output/low", "output/restored", "--base"]

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Look into a network
 #
-# We find functional networks in a small model. We look at what they hold, read the texts in which each is most active,
-# and silence them beside random neurons. Model and texts come from packages. A CPU is enough.
+# We find functional networks in a small model. We look at where they are, read the texts in which each is most active,
+# and compare silencing one with silencing random neurons. Model and texts come from packages. A CPU is enough.
 
 # %%
 import torch
@@ -33,8 +33,8 @@ others = wikipedia_passages("retention")  # of other articles
 # %% [markdown]
 # ## Find the networks
 #
-# One pass over the text. Each half of the tokens gives networks of its own, so that we know which ones return. The
-# result is a template: a few megabytes that belong to this model.
+# This takes one pass over the text. Networks are also found on each half of the tokens, to see which ones replicate.
+# The result is a template: a few megabytes that belong to this model.
 
 # %%
 config = FunctionalNetworkConfig(ica_components=NETWORKS, ica_max_tokens=TOKENS, ica_max_length=256)
@@ -42,8 +42,8 @@ template = discover_networks(model, tokenizer, passages, config)
 template.save_pretrained("output/networks")
 
 # %% [markdown]
-# Reliability is the correlation of a network's loadings between the two halves. Its null is what the same text gives
-# when no neurons act together. A network near its null hardly returns on other tokens.
+# Reliability is the correlation of a network's loadings between the two halves. Its null is the reliability without
+# co-activation, when each neuron is shuffled in time. A network near its null rarely replicates on other tokens.
 
 # %%
 for number, network in enumerate(template.components):
@@ -54,8 +54,8 @@ for number, network in enumerate(template.components):
 # %% [markdown]
 # ## Read where they are active
 #
-# The passages with the largest activity of each network, in standard deviations. What they seem to be about is a guess
-# until the network is silenced.
+# These are the passages with the largest activity of each network, in standard deviations. What they seem to be about
+# is a guess until the network is silenced.
 
 # %%
 examples = find_examples(model, tokenizer, template, {"wikipedia": others}, count=2, max_tokens=READ)
@@ -86,9 +86,9 @@ for name, mask in {"network 0": network, "as many random neurons": control}.item
 # %% [markdown]
 # ## Silence it beside controls
 #
-# One passage and one control prove nothing. `fnsft probe` silences a network on many passages, beside many random
-# masks and masks of the same amplitude. Its verdict says whether the damage may be chance, or may be loudness. Here it
-# probes network 0 on few tokens. Give it more of both before you claim anything.
+# One passage and one control prove nothing. `fnsft probe` silences a network on many passages, and compares it with
+# many random masks and with neurons of the same amplitude. Its verdict says whether the damage may be chance, or may
+# come from loud neurons. Here it probes network 0 on few tokens. Use more before you claim anything.
 
 
 # %%

@@ -178,8 +178,8 @@ def test_every_fnsft_command_runs_in_turn(page, workplace, model_dir, forked):
         if verb == "evaluate" and "--retention_datasets" in arguments:
             arguments = instead(arguments, "--retention_tokens", "200")
         if verb == "train":
-            arguments = instead(arguments, "--model_name_or_path", str(model_dir), "--dataset_name", data)
-            arguments += ["--ica_datasets", data, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+            small = ["--model_name_or_path", str(model_dir), "--dataset_name", data, "--ica_datasets", data]
+            arguments = [*instead(arguments, *small), "--use_cpu", "--bf16", "false", "--report_to", "none"]
             if "--protect" in arguments:
                 arguments = instead(arguments, "--protect_dims", "3", "--protect_tokens", "100")
             if "--forgetting" in arguments:

@@ -32,7 +32,7 @@ VERBS = {
     "recipes": "list the recipes that the package brings, and copy them",
     "env": "show versions, devices and settings, for a bug report",
     "auth": "show which token of the Hub is used, where it comes from and what it may do",
-    "demo": "show the whole way on the embedded model, in minutes",
+    "demo": "run every step on the embedded model, in minutes",
 }
 # Which go on where they were interrupted.
 _RESUMABLE = ("train", "discover", "probe", "experiment", "continual", "demo")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 ABOUT = (
-    "Show the whole way on a real model. The demo discovers functional networks and fine-tunes on a new task in "
+    "Show every step on a real model. The demo discovers functional networks and fine-tunes on a new task in "
     "several ways, one of them protected. It restores one of them afterwards, measures what was learnt and what was "
     "forgotten, and writes a report. Its recipes and data go to output_dir, where `fnsft train` and `fnsft "
     "experiment` can use them."
@@ -98,14 +98,14 @@ _REMARK = (
     "This is one seed and one task. It shows how the parts work together, and proves nothing about the method. "
     "Learning rates were chosen beforehand on this task, so that the arms learn about equally well. Every adapter "
     "gave the same logits, bit for bit, after it was loaded in a fresh process. The arms: lora trains LoRA on the "
-    "MLPs. outside trains as deltas the 10% of each layer's neurons with the lowest loadings on all networks of "
-    "general text. It has no control here; docs/example.md compares such neurons with random ones, which forgot less "
-    "there. protected trains the LoRA of lora with forgetting: low, which keeps it off the directions of other "
-    "Wikipedia passages. restored is the trained lora without what it had along position 0 and the mean of these "
-    "passages; nothing was trained for that. The new task: name the desk a question belongs to (arithmetic, finance, "
+    "MLPs. outside trains, as neuron deltas, the 10% of each layer's neurons with the lowest loadings on all networks "
+    "of general text. It has no control here; docs/example.md compares such neurons with random ones, which forgot "
+    "less on another task. protected trains the same LoRA with forgetting: low, off the leading directions of other "
+    "Wikipedia passages. restored is the trained lora without its change along position 0 and the mean of these "
+    "passages; it needs no training. The new task: name the desk a question belongs to (arithmetic, finance, "
     "health, household, science, trivia). The questions are real ones of ASDiv, FiQA, HealthSearchQA, PIQA, "
-    "OpenBookQA and NQ-open. The general text: English Wikipedia passages (BoolQ), of other articles than those that "
-    "were discovered on and kept. General text of another kind is protected in part only."
+    "OpenBookQA and NQ-open. The general text: English Wikipedia passages (BoolQ), from other articles than those of "
+    "the discovery and the protection. General text of another kind is protected only in part."
 )
 
 

@@ -18,8 +18,8 @@ _PACKAGES = (
     "accelerate",
 )
 _NOTE = (
-    "Intervals: 95%, by a bootstrap over rows, for differences a paired one; they say how much the choice of rows "
-    "matters, and nothing of the seed of a training."
+    "Intervals: 95%, by a bootstrap over rows (paired for differences). They say how much the choice of rows matters, "
+    "and nothing about the seed of the training."
 )
 
 

@@ -16,13 +16,13 @@ from .restoring_screen import Scored, Screen
 
 _SECTION = "## Restored"
 _LEGEND = (
-    "What is taken out of the change of every linear layer: what it makes of the mean input at position 0 (the first "
-    "token of a text), of the mean of all other inputs, and of the leading directions of these."
+    "off: removed from the change of every linear layer is its effect on these inputs: the mean at position 0 (the "
+    "first token of a text), the mean of all other inputs, and the leading directions of these."
 )
 _NOTE = (
-    "KL: of the base to the restored model, in nats per token, on passages that gave no directions. What is left "
-    "along U: the largest norm of D U over that of D, of any module, as it is stored. The ways were compared on the "
-    "very texts and rows that the numbers are of: what was chosen by them looks a little better here than it is."
+    "KL: from the base to the restored model, in nats per token, on passages that gave no directions. Left along U: "
+    "the largest ||D U|| / ||D|| of any module, as stored. The way was chosen on these texts and rows, so its numbers "
+    "are slightly optimistic."
 )
 
 
