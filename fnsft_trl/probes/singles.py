@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from ..compat.accelerate import input_device
 from ..compat.torch import exact
 from ..evaluation.metrics import model_inputs
+from ..finite import check_finite
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from .data import Item, ProbeData
@@ -49,6 +50,9 @@ def first_order_effects(
         site: the kind of the sites.
         layers: which.
         batch_size: sequences in a pass.
+
+    Raises:
+        FNSFTError: one is NaN or infinite.
     """
     sites = [each for each in find_neuron_sites(model, kind=site) if each.layer in layers]
     sums = {each.layer: torch.zeros(each.width, dtype=torch.float64) for each in sites}
@@ -57,6 +61,8 @@ def first_order_effects(
     for batch in tqdm(batches, desc="first-order effects", unit="batch"):
         for layer, neurons, effects in _batch(model, batch, sites):
             sums[layer][neurons] += effects
+    for layer, values in sums.items():
+        check_finite(values.tolist(), f"first-order effects of the neurons of layer {layer}")
     return {layer: values / tokens for layer, values in sums.items()}
 
 
