@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model, tiny_rows
+from helpers import random_mask, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fnsft_trl import (
     FNSFTError,
     FunctionalNetworkConfig,
     NeuronTunerConfig,
     SelectorEvidence,
+    constrain_lora,
     discover_networks,
     select_neurons,
 )
@@ -39,6 +41,10 @@ from fnsft_trl.evaluation.rows import EvaluationRow
 from fnsft_trl.evaluation.series import RetentionSeries
 from fnsft_trl.experiments.cells import Cells
 from fnsft_trl.experiments.summary import over_seeds
+from fnsft_trl.export import to_merged
+from fnsft_trl.export.restored import AdapterChanges
+from fnsft_trl.export.restored_model import ModelChanges
+from fnsft_trl.export.verification import Verification, _wrong
 from fnsft_trl.finite import check_entries, largest, without_nan
 from fnsft_trl.interventions.restoring import LoraChange, RowsChange
 from fnsft_trl.probes.data import ProbeData
@@ -50,6 +56,7 @@ from fnsft_trl.report import Report
 from fnsft_trl.template.description import NullReliability, reliability_above_null
 from fnsft_trl.training.budget import Budget
 from fnsft_trl.training.elastic import fisher_diagonal, trained_parameters
+from fnsft_trl.tuner.saved import SavedAdapter
 
 
 ROWS = tiny_rows(6)
@@ -207,6 +214,50 @@ NO_NUMBERS = {
 @pytest.mark.parametrize("name", NO_NUMBERS)
 def test_what_comes_of_nan_is_nan(name):
     assert math.isnan(NO_NUMBERS[name]())
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, model_dir):
+    """A folder with a saved LoRA and saved neuron deltas, each with one tensor of NaN."""
+    root = tmp_path_factory.mktemp("broken")
+    lora = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    deltas = NeuronTunerConfig(neurons={"0": "0-3"}, task_type="CAUSAL_LM")
+    for name, config in (("lora", lora), ("deltas", deltas)):
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(1.0)
+        next(p for p in reversed(list(model.parameters())) if p.requires_grad).data.fill_(NAN)
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(model_dir).save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", ["lora", "deltas"])
+def test_a_broken_adapter_is_neither_merged_nor_restored_nor_held_to_neurons(name, broken, model_dir, tmp_path):
+    with pytest.raises(FNSFTError, match=r"does not merge: .*broken"):
+        to_merged(broken / name, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "model.safetensors").exists()
+    saved = SavedAdapter.read(broken / name)
+    with pytest.raises(FNSFTError, match="NaN or infinite entries"):
+        AdapterChanges.read(saved, base=str(model_dir))
+    if name == "lora":
+        model = saved.load_onto(saved.load_base(str(model_dir)))
+        model.set_adapter("default")
+        with pytest.raises(FNSFTError, match="already changes neurons"):
+            constrain_lora(model, random_mask(model, "mlp_intermediate"))
+
+
+def test_a_broken_fine_tune_is_not_restored():
+    tuned = tiny_model("llama")
+    tuned.model.layers[0].mlp.up_proj.weight.data[0, 0] = NAN
+    with pytest.raises(FNSFTError, match=r"the fine-tuned model holds .*up_proj\.weight, which has NaN"):
+        ModelChanges(tiny_model("llama"), tuned)
+
+
+def test_an_export_with_logits_that_are_no_numbers_is_not_verified():
+    found = Verification(NAN, 1e-4, "base", None, 0)
+    assert "differ by nan" in _wrong(found, {"tokens": [], "others": [], "own": False}, None)
 
 
 @pytest.mark.parametrize("part", ["loadings", "mean", "rms"])

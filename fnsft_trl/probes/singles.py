@@ -104,7 +104,8 @@ def _batch(model: nn.Module, batch: Sequence[Item], sites: Sequence):
         for handle in handles:
             handle.remove()
     for layer, neurons, values in taken:
-        effect = -(values.detach() * values.grad).reshape(-1, values.shape[-1])
+        # In float16, products of small gradients would be 0.
+        effect = -(values.detach().float() * values.grad.float()).reshape(-1, values.shape[-1])
         yield layer, neurons, exact(effect).sum(0).cpu()
 
 
