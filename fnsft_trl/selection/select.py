@@ -70,8 +70,7 @@ def select_neurons(
         A [`NeuronMask`] over these layers.
 
     Raises:
-        FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, no neuron, or
-            scores that are NaN or infinite.
+        FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, no neuron, or NaN.
     """
     selector = SELECTOR_ALIASES.get(selector, selector)
     _check_request(selector, rank, component_ids, fraction, like, evidence)
