@@ -1,4 +1,4 @@
-"""Two tasks of lm-evaluation-harness in a folder: multiple-choice questions, and text."""
+"""Three tasks of lm-evaluation-harness in a folder: multiple-choice questions, text, and answers to generate."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def questions(count: int = 200) -> list[dict]:
 
 
 def write_tasks(folder: Path) -> None:
-    """Write the tasks `syllables` and `sounds`, and their rows."""
+    """Write the tasks `syllables`, `sounds` and `said`, and their rows."""
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"]}) for row in tiny_rows(20)))
     data = {"dataset_path": "json", "test_split": "test"}
@@ -38,5 +38,10 @@ def write_tasks(folder: Path) -> None:
         **{"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]},
         "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
     }
-    for task in (choosing, reading):
+    saying = {
+        **{"task": "said", **data, "output_type": "generate_until", "dataset_kwargs": reading["dataset_kwargs"]},
+        **{"doc_to_text": "{{text}}", "doc_to_target": " ab.", "metric_list": [{"metric": "exact_match"}]},
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 2},
+    }
+    for task in (choosing, reading, saying):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))

@@ -44,6 +44,7 @@ ORDER = {
     "cache": [],
     "ranges": [],
     "fields": [],
+    "finite": [],
     "threshold": [],
     "combinations": [],
     "config": [],

@@ -1,7 +1,6 @@
 """The report of `fnsft evaluate`: scores, differences row by row, and all that they come from."""
 
 import json
-import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from .. import __version__
 from ..evaluation.measures import Interval
 from ..evaluation.settings import EvaluationConfig
+from ..finite import without_nan
 from ..report import Report, format_table
 
 
@@ -59,7 +59,7 @@ def write_report(results: list, settings: EvaluationConfig, output: Path, about:
     report.text(_NOTE)
     _describe(report, results, about)
     scores = "".join(
-        json.dumps(_finite({"model": each.name, "data": data, **entry}), ensure_ascii=False) + "\n"
+        json.dumps(without_nan({"model": each.name, "data": data, **entry}), ensure_ascii=False) + "\n"
         for each in results
         for data, of_rows in each.scores.rows.items()
         for entry in of_rows
@@ -154,7 +154,7 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
         }
         for each in results
     }
-    return _finite(
+    return without_nan(
         {
             "format": "fnsft_trl.evaluation",
             "format_version": 1,
@@ -173,12 +173,3 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
             },
         }
     )
-
-
-def _finite(value):
-    """The same without numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

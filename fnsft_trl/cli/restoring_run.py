@@ -22,6 +22,7 @@ from ..evaluation.rows import EvaluationRow, RowReader, prompt_format, read_rows
 from ..evaluation.series import RetentionSeries
 from ..export.restored import AdapterChanges, Places
 from ..export.restored_model import ModelChanges
+from ..finite import check_finite
 from ..interventions.restoring import Positions, Restoration
 from ..neurons.sites import check_in_memory, find_neuron_sites
 from ..ranges import format_ranges, parse_ranges
@@ -234,6 +235,7 @@ class _Run:
         for name, series in self.series.items():
             values = series.measure(self.model, title=f"{how.name}: {name}")
             found.kl[name], found.rise[name] = values["kl"], values["rise"]
+            check_finite(values.values(), f"what {how.name} gives on {name}")
         found.mean_kl = sum(self.asked.shares[name] * kl for name, kl in found.kl.items())
         self._score_task(found)
         return found

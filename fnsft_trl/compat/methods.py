@@ -112,4 +112,11 @@ PRIVATE_METHODS = (
         "prepared data are kept, and rows that it leaves out are counted",
     ),
     PrivateMethod(*_SFT, "_tag_names", None, "the tags of the model card"),
+    PrivateMethod(
+        "lm_eval.models.huggingface.HFLM",
+        "https://github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/models/huggingface.py",
+        "_model_generate",
+        ("context", "max_length", "stop", "generation_kwargs"),
+        "scores of a next token that are no numbers are refused",
+    ),
 )

@@ -271,7 +271,7 @@ def _changes_anything(a: torch.Tensor, b: torch.Tensor, experts: int) -> bool:
     if not (a.any() and b.any()):
         return False
     change = torch.einsum("ore,eri->eoi", b.view(len(b), -1, experts), a.view(experts, -1, a.shape[1]))
-    return bool(change.norm() > 1e-5 * a.norm() * b.norm())
+    return not bool(change.norm() <= 1e-5 * a.norm() * b.norm())  # NaN changes something
 
 
 def _refuse_merge(name: str):

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ..compat.torch import exact, full_products
 from ..errors import FNSFTError
+from ..finite import largest
 from ..interventions.restoring import LoraChange
 from .momentum import plain_optimizer
 from .trained_maps import TrainedMap
@@ -210,7 +211,7 @@ class ProtectedWeights:
     def left(self) -> float:
         """The largest ||D U|| / ||D|| of any map; of one that holds the base, ||D U|| / ||W||."""
         pairs = [weight.left() for weight in self.weights]
-        return max((along / whole for along, whole in pairs if whole), default=0.0)
+        return largest(along / whole for along, whole in pairs if whole)
 
     @property
     def closed(self) -> list[str]:
@@ -244,7 +245,7 @@ def protect_weights(
     found = ProtectedWeights(weights, strength)
     for weight in weights:
         along, whole = (0.0, 0.0) if weight.map.holds_base else weight.left()
-        if strength == 1 and along > 1e-4 * whole:
+        if strength == 1 and not along <= 1e-4 * whole:  # as of NaN
             raise FNSFTError(
                 f"the adapter on {weight.map.module} has {along / whole:.1%} of its change along the directions to "
                 "protect already; take that back by fnsft restore, or merge it, so that it is a part of the base"

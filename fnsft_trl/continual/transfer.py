@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 from ..errors import FNSFTError
+from ..finite import check_entries
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ScoreMatrix:
         single (`Mapping[str, float]`, *optional*): the score on a task of a model that was trained on it alone.
 
     Raises:
-        FNSFTError: no task, one that stands twice, or scores that are not one for each stage and task.
+        FNSFTError: no task, one that stands twice, or scores that are not one number for each stage and task.
     """
 
     tasks: Sequence[str]
@@ -72,6 +73,9 @@ class ScoreMatrix:
         missing = [name for name in self.tasks if self.single is not None and name not in self.single]
         if missing:
             raise FNSFTError(f"the scores of single tasks lack {', '.join(missing)}; give all of them or none")
+
+        scores = {"sequence": [list(row) for row in self.scores], "single": dict(self.single or {})}
+        check_entries(scores, "scores of tasks", "score the models again")
 
     def transfer(self) -> Transfer:
         """Average accuracy, backward and forward transfer, forgetting."""

@@ -3,6 +3,8 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from ..finite import check_finite
+
 
 SAME_NETWORK = 0.2  # IoU above which two networks count as the same
 
@@ -52,7 +54,11 @@ def match_rows(values: torch.Tensor) -> torch.Tensor:
 
     Returns:
         For each row its column, -1 for rows left over (m > n), shape (m,).
+
+    Raises:
+        FNSFTError: a value is NaN or infinite.
     """
+    check_finite(values.flatten().tolist(), "correlations of networks", "look at what they were found on")
     information = -torch.log1p(-values.double().square().clamp_max(1 - 1e-12))
     rows, columns = linear_sum_assignment(information.numpy(), maximize=True)
     partner = torch.full((len(values),), -1)

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from ..errors import FNSFTError
+from ..finite import check_finite
 
 
 LEAST_KL = 1e-7  # nats: what is less is rounding, and has no logarithm that says anything
@@ -65,8 +66,10 @@ class Crossing:
             loss: the target.
 
         Raises:
-            FNSFTError: there are fewer than two points, or the base has reached the target already.
+            FNSFTError: there are fewer than two points, the base has reached the target already, or a loss is NaN or
+                infinite.
         """
+        check_finite([loss, *losses], "losses of a path and their target", "look at what was measured")
         if len(losses) < 2:
             raise FNSFTError(f"a path has {len(losses)} points; give at least the base and the trained model")
         fitted = isotonic_regression(np.asarray(losses, float), increasing=False).x
@@ -96,8 +99,9 @@ class Crossing:
             Shape (...).
 
         Raises:
-            FNSFTError: the path never reaches the target.
+            FNSFTError: the path never reaches the target, or a KL is NaN or infinite.
         """
+        check_finite(np.ravel(kl).tolist(), "KL along a path", "look at what was measured")
         if self.before is None:
             raise FNSFTError("the path never reaches the target, so there is no KL at it; report it as not reached")
         logs = np.log(np.maximum(np.asarray(kl, float), LEAST_KL))

@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..compat.accelerate import input_device
+from ..finite import check_finite
 from ..interventions.masking import masks_off
 from .kl import divergences
 from .measures import Measure
@@ -55,6 +56,7 @@ def score_text(
     with evaluating(model):
         lengths = [len(ids) for ids in text.sequences]
         sums = share.in_batches(work, lengths, batch_size=batch_size, name=name)
+    check_finite([kl for _, kl in sums], f"the KL from the reference on {name}")
     tokens = [length - 1 for length in lengths]
     numbers = range(len(lengths))
     measures = {"cross_entropy": Measure.of_sums([nll for nll, _ in sums], tokens, numbers, rises=False)}

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from ..compat.accelerate import input_device
 from ..errors import FNSFTError
+from ..finite import check_finite
 from .measures import Measure
 from .metrics import evaluating
 from .share import ALONE, Share
@@ -37,6 +38,18 @@ class Answer:
 
     text: str
     is_cut: bool
+
+
+class OnlyNumbers(LogitsProcessor):
+    """Refuses scores of a next token without a largest one, of which decoding would take any.
+
+    Raises:
+        FNSFTError: the largest score is NaN or infinite.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        check_finite(scores.amax(-1).tolist(), "scores of the next token of an answer")
+        return scores
 
 
 def check_scores_of_text() -> None:
@@ -98,7 +111,7 @@ def generate_answers(
         name: of the work, beside the progress.
 
     Raises:
-        FNSFTError: the model generates no text, or nothing would end an answer.
+        FNSFTError: the model generates no text, or nothing would end an answer; or it predicts NaN.
     """
     check_generates(model, tokenizer)
     ends = _ends(model, tokenizer)
@@ -113,7 +126,9 @@ def generate_answers(
         width = max(map(len, batch))
         ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in batch], device=device)
         present = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
-        made = model.generate(input_ids=ids, attention_mask=present, generation_config=config)
+        made = model.generate(
+            input_ids=ids, attention_mask=present, generation_config=config, logits_processor=[OnlyNumbers()]
+        )
         return [_answer(tokens, ends, tokenizer) for tokens in made[:, width:].tolist()]
 
     with evaluating(model):

@@ -23,8 +23,10 @@ from torch import nn
 
 from ..compat.lm_eval import sandbox_templates
 from ..errors import FNSFTError
+from ..finite import check_finite
 from ..tuner.saved import first_line
 from .evaluated import EvaluatedModel
+from .generation import OnlyNumbers
 from .measures import Measure
 from .share import ALONE, Share
 
@@ -200,14 +202,21 @@ def _shared_model(model: nn.Module, tokenizer, share: Share, *, batch_size: int,
 
     class SharedModel(HFLM):
         def loglikelihood(self, requests, disable_tqdm=False):
-            return share.in_parts(lambda own: super(SharedModel, self).loglikelihood(own, not share.shows), requests)
+            found = share.in_parts(lambda own: super(SharedModel, self).loglikelihood(own, not share.shows), requests)
+            check_finite([likelihood for likelihood, _ in found], "log-likelihoods of answers")
+            return found
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             parent = super().loglikelihood_rolling
-            return share.in_parts(lambda own: parent(own, not share.shows), requests)
+            found = share.in_parts(lambda own: parent(own, not share.shows), requests)
+            check_finite(found, "log-likelihoods of texts")
+            return found
 
         def generate_until(self, requests, disable_tqdm=False):
             return share.in_parts(lambda own: super(SharedModel, self).generate_until(own, not share.shows), requests)
+
+        def _model_generate(self, *args, **options):
+            return super()._model_generate(*args, logits_processor=[OnlyNumbers()], **options)
 
     own = copy.deepcopy(tokenizer)  # which gets a padding token
     # HFLM ties the weights of what it is given once more, and would fail at a copy of them that an adapter trains.

@@ -17,7 +17,7 @@ def _mean(sums: torch.Tensor) -> float:
 
 def _perplexity(sums: torch.Tensor) -> float:
     mean = float(sums[0] / sums[1])
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)
 
 
 def _bits(sums: torch.Tensor) -> float:

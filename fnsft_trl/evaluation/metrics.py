@@ -9,6 +9,7 @@ from torch import nn
 
 from ..compat.accelerate import input_device
 from ..errors import FNSFTError
+from ..finite import check_finite
 from .rows import EvaluationRow, RowReader
 from .share import ALONE, Share
 
@@ -81,11 +82,15 @@ def token_scores(logits: torch.Tensor, ids: torch.Tensor, first: int, last: int)
         ids: shape (positions,).
         first: the first token to score, at least 1.
         last: the end of the sequence.
+
+    Raises:
+        FNSFTError: the negative log-likelihood of a token is NaN or infinite, so that no token is the most likely.
     """
     predicted = logits[first - 1 : last - 1].float()  # (scored tokens, vocabulary)
     target = ids[first:last]
-    nll = nn.functional.cross_entropy(predicted, target, reduction="none")
-    return TokenScores(nll.cpu(), (predicted.argmax(-1) == target).cpu())
+    nll = nn.functional.cross_entropy(predicted, target, reduction="none").cpu()
+    check_finite(nll.tolist(), f"losses that a model predicts with logits in {logits.dtype}")
+    return TokenScores(nll, (predicted.argmax(-1) == target).cpu())
 
 
 def score_batch(model: nn.Module, sequences: Sequence[list[int]], first_scored: Sequence[int]) -> list[TokenScores]:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from ..errors import FNSFTError
+from ..finite import check_finite
 
 
 DRAWS = 4000
@@ -42,7 +43,12 @@ class Ratio:
 
     @classmethod
     def of_logs(cls, value: float, draws: np.ndarray, seeds: int) -> Ratio:
-        """The ratio of which a logarithm and its draws are given."""
+        """The ratio of which a logarithm and its draws are given.
+
+        Raises:
+            FNSFTError: one of them is NaN or infinite.
+        """
+        check_finite([value, *draws.tolist()], "logarithms of a ratio", "look at what is compared")
         low, high = np.quantile(draws, [0.025, 0.975])
         inner = np.quantile(draws, [0.05, 0.95])
         return cls(
@@ -93,8 +99,9 @@ def sign_flip(differences: Sequence[float]) -> float:
         differences: one for each seed and task.
 
     Raises:
-        FNSFTError: there are none, or too many to try all signs.
+        FNSFTError: there are none, too many to try all signs, or one is NaN or infinite.
     """
+    check_finite(differences, "differences of a test", "look at what is compared")
     if not 1 <= len(differences) <= _MOST:
         raise FNSFTError(f"an exact test of {len(differences)} differences; give 1 to {_MOST}")
     if len(differences) == 1:
@@ -111,7 +118,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
     Args:
         p_values: by the name of what was tested.
+
+    Raises:
+        FNSFTError: one is NaN.
     """
+    check_finite(p_values.values(), "p values to be adjusted", "look at what was tested")
     found, least = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..compat.accelerate import input_device
 from ..errors import FNSFTError
+from ..finite import check_finite
 from .config import MEASURES, metric_name
 from .kl import AdapterOff, StoredBase, chunks, reference_of, switches_kept
 from .metrics import model_inputs
@@ -160,14 +161,18 @@ class RetentionSeries:
         Args:
             model: with its forward masks off.
             title: of the progress bar; none by default.
+
+        Raises:
+            FNSFTError: its cross-entropy is no number.
         """
         self._reference = reference_of(model, exact=self.exact)
         self.base = self._keep(model, title)
         if isinstance(self._reference, AdapterOff):
             now, kl = self._compare(model, title)
-            if max(abs(now - self.base), abs(kl)) > _SAME:
+            if not (abs(now - self.base) <= _SAME and abs(kl) <= _SAME):  # NaN is not the same
                 self._reference = StoredBase()
                 self.base = self._keep(model, title)
+        check_finite([self.base], f"the cross-entropy of the base on the retention text {self.name}".rstrip())
         if isinstance(self._reference, StoredBase):
             self._reference.distributions = _of_all_processes(self._reference.distributions)
         self._model = ref(model)
@@ -229,7 +234,7 @@ class RetentionSeries:
                     f"the base of {shown} was the model with its adapter off, or was kept in memory, and this run "
                     "trains weights of the model; resume with what it had, or start anew"
                 )
-            if abs((found := self._keep(model, title)) - state["base"]) > _NEAR:
+            if not abs((found := self._keep(model, title)) - state["base"]) <= _NEAR:  # NaN is not near
                 raise FNSFTError(
                     f"the base of this run has a cross-entropy of {found:.4f} on {shown}, that of the run which is "
                     f"resumed has {state['base']:.4f}: another base model, or in another precision; load the same"

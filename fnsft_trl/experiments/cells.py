@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FNSFTError
+from ..finite import check_entries
 from ..json_text import WRONG_VALUES, from_json
 from ..writing import remove_leftovers, written_whole
 from .arms import Arm, versions
@@ -42,6 +43,7 @@ class Cells:
                 cell = from_json(line)
                 if not all(isinstance(cell.get(name, {}), dict) for name in _CHANGES):
                     raise ValueError(f"{', '.join(_CHANGES)} are mappings")
+                check_measured(cell)
                 self.found[self._key(cell)] = cell
             sorted(self.found)  # as they are written
         except (OSError, *WRONG_VALUES) as error:
@@ -50,7 +52,12 @@ class Cells:
             ) from error
 
     def add(self, cell: dict[str, Any]) -> None:
-        """Add a finished cell, and bring all of them to the disk."""
+        """Add a finished cell, and bring all of them to the disk.
+
+        Raises:
+            FNSFTError: something that was measured is NaN or infinite.
+        """
+        check_measured(cell)
         self.found[self._key(cell)] = cell
         self._write()
 
@@ -88,6 +95,17 @@ class Cells:
                 more = f" and {len(said) - _MOST_SHOWN} more" if said[_MOST_SHOWN:] else ""
                 found[key] = "; ".join(said[:_MOST_SHOWN]) + more
         return found
+
+
+def check_measured(cell: Mapping[str, Any]) -> None:
+    """See that all that was measured of a cell is a number, before arms are compared by it.
+
+    Raises:
+        FNSFTError: something is NaN or infinite.
+    """
+    measured = {name: entry for name, entry in cell.items() if name not in _CHANGES}
+    do = "nothing of this cell is kept; train it at a lower learning_rate, or in float32"
+    check_entries(measured, f"values of {cell.get('arm', 'a cell')}, seed {cell.get('seed', '-')}", do)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from ..report.report import Report, format_table
 from ..template.storage import FIGURE_FILE
 from ..template.template import FunctionalNetworkTemplate
 from .arms import Arm
+from .cells import check_measured
 from .runner import TEMPLATES
 from .summary import Cell, Estimate, differing, of_arm, of_pair
 
@@ -51,7 +52,12 @@ def compare_arms(
 
     Returns:
         The main table and what it says, as text.
+
+    Raises:
+        FNSFTError: something that was measured is NaN or infinite.
     """
+    for cell in cells:
+        check_measured(cell)
     return _Page(arms, cells, Path(directory)).write(title, remark)
 
 

@@ -21,7 +21,7 @@ from ..errors import FNSFTError
 from ..template.template import FunctionalNetworkTemplate
 from ..writing import one_writer
 from .arms import Arm, train_and_score
-from .cells import Cells
+from .cells import Cells, check_measured
 
 
 CELLS_FILE = "cells.jsonl"
@@ -173,7 +173,9 @@ def _train(arm: Arm, seed: int, place: Path, template: Path | None, also) -> dic
         shutil.rmtree(place)
     place.mkdir(parents=True)
     (place / _MARK).touch()
-    return train_and_score(arm, seed, place, template=template, also=also)
+    cell = train_and_score(arm, seed, place, template=template, also=also)
+    check_measured(cell)
+    return cell
 
 
 def _each(tasks: Sequence[_Task], jobs: int, say: Callable[[str], None]) -> Iterator[tuple[_Task, Any]]:

@@ -32,8 +32,8 @@ def to_merged(
 
     Raises:
         FNSFTError: it is no adapter, or one that does not merge. The base model is quantised, or not the one that was
-            trained on. There is no tokenizer. The output directory is one of those that are read.
-        ValueError: the merged weights are not finite.
+            trained on. There is no tokenizer. The output directory is one of those that are read. A merged weight is
+            not finite.
     """
     source = WholeSource.read(adapter_dir)
     if source.adapter is None:

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..compat.peft import BaseTunerLayer
+from ..errors import FNSFTError
 
 
 def move_to_disk(parameter: nn.Parameter, folder: Path) -> torch.Tensor:
@@ -51,7 +52,7 @@ def merge_on_disk(model: PeftModel, folder: Path) -> nn.Module:
         The base model with merged weights.
 
     Raises:
-        ValueError: a merged weight is not finite.
+        FNSFTError: a merged weight is not finite.
     """
     files: dict[nn.Parameter, torch.Tensor] = {}
     for layer in tqdm([each for each in model.modules() if isinstance(each, BaseTunerLayer)], desc="merging"):
@@ -59,10 +60,21 @@ def merge_on_disk(model: PeftModel, folder: Path) -> nn.Module:
         if any(parameter.is_meta for parameter in parameters):  # offloaded: PEFT fetches and merges it below
             continue
         files |= {each: move_to_disk(each, folder) for each in parameters if each not in files}
-        layer.merge(safe_merge=True)
+        _merge(layer)
         for parameter in parameters:
             if parameter.data_ptr() != files[parameter].data_ptr():
                 parameter.data = files[parameter].copy_(parameter.data)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return model.merge_and_unload(safe_merge=True)
+
+
+def _merge(layer: BaseTunerLayer) -> None:
+    try:
+        layer.merge(safe_merge=True)
+    except FNSFTError:
+        raise
+    except ValueError as error:
+        raise FNSFTError(
+            f"the adapter does not merge: {error}; train it again, or take an earlier checkpoint"
+        ) from error

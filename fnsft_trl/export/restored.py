@@ -17,6 +17,7 @@ from torch import nn
 from ..constraints.lora_config import HELD_LORA_FIELDS, REFUSED_INITS
 from ..discovery.directions import KeptDirections
 from ..errors import FNSFTError
+from ..finite import largest
 from ..interventions.restoring import Change, ColumnsChange, LoraChange, Positions, Restoration, RowsChange
 from ..neurons.sites import find_neuron_sites
 from ..tuner import NeuronTunerConfig
@@ -104,7 +105,8 @@ class AdapterChanges:
             loading: arguments of `from_pretrained` that say which its base model is.
 
         Raises:
-            FNSFTError: a method or a variant whose change has no directions, with the reason; or no such layer.
+            FNSFTError: a method or a variant whose change has no directions, with the reason; no such layer; or a
+                weight that is NaN or infinite.
         """
         config = saved.config
         is_delta = isinstance(config, NeuronTunerConfig)
@@ -124,6 +126,8 @@ class AdapterChanges:
             changes[name] = LoraChange(a, b, saved.tensors.get(f"{PREFIX}{name}{_BIAS}"))
         if is_delta:
             changes |= _deltas(saved, **loading)
+        for name, tensor in saved.tensors.items():
+            check_changed(tensor, f"{saved.directory} holds {name}")
         found = cls(saved, changes, None if layers is None else frozenset(layers))
         left = set(saved.tensors) - set(found._tensors(changes))
         if left:
@@ -158,7 +162,7 @@ class AdapterChanges:
         """
         changes = self.restored(how, places)
         self._load_into(model, changes)
-        return max((places.ratio(name, changes[name], how) for name in self.modules), default=0.0)
+        return largest(places.ratio(name, changes[name], how) for name in self.modules)
 
     def clear(self, model: PeftModel) -> None:
         """Give a model with the adapter values of 0: it then computes what its base does."""
@@ -249,6 +253,16 @@ def check_layers(layers: frozenset[int] | None, modules: Mapping[str, Any]) -> N
     trained = {layer_of(name) for name in modules}
     if layers is not None and (idle := layers - trained):
         raise FNSFTError(f"layers names {min(idle)}, where nothing was trained; drop it")
+
+
+def check_changed(tensor: torch.Tensor, what: str) -> None:
+    """See that weights that were trained are numbers.
+
+    Raises:
+        FNSFTError: one is NaN or infinite.
+    """
+    if not tensor.isfinite().all():
+        raise FNSFTError(f"{what}, which has NaN or infinite entries, so nothing can be restored; train again")
 
 
 def check_lora(config: LoraConfig, place: Path) -> None:

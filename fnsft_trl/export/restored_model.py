@@ -10,9 +10,10 @@ from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from ..errors import FNSFTError
+from ..finite import largest
 from ..interventions.restoring import Restoration, RowsChange
 from ..neurons.sites import linear_shape
-from .restored import Places, check_layers, copy_beside, layer_of
+from .restored import Places, check_changed, check_layers, copy_beside, layer_of
 
 
 _WEIGHTS = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin")
@@ -43,8 +44,8 @@ class ModelChanges:
         others (`list[str]`): the other parameters that are.
 
     Raises:
-        FNSFTError: the two are not of one architecture, or are equal; a weight is quantised or holds experts; or no
-            such layer.
+        FNSFTError: the two are not of one architecture, or are equal; a weight is quantised, holds experts, or is NaN
+            or infinite; or no such layer.
     """
 
     def __init__(self, base: PreTrainedModel, tuned: PreTrainedModel, *, layers: Sequence[int] | None = None) -> None:
@@ -54,6 +55,9 @@ class ModelChanges:
         changed = [name for name in before if not torch.equal(before[name].cpu(), after[name].cpu())]
         if not changed:
             raise FNSFTError("the fine-tuned model equals its base in every weight; there is nothing to restore")
+        for name in changed:
+            for of, values in (("base", before), ("fine-tuned", after)):
+                check_changed(values[name], f"the {of} model holds {name}")
         self.layers = None if layers is None else frozenset(layers)
         check_layers(self.layers, dict.fromkeys(changed))
         self._before = {name: before[name].detach().cpu().clone() for name in changed}
@@ -73,7 +77,7 @@ class ModelChanges:
 
     def apply(self, model: PreTrainedModel, how: Restoration, places: Places) -> float:
         """Give a model the values that are left; see [`~fnsft_trl.export.restored.AdapterChanges.apply`]."""
-        largest = 0.0
+        ratios: list[float] = []
         is_projected = bool(how.directions or how.networks)
         self._write(model, self._after)
         for each in self._linears:
@@ -82,12 +86,12 @@ class ModelChanges:
                 self._write(model, self._parameters(each, left))
                 values = dict(model.get_submodule(each.name).named_parameters(recurse=False))
                 written = self._change(each, {f"{each.name}.{name}": value for name, value in values.items()})
-                largest = max(largest, places.ratio(each.name, written, how))
+                ratios.append(places.ratio(each.name, written, how))
         scale = 1.0 if how.neurons else 0.0 if is_projected else how.scale
         for name in self.others:
             before, after = self._before[name].double(), self._after[name].double()
             self._write(model, {name: before + scale * (after - before)})
-        return largest
+        return largest(ratios)
 
     def clear(self, model: PreTrainedModel) -> None:
         """Give a model the values of the base."""

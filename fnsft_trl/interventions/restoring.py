@@ -125,8 +125,8 @@ class LoraChange:
         a, b = self.a.double(), self.b.double()
         square = b.T @ b  # (rank, rank): the norm of B X needs no product of the size of the map
         along = a @ basis
-        norms = [max(0.0, float(((square @ x) * x).sum())) ** 0.5 for x in (along, a)]
-        return norms[0], norms[1]
+        norms = [((square @ x) * x).sum().clamp_min(0).sqrt() for x in (along, a)]  # NaN stays NaN
+        return float(norms[0]), float(norms[1])
 
 
 @dataclass(frozen=True)

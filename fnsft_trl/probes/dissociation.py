@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.paired import holm
+from ..finite import check_finite
 from .found import Found
 
 
@@ -52,10 +53,15 @@ def dissociate(found: Found, own: Mapping[str, str], *, seed: int = 0) -> Dissoc
         found: with at least two datasets, on each of which a lesion of all neurons does damage.
         own: network -> name of its own dataset.
         seed: of the permutations.
+
+    Raises:
+        FNSFTError: on one of the datasets a lesion of all neurons does nothing.
     """
     names = tuple(found.data)
     per_unit = {label: [_damage(found, name, label) for name in names] for label in own}
     shares = {label: [float(each.mean()) for each in parts] for label, parts in per_unit.items()}
+    for label, values in shares.items():
+        check_finite(values, f"damage of network {label} as a share of that of all neurons", "leave such data out")
     random = np.random.default_rng(seed)
     advantage, p_values = {}, {}
     for label, domain in own.items():

@@ -80,6 +80,8 @@ class Records:
             measured = [np.asarray(line[name], float) for name in _MEASURES]
             if any(each.ndim != 1 or len(each) != len(measured[0]) for each in measured):
                 raise ValueError("a pass has not one value of each measure for each item")
+            if not np.isfinite(measured).all():
+                raise ValueError("a pass gave NaN or an infinite value")
             costs = {name: float(line[name]) for name in ("seconds", "share")}
             self._scores[line["data"], line["batch"], line["key"]] = line | costs
 

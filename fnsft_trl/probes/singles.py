@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from ..compat.accelerate import input_device
 from ..compat.torch import exact
 from ..evaluation.metrics import model_inputs
+from ..finite import check_finite
 from ..neurons.mask import NeuronMask
 from ..neurons.sites import find_neuron_sites
 from .data import Item, ProbeData
@@ -49,6 +50,9 @@ def first_order_effects(
         site: the kind of the sites.
         layers: which.
         batch_size: sequences in a pass.
+
+    Raises:
+        FNSFTError: one is NaN or infinite.
     """
     sites = [each for each in find_neuron_sites(model, kind=site) if each.layer in layers]
     sums = {each.layer: torch.zeros(each.width, dtype=torch.float64) for each in sites}
@@ -57,6 +61,8 @@ def first_order_effects(
     for batch in tqdm(batches, desc="first-order effects", unit="batch"):
         for layer, neurons, effects in _batch(model, batch, sites):
             sums[layer][neurons] += effects
+    for layer, values in sums.items():
+        check_finite(values.tolist(), f"first-order effects of the neurons of layer {layer}")
     return {layer: values / tokens for layer, values in sums.items()}
 
 
@@ -98,7 +104,8 @@ def _batch(model: nn.Module, batch: Sequence[Item], sites: Sequence):
         for handle in handles:
             handle.remove()
     for layer, neurons, values in taken:
-        effect = -(values.detach() * values.grad).reshape(-1, values.shape[-1])
+        # In float16, products of small gradients would be 0.
+        effect = -(values.detach().float() * values.grad.float()).reshape(-1, values.shape[-1])
         yield layer, neurons, exact(effect).sum(0).cpu()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.paired import holm
+from ..finite import check_finite
 
 
 DRAWS = 2000
@@ -28,10 +29,16 @@ class Sums:
     Attributes:
         values (`np.ndarray`): shape (units,).
         counts (`np.ndarray`): of what they are sums, shape (units,).
+
+    Raises:
+        FNSFTError: a sum is NaN or infinite.
     """
 
     values: np.ndarray
     counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_finite(self.values.tolist(), "sums that a condition of a probe gives")
 
     @property
     def mean(self) -> float:
@@ -128,7 +135,11 @@ def p_of_draws(effects: Mapping[str, float], drawn: Mapping[str, np.ndarray]) ->
     Args:
         effects: label -> effect of the network.
         drawn: label -> effects of its draws, shape (draws,).
+
+    Raises:
+        FNSFTError: an effect is NaN or infinite.
     """
+    check_finite([*effects.values(), *(each for of in drawn.values() for each in of)], "effects to be compared")
     if min(map(len, drawn.values()), default=0) < 3:
         return {}
     null = np.concatenate([_standardised_draws(values) for values in drawn.values()])

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..finite import without_nan
 from ..writing import disk_errors, files_written_whole
 
 
@@ -95,14 +96,14 @@ class Report:
 
         Args:
             directory: made where it does not exist.
-            results: the numbers.
+            results: the numbers; NaN and infinite ones, which JSON does not have, are null there.
             beside: name -> text of further files of the report.
 
         Raises:
             FNSFTError: the disk does not take it.
         """
         texts = {"report.md": self._markdown(), "report.html": self._html(), **(beside or {})}
-        texts["results.json"] = json.dumps(results, indent=2) + "\n"
+        texts["results.json"] = json.dumps(without_nan(results), indent=2, allow_nan=False) + "\n"
         with disk_errors(directory), files_written_whole(directory) as scratch:
             for part in self._parts:
                 if part[0] == "figure":

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..config import MEASURED_SELECTORS, NETWORK_SELECTORS, SELECTOR_ALIASES, SELECTORS
 from ..errors import FNSFTError
+from ..finite import check_finite
 from ..neurons.mask import NeuronMask
 from ..ranges import format_ranges, parse_ranges
 from ..template.template import FunctionalNetworkTemplate
@@ -69,7 +70,7 @@ def select_neurons(
         A [`NeuronMask`] over these layers.
 
     Raises:
-        FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, or no neuron.
+        FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, no neuron, or NaN.
     """
     selector = SELECTOR_ALIASES.get(selector, selector)
     _check_request(selector, rank, component_ids, fraction, like, evidence)
@@ -210,6 +211,8 @@ def _shuffled(values: dict[int, torch.Tensor], seed: int) -> dict[int, torch.Ten
 
 def _take(scores, fraction, per_layer, like) -> dict[int, torch.Tensor]:
     """The highest scores: in every layer as many as `like` has or as `fraction` gives, or pooled over layers."""
+    for layer, values in scores.items():
+        check_finite(values.tolist(), f"scores of neurons in layer {layer}, by which some are selected")
     if like is None and not per_layer:
         pooled = torch.cat(list(scores.values()))
         chosen = _highest(pooled, max(1, round(fraction * len(pooled))))

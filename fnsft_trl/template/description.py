@@ -115,7 +115,8 @@ def reliability_above_null(reliability: float | None, null: NullReliability | No
     if reliability is None or null is None:
         return None
     chance = null.reliability if null.highest is None else null.highest
-    return min(1.0, max(0.0, (reliability - chance) / (1 - chance))) if chance < 1 else 0.0
+    above = 0.0 if chance >= 1 else (reliability - chance) / (1 - chance)
+    return min(max(above, 0.0), 1.0)  # which in this order gives NaN for NaN
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,9 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         license (`str` or `None`): id of a license, for the model card.
         hub_id (`str` or `None`): the repository that the template was loaded from.
         commit (`str` or `None`): the commit there.
+
+    Raises:
+        FNSFTError: a loading, a mean or an RMS is NaN or infinite.
     """
 
     base_model: str
@@ -88,6 +91,13 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
 
     def __post_init__(self) -> None:
+        for name in ("loadings", "mean", "rms"):
+            for layer, values in getattr(self, name).items():
+                if not values.isfinite().all():
+                    raise FNSFTError(
+                        f"the {name} of layer {layer} hold NaN or infinite values, by which no neuron belongs to a "
+                        "network; discover the networks again, in float32"
+                    )
         self.components = self.counted()
 
     def counted(self) -> list[Component]:
@@ -167,7 +177,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         probes = weight_probes(model, sites) if self.weights else None
         if probes is not None:
             difference, layer = weight_difference(self.weights, probes)
-            if difference > _NOTEWORTHY:
+            if not difference <= _NOTEWORTHY:  # of NaN too
                 logger.warning(
                     f"{made_from}; the MLP weights of the model differ from those by {difference:.1%} of their norm, "
                     f"most in layer {layer}: networks move when weights do, see `fnsft compare`"

@@ -96,7 +96,7 @@ class KLToBase:
             return
         model = trainer.model
         self.kind = "exact"
-        if not has_switch(model) or self._first_divergence(model) > _SAME:
+        if not has_switch(model) or not self._first_divergence(model) <= _SAME:
             self.kind, self._stored = StoredBase.kind, StoredBase()
             self._store(model, show=trainer.is_world_process_zero() and not trainer.args.disable_tqdm)
         if trainer.is_world_process_zero():

@@ -103,9 +103,11 @@ class ElasticWeights:
             return 0.0
         penalty = 0.0
         for name, parameter in trained_parameters(model).items():
-            moved = parameter.detach() - self.center[name].to(parameter)
-            gradient = self.weight * self.fisher[name].to(parameter) * moved
-            penalty += float((gradient * moved).sum(dtype=torch.float32)) / 2
+            # In half precision, F could be 0 that is not, and c another weight.
+            center, fisher = (kept[name].to(parameter.device) for kept in (self.center, self.fisher))
+            moved = parameter.detach() - center
+            gradient = self.weight * fisher * moved
+            penalty += float((gradient * moved).sum()) / 2
             add_to_gradient(parameter, gradient, scale)
         return penalty
 
@@ -140,6 +142,8 @@ class ElasticWeights:
                 f"ewc_from is {self.config.ewc_from}, which holds the Fisher information of other weights than those "
                 f"that train here ({odd} differs); go on with the same model and the same adapter"
             )
+        for found in self._saved:
+            _check(found, f"ewc_from is {self.config.ewc_from}: what is saved", "measure it again (ewc_save)")
         self.fisher, self.center = (
             {name: found[name].to(p.device) for name, p in parameters.items()} for found in (fisher, center)
         )
@@ -203,6 +207,9 @@ def fisher_diagonal(
     Returns:
         Name -> mean over rows of the squared gradient of log p of what is learnt of a row, in nats^2 by the square of
         the weight's unit, float32.
+
+    Raises:
+        FNSFTError: an entry is NaN or infinite, as where gradients overflow.
     """
     found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     device, count = next(iter(parameters.values())).device, 0
@@ -216,7 +223,15 @@ def fisher_diagonal(
             if gradient is not None:
                 sums += gradient.float().square()
         count += 1
-    return {name: sums / max(1, count) for name, sums in found.items()}
+    found = {name: sums / max(1, count) for name, sums in found.items()}
+    _check(found, "the Fisher information", "train in float32 or bfloat16, or look at the weights")
+    return found
+
+
+def _check(tensors: Mapping[str, torch.Tensor], what: str, do: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FNSFTError(f"{what} of {name} has NaN or infinite entries, which would hold nothing; {do}")
 
 
 def _measured(trainer, rows: list[EvaluationRow], parameters: dict, title: str) -> dict[str, torch.Tensor]:

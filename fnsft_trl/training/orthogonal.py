@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ..compat.torch import exact
 from ..errors import FNSFTError
+from ..finite import largest
 from ..tuner.saved import SavedAdapter
 from .elastic import add_to_gradient
 from .penalty_config import PenaltyConfig
@@ -114,12 +115,12 @@ class OrthogonalFactors:
 
     def overlap(self, model: nn.Module) -> float:
         """The largest |A_i A_t^T| of any module, as a share of the norms of the two rows."""
-        found = 0.0
+        found = []
         for name, factor in lora_factors(model).items():
             if name in self.earlier:
                 rows, others = (nn.functional.normalize(exact(f.detach())) for f in (factor, self.earlier[name]))
-                found = max(found, float((rows @ others.T).abs().max()))
-        return found
+                found.append(float((rows @ others.T).abs().max()))
+        return largest(found)
 
 
 def lora_factors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -75,6 +75,14 @@ def test_values_that_are_no_means_are_lm_evals_own(model, tokenizer, tasks_dir):
     assert with_examples.about["syllables"]["num_fewshot"] == 2
 
 
+@pytest.mark.parametrize("task", ["syllables", "sounds", "said"])
+def test_a_model_that_gives_no_numbers_has_no_scores(task, tokenizer, tasks_dir):
+    model = tiny_model("llama")
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(FNSFTError, match="one is nan, by which nothing can be told"):
+        Tasks([task], str(tasks_dir)).run(model, tokenizer, limit=2)
+
+
 def test_a_mask_and_an_adapter_count(model, tokenizer, tasks_dir):
     tasks = Tasks(["sounds"], str(tasks_dir))
     plain = tasks.run(model, tokenizer).others["sounds/bits_per_byte"]

@@ -88,6 +88,26 @@ def test_ewc_is_the_sum_of_the_penalties_of_all_tasks_with_its_gradient():
     assert penalty == pytest.approx(45 - 5 * 3 / 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_ewc_pulls_to_the_centre_that_it_has(dtype):
+    """c = 1.001 lies between two numbers of half precision, and F = 1e-9 is 0 in float16: the gradient is
+    1e9 * 1e-9 * (1 - 1.001), and the penalty 1e9 / 2 * 1e-9 * .001^2."""
+    model = nn.Linear(1, 1, bias=False).to(dtype)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    elastic = _elastic(1e9)
+    elastic.fisher, elastic.center = {"weight": torch.tensor([[1e-9]])}, {"weight": torch.tensor([[1.001]])}
+    assert elastic.add_gradient(model, 1.0) == pytest.approx(5e-7, rel=1e-3)
+    assert float(model.weight.grad) == pytest.approx(-1e-3, rel=5e-3)
+
+
+def test_fisher_information_that_is_no_number_is_refused():
+    elastic = _elastic(1.0)
+    elastic._saved = ({"w": torch.tensor([math.nan])}, {"w": torch.tensor([0.0])})
+    with pytest.raises(FNSFTError, match="what is saved of w has NaN"):
+        elastic._take({"w": nn.Parameter(torch.zeros(1))})
+
+
 def test_the_centre_is_between_those_of_the_tasks_however_small_the_fisher_information_is():
     """F_1 = F_2 = 1e-20 about 1 and 3: c = 2; below 1e-30 a task counts for nothing."""
     parameter = {"w": nn.Parameter(torch.tensor([3.0, 3.0]))}
