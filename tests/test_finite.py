@@ -165,7 +165,6 @@ BY_NUMBERS = {
     "sign flip": lambda value, _: sign_flip([0.1, value, 0.3]),
     "ratio": lambda value, _: Ratio.of_logs(0.0, np.array([0.0, value]), 2),
     "crossing": lambda value, _: Crossing.find([3.0, value, 1.0], 2.0),
-    "target": lambda value, _: Crossing.find([3.0, 1.0], value),
     "kl at": lambda value, _: kl_at([3.0, 1.0], [0.0, value], 2.0),
     "sums": lambda value, _: Sums(np.array([1.0, value]), np.array([1.0, 1.0])),
     "effect": lambda value, _: p_of_draws({"a": value}, {"a": np.arange(20.0)}),
@@ -186,6 +185,12 @@ def test_nothing_is_told_by_what_is_no_number(name, value, tmp_path):
         BY_NUMBERS[name](value, tmp_path)
     assert name == "records" or isinstance(error.value, FNSFTError)  # of which a probe tells before they are added
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_may_be_out_of_reach_but_not_nan():
+    assert not Crossing.find([3.0, 1.0], -INF).is_reached
+    with pytest.raises(FNSFTError, match="NaN"):
+        Crossing.find([3.0, 1.0], NAN)
 
 
 def change(value):

@@ -63,13 +63,15 @@ class Crossing:
 
         Args:
             losses: at each point of the path, that of the base first.
-            loss: the target.
+            loss: the target; -inf is never reached.
 
         Raises:
             FNSFTError: there are fewer than two points, the base has reached the target already, or a loss is NaN or
                 infinite.
         """
-        check_finite([loss, *losses], "losses of a path and their target", "look at what was measured")
+        check_finite(losses, "losses of a path", "look at what was measured")
+        if math.isnan(loss):
+            raise FNSFTError("the target of a path is NaN; give a loss, or -inf to learn only the least one")
         if len(losses) < 2:
             raise FNSFTError(f"a path has {len(losses)} points; give at least the base and the trained model")
         fitted = isotonic_regression(np.asarray(losses, float), increasing=False).x
