@@ -10,8 +10,9 @@ import argparse
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean, stdev
 from typing import Any
 
 from fnsft_trl.probes.config import SELECTORS
@@ -49,7 +50,8 @@ def take(run: Path, device: str) -> dict[str, Any]:
             drawn.setdefault(line["selector"], {}).setdefault(line["network"], []).append(line["cross_entropy"])
     names = ("selector", "point", "draw", "cross_entropy")
     curves = {name: [{n: each[n] for n in names} for each in points] for name, points in part["curves"].items()}
-    passes = [json.loads(line) for line in (run / "passes-0.jsonl").read_text().splitlines()]
+    files = run.glob("passes-*.jsonl")  # one of each process
+    passes = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     found = {"settings": results["settings"], "neurons": sum(template["widths"].values()), "networks": networks}
     found |= {name: part[name] for name in ("tokens", "sequences", "intact", "full", "verdicts")}
     found |= {"curves": curves, "drawn": drawn, "cost": results["cost"]}
@@ -83,9 +85,7 @@ def beside(points: Sequence[dict[str, Any]], point: float | None = None) -> list
 
 def standardised(value: float, draws: Sequence[float]) -> float:
     """A value over the deviation of a difference from the mean of draws."""
-    mean, count = fmean(draws), len(draws)
-    deviation = (sum((each - mean) ** 2 for each in draws) / (count - 1)) ** 0.5
-    return (value - mean) / (deviation * (1 + 1 / count) ** 0.5)
+    return (value - fmean(draws)) / (stdev(draws) * (1 + 1 / len(draws)) ** 0.5)
 
 
 def short(results: Results) -> str:
@@ -94,13 +94,16 @@ def short(results: Results) -> str:
     count = len(verdicts)
     random, matched = (sum(e["controls"][name]["stronger"] for e in verdicts) for name in MATCHED)
     loudest = sum(e["effect"]["value"] > e["controls"]["activation_rms"]["highest"] for e in verdicts)
-    return (
-        f"- {random} of {count} networks do more damage than random neurons of the same layers.\n"
-        f"- For {count - matched} of {count}, neurons of the same amplitude do as much. What looks like a network's "
-        "importance may\n  be its loudness.\n"
-        f"- {matched} of {count} stands out beside both, at the edge of what 20 draws can tell.\n"
-        f"- {loudest} of {count} matter as much as the loudest neurons of their layers."
-    )
+    draws = results["one_by_one"]["settings"]["draws"]
+    lines = [
+        f"{random} of {count} networks do more damage than random neurons of the same layers.",
+        f"For {count - matched} of {count}, neurons of the same amplitude do as much. What looks like a network's "
+        "importance may be its loudness.",
+        f"{matched} of {count} {'stands' if matched == 1 else 'stand'} out beside both"
+        + (f", at the edge of what {draws} draws can tell." if matched else "."),
+        f"{loudest} of {count} matter as much as the loudest neurons of their layers.",
+    ]
+    return "\n".join(textwrap.fill(line, 119, initial_indent="- ", subsequent_indent="  ") for line in lines)
 
 
 def lesions(results: Results) -> str:
@@ -137,60 +140,59 @@ def _lesions_in_words(run: dict[str, Any]) -> str:
         name: sum(value > highest for value, highest in zip(effect, of(name, "highest"), strict=True))
         for name in ("surrogate", "activation_rms", "weight_norm")
     }
-    (loud,) = [each for each in verdicts if each["network"] in beaten["rms_matched"]]
-    weights = loud["controls"]["weight_norm"]
+    matched = len(beaten["rms_matched"])
+    named = f" ({', '.join(beaten['rms_matched'])})" if matched else ""
     return (
         f"Each of the {count} networks is {run['networks'][0]['neurons']} neurons "
         f"({run['networks'][0]['neurons'] / run['neurons']:.1%} of all). On {run['tokens']:,} tokens in "
         f"{run['sequences']} sequences the intact model has a cross-entropy of {run['intact']['cross_entropy']:.2f} "
         f"nats. Without any MLP neuron it rises by {run['full']['cross_entropy']:.2f}.\n\n"
-        f"{len(beaten['random'])} of {count} networks do more damage than {draws} draws of random neurons "
-        f"(p = {max(of('random', 'adjusted')):.4f} for each, adjusted by Holm; {draws} draws can't give a smaller "
-        f"one). {len(beaten['rms_matched'])} of {count} does more than neurons of the same amplitude: network "
-        f'{loud["network"]}. For the other {count - len(beaten["rms_matched"])} the verdict is "it may be '
-        f'loudness". {above["surrogate"]} of {count} do more than the highest of '
+        f"{len(beaten['random'])} of {count} networks do more damage than {draws} draws of "
+        f"random neurons (the highest p is {max(of('random', 'adjusted')):.4f}, adjusted by Holm; {draws} draws can't "
+        f"give one below {count / (1 + count * draws):.4f}). Stronger than neurons of the same amplitude: "
+        f'{matched} of {count}{named}. For {count - matched} the verdict is "it may be loudness". '
+        f"{above['surrogate']} of {count} do more than the highest of "
         f"{verdicts[0]['controls']['surrogate']['draws']} surrogate networks, too few for a verdict. The loudest "
         f"neurons of the same layers do {min(of('activation_rms', 'mean')):.1f} to "
         f"{max(of('activation_rms', 'mean')):.1f} nats, more than {count - above['activation_rms']} of {count} "
         f"networks. Those with the largest weights do {min(of('weight_norm', 'mean')):.1f} to "
-        f"{max(of('weight_norm', 'mean')):.1f}, more than {count - above['weight_norm']} of {count}. Network "
-        f"{loud['network']} differs from these by {weights['difference']:+.2f} [{weights['interval'][0]:+.2f}, "
-        f"{weights['interval'][1]:+.2f}]."
+        f"{max(of('weight_norm', 'mean')):.1f}, more than {count - above['weight_norm']} of {count}."
     )
 
 
 def edge(results: Results) -> str:
-    """How sure the verdict on the one network is."""
-    run = results["one_by_one"]
-    (found,) = [each for each in run["verdicts"] if each["controls"]["rms_matched"]["stronger"]]
+    """How sure the verdicts on amplitude are, and what another run found."""
+    run, other = results["one_by_one"], results["one_by_one_float32"]
     drawn = run["drawn"]["rms_matched"]
-    label, draws = found["network"], drawn[found["network"]]
-    own = standardised(found["effect"]["value"], draws)
+    own = {e["network"]: standardised(e["effect"]["value"], drawn[e["network"]]) for e in run["verdicts"]}
+    label = max(own, key=own.__getitem__)
+    (found,) = [each["controls"]["rms_matched"] for each in run["verdicts"] if each["network"] == label]
     null = [
         standardised(value, values[:place] + values[place + 1 :])
         for values in drawn.values()
         for place, value in enumerate(values)
     ]
-    p = 1 / (1 + len(draws))
+    p = 1 / (1 + len(drawn[label]))
+    pairs = list(zip(run["verdicts"], other["verdicts"], strict=True))
+    apart = [abs(a["effect"]["value"] - b["effect"]["value"]) for a, b in pairs]
+    same = sum(all(a["controls"][n]["stronger"] == b["controls"][n]["stronger"] for n in MATCHED) for a, b in pairs)
     return (
-        f"Network {label} stands at the edge. It lies {own:.2f} deviations above the draws of its amplitude, and the "
-        f"highest of the {len(null)} draws of all networks lies {max(null):.2f} above the others of its network. In "
-        "this run the draws of all networks came from the same seeds, so those of one network resemble those of "
-        f"another (their effects correlate by {_correlation(drawn):.2f} on average), and {len(null)} count for fewer. "
-        f"By its own {len(draws)} draws alone p would be {p:.3f}, and {min(1.0, p * len(drawn)):.2f} after Holm. The "
-        f"probe now draws anew for each network. So network {label} is the one to look at with more draws, no more."
+        f"Network {label} lies furthest above the draws of its amplitude: {own[label]:.2f} deviations. The highest of "
+        f"the {len(null)} draws of all networks lies {max(null):.2f} above the others of its network. Its p is "
+        f"{found['adjusted']:.4f} after Holm. By its own {len(drawn[label])} draws alone p would be {p:.3f}, and "
+        f"{min(1.0, p * len(drawn)):.2f} after Holm. So it is the one to look at with more draws, no more.\n\n"
+        f"The table was computed on {run['device']}. The same lesions in float32, on one {other['device']}: "
+        f"the rises of networks differ by {max(apart):.3f} nats at most, and {same} of {len(pairs)} verdicts are the "
+        "same. Its verdicts are not shown, since its draws came from the same seeds for all networks. So the effects "
+        "of two networks' draws of the same amplitude correlate there, by "
+        f"{_correlation(other['drawn']['rms_matched']):.2f} (here by {_correlation(drawn):.2f}), and the p values "
+        "take them for independent."
     )
 
 
 def _correlation(drawn: dict[str, list[float]]) -> float:
     """Mean correlation of the draws of two networks."""
-    units = []
-    for values in drawn.values():
-        mean = fmean(values)
-        norm = sum((value - mean) ** 2 for value in values) ** 0.5
-        units.append([(value - mean) / norm for value in values])
-    pairs = [(a, b) for number, a in enumerate(units) for b in units[:number]]
-    return fmean(sum(x * y for x, y in zip(a, b, strict=True)) for a, b in pairs)
+    return fmean(correlation(a, b) for a, b in combinations(drawn.values(), 2))
 
 
 def union(results: Results) -> str:
@@ -209,7 +211,7 @@ def union(results: Results) -> str:
         f"{own / many:.1f} times as much as that of 15% of all neurons at random ({many:.2f}, "
         f"{len(values['random_15'])} draws). That is the comparison of the first paper. As many neurons of the same "
         f"amplitude cost {fmean(values['rms_matched']):.2f}, and the loudest {values['activation_rms'][0]:.2f}: "
-        f"loudness alone does as much. With {ahead[0]:g} to {ahead[-1]:g} networks, network 3 among them, they cost "
+        f"loudness alone does as much. With {ahead[0]:g} to {ahead[-1]:g} networks they cost "
         f"more than each of {len(values['rms_matched'])} draws of the same amplitude. Damage does not add up: "
         f"silencing the last network too takes it from {before:.2f} to {own:.2f}."
     )
@@ -227,7 +229,7 @@ def kept(results: Results) -> str:
     firsts = [effects(run["curves"]["kept"], "networks")[0] for run in runs]
     shares = [run["curves"]["kept"][0]["point"] for run in runs]
     words = (
-        f"The share of neurons that is kept is the point: {counts[0]} networks keep {shares[0]:.1%} of all neurons, "
+        f"What counts is the share of neurons that is kept: {counts[0]} networks keep {shares[0]:.1%} of all neurons, "
         f"and {counts[-1]} keep {shares[-1]:.1%}. The rise falls from {firsts[0]:.2f} to {firsts[-1]:.2f} nats."
     )
     called = {"random": "draws of random neurons", "rms_matched": "draws of the same amplitude"}
@@ -239,8 +241,6 @@ def kept(results: Results) -> str:
             stand.setdefault(verb, []).append(str(count))
         told = "; ".join(f"{', '.join(numbers)} networks {verb}" for verb, numbers in stand.items())
         words += f" Beside {len(drawn[0])} {said}: {told}."
-    missing = [str(count) for name, count in KEPT.items() if name not in results]
-    words += f" The table with {' and '.join(missing)} networks was not run." if missing else ""
     header = ["networks", "of all neurons", "alone (nats)", *(SELECTORS[name] for name in FEW), "run on"]
     return f"{words}\n\n{table(header, rows)}"
 
@@ -251,15 +251,15 @@ def pruned(results: Results) -> str:
     curves = run["curves"]
     rows = [[name, *beside(curves[curve])] for name, curve in (("with", "prune"), ("without", "cut"))]
     (own,), (bare,) = (effects(curves[curve], "networks") for curve in ("prune", "cut"))
+    drawn = effects(curves["prune"], "rms_matched")
     words = (
         f"The networks of |z| above 1.96 have {min(n['neurons'] for n in run['networks']):,} to "
         f"{max(n['neurons'] for n in run['networks']):,} neurons each. {curves['prune'][0]['point']:.1%} of all "
-        f"neurons are in none of them and in neither the first nor the last layer. To take these away costs "
+        f"neurons are in none of them and in neither the first nor the last layer. Removing these costs "
         f"{own:.2f} nats with compensation in the bias and {bare:.2f} without: compensation saves "
-        f"{1 - own / bare:.0%}. It is better to keep the networks than {len(effects(curves['prune'], 'rms_matched'))} "
-        f"draws of the same amplitude ({min(effects(curves['prune'], 'rms_matched')):.2f} at best; so few "
-        f"draws are no verdict), and worse than to keep the loudest neurons. A model that loses {own:.2f} nats is no "
-        "working model."
+        f"{1 - own / bare:.0%}. Keeping the networks is better than keeping any of {len(drawn)} draws of the same "
+        f"amplitude ({min(drawn):.2f} at best; so few draws are no verdict), and worse than keeping the loudest "
+        f"neurons. A model that loses {own:.2f} nats no longer works."
     )
     return f"{words}\n\n{table(['compensation', 'kept: networks', *(SELECTORS[name] for name in FEW)], rows)}"
 
@@ -274,11 +274,11 @@ def samples(results: Results) -> str:
     ]
     found = len(rows)
     words = (
-        f"{run['texts']} texts of {run['tokens']:,} tokens in all were each given as many networks of their own. "
+        f"As many networks were found on each of {run['texts']} texts alone ({run['tokens']:,} tokens in all). "
         f"{run['texts_with_a_network']} texts have one of the template's {len(run['networks'])} networks (IoU above "
-        f"0.2), and {found} of these are found in any text. By chance it would be none. The other "
-        f"{len(run['networks']) - found} are found in no text, so a network of many texts is seldom one of a single "
-        f"text of {run['tokens'] / run['texts']:.0f} tokens."
+        f"0.2). {found} of these networks are found in a text, where chance would give none, and "
+        f"{len(run['networks']) - found} in no text. So a network of many texts is seldom one of a single text of "
+        f"{run['tokens'] / run['texts']:.0f} tokens."
     )
     return f"{words}\n\n{table(['network', 'texts', 'chance', 'mean IoU'], rows)}"
 
@@ -296,7 +296,7 @@ def first_layers(results: Results) -> str:
 
 def cost(results: Results) -> str:
     """What ten networks, six controls and twenty draws take."""
-    run, cpu = results["one_by_one"], results["first_layers"]
+    run, cpu = results["one_by_one_float32"], results["first_layers"]
     spent = run["cost"]["seconds"] / run["cost"]["passes"]
     masks, batches = run["cost"]["passes"] // run["batches"], -(-run["tokens"] // cpu["tokens"])
     controls = 10 * 6 * 20
