@@ -154,22 +154,20 @@ def _content(results: list, settings: EvaluationConfig, about: dict, values: dic
         }
         for each in results
     }
-    return without_nan(
-        {
-            "format": "fnsft_trl.evaluation",
-            "format_version": 1,
-            "versions": versions(),
-            "settings": vars(settings),
-            "sources": about["sources"],
-            "models": {each.name: each.about for each in results},
-            "data": {each.name: each.scores.about for each in results},
-            "retention": about["retention"],
-            "tasks": {each.name: each.tasks for each in results},
-            "reference": results[0].name,
-            "scores": scores,
-            "differences": {
-                model: {name: interval.to_dict() for name, interval in of_model.items()}
-                for model, of_model in differences.items()
-            },
-        }
-    )
+    return {
+        "format": "fnsft_trl.evaluation",
+        "format_version": 1,
+        "versions": versions(),
+        "settings": vars(settings),
+        "sources": about["sources"],
+        "models": {each.name: each.about for each in results},
+        "data": {each.name: each.scores.about for each in results},
+        "retention": about["retention"],
+        "tasks": {each.name: each.tasks for each in results},
+        "reference": results[0].name,
+        "scores": scores,
+        "differences": {
+            model: {name: interval.to_dict() for name, interval in of_model.items()}
+            for model, of_model in differences.items()
+        },
+    }

@@ -4,6 +4,8 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,18 +62,21 @@ def merge_on_disk(model: PeftModel, folder: Path) -> nn.Module:
         if any(parameter.is_meta for parameter in parameters):  # offloaded: PEFT fetches and merges it below
             continue
         files |= {each: move_to_disk(each, folder) for each in parameters if each not in files}
-        _merge(layer)
+        with _told():
+            layer.merge(safe_merge=True)
         for parameter in parameters:
             if parameter.data_ptr() != files[parameter].data_ptr():
                 parameter.data = files[parameter].copy_(parameter.data)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _told():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return model.merge_and_unload(safe_merge=True)
 
 
-def _merge(layer: BaseTunerLayer) -> None:
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say in the words of this package what PEFT refuses to merge."""
     try:
-        layer.merge(safe_merge=True)
+        yield
     except FNSFTError:
         raise
     except ValueError as error:
