@@ -94,8 +94,8 @@ def _equal(report: Report, found: Found, results: dict[str, Any], answer: Answer
     report.heading("At equal learning")
     report.text(
         f"KL from the base in nats per token where {SHARE:.0%} is learnt: geometric mean over {' and '.join(PRIMARY)} "
-        "and over the seeds that get there, of five. Last, the KL of protection (the last row) as a part of that row's, "
-        "over all pairs of seeds in which both get there."
+        "and over the seeds that get there, of five. The last column divides the KL of protection, the last row, by "
+        "that of the row itself, over all pairs of seeds in which both get there."
     )
     header, rows = equal_table(found, answer)
     report.table(header, rows)
