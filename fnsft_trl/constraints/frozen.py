@@ -105,6 +105,8 @@ class FrozenSlice:
 
 # What holds a module's weights at present: of full fine-tuning by the model, of LoRA by the factor.
 _HOLDERS: "weakref.WeakKeyDictionary[nn.Module, FrozenSlices]" = weakref.WeakKeyDictionary()
+# What holds some of a module's weights for a while, on top of that.
+_GUESTS: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[FrozenSlices]]" = weakref.WeakKeyDictionary()
 
 
 class FrozenSlices:
@@ -141,6 +143,8 @@ class FrozenSlices:
             parameter.requires_grad_(False)
         elif count:
             home = model.get_submodule(part.module_name), part.parameter
+            if for_a_while:
+                _GUESTS.setdefault(home[0], weakref.WeakSet()).add(self)
             self.freeze(parameter, part.dims, part.indices(neurons), home=home)
 
     def freeze(
@@ -252,7 +256,9 @@ class FrozenSlices:
 @torch.no_grad()
 def zero_frozen_gradients(model: nn.Module) -> None:
     """Zero what was added to the gradients of a model's frozen positions by other means than a backward pass."""
-    for holder in {_HOLDERS[module] for module in model.modules() if module in _HOLDERS}:
+    holders = {_HOLDERS[module] for module in model.modules() if module in _HOLDERS}
+    holders |= {guest for module in model.modules() for guest in _GUESTS.get(module, ())}
+    for holder in holders:
         for frozen in holder.slices:
             frozen.zero_gradient()
 

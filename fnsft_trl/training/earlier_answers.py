@@ -8,6 +8,7 @@ temperature T,
     y'(v) = y(v)^(1/T) / sum over u of y(u)^(1/T),    z' alike.
 
 Its gradient with respect to a logit of v is (z'(v) - y'(v)) / (T positions), and its least value the entropy of y'.
+The mean is over all positions of a step, however they are dealt to batches and processes, where that of the task is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,13 +46,17 @@ class EarlierAnswers:
         """Keep the weights of a model that is to be trained."""
         self.before = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
-    def step(self, trainer, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def step(
+        self, trainer, model: nn.Module, inputs: Mapping[str, Any], positions: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Add the gradient of w L_old on a batch of the task to that of the task.
 
         Args:
             trainer: in its training.
             model: as it trains it.
             inputs: the batch.
+            positions: how many are learnt in the whole step, by which the task is averaged; `None` where it takes the
+                mean of its batches.
 
         Returns:
             What it adds to the loss of the step, detached.
@@ -75,8 +80,8 @@ class EarlierAnswers:
             with trainer.compute_loss_context_manager():
                 before = self._answered(plain, read)[:, :-1][learnt]
                 now = model(**read).logits[:, :-1][learnt]  # (learnt positions, vocabulary)
-                loss = self.weight * distillation(before, now, self.temperature)
-                loss = loss / trainer.current_gradient_accumulation_steps
+                share = _share(trainer, len(now), positions)
+                loss = self.weight * share * distillation(before, now, self.temperature)
             trainer.accelerator.backward(loss)
         return loss.detach()
 
@@ -90,6 +95,14 @@ class EarlierAnswers:
                 return plain(**read).logits
         finally:
             plain.train(was_training)
+
+
+def _share(trainer, own: int, positions: torch.Tensor | int | None) -> float:
+    """By how much the mean over a batch counts in the gradient of its process, of which processes take the mean."""
+    if positions is None:
+        return 1 / trainer.current_gradient_accumulation_steps
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return own * processes / max(1, int(positions))
 
 
 def distillation(before: torch.Tensor, now: torch.Tensor, temperature: float) -> torch.Tensor:

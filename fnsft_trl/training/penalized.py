@@ -38,11 +38,11 @@ class PenalizedTrainer(AnchoredTrainer):
         self.penalties.end(self)
         return result
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As the parent's; the penalties are added to the loss and its gradient."""
         kept = dict(inputs) if self.penalties is not None else None
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        return loss if kept is None else loss + self.penalties.step(self, model, kept)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return loss if kept is None else loss + self.penalties.step(self, model, kept, num_items_in_batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's; after a training, with what the next task needs of it."""
@@ -51,7 +51,10 @@ class PenalizedTrainer(AnchoredTrainer):
             self.penalties.save(Path(output_dir or self.args.output_dir))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As the parent's; with the mean of each penalty since the last entry."""
-        if "loss" in logs and self.penalties is not None:
-            logs = {**logs, **self.penalties.logged()}
+        """As the parent's; with the mean of each penalty since the last entry, over all processes."""
+        found = self.penalties.logged() if "loss" in logs and self.penalties is not None else {}
+        if found:
+            means = torch.tensor(list(found.values()), device=self.args.device)
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs = {**logs, **dict(zip(found, means, strict=True))}
         super().log(logs, *args, **kwargs)

@@ -62,15 +62,20 @@ class Penalties:
         if self.answers is not None:
             self.answers.begin(trainer.model)
 
-    def step(self, trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def step(
+        self, trainer, model: nn.Module, inputs: dict[str, Any], positions: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Add the gradients of all penalties to those of a batch; once for each step where they know no batch.
+
+        Args:
+            trainer, model, inputs, positions: see [`EarlierAnswers.step`].
 
         Returns:
             What they add to the loss, detached.
         """
         added = torch.zeros((), device=trainer.args.device)
         if self.answers is not None:
-            loss = self.answers.step(trainer, model, inputs)
+            loss = self.answers.step(trainer, model, inputs, positions)
             self._note("lwf", float(loss) * trainer.current_gradient_accumulation_steps)
             added = added + loss
         if not trainer.accelerator.sync_gradients:

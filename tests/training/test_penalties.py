@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers import sft_config, state, tiny_model
+from helpers import medium_model, sft_config, state, tiny_model
 from peft import LoraConfig, get_peft_model
 from processes import run_processes
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, PenaltyConfig
+from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig, NeuronMask, PenaltyConfig
+from fnsft_trl.constraints import FrozenSlices, freeze_neurons
 from fnsft_trl.evaluation.rows import EvaluationRow
 from fnsft_trl.training.earlier_answers import distillation
 from fnsft_trl.training.elastic import ElasticWeights, fisher_diagonal, with_task
@@ -143,6 +145,58 @@ def test_all_processes_have_the_same_fisher_information():
     assert run_processes(2, "-c", MEASURED) == ["[1.0, 1.0]\n"] * 2
 
 
+DEALT = """
+import json, sys
+from pathlib import Path
+import torch
+from datasets import Dataset
+from helpers import medium_model, sft_config, state, tiny_rows, tiny_tokenizer
+from peft import LoraConfig
+from safetensors.torch import save_file
+from fnsft_trl import FNSFTTrainer, PenaltyConfig
+
+folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+for method, penalties in json.loads(sys.argv[3]).items():
+    args = sft_config(
+        folder / method, per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, learning_rate=1e-3
+    )
+    trainer = FNSFTTrainer(
+        model=medium_model(torch.float64),
+        args=args,
+        train_dataset=Dataset.from_list(tiny_rows()[:12]),
+        processing_class=tiny_tokenizer(),
+        peft_config=None if method == "full" else LoraConfig(r=2, target_modules=["up_proj", "down_proj"]),
+        penalties=PenaltyConfig(**penalties),
+    )
+    assert args.world_size == processes
+    trainer.train()
+    logged = {n: [e[n] for e in trainer.state.log_history if n in e] for n in ("ewc", "lwf", "olora")}
+    (folder / f"{method}-{processes}-{args.process_index}.json").write_text(json.dumps(logged))
+    save_file(state(trainer.model), folder / f"{method}-{processes}-{args.process_index}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_held_as_one_is(earlier, tmp_path):
+    """In float64, with rows of many lengths dealt to them: to the same weights, and the same numbers in the log."""
+    adapter, lora = tmp_path / "earlier", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    get_peft_model(medium_model(), lora).save_pretrained(adapter)
+    held = {"ewc": 50.0, "ewc_datasets": [earlier], "ewc_rows": 2, "lwf": 3.0}
+    asked = {"full": held, "lora": {"lwf": 3.0, "olora": 5.0, "olora_adapters": [str(adapter)]}}
+    for processes in (1, 2):
+        run_processes(processes, "-c", DEALT, tmp_path, processes, json.dumps(asked))
+    for method in asked:
+        one = load_file(tmp_path / f"{method}-1-0.safetensors")
+        logged = json.loads((tmp_path / f"{method}-1-0.json").read_text())
+        assert len(logged["lwf"]) == 4
+        for rank in (0, 1):
+            two = load_file(tmp_path / f"{method}-2-{rank}.safetensors")
+            for name, value in one.items():
+                torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
+            for name, values in json.loads((tmp_path / f"{method}-2-{rank}.json").read_text()).items():
+                assert values == pytest.approx(logged[name], rel=1e-4)
+
+
 def _elastic(weight):
     elastic = ElasticWeights(PenaltyConfig(ewc_save=True))
     elastic.weight = weight
@@ -234,6 +288,19 @@ def test_lwf_adds_its_gradient_to_that_of_the_task(make, method):
     assert all(torch.equal(value, kept[name]) for name, value in state(model).items())  # put back, bit for bit
 
 
+def test_lwf_weighs_all_positions_of_a_step_alike_in_whatever_batches_they_come(make):
+    """As the task does: with its batches cut in four, the first step has the same penalty."""
+    first = []
+    for batch in (4, 1):
+        dealt = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        trainer = make(max_steps=1, penalties={"lwf": 3.0}, **dealt)
+        trainer.train()
+        lengths = [sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
+        assert len(set(lengths)) > 1
+        first.append(next(entry["lwf"] for entry in trainer.state.log_history if "lwf" in entry))
+    assert first[1] == pytest.approx(first[0], rel=2e-6)
+
+
 def test_the_logged_loss_is_the_sum_and_the_fisher_information_goes_on(make, earlier, tmp_path):
     first = make("first", max_steps=2, lora=True, penalties={"ewc_save": True, "ewc_rows": 4})
     first.train()
@@ -282,9 +349,14 @@ def test_penalties_leave_no_gradient_at_frozen_neurons(make, earlier):
     trainer.train()
     elastic, slices = trainer.penalties.elastic, trainer._run.way.frozen.slices
     elastic.center = {name: center + 1 for name, center in elastic.center.items()}  # as of several tasks
+    a_while = FrozenSlices()  # as a phase of a MaskScheduleCallback has it
+    some = NeuronMask({layer: torch.arange(len(m)) % 2 == 0 for layer, m in trainer.trainable_neurons.layers.items()})
+    freeze_neurons(a_while, trainer.model, some & trainer.trainable_neurons)
     trainer.model.zero_grad()
     trainer.penalties.step(trainer, trainer.model, {})
     assert slices
+    assert a_while.slices
+    slices = [*slices, *a_while.slices]
     for each in slices:
         assert not each.parameter.grad[each.mask.expand_as(each.parameter)].any()
     assert any(bool(each.parameter.grad.any()) for each in slices)
