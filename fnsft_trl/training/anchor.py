@@ -154,6 +154,10 @@ class KLToBase:
             "sha256": self.text.sha256,
         }
 
+    def in_a_step(self, args) -> int:
+        """How many sequences are read beside the batches of one step, by the arguments of a trainer."""
+        return self.config.kl_batch_size * args.gradient_accumulation_steps * args.world_size
+
     def _next(self, trainer) -> list[int]:
         """The sequences beside this batch: all in turns, each turn in another order, in every process others."""
         step = trainer.state.global_step

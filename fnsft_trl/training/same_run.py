@@ -48,6 +48,7 @@ _FREE = {
 }
 # With these, the learning rate at a step depends on neither the number of steps nor the evaluations.
 _OPEN_ENDED = ("constant", "constant_with_warmup", "inverse_sqrt")
+_ROW_BY_ROW = ("random", "sequential")  # strategies of sampling under which batches do not decide the order of rows
 _BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 # Of an adapter's configuration: where it came from, and what is not trained by.
 _FREE_OF_ADAPTER = {
@@ -84,6 +85,7 @@ def run_settings(trainer, *, given: Mapping[str, Any], mask_phases: list[dict]) 
         "deepspeed": _deepspeed_form(trainer),
         "replay": trainer.replay and trainer.replay.settings(),
         "kl_to_base": trainer.anchor and trainer.anchor.settings(),
+        "kl_sequences_in_a_step": trainer.anchor and trainer.anchor.in_a_step(trainer.args),
         "penalties": trainer.penalties and trainer.penalties.settings(),
         **{name: _name(value) for name, value in given.items()},
         **_argument_settings(trainer.args),
@@ -116,7 +118,7 @@ def check_same(checkpoint: Path, now: Mapping[str, Any]) -> None:
     if other == ["batches"]:
         logger.warning(
             f"the batches of {checkpoint} were {then['batches']}, now they are {now['batches']}: the same rows, but "
-            "dropout draws other numbers"
+            "dropout draws other numbers, and several processes fill up the last step of an epoch with its first rows"
         )
         return
     if "train_method" in other:  # of which much else follows
@@ -169,10 +171,13 @@ def _argument_settings(args: TrainingArguments) -> dict[str, Any]:
         settings["length"] = _length(args)
     if schedule in _BY_EVALUATION:
         settings |= {name: getattr(args, name) for name in ("eval_strategy", "eval_steps", "metric_for_best_model")}
+    settings["grouped_batches"] = None
     if not args.auto_find_batch_size:  # which finds it anew
         batch, steps, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
         settings["rows_in_a_step"] = batch * steps * processes
         settings["batches"] = f"{batch} rows x {steps} x {processes} processes"
+        if args.train_sampling_strategy not in _ROW_BY_ROW:
+            settings["grouped_batches"] = settings["batches"]
     return settings
 
 

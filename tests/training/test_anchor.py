@@ -18,6 +18,7 @@ from fnsft_trl.evaluation.kl import StoredBase
 from fnsft_trl.evaluation.retention import RetentionText
 from fnsft_trl.interventions import masks_off
 from fnsft_trl.training.anchor import KLToBase
+from fnsft_trl.training.same_run import run_settings
 
 
 @pytest.fixture
@@ -74,6 +75,15 @@ def test_loss_and_gradient_are_those_worked_out_by_hand(text):
     assert float(kl.detach()) == pytest.approx((math.log(2) + math.log(2 / 3)) / 2, abs=1e-6)
     kl.backward()
     torch.testing.assert_close(trained.logits.grad, torch.tensor([-0.25, 0.25]))
+
+
+def test_other_batches_of_general_text_are_another_run(make):
+    """A batch of it goes with each batch of the task, so half batches twice read twice as much of it."""
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole, dealt = make(method="full"), make(method="full", **halves)
+    one, two = (run_settings(trainer, given={}, mask_phases=[]) for trainer in (whole, dealt))
+    assert one["rows_in_a_step"] == two["rows_in_a_step"]
+    assert one["kl_sequences_in_a_step"] * 2 == two["kl_sequences_in_a_step"]
 
 
 @pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])

@@ -127,6 +127,18 @@ def test_an_argument_that_does_not_is_free(tmp_path, name):
     assert before == after
 
 
+def test_batches_count_where_rows_are_sampled_by_them(tmp_path):
+    """`LengthGroupedSampler` sorts as many rows together as a process reads in a step."""
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for strategy, counts in (("random", False), ("group_by_length", True), ("batch_rebalance", True)):
+        given = {"train_sampling_strategy": strategy}
+        whole, dealt = (_argument_settings(arguments(tmp_path, **given, **more)) for more in ({}, halves))
+        assert whole["rows_in_a_step"] == dealt["rows_in_a_step"]
+        assert {name for name in whole if whole[name] != dealt[name]} - {"batches"} == (
+            {"grouped_batches"} if counts else set()
+        )
+
+
 def test_the_length_counts_where_the_learning_rate_depends_on_it(tmp_path):
     for kind, warmup, counts in (
         ("linear", 0, True), ("cosine", 2, True), ("constant", 0, False), ("constant_with_warmup", 2, False),
