@@ -17,7 +17,7 @@ from ..data.left_out import LeftOut
 from .choices import choice_measures, score_choices
 from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
 from .measures import Measure
-from .metrics import score_rows
+from .metrics import score_rows, scored_bytes
 from .rows import EvaluationRow, RowReader, check_rows, prompt_format, read_rows
 from .settings import EvaluationConfig
 from .share import ALONE, Share
@@ -212,7 +212,7 @@ def _score_rows(model, tokenizer, part, config: EvaluationConfig, length: int, s
         first["nll"] = Measure.of_rows(of_answers, with_answer, rises=False)
         measures = first | measures
     else:
-        sizes = [len(row.reference.encode()) for row in rows]
+        sizes = [scored_bytes(row, reader.tokenizer, length) for row in rows]
         measures["bits_per_byte"] = Measure.of_sums(nll, sizes, numbers, rises=False, form="bits")
     answers = {}
     if config.generate and answered:

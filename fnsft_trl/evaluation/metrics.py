@@ -214,6 +214,25 @@ def _pieces(number: int, row: EvaluationRow, max_length: int | None) -> Iterator
             yield number, ids, 1
 
 
+def scored_bytes(row: EvaluationRow, tokenizer, max_length: int | None = None) -> int:
+    """How many bytes in UTF-8 the tokens of a text make up that [`score_rows`] scores: all but the first of each part.
+
+    Args:
+        row: of text.
+        tokenizer: that made its tokens.
+        max_length: as in [`score_rows`].
+
+    Returns:
+        At least 1.
+    """
+
+    def size(end: int) -> int:
+        return len(tokenizer.decode(row.ids[:end], skip_special_tokens=True).encode())
+
+    starts = range(0, len(row.ids), max_length or len(row.ids))
+    return max(1, len(row.reference.encode()) - sum(size(start + 1) - size(start) for start in starts))
+
+
 def _row_scores(row: EvaluationRow, first: int, score: TokenScores) -> RowScores:
     if row.answer is None:
         return RowScores(float(score.nll.sum(dtype=torch.float64)), len(score.nll))

@@ -78,7 +78,8 @@ class RetentionText:
         """Rise of the cross-entropy between two models, with its 95% interval over texts.
 
         A paired bootstrap over sequences: it says how much the choice of texts matters, not how much the seed of a
-        training run does.
+        training run does. Sequences that were cut from one long text count as texts of their own, so the interval is
+        too narrow where these are few.
 
         Args:
             before, after: of [`sequence_nll`], shape (sequences,).

@@ -9,8 +9,8 @@ from helpers import sft_config, tiny_model, tiny_rows, tiny_tokenizer
 from tokenizers import decoders
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, to_trl_format
-from fnsft_trl.evaluation.metrics import score_completions, score_rows
-from fnsft_trl.evaluation.rows import RowReader, common_prefix, prompt_format, read_rows
+from fnsft_trl.evaluation.metrics import score_completions, score_rows, scored_bytes
+from fnsft_trl.evaluation.rows import EvaluationRow, RowReader, common_prefix, prompt_format, read_rows
 
 
 TEMPLATE = (
@@ -73,6 +73,24 @@ def trained(model, tokenizer, rows, directory, **changes):
     data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     prepared = FNSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer).train_dataset
     return [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in prepared]
+
+
+class Letters:
+    """A tokenizer of one token for each letter, after a BOS (0) if there is one, with an EOS (1)."""
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(number) for number in ids if number > 1)
+
+
+def test_bytes_of_tokens_that_are_not_scored_do_not_count():
+    def size(*ids, **options):
+        return scored_bytes(EvaluationRow(0, list(ids), [True] * len(ids), None, [], "éab"), Letters(), **options)
+
+    assert size(0, 233, 97, 98, 1) == 4  # BOS is the token that nothing precedes
+    assert size(233, 97, 98, 1) == 2
+    assert size(233, 97, 98, 1, max_length=2) == 1  # two parts, of which the second begins with b
+    assert size(0, 233, 97, 98, 1, max_length=9) == 4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
