@@ -14,6 +14,7 @@ from ..template.template import FunctionalNetworkTemplate
 
 
 DRAWN = ("random", "rms_matched", "layer_shuffled", "surrogate")  # of which there are several
+SHARED = ("surrogate",)  # of which every network has the same ones
 RANKED = ("activation_rms", "weight_norm")  # of which there is one
 MATCHED = ("random", "rms_matched")  # by which verdicts are told
 CONTROLS = (*DRAWN, *RANKED)

@@ -89,13 +89,12 @@ def _advantage(shares: Sequence[float], place: int) -> float:
 
 def _permuted(parts: Sequence[np.ndarray], place: int, random: np.random.Generator) -> float:
     """p of one network, by which sequences are of its own set."""
-    pooled = np.concatenate(parts)
-    count = len(parts[place])
-    own = parts[place].mean() - np.concatenate([each for n, each in enumerate(parts) if n != place]).mean()
+    pooled, ends = np.concatenate(parts), np.cumsum([len(each) for each in parts])[:-1]
+    own = _advantage([float(each.mean()) for each in parts], place)
     reached = 0
     for _ in range(PERMUTATIONS):
-        shuffled = random.permutation(pooled)
-        reached += shuffled[:count].mean() - shuffled[count:].mean() >= own - 1e-12
+        shuffled = np.split(random.permutation(pooled), ends)
+        reached += _advantage([float(each.mean()) for each in shuffled], place) >= own - 1e-12
     return (1 + reached) / (1 + PERMUTATIONS)
 
 

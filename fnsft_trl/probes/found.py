@@ -9,7 +9,7 @@ import numpy as np
 
 from ..evaluation.bootstrap import Interval
 from .condition import Condition
-from .controls import MATCHED
+from .controls import MATCHED, SHARED
 from .data import ProbeData
 from .records import INTACT, Records
 from .statistics import Comparison, Sums, compare, effect, spread
@@ -118,7 +118,7 @@ class Found:
                 ]
                 for label in lesions
             }
-            compared[name] = compare(sums, drawn, name)
+            compared[name] = compare(sums, drawn, name, are_shared=name in SHARED)
         intact = self.measures(data, INTACT)["cross_entropy"]
         found = []
         for label, condition in lesions.items():

@@ -57,7 +57,8 @@ class Comparison:
         highest (`float`): of them.
         difference (`float`): effect of the network less their mean.
         interval (`tuple[float, float]`): of 95%, of the difference, over units and draws.
-        p (`float` or `None`): see above; `None` for a control that has one mask alone.
+        p (`float` or `None`): see above; `None` for a control that has one mask alone, or the same ones for all
+            networks.
         adjusted (`float` or `None`): of Holm, over the networks.
     """
 
@@ -72,7 +73,7 @@ class Comparison:
 
     @property
     def is_stronger(self) -> bool:
-        """Whether the network is: by the adjusted p, or, beside a single mask, by the interval over units."""
+        """Whether the network is: by the adjusted p, or without one by the interval over units and draws."""
         return self.interval[0] > 0 if self.p is None else self.adjusted is not None and self.adjusted < LEVEL
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def compare(
     *,
     draws: int = DRAWS,
     seed: int = 0,
+    are_shared: bool = False,
 ) -> dict[str, Comparison]:
     """Every network beside the draws of a control of its own.
 
@@ -109,10 +111,11 @@ def compare(
         name: of the control.
         draws: of the bootstrap.
         seed: of the bootstrap.
+        are_shared: whether all networks have the same draws, which have no p then: see above.
     """
     effects = {label: sums.mean for label, sums in networks.items()}
     drawn = {label: np.array([sums.mean for sums in controls[label]]) for label in networks}
-    p_values = p_of_draws(effects, drawn)
+    p_values = {} if are_shared and len(networks) > 1 else p_of_draws(effects, drawn)
     adjusted = holm(p_values) if p_values else {}
     found = {}
     for label, sums in networks.items():

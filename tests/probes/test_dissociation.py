@@ -1,7 +1,7 @@
 import numpy as np
 
 from fnsft_trl.probes.condition import Condition
-from fnsft_trl.probes.dissociation import dissociate
+from fnsft_trl.probes.dissociation import _permuted, dissociate
 from fnsft_trl.probes.statistics import Sums
 
 
@@ -51,6 +51,15 @@ def test_networks_that_hurt_their_own_domain_are_told_from_those_that_do_not():
     swapped = dissociate(Known(damage), {**own, "code/0": "wiki", "wiki/0": "code"})
     assert swapped.p["code/0"] > 0.9
     assert swapped.together > found.together
+
+
+def test_the_p_is_that_of_the_advantage_where_sets_are_of_unequal_sizes():
+    """The advantage is over the mean of the other sets, each of which counts alike: here 1, of which many sequences of
+    one of them would leave 0.05."""
+    random = np.random.default_rng(0)
+    parts = [mean + 0.3 * random.standard_normal(units) for mean, units in ((0.5, 40), (0.5, 400), (-1.5, 10))]
+    assert _permuted(parts, 0, random) < 0.01
+    assert _permuted(parts, 2, random) > 0.99
 
 
 def test_a_domain_that_any_lesion_hurts_more_is_no_advantage():

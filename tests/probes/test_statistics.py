@@ -49,6 +49,17 @@ def test_an_interval_holds_the_difference_over_units_and_draws():
     assert few.p is None
 
 
+def test_draws_that_all_networks_have_give_no_p():
+    """Ten times the same five effects are no fifty draws: their p could be under 0.02."""
+    drawn = [Sums(np.full(30, 0.1 * n), np.ones(30)) for n in range(5)]
+    networks = {str(n): Sums(np.full(30, 5.0), np.ones(30)) for n in range(10)}
+    found = compare(networks, dict.fromkeys(networks, drawn), "surrogate", are_shared=True)
+    assert {each.p for each in found.values()} == {None}
+    assert all(each.is_stronger for each in found.values())  # by the interval
+    (alone,) = compare({"0": networks["0"]}, {"0": drawn}, "surrogate", are_shared=True).values()
+    assert alone.p == 1 / 6
+
+
 def test_a_verdict_says_what_was_found():
     def beside(stronger, draws=20):
         values = {"0": Sums(np.full(30, 10.0 if stronger else 0.0), np.ones(30))}
