@@ -179,8 +179,10 @@ for method, penalties in json.loads(sys.argv[3]).items():
 @pytest.mark.slow
 def test_two_processes_are_held_as_one_is(earlier, tmp_path):
     """In float64, with rows of many lengths dealt to them: to the same weights, and the same numbers in the log."""
-    adapter, lora = tmp_path / "earlier", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
-    get_peft_model(medium_model(), lora).save_pretrained(adapter)
+    adapter, base = tmp_path / "earlier", medium_model()
+    base.name_or_path = "another"
+    lora = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(adapter)
     held = {"ewc": 50.0, "ewc_datasets": [earlier], "ewc_rows": 2, "lwf": 3.0}
     asked = {"full": held, "lora": {"lwf": 3.0, "olora": 5.0, "olora_adapters": [str(adapter)]}}
     for processes in (1, 2):
