@@ -93,6 +93,8 @@ ORDER = {
             "config",
             "engines",
             "learning_rate",
+            "numbers",
+            "start",
             "replay",
             "preparation",
             "loaded",

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..config import FunctionalNetworkConfig, ThresholdRule
 from ..data.sequences import token_sequences
 from ..errors import FNSFTError
+from ..fields import checked
 from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.layout import check_whole
 from ..neurons.sites import base_model, find_neuron_sites
@@ -109,7 +110,8 @@ def discover_group(
     Raises:
         FNSFTError: as [`discover_networks`].
     """
-    return _Discovery(model, tokenizer, datasets, config or FunctionalNetworkConfig()).run(progress_dir, resume)
+    config = checked(config, FunctionalNetworkConfig, "config") or FunctionalNetworkConfig()
+    return _Discovery(model, tokenizer, datasets, config).run(progress_dir, resume)
 
 
 def _halves(parts: list[list[ActivationSketch]]) -> list[list[ActivationSketch]]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.cells import UnusableRow
 from ..data.choices import ChoiceFormat, check_choices, chosen_choice_format, find_choice_format, read_choices
 from ..data.left_out import LeftOut
+from ..fields import checked
 from .choices import choice_measures, score_choices
 from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
 from .measures import Measure
@@ -128,7 +129,7 @@ def evaluate_model(
     Raises:
         FNSFTError: rows that cannot be read, none that can be scored, or a model that cannot answer.
     """
-    config = config or EvaluationConfig()
+    config = checked(config, EvaluationConfig, "config") or EvaluationConfig()
     scores = ModelScores()
     if config.generate:
         check_scores_of_text()

@@ -41,6 +41,7 @@ from .preparation import (
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
 from .refused import check_refused
 from .same_run import networks_text
+from .start import check_start
 from .ways import WAYS, Way
 
 
@@ -97,6 +98,7 @@ class Run:
             is_proposal = (args.hub_revision or "").startswith("refs/pr/")
             check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
         self.guard: FrozenNeuronGuard | None = None
+        check_start(args, given)
         if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
