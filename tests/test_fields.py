@@ -213,13 +213,15 @@ def test_a_script_parses_a_config_beside_those_of_trl(name):
     before = {f.name: with_one(name, f.name, a_value(f, hints[f.name])) for f in fields(cls)}
     parser = HfArgumentParser(cls, exit_on_error=False)
     assert f"--{fields(cls)[0].name}" in parser.format_help()
-    needed = [word for key, value in CONFIGS[name].items() for word in (f"--{key}", *map(str, np.atleast_1d(value)))]
-    assert parser.parse_args_into_dataclasses(needed) == (cls(**CONFIGS[name]),)
+
+    def words(given: dict) -> list[str]:
+        return [word for key, value in given.items() for word in (f"--{key}", *map(str, np.atleast_1d(value)))]
+
+    assert parser.parse_args_into_dataclasses(words(CONFIGS[name])) == (cls(**CONFIGS[name]),)
     for f in fields(cls):
         value = a_value(f, hints[f.name])
-        words = [*(needed if f.name not in CONFIGS[name] else ()), f"--{f.name}", *map(str, np.atleast_1d(value))]
         try:
-            (found,) = parser.parse_args_into_dataclasses(words)
+            (found,) = parser.parse_args_into_dataclasses(words(CONFIGS[name] | {f.name: value}))
         except FNSFTError as error:
             found = str(error)
         assert found == before[f.name] == with_one(name, f.name, value), f.name

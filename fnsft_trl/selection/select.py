@@ -54,8 +54,7 @@ def select_neurons(
         template: the networks.
         component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for selectors
             that look at networks.
-        selector: `"networks"`, or a control: `"layer_shuffled"`, `"surrogate"`, `"random"`, `"activation_rms"`,
-            `"contrast"`, `"gradient_conflict"`.
+        selector: `"networks"`, or a control: one of the other `SELECTORS`, in the table above.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
         rank: `"highest"`, or `"lowest"`: those most outside the networks, most quiet, least in conflict.
@@ -73,9 +72,9 @@ def select_neurons(
     Raises:
         FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, no neuron, or NaN.
     """
-    selector = SELECTOR_ALIASES.get(selector, selector) if isinstance(selector, str) else selector
-    _check_values(template, fraction, seed, min_reliability)
-    _check_request(selector, rank, component_ids, fraction, like, evidence)
+    selector = SELECTOR_ALIASES.get(str(selector), selector)
+    _check_request(template, selector, rank, component_ids, fraction, like, evidence)
+    _check_numbers(fraction, seed, min_reliability)
     ids = _networks(template, component_ids, min_reliability if selector in NETWORK_SELECTORS else 0)
     chosen = _layers(template, layers)
     source = evidence.surrogate(template) if selector == "surrogate" else template
@@ -101,7 +100,12 @@ def _members(template, ids, seed: int | None) -> dict[int, torch.Tensor]:
     return found if seed is None else _shuffled(found, seed)
 
 
-def _check_request(selector, rank, component_ids, fraction, like, evidence) -> None:
+def _check_request(template, selector, rank, component_ids, fraction, like, evidence) -> None:
+    if not isinstance(template, FunctionalNetworkTemplate):
+        raise FNSFTError(
+            f"template is a {type(template).__name__}; expected a FunctionalNetworkTemplate, as its from_pretrained "
+            "reads one"
+        )
     if selector not in SELECTORS:
         raise FNSFTError(f"selector {selector!r} is unknown; it must be one of: {', '.join(SELECTORS)}")
     if rank not in ("highest", "lowest"):
@@ -126,12 +130,7 @@ def _check_request(selector, rank, component_ids, fraction, like, evidence) -> N
         )
 
 
-def _check_values(template, fraction, seed, min_reliability) -> None:
-    if not isinstance(template, FunctionalNetworkTemplate):
-        raise FNSFTError(
-            f"template is a {type(template).__name__}; expected a FunctionalNetworkTemplate, as its from_pretrained "
-            "reads one"
-        )
+def _check_numbers(fraction, seed, min_reliability) -> None:
     if fraction is not None and not (isinstance(fraction, Real) and 0 < fraction < 1):
         raise FNSFTError(f"fraction is {fraction!r}; it must be a number between 0 and 1")
     if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
