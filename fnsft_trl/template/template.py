@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -114,8 +115,16 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         return {layer: values.shape[1] for layer, values in self.loadings.items()}
 
     def members(self, number: int) -> dict[int, torch.Tensor]:
-        """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
+        """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,).
+
+        Raises:
+            FNSFTError: there is no such network.
+        """
         import torch
+
+        count = len(self.components)
+        if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < count:
+            raise FNSFTError(f"the template has no network {number!r}; it has the networks 0-{count - 1}")
 
         loadings = {layer: values[number].numpy() for layer, values in self.loadings.items()}
         return {layer: torch.from_numpy(found) for layer, found in members(loadings, self.threshold).items()}

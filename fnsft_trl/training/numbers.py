@@ -1,7 +1,7 @@
 """Which numbers of training arguments have a meaning. TRL finds others out late, or never. Free of torch."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from ..errors import FNSFTError
@@ -41,3 +41,27 @@ def check_numbers(args: Any) -> None:
         is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not lowest <= value <= (math.inf if highest is None else highest):
             raise FNSFTError(f"{name} is {value!r}; it must be a number {range_text(lowest, highest)}")
+
+
+def check_lora_numbers(config: Any) -> None:
+    """Check the numbers of a LoraConfig that is given for training.
+
+    Raises:
+        FNSFTError: with one of them there is no adapter, or one that does not train.
+    """
+    wrong = {
+        "r": not isinstance(config.r, Integral) or config.r < 1,
+        "lora_alpha": not isinstance(config.lora_alpha, Real) or not 0 < config.lora_alpha < math.inf,
+        "lora_dropout": not isinstance(config.lora_dropout, Real) or not 0 <= config.lora_dropout < 1,
+        "inference_mode": config.inference_mode,
+    }
+    needed = {
+        "r": "a whole number above 0",
+        "lora_alpha": "a number above 0",
+        "lora_dropout": "at least 0 and below 1",
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise FNSFTError(
+            f"{name} of the LoraConfig is {getattr(config, name)!r}, with which nothing trains; it must be "
+            f"{needed.get(name, False)}"
+        )

@@ -33,6 +33,7 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
     if not isinstance(args, SFTConfig):  # as SFTTrainer makes one of others
         args = SFTConfig(**args.to_dict() | {"hub_token": args.hub_token})
     sample = _sample(given.get("train_dataset"), args)
+    _check_held_out(given.get("eval_dataset"))
     _check_settings(args, given)
     _check_tokens(args, given["processing_class"])
     is_vision = bool(sample.keys() & {"image", "images"})
@@ -51,18 +52,32 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
 
 def _sample(dataset, args: SFTConfig) -> dict:
     """The first row."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        found = "missing" if dataset is None else f"a {type(dataset).__name__}"
-        raise FNSFTError(
-            f"train_dataset is {found}; expected a Dataset or an IterableDataset of datasets (to_trl_format makes one "
-            "of a list of rows)"
-        )
-    sample = next(iter(dataset), None)
-    if sample is None:
-        raise FNSFTError("train_dataset has no rows; at least one was expected")
+    sample = _first_row(dataset, "train_dataset")
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise FNSFTError("train_dataset is a stream, whose length is not known; set max_steps")
     return sample
+
+
+def _first_row(dataset, name: str) -> dict:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        found = "missing" if dataset is None else f"a {type(dataset).__name__}"
+        remedy = "to_trl_format makes one of a list of rows"
+        if isinstance(dataset, Mapping) and dataset:
+            remedy = f"give one of its entries ({', '.join(map(repr, dataset))})"
+        raise FNSFTError(f"{name} is {found}; expected a Dataset or an IterableDataset of datasets ({remedy})")
+    sample = next(iter(dataset), None)
+    if sample is None:
+        raise FNSFTError(f"{name} has no rows; at least one was expected")
+    return sample
+
+
+def _check_held_out(dataset) -> None:
+    if isinstance(dataset, dict) and not dataset:
+        raise FNSFTError("eval_dataset is an empty dict; give datasets by name, or None")
+    if dataset is not None:
+        for name, rows in _datasets({"train_dataset": None, "eval_dataset": dataset}):
+            if name != "train_dataset":
+                _first_row(rows, name)
 
 
 def _datasets(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from .engines import Engine
 from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template, select_as_configured
+from .numbers import check_lora_numbers
 from .preparation import (
     check_selector,
     check_whole,
@@ -41,7 +42,7 @@ from .preparation import (
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
 from .refused import check_refused
 from .same_run import networks_text
-from .start import check_start
+from .start import check_holds_weights, check_start
 from .ways import WAYS, Way
 
 
@@ -266,6 +267,7 @@ class Run:
         if self._loads_reference:
             match_reference(trainer)
         self.way.hold(trainer, self.trainable)
+        check_holds_weights(trainer)
         self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
@@ -320,6 +322,8 @@ def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None)
                 "adapter on, or merge it first (merge_and_unload)"
             )
         adapter, known = model.active_peft_config, (LoraConfig, NeuronTunerConfig)
+    if isinstance(given, LoraConfig):
+        check_lora_numbers(given)
     if adapter is not None and not isinstance(adapter, known):
         raise FNSFTError(
             f"the model is to be trained with a {type(adapter).__name__}, which cannot be held to a set of "

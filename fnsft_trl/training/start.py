@@ -47,6 +47,22 @@ def check_start(args: TrainingArguments, given: Mapping[str, Any]) -> None:
         _check_schedule(args)
 
 
+def check_holds_weights(trainer: Trainer) -> None:
+    """Refuse an optimizer that was given and holds none of the weights that train, as one made before the adapter was.
+
+    Raises:
+        FNSFTError: nothing would train.
+    """
+    if trainer.optimizer is None:
+        return
+    held = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
+    if not any(id(weight) in held for weight in trainer.model.parameters() if weight.requires_grad):
+        raise FNSFTError(
+            "the optimizer that was given holds none of the weights that train, since the trainer puts the adapter on "
+            "the model; give its class (optimizer_cls_and_kwargs) instead of optimizers, or name it in optim"
+        )
+
+
 def _check_steps(args: TrainingArguments, rows: Any) -> None:
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs == 0):
         name = "max_steps" if args.max_steps == 0 else "num_train_epochs"

@@ -43,6 +43,13 @@ CASES = {
         {}, {}, "row 0 of train_dataset has no 'chat_template_kwargs'.*to_trl_format",
     ),
     "evaluation": (PAIRS, {"eval_strategy": "steps", "eval_steps": 1}, {}, "no eval_dataset; give one"),
+    "evaluation in a list": (PAIRS, {}, {"eval_dataset": PAIRS}, "eval_dataset is a list; .*to_trl_format makes one"),
+    "evaluation without rows": (PAIRS, {}, {"eval_dataset": Dataset.from_list([])}, "eval_dataset has no rows"),
+    "evaluation of a stream without rows": (
+        PAIRS, {}, {"eval_dataset": {"a": IterableDataset.from_generator([].__iter__)}}, "'a'. has no rows"
+    ),
+    "no evaluation by name": (PAIRS, {}, {"eval_dataset": {}}, "eval_dataset is an empty dict; give datasets by name"),
+    "splits": (None, {}, {"train_dataset": {"train": 1, "test": 2}}, "one of its entries .'train', 'test'."),
     "columns": ([{"story": "a"}] * 4, {}, {}, "columns 'story'.*dataset_text_field.*to_trl_format"),
     "prompts alone": ([{"prompt": "a"}] * 4, {}, {}, "columns 'prompt'; SFTTrainer reads prompt and completion"),
     "no rows": ([], {}, {}, "no rows"),

@@ -5,14 +5,16 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
-from helpers import sft_config
+from helpers import sft_config, tiny_model
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from fnsft_trl import FNSFTError, FNSFTTrainer, FunctionalNetworkConfig
 from fnsft_trl.cli.options.trl_options import _RANGES
 from fnsft_trl.training import run
-from fnsft_trl.training.numbers import TRAINING_RANGES, check_numbers
+from fnsft_trl.training.numbers import TRAINING_RANGES, check_lora_numbers, check_numbers
 from fnsft_trl.training.start import check_start
 
 
@@ -86,3 +88,65 @@ def test_an_optimizer_that_is_given_is_no_matter_of_optim(tmp_path):
     check_start(args, {"optimizers": (object(), object())})
     with pytest.raises(FNSFTError, match="lr_scheduler_kwargs"):
         check_start(args, {"optimizer_cls_and_kwargs": (object, {})})
+
+
+@pytest.mark.parametrize("method", ["neuron_delta", "lora", "full"])
+def test_an_optimizer_without_a_weight_that_trains_is_refused(method, templates, tokenizer, tmp_path):
+    """One over the weights of the model, as it is before the trainer puts an adapter on it: nothing would train."""
+    model = tiny_model("llama")
+
+    def make():
+        return FNSFTTrainer(
+            model,
+            sft_config(tmp_path),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tokenizer,
+            optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+            peft_config=LoraConfig(r=2) if method == "lora" else None,
+            network_config=FunctionalNetworkConfig(train_method=method, ica_component_ids=[0]),
+            network_template=templates["llama"],
+        )
+
+    if method == "full":
+        assert make().optimizer is not None
+    else:
+        with pytest.raises(FNSFTError, match="the optimizer that was given holds none of the weights that train"):
+            make()
+
+
+def test_numbers_of_lora_with_which_nothing_trains_are_refused():
+    for settings in ({}, {"r": 1, "lora_alpha": 0.5}, {"lora_dropout": 0.99}):
+        check_lora_numbers(LoraConfig(**settings))
+    wrong = {"r": [0, -1, 2.5, None], "lora_alpha": [0, -2, math.nan, math.inf, None], "lora_dropout": [1, -0.1, None]}
+    for name, values in {**wrong, "inference_mode": [True]}.items():
+        for value in values:
+            config = LoraConfig()
+            setattr(config, name, value)
+            with pytest.raises(FNSFTError, match=f"{name} of the LoraConfig is {value}, with which nothing trains"):
+                check_lora_numbers(config)
+
+
+OTHERS = [("args", {"output_dir": "x"}), ("args", "x"), ("model", torch.nn.Linear(2, 2)), ("model", 3)]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_arguments_of_another_type_are_refused_by_name(name, value, tokenizer, tmp_path):
+    arguments = {"model": tiny_model("llama"), "args": sft_config(tmp_path)} | {name: value}
+    with pytest.raises(FNSFTError, match=f"{name} is a {type(value).__name__}; expected "):
+        FNSFTTrainer(
+            **arguments,
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(),
+        )
+
+
+def test_a_model_may_be_given_by_its_path(model_dir, templates, tmp_path):
+    trainer = FNSFTTrainer(
+        model_dir,
+        sft_config(tmp_path),
+        train_dataset=Dataset.from_list(ROWS),
+        network_config=FunctionalNetworkConfig(),
+        network_template=templates["llama"],
+    )
+    assert trainer.network_template is templates["llama"]
