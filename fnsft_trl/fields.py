@@ -143,8 +143,8 @@ def check_fields(config: Any) -> None:
 def make_plain(config: Any) -> None:
     """Bring values of a dataclass that may be written in several ways into one form.
 
-    Numbers of NumPy, paths, tuples, ranges and arrays become what JSON has in their place, one text where a list of
-    texts is expected becomes a list, and `null` as text becomes `None`, where a field takes it and not any text.
+    Numbers of NumPy, paths, tuples, ranges and arrays become what JSON has in their place. One text becomes a list
+    where a list of texts is expected. `null` as text becomes `None` where a field takes it, and does not take any text.
     """
     for f in fields(config):
         kinds, value = _kinds(type(config))[f.name], _plain(getattr(config, f.name))

@@ -73,8 +73,8 @@ class NeuronMask:
         Raises:
             FNSFTError: the mask does not cover that layer.
         """
-        if layer not in self.layers:
-            raise FNSFTError(f"the mask does not cover layer {layer}; its layers are {format_ranges(self.layers)}")
+        if not isinstance(layer, Integral) or layer not in self.layers:
+            raise FNSFTError(f"the mask does not cover layer {layer!r}; its layers are {format_ranges(self.layers)}")
         return self.layers[layer].nonzero().flatten()
 
     def to_ranges(self) -> dict[str, str]:

@@ -51,16 +51,16 @@ CALLS = {
     bake_lesion: {"model": (), "mask": ("a mask",)},
     bake_amplification: {"model": (), "mask": ("a mask",), "factor": ("a number", "true")},
     keep_neurons: {"model": (), "mask": ("a mask",)},
-    unbake: {"model": ()},
-    constrain_full: {"model": (), "mask": ("a mask",)},
-    constrain_lora: {"model": (), "mask": ("a mask",)},
+    unbake: {"model": (), "kept": ()},
+    constrain_full: {"model": (), "trainable": ("a mask",)},
+    constrain_lora: {"model": (), "trainable": ("a mask",)},
     find_neuron_sites: {"model": (), "kind": (), "layers": ("None",)},
     NeuronMask: {"layers": (), "site": ()},
     MASK.__or__: {"other": ("a mask",)},
     MASK.__and__: {"other": ("a mask",)},
-    MASK.indices: {"layer": ()},
+    MASK.indices: {"layer": ("true",)},
     FunctionalNetworkTemplate.from_pretrained: {"pretrained_model_name_or_path": ()},
-    discover_networks: {"model": (), "tokenizer": (), "texts": (), "config": ("None",)},
+    discover_networks: {"model": (), "tokenizer": ("a layer",), "texts": ("a tensor",), "config": ("None",)},
     select_neurons: {
         "template": (),
         "component_ids": ("None",),
@@ -73,7 +73,16 @@ CALLS = {
         "layers": ("None",),
     },
 }
-GIVEN = {"mask": MASK, "factor": 2.0, "layers": {0: MEMBERS}, "kind": "mlp_intermediate", "layer": 0, "texts": TEXTS}
+GIVEN = {
+    "mask": MASK,
+    "trainable": MASK,
+    "kept": None,
+    "factor": 2.0,
+    "layers": {0: MEMBERS},
+    "kind": "mlp_intermediate",
+    "layer": 0,
+    "texts": TEXTS,
+}
 CASES = [
     (call, name, thing)
     for call, names in CALLS.items()
