@@ -144,7 +144,7 @@ def make_plain(config: Any) -> None:
     """Bring values of a dataclass that may be written in several ways into one form.
 
     Numbers of NumPy, paths, tuples, ranges and arrays become what JSON has in their place. One text becomes a list
-    where a list of texts is expected. `null` as text becomes `None` where a field takes it, and does not take any text.
+    where a list of texts is expected. `null` as text becomes `None` where a field takes it but not any text.
     """
     for f in fields(config):
         kinds, value = _kinds(type(config))[f.name], _plain(getattr(config, f.name))
