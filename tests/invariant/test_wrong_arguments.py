@@ -16,6 +16,7 @@ from fnsft_trl import (
     constrain_full,
     constrain_lora,
     discover_networks,
+    evaluate_model,
     find_neuron_sites,
     keep_neurons,
     lesion,
@@ -23,6 +24,7 @@ from fnsft_trl import (
     select_neurons,
     unbake,
 )
+from fnsft_trl.training.budget import Budget
 
 
 MODEL = tiny_model("llama")
@@ -61,6 +63,8 @@ CALLS = {
     MASK.indices: {"layer": ("true",)},
     FunctionalNetworkTemplate.from_pretrained: {"pretrained_model_name_or_path": ()},
     discover_networks: {"model": (), "tokenizer": ("a layer",), "texts": ("a tensor",), "config": ("None",)},
+    evaluate_model: {"model": (), "tokenizer": ("a layer",), "data": (), "config": ("None",)},
+    Budget: {"nats": ("a number", "true"), "action": ()},
     select_neurons: {
         "template": (),
         "component_ids": ("None",),
@@ -82,6 +86,8 @@ GIVEN = {
     "kind": "mlp_intermediate",
     "layer": 0,
     "texts": TEXTS,
+    "data": [],
+    "nats": 0.1,
 }
 CASES = [
     (call, name, thing)
