@@ -130,7 +130,7 @@ def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
         pairs = [item.partition("=") for item in columns.split(",") if item.strip()]
         named = [(target.strip(), name.strip()) for target, _, name in pairs]
     else:
-        named = list(columns.items())
+        named = list(columns.items()) if isinstance(columns, Mapping) else []
     chosen = dict(named)
     targets = set(chosen) - {"system"}
     if (
