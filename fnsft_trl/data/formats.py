@@ -138,6 +138,7 @@ def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
         or targets not in ({"prompt", "completion"}, {"text"}, {"messages"})
         or ("system" in chosen and targets == {"text"})
         or not all(isinstance(name, str) and name for name in chosen.values())
+        or len(set(chosen.values())) < len(chosen)
     ):
         raise FNSFTError(
             f"columns is {columns!r}; write prompt=COLUMN,completion=COLUMN, or messages=COLUMN, or text=COLUMN, each "

@@ -191,7 +191,18 @@ def test_what_is_no_row_is_an_error_with_its_number(number, place):
 
 
 @pytest.mark.parametrize(
-    "columns", [3, [], ["prompt"], {"a": "b"}, {"prompt": None, "completion": "completion"}, "", "=", True]
+    "columns",
+    [
+        3,
+        [],
+        ["prompt"],
+        {"a": "b"},
+        {"prompt": None, "completion": "completion"},
+        "",
+        "=",
+        True,
+        "prompt=a,completion=a",
+    ],
 )
 def test_columns_that_choose_nothing_are_an_error(columns):
     with pytest.raises(FNSFTError, match=r"^columns is .*; write prompt=COLUMN"):

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 from datasets import Dataset, IterableDataset
-from helpers import sft_config
+from helpers import VOCABULARY, sft_config, tiny_model
 from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTTrainer
@@ -51,7 +51,30 @@ CASES = {
     "no evaluation by name": (PAIRS, {}, {"eval_dataset": {}}, "eval_dataset is an empty dict; give datasets by name"),
     "splits": (None, {}, {"train_dataset": {"train": 1, "test": 2}}, "one of its entries .'train', 'test'."),
     "columns": ([{"story": "a"}] * 4, {}, {}, "columns 'story'.*dataset_text_field.*to_trl_format"),
-    "prompts alone": ([{"prompt": "a"}] * 4, {}, {}, "columns 'prompt'; SFTTrainer reads prompt and completion"),
+    "other columns": (
+        PAIRS, {}, {"eval_dataset": {"a": Dataset.from_list([{"question": "a", "answer": "b"}])}},
+        "eval_dataset.'a'. has the columns 'question', 'answer'; .*to_trl_format",
+    ),
+    "preferences": (
+        PAIRS, {}, {"eval_dataset": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])},
+        "eval_dataset has the columns 'prompt', 'chosen', 'rejected'",
+    ),
+    "numbers": ([{"prompt": "a", "completion": 1}], {}, {}, "'completion' of train_dataset is of the type int64; "),
+    "bytes": ([{"text": b"a"}], {}, {}, "'text' of train_dataset is of the type binary"),
+    "nothing but nulls": ([{"text": None}], {}, {}, "'text' of train_dataset is of the type null"),
+    "a null": (
+        [*PAIRS * 300, {"prompt": "a", "completion": None}], {}, {}, "row 1200 of train_dataset has no 'completion'"
+    ),
+    "a null in the first row": ([{"text": None}, *TEXTS], {}, {}, "row 0 of train_dataset has no 'text'"),
+    "a null in the evaluation": (
+        PAIRS, {}, {"eval_dataset": Dataset.from_list([{"prompt": None, "completion": "a"}, *PAIRS])},
+        "row 0 of eval_dataset has no 'prompt'",
+    ),
+    "text beside messages": (
+        [{"prompt": "a", "completion": CHATS[0]["messages"][1:]}], {}, {}, "one is text and the other messages"
+    ),
+    "no message": ([{"messages": []}], {}, {}, "train_dataset has no 'messages' in its"),
+    "prompts alone": ([{"prompt": "a"}] * 4, {}, {}, "has the columns 'prompt'; SFTTrainer reads prompt and completion"),
     "no rows": ([], {}, {}, "no rows"),
     "list": (None, {}, {"train_dataset": PAIRS}, "is a list; expected a Dataset.*to_trl_format"),
     "missing": (None, {}, {}, "train_dataset is missing"),
@@ -129,3 +152,26 @@ LOOKED_THROUGH = {SFTTrainer.__init__: 30, SFTTrainer._prepare_dataset: 4, Train
 def test_no_refusal_of_the_trainer_is_new(function):
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     assert sum(isinstance(node, ast.Raise) for node in ast.walk(tree)) <= LOOKED_THROUGH[function]
+
+
+@pytest.mark.parametrize("wrong", [[-1], [3, VOCABULARY], [10**9], [1.5], None])
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_tokens_that_the_model_has_not_are_refused(
+    wrong, held_out, by_name, model_dir, tokenizer, tmp_path, monkeypatch
+):
+    """As of another tokenizer: on an accelerator they end a training with an error of the device."""
+    monkeypatch.setattr(run, "load_base_model", lambda *args, **options: pytest.fail("a model is loaded"))
+    fine = Dataset.from_list([{"input_ids": [0, VOCABULARY - 1]}, {"input_ids": []}] * 600)
+    rows = Dataset.from_list([*fine, {"input_ids": wrong}])
+    name = "eval_dataset" if held_out else "train_dataset"
+    with pytest.raises(
+        FNSFTError, match=f"row {'0' if wrong == [1.5] else '1200'} of {name} has (the token|no whole)"
+    ):
+        FNSFTTrainer(
+            model=str(model_dir) if by_name else tiny_model("llama"),
+            args=sft_config(tmp_path),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(ica_components=2),
+            **{"train_dataset": fine, "eval_dataset": fine} | {name: rows},
+        )
