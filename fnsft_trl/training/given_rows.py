@@ -90,7 +90,7 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, prepares: bool, is
 
 
 def check_ids(dataset: Dataset, name: str, size: int) -> None:
-    """Check that token ids are those of the model; others end a training on an accelerator with an error of the device.
+    """Check that token ids are those of the model: others end a training with an error of the accelerator.
 
     Args:
         dataset, name: as of [`check_cells`], with `input_ids`.

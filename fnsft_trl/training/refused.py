@@ -53,6 +53,10 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
         for name, dataset in _datasets(given):
             check_cells(dataset, name, args.dataset_text_field)
             _check_columns(args, sample if name == "train_dataset" else next(iter(dataset)), name)
+    if not prepares and not is_vision and given.get("data_collator") is None and "input_ids" not in sample:
+        raise FNSFTError(
+            "dataset_kwargs has skip_prepare_dataset, and the rows have no 'input_ids'; drop it, or tokenise the rows"
+        )
     _check_loss(args, given, sample)
     for name, dataset in _datasets(given):
         check_rows(dataset, name, prepares, is_vision)
@@ -112,6 +116,8 @@ def _check_settings(args: SFTConfig, given: Mapping[str, Any]) -> None:
         raise FNSFTError("loss_type=dft has a loss of its own, beside compute_loss_func; drop one of them")
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
         raise FNSFTError("liger_kernel_config asks for fused_linear_cross_entropy, which SFTTrainer replaces; drop it")
+    if unknown := set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
+        raise FNSFTError(f"dataset_kwargs has {min(unknown)!r}; SFTTrainer reads skip_prepare_dataset alone, drop it")
     checkpointing = args.gradient_checkpointing_kwargs or {}
     if checkpointing.get("selective") and (not args.gradient_checkpointing or checkpointing.get("use_reentrant")):
         raise FNSFTError(

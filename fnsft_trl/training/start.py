@@ -1,10 +1,12 @@
 """What would end a training at its beginning, or leave it without a step, found out before anything is loaded."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
@@ -13,6 +15,9 @@ from ..errors import FNSFTError, library_errors
 from .numbers import check_numbers
 
 
+# What torch takes, the others by name alone, and what TRL has beside it.
+_CHECKPOINTING = {"selective", "preserve_rng_state", *inspect.signature(checkpoint).parameters}
+_CHECKPOINTING -= {"function", "args", "kwargs"}
 # Which read the model, so that they are made when it is there.
 _OF_MODEL = ("galore", "apollo", "lomo")
 
@@ -38,6 +43,11 @@ def check_start(args: TrainingArguments, given: Mapping[str, Any]) -> None:
         raise FNSFTError(
             "dataloader_persistent_workers keeps the workers of dataloader_num_workers, which is 0; give a number, or "
             "drop it"
+        )
+    unknown = set(args.gradient_checkpointing_kwargs or {}) - _CHECKPOINTING if args.gradient_checkpointing else None
+    if unknown:
+        raise FNSFTError(
+            f"gradient_checkpointing_kwargs has {min(unknown)!r}; it takes {', '.join(sorted(_CHECKPOINTING))}"
         )
     _check_steps(args, given.get("train_dataset"))
     optimizer, schedule = given.get("optimizers") or (None, None)

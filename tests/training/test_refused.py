@@ -74,7 +74,7 @@ CASES = {
         [{"prompt": "a", "completion": CHATS[0]["messages"][1:]}], {}, {}, "one is text and the other messages"
     ),
     "no message": ([{"messages": []}], {}, {}, "train_dataset has no 'messages' in its"),
-    "prompts alone": ([{"prompt": "a"}] * 4, {}, {}, "has the columns 'prompt'; SFTTrainer reads prompt and completion"),
+    "prompts alone": ([{"prompt": "a"}] * 4, {}, {}, "columns 'prompt'; SFTTrainer reads prompt and completion"),
     "no rows": ([], {}, {}, "no rows"),
     "list": (None, {}, {"train_dataset": PAIRS}, "is a list; expected a Dataset.*to_trl_format"),
     "missing": (None, {}, {}, "train_dataset is missing"),
@@ -86,6 +86,8 @@ CASES = {
         [{"input_ids": [1], "completion_mask": [1]}], {"dataset_kwargs": {"skip_prepare_dataset": True}}, {},
         "add labels",
     ),
+    "text that is not prepared": (TEXTS, {"dataset_kwargs": {"skip_prepare_dataset": True}}, {}, "no 'input_ids'"),
+    "unread": (PAIRS, {"dataset_kwargs": {"skip_prepare_datset": True}}, {}, "has 'skip_prepare_datset'; .* drop it"),
     "images": ([{**row, "image": 1} for row in CHATS], {}, {}, "reads text alone; take the processor"),
     "formatting": (PAIRS, {}, {"formatting_func": str}, "drop formatting_func"),
     "no loss": (PAIRS, {"loss_type": "l2"}, {}, "loss_type is 'l2'; expected one of: .*dft"),

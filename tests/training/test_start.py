@@ -62,6 +62,10 @@ REFUSED = {
     "package": ({"optim": "adamw_anyprecision"}, "optim=adamw_anyprecision cannot be used: "),
     "optimizer": ({"optim": "rmsprop", "optim_args": "momentum=-1"}, "optim=rmsprop cannot be used: .*momentum"),
     "schedule": ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_type=linear does not take"),
+    "checkpointing": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrent": False}},
+        "gradient_checkpointing_kwargs has 'use_reentrent'; it takes .*use_reentrant",
+    ),
     "tracker": ({"report_to": ["neptune"]}, "the tracker neptune of report_to is not installed"),
 }
 
