@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.cells import UnusableRow
 from ..data.choices import ChoiceFormat, check_choices, chosen_choice_format, find_choice_format, read_choices
@@ -148,7 +148,8 @@ def evaluate_model(
 
 
 def _check_given(model, tokenizer, data) -> None:
-    base_model(model)  # which something else is not
+    if not isinstance(base_model(model), PreTrainedModel):
+        raise FNSFTError(f"the model is a {type(model).__name__}; expected one of transformers")
     if not callable(tokenizer):
         raise FNSFTError(f"the tokenizer is a {type(tokenizer).__name__}; expected that of the model, loaded")
     parts = data if isinstance(data, Sequence) else [data]

@@ -139,8 +139,8 @@ def test_several_gpus_without_a_launcher(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     "rows", [PAIRS, CHATS, TEXTS, [{"input_ids": [1, 2]}]], ids=["pairs", "chats", "texts", "ids"]
 )
-def test_what_the_trainer_takes_passes(rows, changes, tmp_path, tokenizer):
-    given = {"model": "nowhere", "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+def test_what_the_trainer_takes_passes(rows, changes, tmp_path, tokenizer, model_dir):
+    given = {"model": str(model_dir), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     check_refused(given, sft_config(tmp_path, **changes))
 
 
