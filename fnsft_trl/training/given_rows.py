@@ -12,6 +12,8 @@ from ..json_text import from_json
 
 _SAMPLED = 1000  # rows at once
 _MASKS = ("completion_mask", "assistant_masks")
+_KINDS = (pa.types.is_string, pa.types.is_list)
+_NO_TEXT = (pa.types.is_primitive, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null, pa.types.is_struct)
 
 
 def check_cells(dataset: Dataset | IterableDataset, name: str, text_field: str) -> None:
@@ -33,9 +35,9 @@ def check_cells(dataset: Dataset | IterableDataset, name: str, text_field: str) 
     mended = f"to_trl_format({name}) makes text of numbers, and leaves out rows that have none"
     types = {column: dataset.features.arrow_schema.field(column).type for column in read}
     for column, kind in types.items():
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_list(kind)):
+        if any(is_kind(kind) for is_kind in _NO_TEXT):  # the type of JSON holds anything
             raise FNSFTError(f"{column!r} of {name} is of the type {kind}; expected text or messages ({mended})")
-    if len({pa.types.is_list(kind) for kind in types.values()}) > 1:
+    if len({is_kind for kind in types.values() for is_kind in _KINDS if is_kind(kind)}) > 1:
         raise FNSFTError(
             f"of {' and '.join(map(repr, read))} in {name}, one is text and the other messages; to_trl_format({name}) "
             "makes messages of both"

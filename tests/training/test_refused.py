@@ -5,7 +5,7 @@ import inspect
 import textwrap
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, LargeList, List
 from helpers import VOCABULARY, sft_config, tiny_model
 from peft import LoraConfig
 from transformers import Trainer
@@ -142,6 +142,13 @@ def test_several_gpus_without_a_launcher(tmp_path, tokenizer, monkeypatch):
 def test_what_the_trainer_takes_passes(rows, changes, tmp_path, tokenizer, model_dir):
     given = {"model": str(model_dir), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     check_refused(given, sft_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("feature", [Json(), List(Json()), LargeList(Json())])
+def test_conversations_pass_whatever_type_holds_them(feature, tmp_path, tokenizer, model_dir):
+    rows = Dataset.from_list(CHATS, features=Features({"messages": feature}))
+    given = {"model": str(model_dir), "train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    check_refused(given, sft_config(tmp_path))
 
 
 # The refusals of TRL 1.16.0 and transformers 5.23.0 that were looked through: checked here, or before, or out of reach
