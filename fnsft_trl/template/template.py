@@ -123,7 +123,6 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         import torch
 
         _check_network(number, len(self.components))
-
         loadings = {layer: values[number].numpy() for layer, values in self.loadings.items()}
         return {layer: torch.from_numpy(found) for layer, found in members(loadings, self.threshold).items()}
 
