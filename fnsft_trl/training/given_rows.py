@@ -1,6 +1,7 @@
 """What SFTTrainer stumbles over in the rows that it is given, found out before a model is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,48 @@ _SAMPLED = 1000  # rows at once
 _MASKS = ("completion_mask", "assistant_masks")
 _KINDS = (pa.types.is_string, pa.types.is_list)
 _NO_TEXT = (pa.types.is_primitive, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null, pa.types.is_struct)
+
+
+def first_row(dataset: Any, name: str) -> dict:
+    """The first row of what is given as a dataset.
+
+    Raises:
+        FNSFTError: it is none, or holds no row.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        found = "missing" if dataset is None else f"a {type(dataset).__name__}"
+        remedy = "to_trl_format makes one of a list of rows"
+        if isinstance(dataset, Mapping) and dataset:
+            remedy = f"give one of its entries ({', '.join(map(repr, dataset))})"
+        raise FNSFTError(f"{name} is {found}; expected a Dataset or an IterableDataset of datasets ({remedy})")
+    sample = next(iter(dataset), None)
+    if sample is None:
+        raise FNSFTError(f"{name} has no rows; at least one was expected")
+    return sample
+
+
+def check_held_out(dataset: Any) -> None:
+    """Check what is given to be evaluated on, one dataset or several by name; `None` passes.
+
+    Raises:
+        FNSFTError: one of them is no dataset, or holds no row.
+    """
+    if isinstance(dataset, dict) and not dataset:
+        raise FNSFTError("eval_dataset is an empty dict; give datasets by name, or None")
+    if dataset is not None:
+        for name, rows in datasets_of({"train_dataset": None, "eval_dataset": dataset}):
+            if name != "train_dataset":
+                first_row(rows, name)
+
+
+def datasets_of(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name and dataset of all rows that a trainer is given, those to train first."""
+    yield "train_dataset", given["train_dataset"]
+    held_out = given.get("eval_dataset")
+    if isinstance(held_out, dict):
+        yield from ((f"eval_dataset[{name!r}]", rows) for name, rows in held_out.items())
+    elif held_out is not None:
+        yield "eval_dataset", held_out
 
 
 def check_cells(dataset: Dataset | IterableDataset, name: str, text_field: str) -> None:

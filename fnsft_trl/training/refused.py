@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from trl import SFTConfig, is_conversational, is_conversational_from_value
 
 from ..data.rendering import answers_template
 from ..errors import FNSFTError
-from .given_rows import check_cells, check_ids, check_rows
+from .given_rows import check_cells, check_held_out, check_ids, check_rows, datasets_of, first_row
 
 
 _SAMPLED = 1000  # rows
@@ -41,7 +41,7 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
     if not isinstance(args, SFTConfig):  # as SFTTrainer makes one of others
         args = SFTConfig(**args.to_dict() | {"hub_token": args.hub_token})
     sample = _sample(given.get("train_dataset"), args)
-    _check_held_out(given.get("eval_dataset"))
+    check_held_out(given.get("eval_dataset"))
     _check_settings(args, given)
     _check_tokens(args, given["processing_class"])
     is_vision = bool(sample.keys() & {"image", "images"})
@@ -50,7 +50,7 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
     _check_lengths(args, given, is_vision)
     prepares = not (args.dataset_kwargs or {}).get("skip_prepare_dataset") and not is_vision
     if prepares and given.get("formatting_func") is None:
-        for name, dataset in _datasets(given):
+        for name, dataset in datasets_of(given):
             check_cells(dataset, name, args.dataset_text_field)
             _check_columns(args, sample if name == "train_dataset" else next(iter(dataset)), name)
     if not prepares and not is_vision and given.get("data_collator") is None and "input_ids" not in sample:
@@ -58,7 +58,7 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
             "dataset_kwargs has skip_prepare_dataset, and the rows have no 'input_ids'; drop it, or tokenise the rows"
         )
     _check_loss(args, given, sample)
-    for name, dataset in _datasets(given):
+    for name, dataset in datasets_of(given):
         check_rows(dataset, name, prepares, is_vision)
     _check_evaluation(args, given)
     _check_model(args, given)
@@ -66,7 +66,7 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
 
 def _sample(dataset, args: SFTConfig) -> dict:
     """The first row, or the first of some in which no conversation is empty."""
-    first = _first_row(dataset, "train_dataset")
+    first = first_row(dataset, "train_dataset")
     sample = next((row for row in islice(dataset, _SAMPLED) if [] not in row.values()), None)
     if sample is None:
         column = next(name for name, value in first.items() if value == [])
@@ -74,37 +74,6 @@ def _sample(dataset, args: SFTConfig) -> dict:
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise FNSFTError("train_dataset is a stream, whose length is not known; set max_steps")
     return sample
-
-
-def _first_row(dataset, name: str) -> dict:
-    if not isinstance(dataset, Dataset | IterableDataset):
-        found = "missing" if dataset is None else f"a {type(dataset).__name__}"
-        remedy = "to_trl_format makes one of a list of rows"
-        if isinstance(dataset, Mapping) and dataset:
-            remedy = f"give one of its entries ({', '.join(map(repr, dataset))})"
-        raise FNSFTError(f"{name} is {found}; expected a Dataset or an IterableDataset of datasets ({remedy})")
-    sample = next(iter(dataset), None)
-    if sample is None:
-        raise FNSFTError(f"{name} has no rows; at least one was expected")
-    return sample
-
-
-def _check_held_out(dataset) -> None:
-    if isinstance(dataset, dict) and not dataset:
-        raise FNSFTError("eval_dataset is an empty dict; give datasets by name, or None")
-    if dataset is not None:
-        for name, rows in _datasets({"train_dataset": None, "eval_dataset": dataset}):
-            if name != "train_dataset":
-                _first_row(rows, name)
-
-
-def _datasets(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "train_dataset", given["train_dataset"]
-    held_out = given.get("eval_dataset")
-    if isinstance(held_out, dict):
-        yield from ((f"eval_dataset[{name!r}]", rows) for name, rows in held_out.items())
-    elif held_out is not None:
-        yield "eval_dataset", held_out
 
 
 def _check_settings(args: SFTConfig, given: Mapping[str, Any]) -> None:
@@ -249,7 +218,7 @@ def _check_model(args: SFTConfig, given: Mapping[str, Any]) -> None:
             f"target_modules has {target!r}, the head of the model, whose adapter SFTTrainer would not train; take it "
             "out"
         )
-    for name, dataset in _datasets(given):
+    for name, dataset in datasets_of(given):
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             check_ids(dataset, name, _vocabulary(model, settings, args.trust_remote_code))
     if args.router_aux_loss_coef and not hasattr(

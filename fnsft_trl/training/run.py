@@ -26,6 +26,7 @@ from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
 from .checkpoints import find_checkpoint
 from .engines import Engine
+from .given_rows import check_held_out, first_row
 from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template, select_as_configured
@@ -155,6 +156,9 @@ class Run:
             given["processing_class"] = self._processing_class()
         if kind.is_sft:
             check_refused(given, self.args)
+        elif kind.is_of_trl:
+            first_row(given.get("train_dataset"), "train_dataset")
+            check_held_out(given.get("eval_dataset"))
         set_seed(self.args.seed)  # as the trainers of TRL do before they load a model
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
