@@ -54,7 +54,7 @@ def select_neurons(
         template: the networks.
         component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for selectors
             that look at networks.
-        selector: of `SELECTORS`: networks, layer_shuffled, surrogate, random, activation_rms, contrast, gradient_conflict.
+        selector: networks, layer_shuffled, surrogate, random, activation_rms, contrast, gradient_conflict.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
         rank: `"highest"`, or `"lowest"`: those most outside the networks, most quiet, least in conflict.
