@@ -76,6 +76,11 @@ def check_combinations(config) -> None:
     given = [name for name, default in of_ica.items() if getattr(config, name) != default]
     if given and config.ica_decomposition != "ica":
         raise FNSFTError(f"{given[0]} has no effect on ica_decomposition={config.ica_decomposition}; drop one of them")
+    if config.ica_skip_tokens >= config.ica_max_length:
+        raise FNSFTError(
+            f"ica_skip_tokens is {config.ica_skip_tokens}, which leaves nothing of sequences of ica_max_length="
+            f"{config.ica_max_length} tokens; lower it"
+        )
     if config.ica_rank < config.ica_components:
         raise FNSFTError(
             f"ica_rank is {config.ica_rank}, below ica_components ({config.ica_components}): the sketch must hold at "

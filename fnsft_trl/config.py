@@ -5,7 +5,7 @@ from typing import Any
 
 from .combinations import ANTI_DRIFT_ERRORS, COMBINATIONS, NETWORK_SELECTORS, TrainingPlan, check_combinations
 from .errors import FNSFTError
-from .fields import check_fields, documented, fits, is_free_text, option
+from .fields import LARGEST_SEED, check_fields, documented, fits, make_plain, option
 from .ranges import format_ranges, is_open, parse_ranges, ranges_text
 from .threshold import THRESHOLD_RULES, ThresholdRule
 
@@ -68,10 +68,10 @@ class FunctionalNetworkConfig:
         "of the template.",
         least=0,
     )
-    ica_layers: str | list[int] = option(
-        "all",
-        "Layers to discover in: `all`, `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. With a loaded "
-        "template: the layers to select in.",
+    ica_layers: list[int] | str | None = option(
+        None,
+        "Layers to discover in: `all` (the default), `0-5` (inclusive), `0:4` (end left out), `0:4,9`, or a list. "
+        "With a loaded template: the layers to select in.",
     )
     ica_site: str = option(
         "mlp_intermediate",
@@ -146,7 +146,9 @@ class FunctionalNetworkConfig:
     )
     ica_batch_size: int = option(4, "Sequences per forward pass of the discovery.", least=1)
     ica_max_length: int = option(512, "Longest sequence of the discovery, in tokens.", least=2)
-    ica_seed: int = option(0, "Seed of the reservoir, of FastICA's start and of random selections.", least=0)
+    ica_seed: int = option(
+        0, "Seed of the reservoir, of FastICA's start and of random selections.", least=0, most=LARGEST_SEED
+    )
     ica_datasets: list[str] | None = option(
         None, "Files or Hub ids of the text to discover on. By default the training data."
     )
@@ -218,21 +220,14 @@ class FunctionalNetworkConfig:
 
     def _normalise(self) -> None:
         """Bring values that may be written in several ways, as on a command line, into one form."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple):
-                setattr(self, f.name, list(value))
-            elif f.default is None and value in ("null", "none", "None") and not is_free_text(f):
-                setattr(self, f.name, None)
+        make_plain(self)
         if not fits(self.ica_component_ids, list[int]):
             text = ranges_text(self.ica_component_ids, "ica_component_ids", what="network")
             # With an open end it stays text, until the number of networks is known.
             if isinstance(text, str) and not is_open(text):
                 text = parse_ranges(text, _MOST_NETWORKS, what="ica_component_ids: network") if text else None
             self.ica_component_ids = None if text == "all" else text
-        self.ica_layers = ranges_text(self.ica_layers, "ica_layers")
-        if isinstance(self.ica_datasets, str):
-            self.ica_datasets = [self.ica_datasets]
+        self.ica_layers = "all" if self.ica_layers is None else ranges_text(self.ica_layers, "ica_layers")
         if isinstance(self.ica_select, str) and self.ica_select in SELECTOR_ALIASES:
             self.ica_select = SELECTOR_ALIASES[self.ica_select]
 

@@ -17,10 +17,12 @@ class FNSFTError(ValueError):
     a defect and keeps its traceback.
 
     Args:
-        message: of any length; of one over 2,000 characters, as a value can make it, the middle is left out.
+        message: of any length and lines, as a value can make it. It becomes one line, and of more than 2,000
+            characters the middle is left out.
     """
 
     def __init__(self, message: str) -> None:
+        message = " ".join(line.strip() for line in message.splitlines()) if "\n" in message else message
         if len(message) > _LONGEST:
             half = _LONGEST // 2
             message = f"{message[:half]} [{len(message) - _LONGEST} characters left out] {message[-half:]}"

@@ -87,7 +87,6 @@ def test_method_follows_from_the_peft_config():
         {"mask_mode": "lesions"},
         {"train_neurons": "none"},
         {"ica_max_length": 1},
-        {"ica_layers": None},
         {"ica_layers": "x"},
         {"ica_layers": "010"},
         {"ica_layers": ["0:4", "y"]},

@@ -217,7 +217,6 @@ def _trainer(
             anchor=asked.anchor,
             penalties=asked.penalties,
         )
-        trainer.get_optimizer_cls_and_kwargs(training, trainer.model)  # whose package may be missing
     if trainer.network_config is not None:
         logger.warning(
             f"selected {trainer.neuron_mask}; trainable: {trainer.trainable_neurons.count} neurons, method "

@@ -59,6 +59,7 @@ def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool
         FNSFTError: the mask was made for another model; the model has adapters, is quantised or offloaded, or its
             experts are sharded. The model is left as it was.
     """
+    base = base_model(model)
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
         raise FNSFTError(
@@ -67,7 +68,7 @@ def constrain_full(model: nn.Module, trainable: NeuronMask, *, train_other: bool
         )
     parts = list(_parts(model, trainable))
     slices = FrozenSlices()
-    slices.take_over([base_model(model)])
+    slices.take_over([base])
     model.requires_grad_(train_other)
     for part, frozen in parts:
         part.tensor(model).requires_grad_(True)

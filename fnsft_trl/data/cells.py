@@ -48,7 +48,7 @@ def text_of(value, name: str) -> str:
         UnusableRow: it is something else, or one of the parts is no text.
     """
     if value is None or isinstance(value, str):
-        return _encodable(value or "", name)
+        return encodable(value or "", name)
     if isinstance(value, bool | int | float):
         return "" if is_empty(value) else str(value)
     if is_parts(value):
@@ -58,7 +58,12 @@ def text_of(value, name: str) -> str:
     raise UnusableRow(f"{name} holds a {type(value).__name__}; expected text")
 
 
-def _encodable(text: str, name: str) -> str:
+def encodable(text: str, name: str) -> str:
+    """A text as it is.
+
+    Raises:
+        UnusableRow: it holds half a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -72,7 +77,7 @@ def check_texts(value, name: str) -> None:
     Raises:
         UnusableRow: one of them holds half a surrogate pair.
     """
-    _encodable(json.dumps(value, ensure_ascii=False, default=str), name)
+    encodable(json.dumps(value, ensure_ascii=False, default=str), name)
 
 
 def _squad_answer(value: Mapping):
@@ -86,7 +91,7 @@ def _part_text(part: Mapping, name: str) -> str:
     text = part.get("text")
     if not isinstance(text, str | None):
         raise UnusableRow(f"{name} has a part whose text is a {type(text).__name__}")
-    return _encodable(text or "", name)
+    return encodable(text or "", name)
 
 
 def without_nulls(value):

@@ -104,7 +104,7 @@ def convert(
 ) -> Dataset | IterableDataset:
     """The same for one dataset, whose messages will be rendered by a chat template that reads this of them."""
     if not isinstance(dataset, Dataset | IterableDataset):
-        dataset = list(dataset)
+        dataset = _listed(dataset, name)
     names = _column_names(dataset)
     if not names or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise FNSFTError(f"{name} is empty; at least one row was expected")
@@ -117,6 +117,21 @@ def convert(
     if isinstance(dataset, IterableDataset):
         return _convert_stream(dataset, reader)
     return (_convert_dataset if isinstance(dataset, Dataset) else _convert_list)(dataset, reader)
+
+
+def _listed(rows, name: str) -> list[Mapping]:
+    """Rows that are no dataset, in a list."""
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        remedy = "; Dataset.from_dict makes one of columns, DatasetDict of splits" if isinstance(rows, Mapping) else ""
+        remedy = "; load_dataset reads a file" if isinstance(rows, str) else remedy
+        raise FNSFTError(f"{name} is a {type(rows).__name__}; expected a Dataset or a list of rows{remedy}")
+    rows = list(rows)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise FNSFTError(f"row {number} of {name} is a {type(row).__name__}; expected a dict of its columns")
+        if odd := [column for column in row if not isinstance(column, str)]:
+            raise FNSFTError(f"row {number} of {name} has a column called {odd[0]!r}; expected text")
+    return rows
 
 
 def _formats_of(names: list[str], columns: str | Mapping[str, str] | None, name: str, text_field: str) -> list[Match]:

@@ -130,7 +130,7 @@ def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
         pairs = [item.partition("=") for item in columns.split(",") if item.strip()]
         named = [(target.strip(), name.strip()) for target, _, name in pairs]
     else:
-        named = list(columns.items())
+        named = list(columns.items()) if isinstance(columns, Mapping) else []
     chosen = dict(named)
     targets = set(chosen) - {"system"}
     if (
@@ -138,6 +138,7 @@ def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
         or targets not in ({"prompt", "completion"}, {"text"}, {"messages"})
         or ("system" in chosen and targets == {"text"})
         or not all(isinstance(name, str) and name for name in chosen.values())
+        or len(set(chosen.values())) < len(chosen)
     ):
         raise FNSFTError(
             f"columns is {columns!r}; write prompt=COLUMN,completion=COLUMN, or messages=COLUMN, or text=COLUMN, each "

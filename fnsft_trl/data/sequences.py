@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import FNSFTError
-from .cells import UnusableRow, is_empty
+from .cells import UnusableRow, encodable, is_empty
 from .dialects import dialect_of
 from .formats import convert_row, find_formats
 from .left_out import LeftOut
@@ -77,7 +77,7 @@ def _string_ids(text: str, tokenizer) -> list[int]:
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and adds_bos(tokenizer):
         text = without_bos(text, bos)
-    return tokenizer(text)["input_ids"]
+    return tokenizer(encodable(text, "a text"))["input_ids"]
 
 
 def _row_ids(row: Mapping, tokenizer, dialect: Dialect | None) -> list[int]:
@@ -117,6 +117,17 @@ def _conversation_ids(messages, name: str, row: Mapping, tokenizer, dialect: Dia
             raise UnusableRow(f"the chat template refuses the conversation ({error})") from error
 
 
+def several(texts: Iterable, name: str) -> Iterable:
+    """Texts as they are.
+
+    Raises:
+        FNSFTError: they are one text, of which each character would count as one, or nothing that holds any.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise FNSFTError(f"{name} is a {type(texts).__name__}; expected several texts, such as a list of them")
+    return texts
+
+
 def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = "the text") -> Iterator[TokenSequence]:
     """Tokenise texts, cutting long ones into sequences of at most `max_length` tokens.
 
@@ -124,13 +135,13 @@ def token_sequences(texts: Iterable, tokenizer, *, max_length: int, name: str = 
     So the halves stay equally large and share no passage. Texts that cannot be used are left out, and counted.
 
     Raises:
-        FNSFTError: no text can be used, or one is of no known form.
+        FNSFTError: no text can be used, or one is of no known form; or they are one text, or nothing.
     """
     tokens = [0, 0]
     dialect = dialect_of(tokenizer)
     left_out = LeftOut(name, "read")
     number = -1
-    for number, text in enumerate(texts):
+    for number, text in enumerate(several(texts, name)):
         try:
             ids = text_token_ids(text, tokenizer, dialect)
         except UnusableRow as reason:

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import FunctionalNetworkConfig, ThresholdRule
-from ..data.sequences import token_sequences
+from ..data.sequences import several, token_sequences
 from ..errors import FNSFTError
+from ..fields import checked
 from ..hub.names import absolute_sources, model_name, source_names
 from ..neurons.layout import check_whole
 from ..neurons.sites import base_model, find_neuron_sites
@@ -109,7 +110,8 @@ def discover_group(
     Raises:
         FNSFTError: as [`discover_networks`].
     """
-    return _Discovery(model, tokenizer, datasets, config or FunctionalNetworkConfig()).run(progress_dir, resume)
+    config = checked(config, FunctionalNetworkConfig, "config") or FunctionalNetworkConfig()
+    return _Discovery(model, tokenizer, datasets, config).run(progress_dir, resume)
 
 
 def _halves(parts: list[list[ActivationSketch]]) -> list[list[ActivationSketch]]:
@@ -145,6 +147,8 @@ class _Discovery:
     """One discovery: the reader, the sketch of each part 2 * dataset + half of what it has read, and the templates."""
 
     def __init__(self, model, tokenizer, datasets: Mapping[str, Iterable], config: FunctionalNetworkConfig) -> None:
+        if not callable(tokenizer):
+            raise FNSFTError(f"the tokenizer is a {type(tokenizer).__name__}; expected that of the model, loaded")
         self.whole_model, self.config, self.names = model, config, list(datasets)
         self.shown = source_names(absolute_sources(self.names))  # as the template names them
         self.model = base_model(model)
@@ -163,7 +167,7 @@ class _Discovery:
         )
         self.sources = [
             token_sequences(
-                islice(texts, config.ica_template_samples_per_ds),
+                islice(several(texts, name), config.ica_template_samples_per_ds),
                 tokenizer,
                 max_length=config.ica_max_length,
                 name=name,

@@ -9,11 +9,14 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.cells import UnusableRow
 from ..data.choices import ChoiceFormat, check_choices, chosen_choice_format, find_choice_format, read_choices
 from ..data.left_out import LeftOut
+from ..errors import FNSFTError
+from ..fields import checked
+from ..neurons.sites import base_model
 from .choices import choice_measures, score_choices
 from .generation import check_generates, check_scores_of_text, generate_answers, text_measures
 from .measures import Measure
@@ -128,7 +131,8 @@ def evaluate_model(
     Raises:
         FNSFTError: rows that cannot be read, none that can be scored, or a model that cannot answer.
     """
-    config = config or EvaluationConfig()
+    config = checked(config, EvaluationConfig, "config") or EvaluationConfig()
+    _check_given(model, tokenizer, data)
     scores = ModelScores()
     if config.generate:
         check_scores_of_text()
@@ -141,6 +145,20 @@ def evaluate_model(
         else:
             _score_rows(model, tokenizer, part, config, length, share, scores)
     return scores
+
+
+def _check_given(model, tokenizer, data) -> None:
+    if not isinstance(base_model(model), PreTrainedModel):
+        raise FNSFTError(f"the model is a {type(model).__name__}; expected one of transformers")
+    if not callable(tokenizer):
+        raise FNSFTError(f"the tokenizer is a {type(tokenizer).__name__}; expected that of the model, loaded")
+    parts = data if isinstance(data, Sequence) else [data]
+    if wrong := [part for part in parts if not isinstance(part, EvaluationData)]:
+        raise FNSFTError(
+            f"data holds a {type(wrong[0]).__name__}; expected a list of EvaluationData, each with a name and its rows"
+        )
+    if not isinstance(data, Sequence):
+        raise FNSFTError("data is one EvaluationData; expected a list of them")
 
 
 def check_data(part: EvaluationData, tokenizer, config: EvaluationConfig) -> None:

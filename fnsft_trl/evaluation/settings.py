@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..data.config import DataConfig
 from ..data.prompts import TEMPLATE_FORMATS
 from ..errors import FNSFTError
-from ..fields import check_fields, documented, option
+from ..fields import LARGEST_SEED, check_fields, documented, option
 
 
 @documented
@@ -59,7 +59,9 @@ class EvaluationConfig:
         False, "Put multiple-choice questions, and those of tasks, into the chat template, as a user's turn."
     )
     batch_size: int = option(8, "Rows in a forward pass.", least=1)
-    seed: int = option(0, "Seed of the rows that are drawn, of the bootstrap and of tasks.", least=0)
+    seed: int = option(
+        0, "Seed of the rows that are drawn, of the bootstrap and of tasks.", least=0, most=LARGEST_SEED
+    )
     bootstrap_draws: int = option(2000, "Number of draws of rows for the intervals.", least=100)
 
     def __post_init__(self) -> None:

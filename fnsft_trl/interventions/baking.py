@@ -3,6 +3,7 @@ out again."""
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import nn
@@ -41,8 +42,9 @@ def keep_neurons(model: nn.Module, mask: NeuronMask) -> KeptWeights:
     Raises:
         FNSFTError: the mask was made for another model, or the weights are quantised, offloaded or adapted.
     """
+    values = _values(model, mask, outgoing_only=False)
     baked = _baked(model)
-    return KeptWeights(_values(model, mask, outgoing_only=False), baked, baked)
+    return KeptWeights(values, baked, baked)
 
 
 @torch.no_grad()
@@ -104,8 +106,8 @@ def bake_amplification(model: nn.Module, mask: NeuronMask, factor: float) -> Kep
     Raises:
         FNSFTError: as [`bake_lesion`], or the model carries a lesion, another amplification, or one of these neurons.
     """
-    if factor in (0, 1) or not float("-inf") < factor < float("inf"):
-        raise FNSFTError(f"the factor to bake is {factor}; it must be finite, and neither 0 (bake_lesion) nor 1")
+    if not isinstance(factor, Real) or not math.isfinite(factor) or factor in (0, 1):
+        raise FNSFTError(f"the factor to bake is {factor!r}; it must be finite, and neither 0 (bake_lesion) nor 1")
     values = _values(model, mask, outgoing_only=True)
     found = _baked(model)
     amplified = mask.over({site.layer: site.width for site in find_neuron_sites(model, kind=mask.site)})
@@ -137,6 +139,9 @@ def unbake(model: nn.Module, kept: KeptWeights) -> None:
         FNSFTError: they are of another model, or the model carries another lesion than they left. The model is left as
             it was.
     """
+    base_model(model)  # which something else is not
+    if not isinstance(kept, KeptWeights):
+        raise FNSFTError(f"the kept weights are a {type(kept).__name__}; expected what bake_lesion returned")
     parameters = dict(model.named_parameters())
     for name, (dims, positions, values) in kept.values.items():
         parameter = parameters.get(name)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FNSFTError
-from ..neurons.mask import NeuronMask, fitting_sites
+from ..neurons.mask import NeuronMask, check_mask, fitting_sites
 from ..neurons.sites import NeuronSite, base_model
 from ..neurons.taps import checking, tapping
 from .places import TokenPlaces
@@ -234,6 +234,7 @@ def lesion(model: nn.Module, mask: NeuronMask, *, ablation: Replacement | None =
 
 def preserve(model: nn.Module, mask: NeuronMask, *, ablation: Replacement | None = None) -> MaskHandle:
     """Silence all neurons but the selected ones, within the layers that the mask covers. See [`lesion`]."""
+    check_mask(mask)
     return lesion(model, ~mask, ablation=ablation)
 
 

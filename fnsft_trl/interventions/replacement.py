@@ -1,7 +1,9 @@
 """Replacements: what stands in for the activations of the neurons that an intervention changes."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 
@@ -64,8 +66,8 @@ class Scaled(Replacement):
     """
 
     def __init__(self, factor: float) -> None:
-        if not float("-inf") < factor < float("inf"):
-            raise FNSFTError(f"the factor of an amplification is {factor}; it must be a finite number")
+        if not isinstance(factor, Real) or not math.isfinite(factor):
+            raise FNSFTError(f"the factor of an amplification is {factor!r}; it must be a finite number")
         self.factor = factor
 
     def of(self, layer, values, neurons, positions) -> torch.Tensor | float:

@@ -1,15 +1,16 @@
 """NeuronMask: a set of neurons, and the one check that it fits a model."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
 
 from ..errors import FNSFTError
 from ..ranges import format_ranges, parse_ranges
-from .sites import NeuronSite, find_neuron_sites
+from .sites import SITES, NeuronSite, find_neuron_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +22,30 @@ class NeuronMask:
     Attributes:
         layers (`dict[int, torch.Tensor]`): layer -> bool tensor, shape (neurons of the layer,), `True` for members.
         site (`str`): the site whose neurons these are.
+
+    Raises:
+        FNSFTError: no such site, or layers that are something else.
     """
 
     layers: dict[int, torch.Tensor]
     site: str = "mlp_intermediate"
 
     def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise FNSFTError(f"the site of a NeuronMask is {self.site!r}; it must be one of: {', '.join(SITES)}")
+        if not isinstance(self.layers, Mapping):
+            raise FNSFTError(
+                f"the layers of a NeuronMask are a {type(self.layers).__name__}; expected a mapping of each layer's "
+                "number to a bool tensor of shape (neurons,)"
+            )
         for layer, members in self.layers.items():
-            if members.dtype != torch.bool or members.dim() != 1:
+            if not isinstance(layer, Integral) or isinstance(layer, bool):
+                raise FNSFTError(f"a layer of a NeuronMask is called {layer!r}; expected its number")
+            if not isinstance(members, torch.Tensor) or members.dtype != torch.bool or members.dim() != 1:
+                is_tensor = isinstance(members, torch.Tensor)
+                found = f"{members.dtype} of shape {tuple(members.shape)}" if is_tensor else type(members).__name__
                 raise FNSFTError(
-                    f"layer {layer} of a NeuronMask is {members.dtype} of shape {tuple(members.shape)}; expected a "
-                    "bool tensor of shape (neurons,)"
+                    f"layer {layer} of a NeuronMask is {found}; expected a bool tensor of shape (neurons,)"
                 )
 
     @property
@@ -42,7 +56,7 @@ class NeuronMask:
     @property
     def fraction(self) -> float:
         """Share of the neurons of its layers that are in the set, in [0, 1]."""
-        return self.count / sum(len(members) for members in self.layers.values())
+        return self.count / max(1, sum(len(members) for members in self.layers.values()))
 
     @property
     def sha256(self) -> str:
@@ -54,7 +68,13 @@ class NeuronMask:
         return digest.hexdigest()
 
     def indices(self, layer: int) -> torch.Tensor:
-        """Numbers of the members in one layer, ascending, shape (members,)."""
+        """Numbers of the members in one layer, ascending, shape (members,).
+
+        Raises:
+            FNSFTError: the mask does not cover that layer.
+        """
+        if not isinstance(layer, Integral) or layer not in self.layers:
+            raise FNSFTError(f"the mask does not cover layer {layer!r}; its layers are {format_ranges(self.layers)}")
         return self.layers[layer].nonzero().flatten()
 
     def to_ranges(self) -> dict[str, str]:
@@ -91,6 +111,7 @@ class NeuronMask:
         return NeuronMask(empty | self.layers, self.site)
 
     def _aligned(self, other: "NeuronMask") -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        check_mask(other, "what a NeuronMask is combined with")
         shapes, others = ({i: len(m) for i, m in mask.layers.items()} for mask in (self, other))
         if shapes != others or self.site != other.site:
             raise FNSFTError(
@@ -121,6 +142,16 @@ class NeuronMask:
         )
 
 
+def check_mask(mask: object, name: str = "the mask") -> None:
+    """Check that what is given as a mask is one.
+
+    Raises:
+        FNSFTError: it is something else.
+    """
+    if not isinstance(mask, NeuronMask):
+        raise FNSFTError(f"{name} is a {type(mask).__name__}; expected a NeuronMask, as select_neurons gives it")
+
+
 def fitting_sites(model: nn.Module, mask: NeuronMask) -> list[NeuronSite]:
     """All sites of a model whose neurons a mask is of, checked against every layer of the mask.
 
@@ -132,8 +163,9 @@ def fitting_sites(model: nn.Module, mask: NeuronMask) -> list[NeuronSite]:
         The model's sites at `mask.site`, ordered by layer, those of layers that the mask does not cover too.
 
     Raises:
-        FNSFTError: the mask has a layer that the model has not, or one of another width.
+        FNSFTError: it is no mask, or has a layer that the model has not, or one of another width.
     """
+    check_mask(mask)
     sites = find_neuron_sites(model, kind=mask.site)
     widths = {site.layer: site.width for site in sites}
     for layer, members in mask.layers.items():

@@ -123,9 +123,18 @@ class NeuronSite:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`, a compiled or a distributed one; any other is returned as it is."""
+    """The transformers model inside a `PeftModel`, a compiled or a distributed one; any other is returned as it is.
+
+    Raises:
+        FNSFTError: it is no model.
+    """
     if isinstance(model, PeftModel):
         return model.get_base_model()
+    if not isinstance(model, nn.Module):
+        raise FNSFTError(
+            f"the model is a {type(model).__name__}; expected a loaded one, as AutoModelForCausalLM.from_pretrained "
+            "gives it"
+        )
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 

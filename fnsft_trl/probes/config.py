@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import FNSFTError
-from ..fields import check_fields, documented, option
+from ..fields import LARGEST_SEED, check_fields, documented, option
 from ..ranges import parse_ranges
 
 
@@ -45,7 +45,7 @@ class ProbeConfig:
     curves: list[str] | None = option(
         None,
         "Curves to measure. `lesion`: each network by itself beside every control, which gives the verdicts. `union`: "
-        "the first m networks together. `dose`: 0.1% to 20% of all neurons. `preserve`: 5% to 100%. `amplify`: "
+        "the first m networks together. `dose`: 0.001 to 0.2 of all neurons. `preserve`: 0.05 to 1. `amplify`: "
         "activations halved, doubled, times 4. `kept`: the networks alone. `prune`: neurons of no network set to "
         "their mean, and to zero, in all layers but the first and the last. By default all of them.",
     )
@@ -88,11 +88,9 @@ class ProbeConfig:
         "Number of texts of the data to show for each network, those in which it is most active; 0 for none.",
         least=0,
     )
-    seed: int = option(0, "Seed of the draws.", least=0)
+    seed: int = option(0, "Seed of the draws.", least=0, most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
-        if isinstance(self.curves, str):
-            self.curves = [self.curves]
         check_fields(self)
         if unknown := [name for name in self.curves or () if name not in CURVES]:
             raise FNSFTError(f"curves holds {unknown[0]!r}; it must be of: {', '.join(CURVES)}")

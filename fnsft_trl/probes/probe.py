@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import FNSFTError
 from ..evaluation.share import ALONE, Share
+from ..fields import checked
 from ..interventions.replacement import Mean, Replacement, Resampled, Zero
 from ..ranks import Ranks
 from ..selection.evidence import SelectorEvidence
@@ -92,7 +93,7 @@ def probe_networks(
         FNSFTError: a template is of another model or site, the data has no answers to change tokens at, or
             `output_dir` holds another probe.
     """
-    config = config or ProbeConfig()
+    config = checked(config, ProbeConfig, "config") or ProbeConfig()
     _check(template, data, config, domains)
     template.check_model(model.eval())
     output, ranks = Path(output_dir), Ranks()

@@ -13,7 +13,8 @@
 The first three look at networks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral, Real
 
 import torch
 from transformers.utils import logging
@@ -21,7 +22,7 @@ from transformers.utils import logging
 from ..config import MEASURED_SELECTORS, NETWORK_SELECTORS, SELECTOR_ALIASES, SELECTORS
 from ..errors import FNSFTError
 from ..finite import check_finite
-from ..neurons.mask import NeuronMask
+from ..neurons.mask import NeuronMask, check_mask
 from ..ranges import format_ranges, parse_ranges
 from ..template.template import FunctionalNetworkTemplate
 from .evidence import SelectorEvidence
@@ -41,7 +42,7 @@ def select_neurons(
     seed: int = 0,
     like: NeuronMask | None = None,
     min_reliability: float = 0.0,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     evidence: SelectorEvidence | None = None,
 ) -> NeuronMask:
     """Select neurons by the networks they belong to, or by a control (`SELECTORS`).
@@ -53,8 +54,7 @@ def select_neurons(
         template: the networks.
         component_ids: numbers of the networks, or text such as `"0-3,7"`; all of them by default. Only for selectors
             that look at networks.
-        selector: `"networks"`, or a control: `"layer_shuffled"`, `"surrogate"`, `"random"`, `"activation_rms"`,
-            `"contrast"`, `"gradient_conflict"`.
+        selector: networks, layer_shuffled, surrogate, random, activation_rms, contrast, gradient_conflict.
         fraction: share of the neurons to select, in (0, 1).
         per_layer: take the share of every layer (rounded, at least one neuron), instead of all layers pooled.
         rank: `"highest"`, or `"lowest"`: those most outside the networks, most quiet, least in conflict.
@@ -72,8 +72,9 @@ def select_neurons(
     Raises:
         FNSFTError: an unknown selector, network or layer, a fraction out of range, no evidence, no neuron, or NaN.
     """
-    selector = SELECTOR_ALIASES.get(selector, selector)
-    _check_request(selector, rank, component_ids, fraction, like, evidence)
+    selector = SELECTOR_ALIASES.get(str(selector), selector)
+    _check_request(template, selector, rank, component_ids, fraction, like, evidence)
+    _check_numbers(fraction, seed, min_reliability)
     ids = _networks(template, component_ids, min_reliability if selector in NETWORK_SELECTORS else 0)
     chosen = _layers(template, layers)
     source = evidence.surrogate(template) if selector == "surrogate" else template
@@ -99,13 +100,16 @@ def _members(template, ids, seed: int | None) -> dict[int, torch.Tensor]:
     return found if seed is None else _shuffled(found, seed)
 
 
-def _check_request(selector, rank, component_ids, fraction, like, evidence) -> None:
+def _check_request(template, selector, rank, component_ids, fraction, like, evidence) -> None:
+    if not isinstance(template, FunctionalNetworkTemplate):
+        raise FNSFTError(
+            f"template is a {type(template).__name__}; expected a FunctionalNetworkTemplate, as its from_pretrained "
+            "reads one"
+        )
     if selector not in SELECTORS:
         raise FNSFTError(f"selector {selector!r} is unknown; it must be one of: {', '.join(SELECTORS)}")
     if rank not in ("highest", "lowest"):
         raise FNSFTError(f"rank {rank!r} is unknown; it must be highest or lowest")
-    if fraction is not None and not 0 < fraction < 1:
-        raise FNSFTError(f"fraction is {fraction}; it must be between 0 and 1")
     if fraction is not None and like is not None:
         raise FNSFTError("fraction and like both say how many neurons to select; give one of them")
     if fraction is None and like is None:
@@ -117,19 +121,45 @@ def _check_request(selector, rank, component_ids, fraction, like, evidence) -> N
         raise FNSFTError(
             f"selector={selector!r} takes no component_ids; only {', '.join(map(repr, NETWORK_SELECTORS))} do"
         )
-    if selector in MEASURED_SELECTORS and evidence is None:
+    if like is not None:
+        check_mask(like, "like")
+    if selector in MEASURED_SELECTORS and not isinstance(evidence, SelectorEvidence):
         raise FNSFTError(
             f"selector={selector!r} is measured on texts: give evidence=SelectorEvidence(model, tokenizer, task=..., "
             "general=...)"
         )
 
 
+def _check_numbers(fraction, seed, min_reliability) -> None:
+    if fraction is not None and not (isinstance(fraction, Real) and 0 < fraction < 1):
+        raise FNSFTError(f"fraction is {fraction!r}; it must be a number between 0 and 1")
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
+        raise FNSFTError(f"seed is {seed!r}; it must be a whole number of 64 bits")
+    if not isinstance(min_reliability, Real) or not 0 <= min_reliability <= 1:
+        raise FNSFTError(f"min_reliability is {min_reliability!r}; it must be a number from 0 to 1")
+
+
+def _numbers(given, count: int, what: str) -> list[int]:
+    """The numbers that are named by one of them, several, or text.
+
+    Raises:
+        FNSFTError: something in them is no number.
+    """
+    if isinstance(given, torch.Tensor):
+        given = given.tolist()
+    if isinstance(given, str):
+        return parse_ranges(given, count, what=what)
+    numbers = list(given) if isinstance(given, Iterable) else [given]
+    for number in numbers:
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise FNSFTError(f"{what} {number!r} is no number of one; give whole numbers, or text such as 0-3,7")
+    return [int(number) for number in numbers]
+
+
 def _networks(template, component_ids, min_reliability: float) -> list[int]:
     """The numbers of the networks that are meant, of those that are reliable enough."""
     count = len(template.components)
-    if isinstance(component_ids, str):
-        component_ids = parse_ranges(component_ids, count, what="network")
-    ids = list(range(count)) if component_ids is None else list(component_ids)
+    ids = list(range(count)) if component_ids is None else _numbers(component_ids, count, "network")
     unknown = [number for number in ids if not 0 <= number < count]
     if unknown or not ids:
         named = format_ranges(sorted(set(unknown))).replace(",", ", ") or "(none was named)"
@@ -169,8 +199,9 @@ def _reliable(template, ids: list[int], least: float) -> list[int]:
 
 def _layers(template, layers) -> list[int]:
     """The layers that are meant, ascending."""
-    if layers is None:
+    if layers is None or (isinstance(layers, str) and layers.strip() == "all"):
         return list(template.loadings)
+    layers = _numbers(layers, max(template.loadings) + 1, "layer")
     unknown = sorted(set(layers) - set(template.loadings))
     if unknown or not layers:
         raise FNSFTError(
@@ -199,13 +230,13 @@ def _scores(template, ids, selector, seed, evidence) -> dict[int, torch.Tensor]:
                 "neurons) does not know; discover the networks again"
             )
         return template.rms
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(int(seed))
     return {layer: torch.rand(width, generator=random) for layer, width in template.widths.items()}
 
 
 def _shuffled(values: dict[int, torch.Tensor], seed: int) -> dict[int, torch.Tensor]:
     """The values of each layer in another order, drawn by a seed."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(int(seed))
     return {layer: found[torch.randperm(len(found), generator=random)] for layer, found in values.items()}
 
 

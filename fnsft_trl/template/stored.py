@@ -49,6 +49,11 @@ class StoredTemplate:
         Raises:
             FNSFTError: it is not there, or its description is not that of a template.
         """
+        if not isinstance(reference, str | os.PathLike):
+            raise FNSFTError(
+                f"a template is named by a {type(reference).__name__}; expected its directory, its JSON file or its "
+                "id on the Hub"
+            )
         name = os.fspath(reference)
         path = Path(os.path.expanduser(name))
         if os.path.isfile(path):

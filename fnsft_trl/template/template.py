@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -114,9 +115,14 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         return {layer: values.shape[1] for layer, values in self.loadings.items()}
 
     def members(self, number: int) -> dict[int, torch.Tensor]:
-        """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,)."""
+        """The neurons of network `number`: layer -> bool tensor, shape (neurons of the layer,).
+
+        Raises:
+            FNSFTError: there is no such network.
+        """
         import torch
 
+        _check_network(number, len(self.components))
         loadings = {layer: values[number].numpy() for layer, values in self.loadings.items()}
         return {layer: torch.from_numpy(found) for layer, found in members(loadings, self.threshold).items()}
 
@@ -370,6 +376,11 @@ def _check_counts(template: FunctionalNetworkTemplate, found: TemplateDescriptio
                 f"{len(stated.layers)} layers, but its loadings and the threshold ({found.threshold_in_words()}) give "
                 f"{counted.neurons} in {len(counted.layers)}, or in others; save or fetch the template again"
             )
+
+
+def _check_network(number: int, count: int) -> None:
+    if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < count:
+        raise FNSFTError(f"the template has no network {number!r}; it has the networks 0-{count - 1}")
 
 
 def _has_same_body(model: nn.Module, architecture: str) -> bool:

@@ -1,6 +1,7 @@
 """Budget: how much retention a run may lose, and the last state of its weights that kept to it."""
 
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class Budget:
     """
 
     def __init__(self, nats: float, action: str = "rollback") -> None:
-        if not 0 <= nats < float("inf"):
+        if not isinstance(nats, Real) or not 0 <= nats < float("inf"):
             raise FNSFTError(f"the budget of retention is {nats!r}; it must be a number of nats, at least 0")
         if action not in ACTIONS:
             raise FNSFTError(f"on_budget is {action!r}; it must be one of: {', '.join(ACTIONS)}")

@@ -77,6 +77,10 @@ def find_checkpoint(asked: str | bool | None, args: TrainingArguments, *, has_ma
     """
     if asked is None or str(asked).lower() in ("false", ""):
         return None
+    if not isinstance(asked, str | bool | os.PathLike):
+        raise FNSFTError(
+            f"resume_from_checkpoint is {asked!r}; expected the directory of a checkpoint, or true for the newest one"
+        )
     found = ["", ""]
     if args.process_index == 0:
         try:

@@ -1,6 +1,7 @@
 """TrainerKind: what a class of trainers takes and does, read from its constructor."""
 
 import inspect
+import os
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import FNSFTError
+from ..neurons.sites import base_model
 
 
 class TrainerKind:
@@ -37,9 +39,10 @@ class TrainerKind:
         self.scores = any(base.__name__ == "RewardTrainer" for base in trainer_class.__mro__)
 
     def by_name(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by their names.
+        """The arguments of a call by their names; a model's path is its name.
 
         Raises:
+            FNSFTError: the training arguments are something else.
             TypeError: as Python has it.
         """
         if len(args) > len(self.order):
@@ -47,7 +50,14 @@ class TrainerKind:
         given = dict(zip(self.order, args, strict=False))
         if twice := given.keys() & kwargs.keys():
             raise TypeError(f"{self.trainer_class.__name__} got multiple values for argument {min(twice)!r}")
-        return given | kwargs
+        given |= kwargs
+        if isinstance(given.get("model"), os.PathLike):
+            given["model"] = os.fspath(given["model"])
+        if not isinstance(given.get("args"), TrainingArguments | None):
+            raise FNSFTError(
+                f"args is a {type(given['args']).__name__}; expected training arguments, such as an SFTConfig"
+            )
+        return given
 
     def model_of(self, given: dict[str, Any]) -> str | PreTrainedModel | PeftModel:
         """The model among the arguments.
@@ -60,6 +70,11 @@ class TrainerKind:
             raise FNSFTError(
                 f"{self.trainer_class.__name__} is given no model; with a network_config it needs one, and no "
                 "model_init, since the networks are those of this one model"
+            )
+        if not isinstance(model, str) and not isinstance(base_model(model), PreTrainedModel):
+            raise FNSFTError(
+                f"the model is a {type(model).__name__}; expected one of transformers, with or without an adapter, or "
+                "its name"
             )
         return model
 

@@ -61,7 +61,7 @@ def chosen_layers(
     Raises:
         FNSFTError: the template does not cover one of them.
     """
-    if config.ica_layers == _DEFAULTS["ica_layers"]:
+    if config.ica_layers == "all":
         return None
     layers = [site.layer for site in find_neuron_sites(model, kind=template.site, layers=config.ica_layers)]
     if missing := [layer for layer in layers if layer not in template.widths]:

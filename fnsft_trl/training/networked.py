@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer
 from transformers.utils import logging
@@ -14,6 +15,7 @@ from ..compat.trl import evaluation_metrics
 from ..config import FunctionalNetworkConfig, TrainingPlan
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
+from ..fields import checked
 from ..hub.card import named_card
 from ..hub.names import is_dataset_id, model_name
 from ..interventions.masking import MaskHandle, masks_off
@@ -62,6 +64,13 @@ _OWNED = (
     EWC_DIR,
     RESULTS_FILE,
 )
+
+
+def _checked(*configs: Any) -> list[Any]:
+    """The other configs of a run, in the order of the names here, checked again."""
+    names = ("retention", "protection", "anchor", "replay", "penalties")
+    kinds = (RetentionConfig, ProtectionConfig, AnchorConfig, ReplayConfig, PenaltyConfig)
+    return [checked(*each) for each in zip(configs, kinds, names, strict=True)]
 
 
 def _asked(
@@ -131,6 +140,8 @@ class NetworkedTrainer(ProtectingTrainer):
         penalties: PenaltyConfig | None = None,
         **kwargs,
     ) -> None:
+        network_config = checked(network_config, FunctionalNetworkConfig, "network_config")
+        retention, protection, anchor, replay, penalties = _checked(retention, protection, anchor, replay, penalties)
         kind = TrainerKind(self._trainer_class)
         given = kind.by_name(args, kwargs)
         for name, asked in (("retention is", retention), ("kl_to_base is", anchor)):

@@ -64,9 +64,6 @@ class PenaltyConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("ewc_datasets", "olora_adapters"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
         check_fields(self)
         for name in ("ewc", "olora"):
             if isinstance(getattr(self, name), str) and getattr(self, name) != INFINITE:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from ..data.embedded import EMBEDDED
 from ..errors import FNSFTError
 from ..evaluation.config import RetentionConfig
-from ..fields import check_fields, documented, fits, option
+from ..fields import LARGEST_SEED, check_fields, documented, fits, make_plain, option
 from ..ranges import is_open, parse_ranges, ranges_text
 
 
@@ -94,11 +94,10 @@ class ProtectionConfig:
         above=0,
         most=1,
     )
-    protect_seed: int = option(0, "Seed of the directions of `protect: random`.", least=0)
+    protect_seed: int = option(0, "Seed of the directions of `protect: random`.", least=0, most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
-        if isinstance(self.protect_datasets, str):
-            self.protect_datasets = [self.protect_datasets]
+        make_plain(self)
         if self.protect is None:
             self.protect = "none"
         if self.forgetting == LOW:

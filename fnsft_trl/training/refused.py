@@ -3,21 +3,29 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+)
 from trl import SFTConfig, is_conversational, is_conversational_from_value
 
 from ..data.rendering import answers_template
 from ..errors import FNSFTError
-from ..json_text import from_json
+from .given_rows import check_cells, check_held_out, check_ids, check_rows, datasets_of, first_row
 
 
+_SAMPLED = 1000  # rows
 _LOSSES = ("nll", "dft", "chunked_nll")  # the last one is the default of TRL 1.14, and the first one's alias since
-_MASKS = ("completion_mask", "assistant_masks")
 
 
 def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
@@ -33,6 +41,7 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
     if not isinstance(args, SFTConfig):  # as SFTTrainer makes one of others
         args = SFTConfig(**args.to_dict() | {"hub_token": args.hub_token})
     sample = _sample(given.get("train_dataset"), args)
+    check_held_out(given.get("eval_dataset"))
     _check_settings(args, given)
     _check_tokens(args, given["processing_class"])
     is_vision = bool(sample.keys() & {"image", "images"})
@@ -41,37 +50,30 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
     _check_lengths(args, given, is_vision)
     prepares = not (args.dataset_kwargs or {}).get("skip_prepare_dataset") and not is_vision
     if prepares and given.get("formatting_func") is None:
-        _check_columns(args, sample)
+        for name, dataset in datasets_of(given):
+            check_cells(dataset, name, args.dataset_text_field)
+            _check_columns(args, sample if name == "train_dataset" else next(iter(dataset)), name)
+    if not prepares and not is_vision and given.get("data_collator") is None and "input_ids" not in sample:
+        raise FNSFTError(
+            "dataset_kwargs has skip_prepare_dataset, and the rows have no 'input_ids'; drop it, or tokenise the rows"
+        )
     _check_loss(args, given, sample)
-    for name, dataset in _datasets(given):
-        _check_rows(dataset, name, prepares, is_vision)
+    for name, dataset in datasets_of(given):
+        check_rows(dataset, name, prepares, is_vision)
     _check_evaluation(args, given)
     _check_model(args, given)
 
 
 def _sample(dataset, args: SFTConfig) -> dict:
-    """The first row."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        found = "missing" if dataset is None else f"a {type(dataset).__name__}"
-        raise FNSFTError(
-            f"train_dataset is {found}; expected a Dataset or an IterableDataset of datasets (to_trl_format makes one "
-            "of a list of rows)"
-        )
-    sample = next(iter(dataset), None)
+    """The first row, or the first of some in which no conversation is empty."""
+    first = first_row(dataset, "train_dataset")
+    sample = next((row for row in islice(dataset, _SAMPLED) if [] not in row.values()), None)
     if sample is None:
-        raise FNSFTError("train_dataset has no rows; at least one was expected")
+        column = next(name for name, value in first.items() if value == [])
+        raise FNSFTError(f"train_dataset has no {column!r} in its first rows; to_trl_format leaves such rows out")
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise FNSFTError("train_dataset is a stream, whose length is not known; set max_steps")
     return sample
-
-
-def _datasets(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "train_dataset", given["train_dataset"]
-    held_out = given.get("eval_dataset")
-    if isinstance(held_out, dict):
-        yield from ((f"eval_dataset[{name!r}]", rows) for name, rows in held_out.items())
-    elif held_out is not None:
-        yield "eval_dataset", held_out
 
 
 def _check_settings(args: SFTConfig, given: Mapping[str, Any]) -> None:
@@ -83,6 +85,8 @@ def _check_settings(args: SFTConfig, given: Mapping[str, Any]) -> None:
         raise FNSFTError("loss_type=dft has a loss of its own, beside compute_loss_func; drop one of them")
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
         raise FNSFTError("liger_kernel_config asks for fused_linear_cross_entropy, which SFTTrainer replaces; drop it")
+    if unknown := set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
+        raise FNSFTError(f"dataset_kwargs has {min(unknown)!r}; SFTTrainer reads skip_prepare_dataset alone, drop it")
     checkpointing = args.gradient_checkpointing_kwargs or {}
     if checkpointing.get("selective") and (not args.gradient_checkpointing or checkpointing.get("use_reentrant")):
         raise FNSFTError(
@@ -155,15 +159,15 @@ def _check_lengths(args: SFTConfig, given: Mapping[str, Any], is_vision: bool) -
         )
 
 
-def _check_columns(args: SFTConfig, sample: Mapping) -> None:
+def _check_columns(args: SFTConfig, sample: Mapping, name: str) -> None:
     is_pair = {"prompt", "completion"} <= sample.keys()
     if "input_ids" in sample or is_pair or is_conversational_from_value(sample):
         return
-    if "messages" in sample and is_conversational(sample):
+    if sample.get("messages") and is_conversational(sample):
         return
     if not isinstance(sample.get(args.dataset_text_field), str) or "prompt" in sample:
         raise FNSFTError(
-            f"the rows have the columns {', '.join(map(repr, sample))}; SFTTrainer reads prompt and completion, "
+            f"{name} has the columns {', '.join(map(repr, sample))}; SFTTrainer reads prompt and completion, "
             f"messages, input_ids or the text in {args.dataset_text_field!r} (dataset_text_field); to_trl_format "
             "reads many others"
         )
@@ -190,45 +194,6 @@ def _check_loss(args: SFTConfig, given: Mapping[str, Any], sample: Mapping) -> N
         )
 
 
-def _check_rows(dataset, name: str, prepares: bool, is_vision: bool) -> None:
-    """What SFTTrainer stumbles over in single rows."""
-    columns = set(dataset.column_names or [])
-    if not prepares:
-        if not is_vision and "labels" not in columns and columns & {*_MASKS}:
-            raise FNSFTError(
-                f"{name} has masks and no labels, which skip_prepare_dataset leaves out; add labels (-100 where "
-                "nothing is learnt), or drop skip_prepare_dataset"
-            )
-        return
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise FNSFTError(
-            f"{name} has a transform (with_transform), which SFTTrainer cannot prepare; write its results with map, "
-            'or set dataset_kwargs={"skip_prepare_dataset": True} and let it give input_ids'
-        )
-    if (
-        not isinstance(dataset, Dataset)
-        or "input_ids" in columns
-        or not (read := columns & {"tools", "chat_template_kwargs"})
-    ):
-        return
-    for number, row in enumerate(dataset.select_columns(sorted(read))):
-        if isinstance(row.get("tools"), str) and not _is_json(row["tools"]):
-            problem = "'tools' that are no JSON"
-        elif "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], Mapping):
-            problem = "no 'chat_template_kwargs', which other rows have"
-        else:
-            continue
-        raise FNSFTError(f"row {number} of {name} has {problem}; to_trl_format({name}) mends or leaves out such rows")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        from_json(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _check_evaluation(args: SFTConfig, given: Mapping[str, Any]) -> None:
     if args.eval_strategy not in (None, "no") and given.get("eval_dataset") is None:
         raise FNSFTError(
@@ -253,7 +218,12 @@ def _check_model(args: SFTConfig, given: Mapping[str, Any]) -> None:
             f"target_modules has {target!r}, the head of the model, whose adapter SFTTrainer would not train; take it "
             "out"
         )
-    if args.router_aux_loss_coef and not _has_routers(model, settings, args.trust_remote_code):
+    for name, dataset in datasets_of(given):
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            check_ids(dataset, name, _vocabulary(model, settings, args.trust_remote_code))
+    if args.router_aux_loss_coef and not hasattr(
+        _text_config(model, settings, args.trust_remote_code), "output_router_logits"
+    ):
         raise FNSFTError(
             f"router_aux_loss_coef is {args.router_aux_loss_coef}, and the model is no mixture of experts that gives "
             "its router's logits; drop it"
@@ -279,13 +249,18 @@ def _head_target(model: str | PreTrainedModel, peft_config: PeftConfig) -> str |
     return next((target for target in targets for head in heads if f".{head}".endswith(f".{target}")), None)
 
 
-def _has_routers(model: str | PreTrainedModel, settings: Mapping, trust_remote_code: bool) -> bool:
+def _vocabulary(model: str | PreTrainedModel, settings: Mapping, trust_remote_code: bool) -> int:
+    """The number of tokens that a model has embeddings for."""
     if isinstance(model, str):
-        model_config = AutoConfig.from_pretrained(
+        return _text_config(model, settings, trust_remote_code).vocab_size
+    return model.get_input_embeddings().num_embeddings
+
+
+def _text_config(model: str | PreTrainedModel, settings: Mapping, trust_remote_code: bool) -> PreTrainedConfig:
+    if isinstance(model, str):
+        return AutoConfig.from_pretrained(
             model,
             revision=settings.get("revision"),
             trust_remote_code=settings.get("trust_remote_code", trust_remote_code),
-        )
-    else:
-        model_config = model.config
-    return hasattr(model_config.get_text_config(), "output_router_logits")
+        ).get_text_config()
+    return model.config.get_text_config()

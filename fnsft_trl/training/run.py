@@ -26,9 +26,11 @@ from ..template.template import FunctionalNetworkTemplate
 from ..tuner import NeuronTunerConfig
 from .checkpoints import find_checkpoint
 from .engines import Engine
+from .given_rows import check_held_out, first_row
 from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
 from .loaded import check_template, chosen_layers, given_template, select_as_configured
+from .numbers import check_lora_numbers
 from .preparation import (
     check_selector,
     check_whole,
@@ -41,6 +43,7 @@ from .preparation import (
 from .reference import check_maskable, copy_for_reference, mask_trainer, match_reference
 from .refused import check_refused
 from .same_run import networks_text
+from .start import check_holds_weights, check_start
 from .ways import WAYS, Way
 
 
@@ -97,6 +100,7 @@ class Run:
             is_proposal = (args.hub_revision or "").startswith("refs/pr/")
             check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
         self.guard: FrozenNeuronGuard | None = None
+        check_start(args, given)
         if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
             raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
@@ -152,6 +156,9 @@ class Run:
             given["processing_class"] = self._processing_class()
         if kind.is_sft:
             check_refused(given, self.args)
+        elif kind.is_of_trl:
+            first_row(given.get("train_dataset"), "train_dataset")
+            check_held_out(given.get("eval_dataset"))
         set_seed(self.args.seed)  # as the trainers of TRL do before they load a model
         if isinstance(given["model"], str):
             quantization = given.pop("quantization_config", None)
@@ -264,6 +271,7 @@ class Run:
         if self._loads_reference:
             match_reference(trainer)
         self.way.hold(trainer, self.trainable)
+        check_holds_weights(trainer)
         self._leave_out_unreached(trainer.model)
         handle = None
         if self.plan.mask_mode is not None:
@@ -318,6 +326,8 @@ def _adapter(model: str | PreTrainedModel | PeftModel, given: PeftConfig | None)
                 "adapter on, or merge it first (merge_and_unload)"
             )
         adapter, known = model.active_peft_config, (LoraConfig, NeuronTunerConfig)
+    if isinstance(given, LoraConfig):
+        check_lora_numbers(given)
     if adapter is not None and not isinstance(adapter, known):
         raise FNSFTError(
             f"the model is to be trained with a {type(adapter).__name__}, which cannot be held to a set of "

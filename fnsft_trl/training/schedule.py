@@ -2,8 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..constraints import FrozenSlices, check_momenta, freeze_neurons
 from ..errors import FNSFTError
 from ..interventions.masking import MASK_MODES, MaskHandle
-from ..neurons.mask import NeuronMask
+from ..neurons.mask import NeuronMask, check_mask
 from ..neurons.sites import find_neuron_sites
 from .reference import check_maskable, mask_trainer
 
@@ -64,12 +65,14 @@ class MaskScheduleCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, phases: Sequence[MaskPhase]) -> None:
         if not phases:
             raise FNSFTError("a MaskScheduleCallback without phases has no effect; give it some")
+        if not isinstance(phases, Sequence) or not all(isinstance(phase, MaskPhase) for phase in phases):
+            raise FNSFTError(f"the phases are {phases!r}; expected a list of MaskPhase")
         if getattr(trainer, "network_config", None) is None:
             raise FNSFTError("a MaskScheduleCallback needs a trainer with a network_config: see with_networks")
         if any(phase.mask_mode is not None for phase in phases):
             check_maskable(trainer.args)
         self.trainer = trainer
-        self.phases = list(phases)
+        self.phases = [replace(phase, start=_start(phase.start)) for phase in phases]
         # What each phase trains, over all layers.
         self._trainable = [self._check(phase) for phase in self.phases]
         self._own_handle = trainer.mask_handle
@@ -93,9 +96,9 @@ class MaskScheduleCallback(TrainerCallback):
         ]
 
     def _check(self, phase: MaskPhase) -> NeuronMask:
-        fraction = isinstance(phase.start, float)
-        if phase.start < 0 or (fraction and phase.start >= 1):
-            raise FNSFTError(f"phase start {phase.start!r} is no step (0, 1, 2...) and no fraction in [0, 1)")
+        for name in ("mask", "trainable"):
+            if getattr(phase, name) is not None:
+                check_mask(getattr(phase, name), f"{name} of a phase")
         if phase.mask_mode not in (None, *MASK_MODES):
             raise FNSFTError(
                 f"mask_mode {phase.mask_mode!r} of a phase is unknown; use {', '.join(MASK_MODES)} or None"
@@ -215,3 +218,11 @@ class MaskScheduleCallback(TrainerCallback):
         self.trainer.mask_handle = self._own_handle if number < 0 else self._handles[number]
         if self.trainer.mask_handle is not None:
             self.trainer.mask_handle.enable()
+
+
+def _start(start: int | float) -> int | float:
+    """A step as an `int`, a fraction as a `float`, whatever type of number it is."""
+    is_step = isinstance(start, Integral) and not isinstance(start, bool) and start >= 0
+    if not is_step and not (isinstance(start, Real) and not isinstance(start, Integral) and 0 <= start < 1):
+        raise FNSFTError(f"phase start {start!r} is no step (0, 1, 2...) and no fraction in [0, 1)")
+    return int(start) if is_step else float(start)

@@ -101,7 +101,7 @@ def out_of_range(draw) -> Call:
     name, value = draw.choice(
         [
             *(("per_device_train_batch_size", "0"), ("gradient_accumulation_steps", "-2"), ("learning_rate", "-1")),
-            *(("max_seq_length", "0"), ("num_train_epochs", "-1"), ("max_steps", "-5"), ("warmup_ratio", "-0.1")),
+            *(("max_seq_length", "0"), ("num_train_epochs", "-1"), ("max_steps", "-5"), ("warmup_ratio", "1")),
             *(("ica_fraction", "0"), ("ica_fraction", "1.5"), ("ica_percentile", "100"), ("ica_components", "0")),
             *(("ica_rank", "-3"), ("ica_seed", "-1"), ("ica_component_ids", "-1"), ("ica_max_length", "1")),
             *(("ica_until_reliable", "2"), ("ica_drop_massive", "0.5"), ("ica_component_ids", "[]")),

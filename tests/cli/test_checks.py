@@ -25,7 +25,7 @@ def test_what_would_end_the_training_is_refused(tmp_path, settings, message):
 
 
 def test_liger_kernels_must_be_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("fnsft_trl.cli.checks.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("fnsft_trl.training.start.is_liger_kernel_available", lambda: False)
     with pytest.raises(FNSFTError, match="use_liger_kernel needs the package liger-kernel"):
         check_training_arguments(sft_config(tmp_path, use_liger_kernel=True), "cpu")
 

@@ -222,13 +222,13 @@ def test_most_texts_are_tried_in_plain_form():
 @given(st.integers(-(2**64), 2**64) | st.integers(-200, 200))
 def test_a_whole_number_is_read_to_64_bits(tmp_path_factory, number):
     known, file = known_of("train"), tmp_path_factory.getbasetemp() / "number.yaml"
-    found = ways(known["seed"], str(number), file, known)
+    found = ways(known["ddp_timeout"], str(number), file, known)
     assert len(found) == 4
     assert found == [found[0]] * 4
     if -(2**63) <= number < 2**63:
-        assert found[0] == [("seed", number, int)]
+        assert found[0] == [("ddp_timeout", number, int)]
     else:
-        assert "seed is" in found[0]
+        assert "ddp_timeout is" in found[0]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -320,7 +320,8 @@ def test_two_names_of_one_option_are_two_values_of_it(tmp_path):
     base = ["--model_name_or_path", "m"]
     for old, new in RENAMED.items():
         option = training_options()[new]
-        value = {"bool": "true", "str": option.choices[0] if option.choices else "x"}.get(option.kind, "1")
+        value = {"bool": "true", "str": option.choices[0] if option.choices else "x", "float": "0.5"}
+        value = value.get(option.kind, "1")
         rest = [] if new == "dataset_name" else ["--dataset_name", "d"]
         config = tmp_path / "config.yaml"
         config.write_text(f"{old}: {value}\n{new}: {value}\n")

@@ -168,3 +168,42 @@ def test_squad_becomes_prompts_and_completions():
     assert converted.to_list() == [
         {"prompt": [{"role": "user", "content": "c\n\nq"}], "completion": [{"role": "assistant", "content": "a"}]}
     ]
+
+
+ROW = {"prompt": "a", "completion": "b"}
+NO_ROWS = [None, "rows.jsonl", b"a", 3, ROW, {"train": [ROW]}, {"prompt": ["a"], "completion": ["b"]}]
+NO_ROW = [None, "text", 3, ["a", "b"], [ROW], {1: "a"}, {None: "a", **ROW}]
+
+
+@pytest.mark.parametrize("number", range(len(NO_ROWS)))
+def test_what_is_no_list_of_rows_is_an_error_by_its_type(number):
+    with pytest.raises(FNSFTError, match=f"^mine is a {type(NO_ROWS[number]).__name__}; expected a Dataset or a list"):
+        to_trl_format(NO_ROWS[number], name="mine")
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("number", range(len(NO_ROW)))
+def test_what_is_no_row_is_an_error_with_its_number(number, place):
+    rows = [ROW, ROW, ROW]
+    rows[place] = NO_ROW[number]
+    with pytest.raises(FNSFTError, match=f"^row {place} of mine (is a|has a column called)"):
+        to_trl_format(iter(rows), name="mine")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        3,
+        [],
+        ["prompt"],
+        {"a": "b"},
+        {"prompt": None, "completion": "completion"},
+        "",
+        "=",
+        True,
+        "prompt=a,completion=a",
+    ],
+)
+def test_columns_that_choose_nothing_are_an_error(columns):
+    with pytest.raises(FNSFTError, match=r"^columns is .*; write prompt=COLUMN"):
+        to_trl_format([ROW], columns)

@@ -343,7 +343,7 @@ def test_any_choice_of_columns_is_read_or_refused(text):
 TARGETS = st.sampled_from([("prompt", "completion"), ("messages",), ("text",), ("system", "completion", "prompt")])
 
 
-@given(TARGETS, st.lists(st.text("ab c_=", min_size=1).filter(str.strip), min_size=3, max_size=3))
+@given(TARGETS, st.lists(st.text("ab c_=", min_size=1).filter(str.strip), min_size=3, max_size=3, unique_by=str.strip))
 def test_chosen_columns_come_back_from_their_text(targets, columns):
     chosen = {target: name.strip() for target, name in zip(targets, columns, strict=False)}
     assert parse_columns(" , ".join(f"{target} = {name}" for target, name in chosen.items())) == chosen

@@ -466,3 +466,28 @@ def test_what_is_missing_is_named(model_dir, templates):
         networked(str(model_dir), network_template=templates["llama"])
     with pytest.raises(TypeError, match="multiple values"):
         networked(str(model_dir), model=str(model_dir))
+
+
+NO_ROWS = {"a list": [{"prompt": "a"}], "nothing": None, "no row": Dataset.from_list([]), "a dict": {"a": 1}}
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "Trainer"])
+@pytest.mark.parametrize("rows", NO_ROWS)
+@pytest.mark.parametrize("place", ["train_dataset", "eval_dataset"])
+def test_what_is_no_dataset_is_refused_before_a_model_is_loaded(name, rows, place, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "fnsft_trl.training.run.load_base_model", lambda *args, **more: pytest.fail("a model is loaded")
+    )
+    trainer_class, config_class, fine, options, more = TRAINERS[name]
+    if place == "eval_dataset" and NO_ROWS[rows] is None:
+        return
+    data = {"train_dataset": Dataset.from_list(fine), "eval_dataset": None} | {place: NO_ROWS[rows]}
+    with pytest.raises(FNSFTError, match=f"{place}.* (is a|is missing|has no rows)"):
+        with_networks(trainer_class)(
+            model="nowhere",
+            args=config_class(output_dir=str(tmp_path / "run"), **COMMON, **options),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(),
+            **data,
+            **more,
+        )

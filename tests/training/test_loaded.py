@@ -42,7 +42,7 @@ VALUES = {
     "ica_skip_special": st.booleans(),
     "ica_drop_massive": st.none() | st.floats(2, 99),
     "ica_batch_size": st.integers(1, 9),
-    "ica_max_length": st.integers(2, 999),
+    "ica_max_length": st.integers(4, 999),
     "ica_seed": st.integers(0, 9),
     "ica_datasets": st.none() | st.lists(st.sampled_from(["a/x.jsonl", "b", "org/c"]), min_size=1, unique=True),
 }

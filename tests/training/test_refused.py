@@ -5,8 +5,8 @@ import inspect
 import textwrap
 
 import pytest
-from datasets import Dataset, IterableDataset
-from helpers import sft_config
+from datasets import Dataset, Features, IterableDataset, Json, LargeList, List
+from helpers import VOCABULARY, sft_config, tiny_model
 from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTTrainer
@@ -43,7 +43,37 @@ CASES = {
         {}, {}, "row 0 of train_dataset has no 'chat_template_kwargs'.*to_trl_format",
     ),
     "evaluation": (PAIRS, {"eval_strategy": "steps", "eval_steps": 1}, {}, "no eval_dataset; give one"),
+    "evaluation in a list": (PAIRS, {}, {"eval_dataset": PAIRS}, "eval_dataset is a list; .*to_trl_format makes one"),
+    "evaluation without rows": (PAIRS, {}, {"eval_dataset": Dataset.from_list([])}, "eval_dataset has no rows"),
+    "evaluation of a stream without rows": (
+        PAIRS, {}, {"eval_dataset": {"a": IterableDataset.from_generator([].__iter__)}}, "'a'. has no rows"
+    ),
+    "no evaluation by name": (PAIRS, {}, {"eval_dataset": {}}, "eval_dataset is an empty dict; give datasets by name"),
+    "splits": (None, {}, {"train_dataset": {"train": 1, "test": 2}}, "one of its entries .'train', 'test'."),
     "columns": ([{"story": "a"}] * 4, {}, {}, "columns 'story'.*dataset_text_field.*to_trl_format"),
+    "other columns": (
+        PAIRS, {}, {"eval_dataset": {"a": Dataset.from_list([{"question": "a", "answer": "b"}])}},
+        "eval_dataset.'a'. has the columns 'question', 'answer'; .*to_trl_format",
+    ),
+    "preferences": (
+        PAIRS, {}, {"eval_dataset": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])},
+        "eval_dataset has the columns 'prompt', 'chosen', 'rejected'",
+    ),
+    "numbers": ([{"prompt": "a", "completion": 1}], {}, {}, "'completion' of train_dataset is of the type int64; "),
+    "bytes": ([{"text": b"a"}], {}, {}, "'text' of train_dataset is of the type binary"),
+    "nothing but nulls": ([{"text": None}], {}, {}, "'text' of train_dataset is of the type null"),
+    "a null": (
+        [*PAIRS * 300, {"prompt": "a", "completion": None}], {}, {}, "row 1200 of train_dataset has no 'completion'"
+    ),
+    "a null in the first row": ([{"text": None}, *TEXTS], {}, {}, "row 0 of train_dataset has no 'text'"),
+    "a null in the evaluation": (
+        PAIRS, {}, {"eval_dataset": Dataset.from_list([{"prompt": None, "completion": "a"}, *PAIRS])},
+        "row 0 of eval_dataset has no 'prompt'",
+    ),
+    "text beside messages": (
+        [{"prompt": "a", "completion": CHATS[0]["messages"][1:]}], {}, {}, "one is text and the other messages"
+    ),
+    "no message": ([{"messages": []}], {}, {}, "train_dataset has no 'messages' in its"),
     "prompts alone": ([{"prompt": "a"}] * 4, {}, {}, "columns 'prompt'; SFTTrainer reads prompt and completion"),
     "no rows": ([], {}, {}, "no rows"),
     "list": (None, {}, {"train_dataset": PAIRS}, "is a list; expected a Dataset.*to_trl_format"),
@@ -56,6 +86,8 @@ CASES = {
         [{"input_ids": [1], "completion_mask": [1]}], {"dataset_kwargs": {"skip_prepare_dataset": True}}, {},
         "add labels",
     ),
+    "text that is not prepared": (TEXTS, {"dataset_kwargs": {"skip_prepare_dataset": True}}, {}, "no 'input_ids'"),
+    "unread": (PAIRS, {"dataset_kwargs": {"skip_prepare_datset": True}}, {}, "has 'skip_prepare_datset'; .* drop it"),
     "images": ([{**row, "image": 1} for row in CHATS], {}, {}, "reads text alone; take the processor"),
     "formatting": (PAIRS, {}, {"formatting_func": str}, "drop formatting_func"),
     "no loss": (PAIRS, {"loss_type": "l2"}, {}, "loss_type is 'l2'; expected one of: .*dft"),
@@ -107,9 +139,16 @@ def test_several_gpus_without_a_launcher(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     "rows", [PAIRS, CHATS, TEXTS, [{"input_ids": [1, 2]}]], ids=["pairs", "chats", "texts", "ids"]
 )
-def test_what_the_trainer_takes_passes(rows, changes, tmp_path, tokenizer):
-    given = {"model": "nowhere", "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+def test_what_the_trainer_takes_passes(rows, changes, tmp_path, tokenizer, model_dir):
+    given = {"model": str(model_dir), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     check_refused(given, sft_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("feature", [Json(), List(Json()), LargeList(Json())])
+def test_conversations_pass_whatever_type_holds_them(feature, tmp_path, tokenizer, model_dir):
+    rows = Dataset.from_list(CHATS, features=Features({"messages": feature}))
+    given = {"model": str(model_dir), "train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    check_refused(given, sft_config(tmp_path))
 
 
 # The refusals of TRL 1.16.0 and transformers 5.23.0 that were looked through: checked here, or before, or out of reach
@@ -122,3 +161,26 @@ LOOKED_THROUGH = {SFTTrainer.__init__: 30, SFTTrainer._prepare_dataset: 4, Train
 def test_no_refusal_of_the_trainer_is_new(function):
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     assert sum(isinstance(node, ast.Raise) for node in ast.walk(tree)) <= LOOKED_THROUGH[function]
+
+
+@pytest.mark.parametrize("wrong", [[-1], [3, VOCABULARY], [10**9], [1.5], None])
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_tokens_that_the_model_has_not_are_refused(
+    wrong, held_out, by_name, model_dir, tokenizer, tmp_path, monkeypatch
+):
+    """As of another tokenizer: on an accelerator they end a training with an error of the device."""
+    monkeypatch.setattr(run, "load_base_model", lambda *args, **options: pytest.fail("a model is loaded"))
+    fine = Dataset.from_list([{"input_ids": [0, VOCABULARY - 1]}, {"input_ids": []}] * 600)
+    rows = Dataset.from_list([*fine, {"input_ids": wrong}])
+    name = "eval_dataset" if held_out else "train_dataset"
+    with pytest.raises(
+        FNSFTError, match=f"row {'0' if wrong == [1.5] else '1200'} of {name} has (the token|no whole)"
+    ):
+        FNSFTTrainer(
+            model=str(model_dir) if by_name else tiny_model("llama"),
+            args=sft_config(tmp_path),
+            processing_class=tokenizer,
+            network_config=FunctionalNetworkConfig(ica_components=2),
+            **{"train_dataset": fine, "eval_dataset": fine} | {name: rows},
+        )

@@ -1,5 +1,8 @@
 """MaskScheduleCallback: masks and trainable neurons that change in the middle of training."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -201,6 +204,11 @@ def test_a_phase_that_cannot_be_meant_is_refused(templates, rows, tokenizer, tmp
         ([], "without phases"),
         ([MaskPhase(1.0)], "no fraction"),
         ([MaskPhase(-1)], "no step"),
+        *(([MaskPhase(start)], "no step") for start in ("1", None, True, math.nan, [1], np.float64(1), np.int64(-1))),
+        (MaskPhase(1), "expected a list of MaskPhase"),
+        ([1, 2], "expected a list of MaskPhase"),
+        ([MaskPhase(1, "lesion", {})], "mask of a phase is a dict"),
+        ([MaskPhase(1, trainable="all")], "trainable of a phase is a str"),
         ([MaskPhase(1, "erase")], "unknown"),
         ([MaskPhase(1, None, run)], "masks nothing"),
         ([MaskPhase(1, trainable=~run)], "holds frozen throughout"),
@@ -210,6 +218,8 @@ def test_a_phase_that_cannot_be_meant_is_refused(templates, rows, tokenizer, tmp
     ):
         with pytest.raises(FNSFTError, match=message):
             MaskScheduleCallback(trainer, phases)
+    phases = MaskScheduleCallback(trainer, [MaskPhase(np.float32(0.5), "preserve"), MaskPhase(np.int64(4))]).phases
+    assert [(phase.start, type(phase.start)) for phase in phases] == [(0.5, float), (4, int)]
     deltas = make(tmp_path, rows, tokenizer, templates["llama"], None, method="neuron_delta")
     with pytest.raises(FNSFTError, match="of full fine-tuning only, not of neuron_delta"):
         MaskScheduleCallback(deltas, [MaskPhase(1, trainable=deltas.trainable_neurons)])

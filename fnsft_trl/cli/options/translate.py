@@ -68,6 +68,7 @@ def original_options(options: dict[str, Option]) -> dict[str, Option]:
     switches = {*SWITCHES, *_NOT_OFF, "use_auth_token", "auto_detect_format"}
     switches |= {"upload_merged_model", "push_adapter_only"}
     found = {old: replace(options[new], nullable=True) for old, new in RENAMED.items()}
+    found["warmup_ratio"] = replace(found["warmup_ratio"], highest=0.999)  # from 1 on it would be a number of steps
     found |= {name: Option(name, "", "bool", nullable=True) for name in switches}
     texts = [*(name for name in DROPPED if name not in switches), INSTRUCTION]
     found |= {name: Option(name, "", "str", nullable=True) for name in texts}

@@ -17,25 +17,16 @@ from ... import __version__
 from ...cache import cache_dir
 from ...hub.credentials import TOKEN_HELP
 from ...json_text import from_json
+from ...training import numbers
+from ...training.numbers import TRAINING_RANGES
 from ...writing import written_whole
 from . import schema
 from .schema import TRL, Option, describe
 
 
 _PACKAGES = ("trl", "transformers", "peft", "accelerate", "torch")
-# Option -> the values that have a meaning, from and to. TRL finds others out after the model has been loaded, or not.
-_RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, None)),
-    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha", "max_length"), (1, None)),
-    **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm"), (0, None)),
-    **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "logging_steps", "save_steps"), (0, None)),
-    **dict.fromkeys(("neftune_noise_alpha", "adam_epsilon"), (0, None)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
-    "pad_to_multiple_of": (1, None),
-    "label_smoothing_factor": (0, 1),
-    "lora_dropout": (0, 0.999),
-    "max_steps": (-1, None),
-}
+# Option -> the values that have a meaning, from and to.
+_RANGES = TRAINING_RANGES | {"lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.999)}
 
 
 def trl_options() -> list[Option]:
@@ -47,7 +38,7 @@ def trl_options() -> list[Option]:
         except PackageNotFoundError:
             versions[package] = "missing"
     # So that no file outlives a change of what it holds.
-    source = b"".join(Path(module).read_bytes() for module in (__file__, schema.__file__))
+    source = b"".join(Path(module).read_bytes() for module in (__file__, schema.__file__, numbers.__file__))
     key = hashlib.sha256(source + json.dumps(versions, sort_keys=True).encode()).hexdigest()
     path = cache_dir() / f"options-{key[:16]}.json"
     stored = _read(path, key)
