@@ -145,7 +145,7 @@ def _count(option: Option, words: list[str], is_negated: bool) -> int:
     if is_negated or not words:
         return 0
     if option.kind == "bool":
-        return int(words[0].lower() in TRUTH or (option.nullable and words[0].lower() in ("null", "none")))
+        return int(words[0].lower() in TRUTH or (option.takes_null and words[0].lower() in ("null", "none")))
     end = {"[": "]", "{": "}"}.get(words[0][:1])  # of what the shell has split
     return next((number for number, word in enumerate(words, 1) if end and word.endswith(end)), 1)
 
