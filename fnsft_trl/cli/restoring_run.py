@@ -28,7 +28,7 @@ from ..neurons.sites import check_in_memory, find_neuron_sites
 from ..ranges import format_ranges, parse_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
-from ..training.loaded import check_template, given_template
+from ..training.loaded import check_settings, given_template
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from ..tuner.saved import SavedAdapter
@@ -143,7 +143,8 @@ class _Run:
 
     def _with_networks(self, kept: KeptDirections) -> Places:
         """The networks' directions at the inputs of the down projections, and where their own neurons are."""
-        template = check_template(self.asked.networks, self.model, self.template)
+        template = check_settings(self.asked.networks, self.template)
+        template.check_model(self.model)
         directions, neurons = network_directions(template, self.numbers), select_neurons(template, self.numbers)
         leading, own = {}, {}
         for site in find_neuron_sites(self.model):
