@@ -182,7 +182,7 @@ def test_no_abbreviation_is_taken(verb, capsys):
 
 @each_verb
 def test_a_config_file_that_cannot_be_used_is_one_line(verb, tmp_path, capsys):
-    assert "cannot be read" in refused(capsys, verb, "--config", str(tmp_path / "nowhere.yaml"))
+    assert "there is no config file" in refused(capsys, verb, "--config", str(tmp_path / "nowhere.yaml"))
     assert "takes one YAML file" in refused(capsys, verb, "--config")
     for text, message in (("- a", "must hold a mapping"), ("a: [", "not valid YAML")):
         (tmp_path / "config.yaml").write_text(text)
