@@ -35,8 +35,8 @@ class FunctionalNetworkConfig:
 
     ica_template_path: str | None = option(
         None,
-        "Directory of a saved template, a JSON file of the original project, or `org/name` on the Hub. By default the "
-        "networks are discovered before training.",
+        "Directory of a saved template, a JSON file of the original project, or `org/name` on the Hub. A training "
+        "without it discovers the networks first.",
     )
     ica_template_revision: str | None = option(
         None, "Branch, tag or commit of a template on the Hub. By default the newest of `main`."
@@ -175,8 +175,8 @@ class FunctionalNetworkConfig:
     )
     mask_mode: str | None = option(
         None,
-        "What happens in the forward pass of the training: `lesion` zeroes the selected neurons, `preserve` zeroes "
-        "all others, `amplify` multiplies the selected ones by `mask_factor`. By default nothing.",
+        "What happens in the forward pass: `lesion` zeroes the selected neurons, `preserve` zeroes all others, "
+        "`amplify` multiplies the selected ones by `mask_factor`. By default nothing.",
         choices=("lesion", "preserve", "amplify"),
     )
     mask_factor: float | None = option(

@@ -26,7 +26,7 @@ def check_finite(
     """
     for value in values:
         if not math.isfinite(value):
-            raise FNSFTError(f"{what}: one is {value}, by which nothing can be told; {do}")
+            raise FNSFTError(f"{what}: one is {value}, which says nothing; {do}")
 
 
 def check_entries(entries: Any, what: str, do: str) -> None:

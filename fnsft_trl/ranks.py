@@ -70,7 +70,7 @@ def lost_processes() -> Iterator[None]:
             raise
         raise FNSFTError(
             f"another process of this launch has ended ({first_words(error)}); what it printed says why, or it was "
-            "killed, perhaps for want of memory; start all of them again, and what was saved is gone on with"
+            "killed, perhaps for lack of memory; start all of them again, and they go on from what was saved"
         ) from error
 
 

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     args = read_arguments(argv, options())
     output = check_writable(args.output_dir, REPORT)
     if "," in str(output):
-        raise FNSFTError(f"the output directory {output} has a comma in its name, which parts datasets; name another")
+        raise FNSFTError(f"the output directory {output} has a comma, which separates datasets; name another")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FNSFTError("a continual run starts its processes itself; run fnsft continual alone, with jobs")
     check_pyplot()

@@ -201,7 +201,8 @@ def _scored(found: list[EvaluatedModel], work: _Work) -> tuple[list[Evaluated], 
     about: dict[str, Any] = {}
     reference: _Reference | None = None
     for number, each in enumerate(found):
-        logger.warning(f"scoring {each.name} ({number + 1} of {len(found)}): {each.place}")
+        where = "" if str(each.place) == each.name else f": {each.place}"
+        logger.warning(f"scoring {each.name} ({number + 1} of {len(found)}){where}")
         tokenizer = each.load_tokenizer()
         model = each.load(work.device)
         if work.args.load_in_4bit:

@@ -75,10 +75,11 @@ def configured_mask(config: FunctionalNetworkConfig, model: nn.Module) -> Neuron
     Raises:
         FNSFTError: the template is of another model, or a network or layer is not in it.
     """
-    from ..training.loaded import check_template, chosen_layers, given_template, select_as_configured
+    from ..training.loaded import check_settings, chosen_layers, given_template, select_as_configured
 
     template = given_template(config, None)
     if template.threshold is None and template.site != config.ica_site:
         config = replace(config, ica_site=template.site)  # as in training: the original's templates name no site
-    template = check_template(config, model, template)
+    template = check_settings(config, template)
+    template.check_model(model)
     return select_as_configured(config, template, chosen_layers(config, model, template))

@@ -58,7 +58,7 @@ def _copy(names: list[str], source: Path, target: Path) -> list[Path]:
     for name, text in texts.items():
         place = target / name
         if place.exists() and (place.is_dir() or place.read_text(encoding="utf-8") != text):
-            raise FNSFTError(f"{place} is there already, and another; choose another output_dir, or move it away")
+            raise FNSFTError(f"{place} exists already, with other content; choose another output_dir, or move it away")
     with disk_errors(target), files_written_whole(target) as scratch:
         for name, text in texts.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)

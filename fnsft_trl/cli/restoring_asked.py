@@ -60,7 +60,7 @@ def asked_for(args: Arguments) -> Asked:
     if args.task is None and (idle := [name for name in of_task if name in args.given]):
         raise FNSFTError(f"{', '.join(idle)}: no effect without task; give it, or drop them")
     if args.task is not None and "energy" in args.given:
-        raise FNSFTError("energy: no effect with task, by whose loss is chosen; drop one of them")
+        raise FNSFTError("energy: no effect with task, whose loss decides; drop one of them")
     if args.choose is not None and (idle := [name for name in ("tolerance", "energy") if name in args.given]):
         raise FNSFTError(f"{idle[0]}: no effect with choose, which names the way; drop one of them")
     if args.ica_template_path is None and (idle := [name for name in OF_NETWORKS[1:] if name in args.given]):

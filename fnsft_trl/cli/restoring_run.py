@@ -28,7 +28,7 @@ from ..neurons.sites import check_in_memory, find_neuron_sites
 from ..ranges import format_ranges, parse_ranges
 from ..selection import select_neurons
 from ..template.template import FunctionalNetworkTemplate
-from ..training.loaded import check_template, given_template
+from ..training.loaded import given_template
 from ..training.preparation import keep_4bit_layers_differentiable
 from ..training.retention_texts import RetentionTexts
 from ..tuner.saved import SavedAdapter
@@ -88,6 +88,9 @@ class _Run:
         self.rows = self._task_rows()
         self.template = None if asked.networks is None else given_template(asked.networks, None)
         self.numbers = [] if self.template is None else _numbers(asked.networks, self.template)
+        if self.template is not None:  # whatever of it is no use here is refused before a model is loaded
+            self.directions = network_directions(self.template, self.numbers)
+            self.neurons = select_neurons(self.template, self.numbers)
         self.counts = [1, LEADING, *(LEADING + m for m in asked.leading)]
         is_lora = self.is_adapter and isinstance(self.found.adapter.config, LoraConfig)
         self.ways = ways_to_restore(self.counts, asked.scales, networks=format_ranges(self.numbers), is_lora=is_lora)
@@ -143,14 +146,13 @@ class _Run:
 
     def _with_networks(self, kept: KeptDirections) -> Places:
         """The networks' directions at the inputs of the down projections, and where their own neurons are."""
-        template = check_template(self.asked.networks, self.model, self.template)
-        directions, neurons = network_directions(template, self.numbers), select_neurons(template, self.numbers)
+        self.template.check_model(self.model)
         leading, own = {}, {}
         for site in find_neuron_sites(self.model):
-            if site.layer not in directions:
+            if site.layer not in self.directions:
                 continue
-            leading[site.down_name] = directions[site.layer]
-            members = neurons.indices(site.layer)
+            leading[site.down_name] = self.directions[site.layer]
+            members = self.neurons.indices(site.layer)
             for part in site.layout.slices if len(members) else ():
                 own[part.module_name] = Positions(part.indices(members), part.side)
         if not leading.keys() & set(self.changes.modules):

@@ -84,12 +84,12 @@ class TaskConfig:
         try:
             parts = list(Formatter().parse(text))
         except ValueError as error:
-            raise FNSFTError(f"{name} is {text!r}: {error}; a brace that is none is written twice") from error
+            raise FNSFTError(f"{name} is {text!r}: {error}; double a brace that is text") from error
         for _, column, form, conversion in parts:
             if column is not None and (not column or form or conversion):
                 raise FNSFTError(
-                    f"{name} is {text!r}: braces hold the name of a column and nothing else; a brace that is none is "
-                    "written twice"
+                    f"{name} is {text!r}: braces hold the name of a column and nothing else; double a brace that is "
+                    "text"
                 )
         return [column for _, column, _, _ in parts if column]
 

@@ -177,7 +177,7 @@ class _Reader:
     def say_unread(self) -> None:
         """Say what messages hold that goes no further."""
         if self.unread:
-            logger.warning(f"{self.name}: of its messages are not used: {', '.join(sorted(self.unread))}")
+            logger.warning(f"{self.name}: keys of its messages that are not used: {', '.join(sorted(self.unread))}")
 
     def features(self, kind: str) -> Features:
         """The types of converted rows: messages each with the keys that they have, and no null for those of others."""

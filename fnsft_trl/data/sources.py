@@ -26,6 +26,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..cache import make_private
 from ..errors import FNSFTError
@@ -106,7 +107,12 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
     try:
         yield
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+        reason = shorten(str(error).splitlines()[0], 200)
+        if _is_of_connection(error):
+            raise FNSFTError(
+                f"the dataset {name_or_path!r} is not here, and the Hub cannot be reached for it ({reason}); check "
+                "the path, or try again with a connection and without HF_HUB_OFFLINE"
+            ) from error
         raise FNSFTError(
             f"the dataset {name_or_path!r} was found neither here nor on the Hub ({reason}); see that the name is "
             "right"
@@ -128,6 +134,15 @@ def _read_errors(name_or_path: str) -> Iterator[None]:
         else:
             reason = str(error).splitlines()[0]
         raise FNSFTError(f"the dataset {name_or_path!r} cannot be read: {reason}") from error
+
+
+def _is_of_connection(error: BaseException | None) -> bool:
+    """Whether the Hub has not answered; `datasets` may say in place of that only that there is no such file."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _of_configurations(name: str, found: str) -> FNSFTError:

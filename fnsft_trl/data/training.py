@@ -257,7 +257,7 @@ def _read_template_file(processing_class, training_args) -> bool:
         processing_class.chat_template = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise FNSFTError(
-            f"the chat template {path} cannot be read ({error.strerror}); give a file that can"
+            f"the chat template {path} cannot be read ({error.strerror}); give one that can be read"
         ) from error
     training_args.chat_template_path = None  # or TRL would read it again, over what is changed below
     return True

@@ -128,8 +128,8 @@ class DiscoveryProgress:
         except (OSError, SafetensorError) as error:  # the discovery itself needs no disk
             self._file(folder, self.index).unlink(missing_ok=True)  # of another discovery, with the same number
             logger.warning(
-                f"the discovery could not be saved after batch {batch} ({error}), and goes on; an interruption now "
-                "would set it back to the save before, if there is one"
+                f"the discovery could not be saved after batch {batch} ({error}), and goes on; if it is interrupted "
+                "now, it starts again from the save before, if there is one"
             )
         if self.count > 1:
             self._meet()

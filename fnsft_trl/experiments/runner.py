@@ -204,7 +204,7 @@ def _unbroken(done) -> Any:
         return done.result()
     except BrokenProcessPool as error:
         raise FNSFTError(
-            "a process of the experiment was killed, perhaps for want of memory; what was finished is kept: run it "
+            "a process of the experiment was killed, perhaps for lack of memory; what was finished is kept: run it "
             "again, with fewer jobs"
         ) from error
 

@@ -19,7 +19,8 @@ TAGS = ["fnsft", "functional-networks", "independent-component-analysis", "inter
 SECTION = "## Functional networks"  # heading of what a trained model's card says of them
 MASK_NOTE = "The mask is not part of these weights."
 ADAPTER_NOTE = (
-    "The adapter is of a PEFT method of its own: `import fnsft_trl.tuner` before `PeftModel.from_pretrained`."
+    "The adapter is of a PEFT method of its own. Run `import fnsft_trl.tuner` before you load it, by `pipeline` or "
+    "`PeftModel.from_pretrained`."
 )
 
 

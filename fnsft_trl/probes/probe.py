@@ -155,7 +155,9 @@ def _check(template, data, config: ProbeConfig, domains) -> None:
         raise FNSFTError(f"the datasets are called {', '.join(names) or '(none)'}; give some, of different names")
     if config.tokens == "answer" and not all(part.has_answers or part.questions for part in data):
         text = next(part.name for part in data if not (part.has_answers or part.questions))
-        raise FNSFTError(f"tokens=answer: {text} is text, without answers to change neurons at; drop it, or tokens")
+        raise FNSFTError(
+            f"tokens=answer: {text} is text, without answers to change neurons at; drop {text}, or tokens=answer"
+        )
     if config.ablation == "mean" and not template.mean:
         raise FNSFTError("ablation=mean: the template was converted and knows no means; discover the networks again")
     if domains is None:

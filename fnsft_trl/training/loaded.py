@@ -32,18 +32,15 @@ def given_template(config: FunctionalNetworkConfig, given) -> FunctionalNetworkT
     return FunctionalNetworkTemplate.from_pretrained(reference, revision=config.ica_template_revision)
 
 
-def check_template(
-    config: FunctionalNetworkConfig, model: nn.Module, template: FunctionalNetworkTemplate
-) -> FunctionalNetworkTemplate:
-    """The template, checked against model and config, with the threshold that the config asks for.
+def check_settings(config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate) -> FunctionalNetworkTemplate:
+    """The template, checked against the config, with the threshold that it asks for. No model is needed.
 
     Raises:
-        FNSFTError: it is of another model or site; or a setting of the discovery is given that it was not made with.
+        FNSFTError: it is of another site; or a setting of the discovery is given that it was not made with.
     """
     if template.site != config.ica_site:
         raise FNSFTError(f"the template was made at {template.site}; set ica_site={template.site}")
-    template.check_model(model)
-    _check_settings(config, template)
+    _check_made_with(config, template)
     rule = config.threshold_rule()
     if rule is not None and template.threshold is None:
         logger.warning(
@@ -98,7 +95,7 @@ def select_as_configured(
     )
 
 
-def _check_settings(config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate) -> None:
+def _check_made_with(config: FunctionalNetworkConfig, template: FunctionalNetworkTemplate) -> None:
     """Refuse settings of a discovery that are given, and not those that the template was made with."""
     known, unknown = _made_with(template), []
     for name, value in _given(config).items():

@@ -248,10 +248,10 @@ class Protection:
             f"{found['what']}: {counts} directions of each of {found['inputs']} inputs of {found['modules']} modules"
         )
         shares = [f"{share:.1%} of the energy of {name}" for name, share in found["energy"].items()]
-        shares += [f"{self.task_energy:.1%} of the task's"] if self.task_energy is not None else []
+        shares += [f"{self.task_energy:.1%} of the task's energy"] if self.task_energy is not None else []
         told += f", which hold {', '.join(shares)}" if shares else ""
         told += f"; strength {strength:g}" if strength < 1 else ""
-        told += f"; {self.weights.memory / 2**20:.0f} MB"
+        told += f"; {self.weights.memory / 2**20:.0f} MiB"
         if sinks := [f"{count} in {name}" for name, count in found["sinks"].items() if count]:
             told += f"; attention sinks beside position 0: {', '.join(sinks)}"
         if closed := self.weights.closed:

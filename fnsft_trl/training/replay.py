@@ -116,15 +116,15 @@ class Replay:
             for name, rows in self.rows.items()
         ]
         self.replayed = sum(map(len, prepared))
-        shown = ", ".join(f"{name} {len(rows)}" for name, rows in zip(self.rows, prepared, strict=True))
+        shown = ", ".join(f"{name} ({len(rows)})" for name, rows in zip(self.rows, prepared, strict=True))
         share, replays = self.config.replay_share, self.sampler(0).replays
         if replays == 0:
             raise FNSFTError(
                 f"replay_share is {share:g}, of which an epoch of {len(task)} rows of the task replays none; raise it"
             )
         logger.warning(
-            f"replay: {share:.0%} of each batch are rows of {shown}, each {replays / self.replayed:.1f} times in an "
-            f"epoch of {len(task)} rows of the task"
+            f"replay: {share:.0%} of each batch are rows of {shown}, each row {replays / self.replayed:.1f} times in "
+            f"an epoch of {len(task)} rows of the task"
         )
         return concatenate_datasets([self.task, *prepared])
 

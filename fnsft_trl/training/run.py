@@ -29,7 +29,7 @@ from .engines import Engine
 from .given_rows import check_held_out, first_row
 from .guard import FrozenNeuronGuard
 from .kinds import TrainerKind
-from .loaded import check_template, chosen_layers, given_template, select_as_configured
+from .loaded import check_settings, chosen_layers, given_template, select_as_configured
 from .numbers import check_lora_numbers
 from .preparation import (
     check_selector,
@@ -129,9 +129,10 @@ class Run:
         has_template = has_template or self.checkpoint is not None
         check_selector(self.config, has_template=has_template)
         check_whole(self.config, has_template=has_template)
+        found = self._given_networks(template)
         self._load()
         model = given["model"]
-        self._find_networks(template, model)
+        self._find_networks(found, model)
         adapter = self._select(model, given.get("peft_config"))
         kind, is_full = self.kind, self.plan.method == "full"
         self.masks_reference = given.get("ref_model") is None
@@ -184,29 +185,39 @@ class Run:
             return function(row)
         return trained_part(row, field) if self.kind.is_sft else compared_part(row, field)
 
-    def _find_networks(
-        self, given: FunctionalNetworkTemplate | str | os.PathLike | None, model: PreTrainedModel | PeftModel
-    ) -> None:
-        """Take the template of the checkpoint, or the one that was given or named, or discover one.
+    def _given_networks(
+        self, given: FunctionalNetworkTemplate | str | os.PathLike | None
+    ) -> FunctionalNetworkTemplate | None:
+        """The template of the checkpoint, or the one that was given or named, if any, checked against the config.
 
         Raises:
-            FNSFTError: it is of another model, or the model cannot be trained in this way; or the checkpoint has
-                another one than was given.
+            FNSFTError: the config asks for something else; or the checkpoint has another one than was given.
         """
         template = given_template(self.config, given)
         if self.checkpoint is not None:
             template = self._checkpoint_template(template)
-        if template is not None and template.threshold is None and template.site != self.config.ica_site:
+        if template is None:
+            return None
+        if template.threshold is None and template.site != self.config.ica_site:
             # The original's commands name no site: their templates are of the MLPs' outputs.
             logger.warning(f"ica_site is {template.site}, the site of the converted template")
             self.config = replace(self.config, ica_site=template.site)
             self.way.site = template.site
+        return check_settings(self.config, template)
+
+    def _find_networks(self, given: FunctionalNetworkTemplate | None, model: PreTrainedModel | PeftModel) -> None:
+        """Take the template that is given, or discover one.
+
+        Raises:
+            FNSFTError: it is of another model, or the model cannot be trained in this way.
+        """
         if self.engine is not None and any(map(Experts.are_in, model.modules())):
             self.engine.check(["experts"])
         self.way.check_model(model, self.adapter)
-        if template is not None:
-            self.template = check_template(self.config, model, template)
-            self.layers = chosen_layers(self.config, model, template)
+        if given is not None:
+            given.check_model(model)
+            self.template = given
+            self.layers = chosen_layers(self.config, model, given)
             return
         self.template = discover_template(self.config, *self._read_with(model))
 

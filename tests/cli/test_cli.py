@@ -305,7 +305,7 @@ def test_a_prompt_format_for_rows_of_text_is_refused(model_dir, capsys, tmp_path
         (["demo", "--test_rows", "0"], "must be at least 1"),
         (["discover", "nowhere/model", "no_such_file.jsonl"], "does not exist"),
         (["train", "--dataset_name", "x.jsonl", "--use_cpu", "--bf16", "false"], "model_name_or_path is missing"),
-        (["train", "--config", "nowhere.yaml"], "cannot be read"),
+        (["train", "--config", "nowhere.yaml"], "there is no config file"),
     ],
 )
 def test_calls_that_cannot_work_are_one_line(arguments, message, capsys, tmp_path):

@@ -463,6 +463,10 @@ def test_no_name_of_the_original_is_an_option_here(options):
     [
         (["--lerning_rate", "1"], "no option --lerning_rate; did you mean 'learning_rate'"),
         (["--dataset_name_or_pth", "x"], "did you mean 'dataset_name_or_path'"),
+        (["--model", "x"], "no option --model; did you mean 'model_name_or_path' or "),
+        (["--epochs", "1"], "no option --epochs; did you mean 'num_train_epochs'?"),
+        (["--batch_size", "1"], "or 'per_device_train_batch_size'"),
+        (["--config", "nowhere.yaml"], "there is no config file 'nowhere.yaml'; give the path of one that exists"),
         (["--lora", "8"], "no option --lora"),
         (["stray"], "dataset_name takes one value, 2 were given: d.jsonl stray"),
         (["--packing", "-x"], "packing is '-x'; it must be true or false"),
@@ -503,7 +507,6 @@ def test_no_name_of_the_original_is_an_option_here(options):
         (["--datasets", "a"], "dataset_name and datasets exclude each other"),
         (["--config", "a", "--config", "b"], "--config takes one YAML file"),
         (["--config"], "--config takes one YAML file"),
-        (["--config", "nowhere.yaml"], "cannot be read"),
         (["--parallelism_config", "x"], "no option --parallelism_config"),
         (["--mask_mode", "lesions"], "must be one of: null, lesion, preserve"),
         (["--train_method", "lora"], "use_peft"),

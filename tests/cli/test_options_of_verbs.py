@@ -131,16 +131,19 @@ def test_null_is_the_default_or_a_value_of_trl(verb, tmp_path):
                 read_yaml(verb, tmp_path, {option.name: None}, *words_for(verb, option))
             continue
         others = words_for(verb)
-        if option.nullable:
-            assert vars(read(verb, f"--{option.name}", "null", *others))[option.name] == option.default
-        elif option.kind in ("bool", "int", "float") and not option.text:
-            with pytest.raises(FNSFTError, match=f"{option.name} is 'null'"):
-                read(verb, f"--{option.name}=null", *others)
         if option.nullable or option.group not in TRL:
-            found = read_yaml(verb, tmp_path, {option.name: None}, *others)
-            assert vars(found)[option.name] == option.default
-            assert option.name not in found.given
+            _, (_, other_value) = samples(option)
+            for found in (
+                read_yaml(verb, tmp_path, {option.name: None}, *others),
+                read(verb, f"--{option.name}", "null", *others),
+                read_yaml(verb, tmp_path, {option.name: other_value}, f"--{option.name}", "null", *others),
+            ):
+                assert vars(found)[option.name] == option.default
+                assert option.name not in found.given
         else:
+            if option.kind in ("bool", "int", "float") and not option.text:
+                with pytest.raises(FNSFTError, match=f"{option.name} is 'null'"):
+                    read(verb, f"--{option.name}=null", *others)
             with pytest.raises(FNSFTError, match=f"{option.name} is null; it must be"):
                 read_yaml(verb, tmp_path, {option.name: None}, *others)
 
@@ -179,7 +182,7 @@ def test_no_abbreviation_is_taken(verb, capsys):
 
 @each_verb
 def test_a_config_file_that_cannot_be_used_is_one_line(verb, tmp_path, capsys):
-    assert "cannot be read" in refused(capsys, verb, "--config", str(tmp_path / "nowhere.yaml"))
+    assert "there is no config file" in refused(capsys, verb, "--config", str(tmp_path / "nowhere.yaml"))
     assert "takes one YAML file" in refused(capsys, verb, "--config")
     for text, message in (("- a", "must hold a mapping"), ("a: [", "not valid YAML")):
         (tmp_path / "config.yaml").write_text(text)

@@ -66,7 +66,7 @@ def test_copying_again_changes_nothing_and_no_file_is_overwritten(tmp_path, caps
     file = tmp_path / "out" / "quickstart.yaml"
     file.write_text("mine: true\n")
     assert main(call) == 2
-    assert f"{file} is there already, and another" in capsys.readouterr().err
+    assert f"{file} exists already, with other content" in capsys.readouterr().err
     assert file.read_text() == "mine: true\n"
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from helpers import offloading, tiny_rows
+from helpers import ROOT, offloading, tiny_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -303,6 +303,9 @@ def test_what_cannot_be_restored_is_refused_by_name(place, model_dir, tokenizer,
     assert "is a whole model and no adapter; give the model it was tuned from (base)" in line
     assert "equals its base" in refused(capsys, model_dir, "--base", model_dir, *keep)
     assert "layers names 7, where nothing was trained" in refused(capsys, place / "lora", *keep, "--layers", "7")
+    channels = ROOT / "tests" / "golden" / "templates" / "3-output"
+    line = refused(capsys, place / "lora", *keep, "--ica_template_path", channels)
+    assert "the template is of mlp_output; one of neurons (mlp_intermediate) is needed" in line
     assert not (place / "nothing").exists()
 
 

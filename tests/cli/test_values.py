@@ -140,7 +140,7 @@ def test_a_value_means_the_same_however_it_is_written(verb, tmp_path):
         for text in SPELLINGS if is_first else ("007", "no"):
             first, *others = ways(option, text, tmp_path / "config.yaml", known)
             assert all(other == first for other in others), (option.name, text, first, others)
-            is_null = option.nullable and text in ("none", "None") and (option.kind != "str" or option.choices)
+            is_null = option.takes_null and text in ("none", "None") and (option.kind != "str" or option.choices)
             if is_null and text not in option.choices:
                 assert first in ([], [(option.name, None, type(None))]), (option.name, text, first)
                 continue
@@ -181,13 +181,13 @@ def test_null_is_null_and_in_quotes_it_can_be_text(verb, tmp_path):
     for option in options_of(verb):
         plain = {str(in_yaml(file, f"{option.name}: {word}", known)) for word in ("null", "Null", "NULL", "~", "")}
         assert len(plain) == 1, option.name
-        if option.nullable:
+        if option.takes_null:
             assert outcome([f"--{option.name}", "null"], known) == [(option.name, None, type(None))]
         if option.kind == "str" and not option.choices:
             for word in ("null", "~"):
                 ((_, value, _),) = in_yaml(file, f"{option.name}: '{word}'", known)
                 assert value == ([word] if option.many and not option.text else word)
-        elif option.nullable:
+        elif option.takes_null:
             assert in_yaml(file, f"{option.name}: 'null'", known) in ([], [(option.name, None, type(None))])
         if option.many and option.kind != "datasets":
             assert f"{option.name} holds null" in in_yaml(file, f"{option.name}: [null]", known)

@@ -51,7 +51,7 @@ def test_a_row_does_what_the_catalogue_says(entry, tmp_path, log):
         for name in entry.get("unused", ()):
             assert name in log.text.partition("not used: ")[2].splitlines()[0].split(", "), way
         for name in entry.get("unread", ()):
-            assert name in log.text.partition("of its messages are not used: ")[2].splitlines()[0], way
+            assert name in log.text.partition("keys of its messages that are not used: ")[2].splitlines()[0], way
     for columns, becomes in entry.get("choices", {}).items():
         for way, data in stored(entry, tmp_path):
             assert read(data, columns=columns).to_list() == [becomes], (columns, way)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,8 +210,21 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
 def test_what_does_not_exist_says_so():
     with pytest.raises(FNSFTError, match="does not exist"):
         load_data("nowhere.jsonl")
-    with pytest.raises(FNSFTError, match="neither here nor on the Hub"):
+    with pytest.raises(FNSFTError, match=r"neither here nor on the Hub|the Hub cannot be reached"):
         load_data("nobody/nothing")
+
+
+def test_a_hub_that_does_not_answer_is_not_a_wrong_name(monkeypatch):
+    def load(*args, **options):
+        raise found
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    found = ConnectionError("Couldn't reach 'a/b' on the Hub")
+    with pytest.raises(FNSFTError, match=r"'a/b' is not here, and the Hub cannot be reached.*with a connection"):
+        load_data("a/b")
+    found = DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub")
+    with pytest.raises(FNSFTError, match=r"'a/b' was found neither here nor on the Hub.*the name is right"):
+        load_data("a/b")
 
 
 def test_a_comparison_reads_the_text_of_any_format(tmp_path):

@@ -79,7 +79,7 @@ def test_values_that_are_no_means_are_lm_evals_own(model, tokenizer, tasks_dir):
 def test_a_model_that_gives_no_numbers_has_no_scores(task, tokenizer, tasks_dir):
     model = tiny_model("llama")
     model.lm_head.weight.data[5] = torch.nan
-    with pytest.raises(FNSFTError, match="one is nan, by which nothing can be told"):
+    with pytest.raises(FNSFTError, match="one is nan, which says nothing"):
         Tasks([task], str(tasks_dir)).run(model, tokenizer, limit=2)
 
 

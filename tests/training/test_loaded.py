@@ -20,7 +20,7 @@ from fnsft_trl import (
     select_neurons,
 )
 from fnsft_trl.config import ThresholdRule
-from fnsft_trl.training.loaded import check_template, chosen_layers
+from fnsft_trl.training.loaded import check_settings, chosen_layers
 
 
 # Setting of a discovery -> values that it may have; together they are all of them.
@@ -68,7 +68,7 @@ def test_every_setting_of_a_discovery_is_tried_here():
 
 @settings(max_examples=150)
 @given(made=st.fixed_dictionaries({}, optional=VALUES), asked=st.fixed_dictionaries({}, optional=VALUES))
-def test_a_setting_is_that_of_the_template_or_is_refused(templates, model, made, asked):
+def test_a_setting_is_that_of_the_template_or_is_refused(templates, made, asked):
     """Given is what is not the default; a template made with that value takes it."""
     for values in (made, asked):  # what is of FastICA has no effect on the controls of it, and is refused there
         if values.get("ica_decomposition", "ica") != "ica":
@@ -87,10 +87,10 @@ def test_a_setting_is_that_of_the_template_or_is_refused(templates, model, made,
     same |= {name for name in given_ & {"ica_datasets"} if sorted(asked[name]) == sorted(made[name] or [])}
     config = FunctionalNetworkConfig(**asked)
     if given_ == same:
-        assert check_template(config, model, template) is template
+        assert check_settings(config, template) is template
     else:
         with pytest.raises(FNSFTError, match="the template was made with") as error:
-            check_template(config, model, template)
+            check_settings(config, template)
         name = str(error.value).partition(" ")[0]
         assert name in given_ - same
         if name not in ("ica_datasets", "ica_dtype"):
@@ -99,23 +99,23 @@ def test_a_setting_is_that_of_the_template_or_is_refused(templates, model, made,
             )
 
 
-def test_the_seed_of_a_random_selection_is_not_that_of_the_template(templates, model, tmp_path):
+def test_the_seed_of_a_random_selection_is_not_that_of_the_template(templates):
     def config(**more):
         return FunctionalNetworkConfig(ica_seed=7, ica_fraction=0.3, **more)
 
-    check_template(config(ica_select="random"), model, templates["llama"])
+    check_settings(config(ica_select="random"), templates["llama"])
     with pytest.raises(FNSFTError, match="ica_seed is 7, but the template was made with 0"):
-        check_template(config(), model, templates["llama"])
+        check_settings(config(), templates["llama"])
 
 
-def test_a_template_that_says_nothing_of_its_discovery_is_a_warning(model, said, tmp_path):
+def test_a_template_that_says_nothing_of_its_discovery_is_a_warning(said):
     file = ROOT / "tests" / "golden" / "templates" / "original-neurons.json"
     listed = FunctionalNetworkTemplate.from_pretrained(file)
     listed.loadings = {layer: torch.eye(2, 40) for layer in range(3)}
-    check_template(FunctionalNetworkConfig(ica_rank=20, ica_datasets="a", ica_components=2), model, listed)
+    check_settings(FunctionalNetworkConfig(ica_rank=20, ica_datasets="a", ica_components=2), listed)
     assert said == ["no effect with a template, which does not say what it was made with: ica_rank, ica_datasets"]
     with pytest.raises(FNSFTError, match="ica_components is 3, but the template was made with 2"):
-        check_template(FunctionalNetworkConfig(ica_components=3), model, listed)
+        check_settings(FunctionalNetworkConfig(ica_components=3), listed)
 
 
 def make(directory, rows, tokenizer, template, **config):

@@ -118,6 +118,27 @@ def test_it_is_refused_before_a_model_is_loaded(case, tmp_path, tokenizer, monke
         )
 
 
+@pytest.mark.parametrize(
+    ("place", "asked", "message"),
+    [
+        ("nowhere", {}, "no template at"),
+        ("networks", {"ica_components": 9}, "ica_components is 9, but the template was made with 3"),
+        ("networks", {"ica_site": "mlp_output"}, "the template was made at mlp_intermediate"),
+    ],
+)
+def test_a_template_is_read_before_the_model(place, asked, message, tmp_path, tokenizer, templates, monkeypatch):
+    monkeypatch.setattr(run, "load_base_model", lambda *args, **options: pytest.fail("a model is loaded"))
+    templates["llama"].save_pretrained(tmp_path / "networks")
+    with pytest.raises(FNSFTError, match=message):
+        FNSFTTrainer(
+            model="nowhere",
+            args=sft_config(tmp_path),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(PAIRS),
+            network_config=FunctionalNetworkConfig(ica_template_path=str(tmp_path / place), **asked),
+        )
+
+
 def test_routers_are_looked_for_in_the_config_alone(tmp_path, tokenizer, model_dir):
     given = {"model": str(model_dir), "train_dataset": Dataset.from_list(PAIRS), "processing_class": tokenizer}
     check_refused(given, sft_config(tmp_path))

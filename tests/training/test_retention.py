@@ -415,7 +415,7 @@ def test_a_rollback_of_sharded_weights_is_refused(make, texts, monkeypatch):
         ("wiki=empty.txt", "empty"),
         ("wiki=blank.txt", "holds no text|is empty"),
         ("wiki=numbers.jsonl", "holds no text|no format|columns"),
-        ("wiki=a/model-that-is-not-there", "found neither here nor on the Hub"),
+        ("wiki=a/model-that-is-not-there", "neither here nor on the Hub|the Hub cannot be reached"),
     ],
 )
 def test_a_source_that_holds_no_text_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, hub, given, message):

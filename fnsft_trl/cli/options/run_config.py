@@ -16,7 +16,7 @@ class RunConfig:
 
     adapter_name_or_path: str | None = option(
         None,
-        "Directory of an adapter of this model, LoRA or neuron deltas. It trains on, instead of a new one.",
+        "Directory of an adapter of this model, LoRA or neuron deltas. It is trained further, in place of a new one.",
     )
     merge_adapter_with_base: bool = option(
         False,

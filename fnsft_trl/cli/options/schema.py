@@ -25,7 +25,7 @@ class Option:
         many (`bool`): whether it takes a list.
         text (`bool`): whether it takes a plain string too.
         switch (`bool`): whether it takes true and false, or nothing, too.
-        nullable (`bool`): whether it takes null.
+        nullable (`bool`): whether null is a value of it.
         choices (`tuple[str, ...]`): the texts it can have, of a number beside it (`datasets`: the keys); empty if
             there is no such list.
         lowest, highest (`float` or `None`): bounds of a number, both allowed.
@@ -55,6 +55,11 @@ class Option:
     required: bool = False
     metavar: str = ""
     family: bool = False
+
+    @property
+    def takes_null(self) -> bool:
+        """Whether it may be written as null, which is a value of its own or, of an option of ours, its default."""
+        return self.nullable or self.group not in TRL
 
 
 def row(name: str, help: str, default: bool | int | float | str | None = None, **more: Any) -> Option:

@@ -145,7 +145,7 @@ def _count(option: Option, words: list[str], is_negated: bool) -> int:
     if is_negated or not words:
         return 0
     if option.kind == "bool":
-        return int(words[0].lower() in TRUTH or (option.nullable and words[0].lower() in ("null", "none")))
+        return int(words[0].lower() in TRUTH or (option.takes_null and words[0].lower() in ("null", "none")))
     end = {"[": "]", "{": "}"}.get(words[0][:1])  # of what the shell has split
     return next((number for number, word in enumerate(words, 1) if end and word.endswith(end)), 1)
 
@@ -165,5 +165,9 @@ def _place(words: list[str], known: dict[str, Option], found: dict[str, Any]) ->
 
 
 def _nearest(name: str, known: dict[str, Option]) -> str:
+    """The name that is spelt like the one that was written, and those of which it is a part (`model`, `epochs`)."""
+    parts = [each for each in known if f"_{name}_" in f"_{each}_" and each != name]
+    parts.sort(key=lambda each: known[each].group not in TRL)  # for `batch_size`, that of the training first
     near = difflib.get_close_matches(name[:100], known.keys() - {name}, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    likely = list(dict.fromkeys([*near, *parts]))[:3]
+    return f"; did you mean {' or '.join(map(repr, likely))}?" if likely else ""

@@ -84,7 +84,7 @@ def _unquoted(item: str) -> str | None:
 
 def _convert(option: Option, value: Any, spelt: str) -> Any:
     if value is None or _is_null(option, value):
-        if not option.nullable:
+        if not option.takes_null:
             raise FNSFTError(f"{spelt} is null; it must be {_expected(option)}, or be left out")
         return None
     if option.kind == "datasets":
@@ -100,7 +100,7 @@ def _convert(option: Option, value: Any, spelt: str) -> Any:
 
 def _is_null(option: Option, value: Any) -> bool:
     """Whether text means null. Where any text is a value, `null` without quotes alone does."""
-    if not option.nullable or not isinstance(value, str):
+    if not option.takes_null or not isinstance(value, str):
         return False
     if option.kind == "str" and not option.choices:
         return value in NULL and not isinstance(value, Quoted)

@@ -51,9 +51,14 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             data = file.read(_LARGEST + 1)
+    except FileNotFoundError as error:
+        raise FNSFTError(
+            f"there is no config file {str(path)!r}; give the path of one that exists (`fnsft recipes` copies those "
+            "of the package)"
+        ) from error
     except OSError as error:
         raise FNSFTError(
-            f"the config file {str(path)!r} cannot be read ({error.strerror}); give a file that can"
+            f"the config file {str(path)!r} cannot be read ({error.strerror}); give one that can be read"
         ) from error
     if len(data) > _LARGEST:
         raise FNSFTError(
