@@ -381,6 +381,7 @@ def test_a_shift_that_does_not_exist_is_refused():
         shift("x")
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_what_the_committed_cells_give(tmp_path):
     write_report(Cells(HOME / "cells.jsonl", by=KEY).found, tmp_path)
     committed = HOME / "results"

@@ -123,6 +123,7 @@ def test_an_interrupted_training_goes_on_by_the_command_that_it_says(files, temp
     assert (tmp_path / "out/checkpoint-4").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_a_conversion_that_is_to_end_leaves_nothing_behind(files, tmp_path):
     converter = tmp_path / "converter"

@@ -47,6 +47,7 @@ def test_both_backends_find_the_same_sources(contrast, dtype):
     assert ours.sources.dtype == theirs.sources.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_both_backends_find_the_same_networks(tokenizer, contrast):
     texts = [row["prompt"] + row["completion"] for row in tiny_rows(900)]

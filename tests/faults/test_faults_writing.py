@@ -26,6 +26,7 @@ def write(folder, files=NEW, **options):
         put(scratch, files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchanged", [True, False])
 @pytest.mark.parametrize("how", HOW)
 def test_the_files_of_a_folder_are_the_old_ones_or_the_new_ones(tmp_path, how, exchanged):

@@ -136,6 +136,7 @@ def test_a_mask_of_a_compiled_model_is_that_of_the_plain_one():
         torch.testing.assert_close(logits(whole(model), IDS), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["plain", "masked"])
 def test_generation_with_a_static_cache_is_masked_or_not_from_the_first_token_on(first):
     compile_config = CompileConfig(backend="eager", fullgraph=False)

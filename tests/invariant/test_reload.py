@@ -82,6 +82,7 @@ def test_saved_model_reloads_with_equal_logits(family, method, reloaded):
     assert reloaded[1][f"{family}.{method}"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["neuron_delta", "lora"])
 def test_merged_model_reloads_within_1e5(family, method, reloaded):
     assert reloaded[1][f"{family}.{method}_merged"] < 1e-5

@@ -95,6 +95,7 @@ def test_whole_checkpoints_are_complete_and_the_newest_is_taken(runs):
         assert find(runs / method, None) is find(runs / method, False) is find(runs / method, "false") is None
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     method=st.sampled_from(METHODS),

@@ -211,6 +211,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_the_saved_models_hold_the_same_in_a_fresh_process(artefacts):
     root, saved = artefacts
     if not saved:

@@ -317,6 +317,7 @@ def test_threads_compute_what_one_computes_and_leave_the_weights(kind, count, wi
     assert versions_of(model) == versions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 8])
 @pytest.mark.parametrize("kind", MODELS)
 def test_threads_that_train_take_turns(kind, count):

@@ -94,8 +94,8 @@ def _equal(report: Report, found: Found, results: dict[str, Any], answer: Answer
     report.heading("At equal learning")
     report.text(
         f"KL from the base in nats per token where {SHARE:.0%} is learnt: geometric mean over {' and '.join(PRIMARY)} "
-        "and over the seeds that get there, of five. Last, the KL of protection as a part of it, over all pairs of "
-        "seeds in which both get there."
+        "and over the seeds that get there, of five. The last column divides the KL of protection, the last row, by "
+        "that of the row itself, over all pairs of seeds in which both get there."
     )
     header, rows = equal_table(found, answer)
     report.table(header, rows)
@@ -103,7 +103,7 @@ def _equal(report: Report, found: Found, results: dict[str, Any], answer: Answer
 
 
 def equal_table(found: Found, answer: Answer) -> tuple[list[str], list[list[str]]]:
-    """What each way has forgotten on both shifts where as much is learnt, and protection beside it.
+    """What each way has forgotten on both shifts where as much is learnt, and that of protection as a part of it.
 
     Args:
         found: the cells.
@@ -119,7 +119,7 @@ def equal_table(found: Found, answer: Answer) -> tuple[list[str], list[list[str]
     if compared is not None:
         cells = [_reached(rivals(found, task)) for task in tasks]
         rows.insert(1, ["the same at another rate, added afterwards", *cells, _beside(compared)])
-    return ["all linear layers train", *(task.partition(",")[0] for task in tasks), "protection beside it (95%)"], rows
+    return ["all linear layers train", *(task.partition(",")[0] for task in tasks), "last row / this row (95%)"], rows
 
 
 def _reached(found: Sequence[Run]) -> str:
