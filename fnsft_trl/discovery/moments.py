@@ -84,8 +84,8 @@ class Moments:
     def stored(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and RMS of some neurons as a template keeps them, from which their variance can be had again.
 
-        In float32; but in float64, where a neuron varies so little beside its mean that their difference would be lost
-        in float32: by 0.1% where the mean is a hundred times the deviation, by 10% where it is a thousand times.
+        In float32. But in float64, where a neuron varies so little beside its mean that the difference would be lost:
+        float32 misses 0.1% of a variance where the mean is a hundred times the deviation, 10% where a thousand times.
         """
         exact_ones = self.mean[columns].cpu(), self.rms[columns].cpu()
         mean, rms = (values.float() for values in exact_ones)
