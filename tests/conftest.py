@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,9 @@ hypothesis.settings.load_profile("stable")
 # What is installed stays so: libraries that ask for a version at every call do not read its file each time.
 for name in ("metadata", "version"):
     setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
+
+# In the background of a script, tests and the processes that they start would ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Threads that wait for each other make tiny models many times slower on a busy machine: OMP_NUM_THREADS=1 is heeded.
 if "OMP_NUM_THREADS" not in os.environ:
