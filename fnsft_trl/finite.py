@@ -11,6 +11,10 @@ from typing import Any
 from .errors import FNSFTError
 
 
+# What to do where a loss is infinite or NaN and its difference from another one is asked for.
+NO_DIFFERENCE = "load the model in float32, or leave out text with tokens that the model rules out (-inf)"
+
+
 def check_finite(
     values: Iterable[float], what: str, do: str = "load the model in float32, or look at its weights"
 ) -> None:

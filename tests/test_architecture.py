@@ -71,7 +71,7 @@ ORDER = {
     "neurons": ["layout", "experts", "taps", "sites", "mask"],
     "template": [
         *("membership", "schema", "description", "storage", "legacy", "stored", "figure", "card", "naming", "weights"),
-        "template",
+        *("tensors", "template"),
     ],
     "discovery": [
         *("activations", "moments", "units", "sketch", "ica", "matching", "components", "decomposition", "null"),

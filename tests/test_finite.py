@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from fnsft_trl.continual.transfer import ScoreMatrix
 from fnsft_trl.data.choices import ChoiceRow
 from fnsft_trl.discovery.directions import KeptDirections, KeptText
 from fnsft_trl.evaluation.bootstrap import difference, spread
-from fnsft_trl.evaluation.choices import score_choices
+from fnsft_trl.evaluation.choices import choice_measures, score_choices
 from fnsft_trl.evaluation.equal_learning import Crossing, kl_at
 from fnsft_trl.evaluation.evaluation import EvaluationConfig, EvaluationData, evaluate_model
 from fnsft_trl.evaluation.general import score_text
@@ -55,6 +54,7 @@ from fnsft_trl.probes.statistics import Sums, p_of_draws
 from fnsft_trl.report import Report
 from fnsft_trl.template.description import NullReliability, reliability_above_null
 from fnsft_trl.training.budget import Budget
+from fnsft_trl.training.earlier_answers import distillation
 from fnsft_trl.training.elastic import fisher_diagonal, trained_parameters
 from fnsft_trl.tuner.saved import SavedAdapter
 
@@ -178,6 +178,63 @@ BY_NUMBERS = {
 }
 
 
+def ruling_out(*tokens: int) -> torch.nn.Module:
+    """A model that gives some tokens no probability."""
+    model, none = tiny_model("llama"), torch.tensor(tokens)
+    model.lm_head.register_forward_hook(lambda head, args, logits: logits.index_fill(-1, none, -INF))
+    return model.eval()
+
+
+def test_a_token_of_the_text_that_a_model_rules_out_makes_its_loss_infinite_and_no_error(tokenizer):
+    """Which is the truth of such a model; of a token that is not of the text nothing is to be told."""
+    ids = tokenizer(TEXTS[0]).input_ids
+    other = next(token for token in range(5, len(tokenizer)) if token not in ids)
+    of = {where: ruling_out(token) for where, token in (("text", ids[3]), ("none", other))}
+    plain = evaluate(tiny_model("llama").eval(), tokenizer, [{"text": TEXTS[0]}])
+    for where, value in (("text", INF), ("none", pytest.approx(plain.measures["d/bits_per_byte"].value, rel=0.1))):
+        found = evaluate(of[where], tokenizer, [{"text": TEXTS[0]}] * 3)
+        assert found.measures["d/bits_per_byte"].value == value
+        assert found.measures["d/bits_per_byte"].interval(draws=9) == (value,) * 3
+        assert found.measures["d/perplexity"].minus(plain.measures["d/perplexity"], draws=9).value == (
+            INF if value == INF else pytest.approx(0, abs=9)
+        )
+    ruled_out, whole = ruling_out(IDS[0][2]), tiny_model("llama").eval()
+    assert {n: m.value for n, m in score_text(ruled_out, text(), reference=whole).items()} == {
+        "cross_entropy": INF,
+        "kl": INF,
+    }
+    assert all(0 < m.value < INF for m in score_text(whole, text(), reference=ruled_out).values())
+    answers = [ChoiceRow(0, "Say ba:", (" ab.", " ko."), 0)]
+    assert score_choices(ruling_out(*range(len(tokenizer) // 2)), tokenizer, answers) == [[-INF, -INF]]
+    assert [m.value for m in choice_measures(answers, [[-INF, -INF]]).values()] == [0, 0, 0]  # none is the likeliest
+    assert [m.value for m in choice_measures(answers, [[-9.0, -INF]]).values()] == [1, 1, 1]
+
+
+def test_no_difference_is_told_from_a_base_that_rules_out_a_token_of_the_text():
+    with pytest.raises(FNSFTError, match=r"the base on the retention text.*is inf.*rules out"):
+        RetentionSeries(text()).begin(ruling_out(IDS[0][2]))
+    series = RetentionSeries(text())
+    series.begin(model := tiny_model("llama"))
+    none = torch.tensor([IDS[0][2]])
+    model.lm_head.register_forward_hook(lambda head, args, logits: logits.index_fill(-1, none, -INF))
+    assert series.measure(model)["rise"] == INF
+    assert Budget(1.0, "stop").passed_by([series]) == [series]
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda before, now: distillation(before, now, 2.0), lambda before, now: divergences(before, now).mean()]
+)
+def test_a_token_that_both_models_rule_out_adds_nothing_to_a_loss_nor_to_its_gradient(loss):
+    before, now = torch.tensor([[0.5, -INF, 1.0]]), torch.tensor([[0.3, -INF, 0.2]], requires_grad=True)
+    others = now.detach()[:, [0, 2]].requires_grad_()
+    found, expected = loss(before, now), loss(before[:, [0, 2]], others)
+    assert float(found) == pytest.approx(float(expected))
+    found.backward()
+    expected.backward()
+    assert now.grad[0].tolist() == pytest.approx([float(others.grad[0, 0]), 0, float(others.grad[0, 1])])
+    assert math.isnan(loss(torch.tensor([[0.5, NAN, 1.0]]), now))
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", BY_NUMBERS)
 def test_nothing_is_told_by_what_is_no_number(name, value, tmp_path):
@@ -200,6 +257,7 @@ def change(value):
 BASIS = torch.eye(2, dtype=torch.float64)[:, :1]
 NO_NUMBERS = {
     "perplexity": lambda: Measure.of_sums([NAN, 1.0], [2, 2], [0, 1], rises=False, form="perplexity").value,
+    "interval of infinite ones": lambda: spread(lambda sums: float(sums[0] - sums[0]), torch.tensor([[INF]])).low,
     "interval": lambda: spread(lambda sums: float(sums[0]), torch.tensor([[1.0], [NAN]])).low,
     "difference": lambda: difference(lambda s: float(s[0]), torch.ones(2, 1), torch.tensor([[1.0], [NAN]])).value,
     "mean over seeds": lambda: over_seeds([1.0, NAN]).value,
@@ -223,26 +281,30 @@ def test_what_comes_of_nan_is_nan(name):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, model_dir):
-    """A folder with a saved LoRA and saved neuron deltas, each with one tensor of NaN."""
+    """A folder with a saved LoRA and saved neuron deltas, each with one tensor of NaN in layer 1."""
     root = tmp_path_factory.mktemp("broken")
     lora = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    deltas = NeuronTunerConfig(neurons={"0": "0-3"}, task_type="CAUSAL_LM")
+    deltas = NeuronTunerConfig(neurons={"1": "0-3"}, task_type="CAUSAL_LM")
     for name, config in (("lora", lora), ("deltas", deltas)):
         model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.fill_(1.0)
-        next(p for p in reversed(list(model.parameters())) if p.requires_grad).data.fill_(NAN)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for parameter in trained.values():
+            parameter.data.fill_(1.0)
+        next(p for name, p in reversed(trained.items()) if ".layers.1." in name).data.fill_(NAN)
         model.save_pretrained(root / name)
         AutoTokenizer.from_pretrained(model_dir).save_pretrained(root / name)
     return root
 
 
 @pytest.mark.parametrize("name", ["lora", "deltas"])
-def test_a_broken_adapter_is_neither_merged_nor_restored_nor_held_to_neurons(name, broken, model_dir, tmp_path):
+def test_a_broken_adapter_is_not_merged(name, broken, tmp_path):
     with pytest.raises(FNSFTError, match=r"does not merge: .*broken"):
         to_merged(broken / name, tmp_path / "merged")
     assert not (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["lora", "deltas"])
+def test_a_broken_adapter_is_neither_restored_nor_held_to_neurons(name, broken, model_dir):
     saved = SavedAdapter.read(broken / name)
     with pytest.raises(FNSFTError, match="NaN or infinite entries"):
         AdapterChanges.read(saved, base=str(model_dir))
@@ -263,14 +325,6 @@ def test_a_broken_fine_tune_is_not_restored():
 def test_an_export_with_logits_that_are_no_numbers_is_not_verified():
     found = Verification(NAN, 1e-4, "base", None, 0)
     assert "differ by nan" in _wrong(found, {"tokens": [], "others": [], "own": False}, None)
-
-
-@pytest.mark.parametrize("part", ["loadings", "mean", "rms"])
-def test_a_template_of_what_is_no_number_is_none(part, templates):
-    values = {layer: found.clone() for layer, found in getattr(templates["llama"], part).items()}
-    values[1].view(-1)[3] = NAN
-    with pytest.raises(FNSFTError, match=f"the {part} of layer 1 hold NaN"):
-        replace(templates["llama"], **{part: values})
 
 
 def test_a_series_that_gives_no_number_passes_its_budget_and_is_no_base_of_another_run():

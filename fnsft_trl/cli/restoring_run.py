@@ -22,7 +22,7 @@ from ..evaluation.rows import EvaluationRow, RowReader, prompt_format, read_rows
 from ..evaluation.series import RetentionSeries
 from ..export.restored import AdapterChanges, Places
 from ..export.restored_model import ModelChanges
-from ..finite import check_finite
+from ..finite import NO_DIFFERENCE, check_finite
 from ..interventions.restoring import Positions, Restoration
 from ..neurons.sites import check_in_memory, find_neuron_sites
 from ..ranges import format_ranges, parse_ranges
@@ -251,6 +251,7 @@ class _Run:
             self.model, self.rows, max_length=longest, batch_size=settings.batch_size, name=f"{found.how.name}: task"
         )
         found.loss = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+        check_finite([found.loss], f"the loss of {found.how.name} on {self.args.task}", NO_DIFFERENCE)
         exact = [score.is_exact for score, row in zip(scores, self.rows, strict=True) if row.answer is not None]
         found.exact = sum(exact) / len(exact) if exact else None
 

@@ -20,6 +20,11 @@ _LAYER = ("peft.tuners.tuners_utils.BaseTunerLayer", f"{_PEFT}peft/tuners/tuners
 _TRAINER = ("transformers.Trainer", f"{_TRANSFORMERS}transformers/trainer.py")
 _SFT = ("trl.SFTTrainer", f"{_TRL}trl/trainer/sft_trainer.py")
 
+_HFLM = (
+    "lm_eval.models.huggingface.HFLM",
+    "https://github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/models/huggingface.py",
+)
+
 
 class PrivateMethod(NamedTuple):
     """A method or an attribute of a class of another library.
@@ -112,9 +117,9 @@ PRIVATE_METHODS = (
         "prepared data are kept, and rows that it leaves out are counted",
     ),
     PrivateMethod(*_SFT, "_tag_names", None, "the tags of the model card"),
+    PrivateMethod(*_HFLM, "_model_call", ("inps",), "logits that are no numbers are refused"),
     PrivateMethod(
-        "lm_eval.models.huggingface.HFLM",
-        "https://github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/models/huggingface.py",
+        *_HFLM,
         "_model_generate",
         ("context", "max_length", "stop", "generation_kwargs"),
         "scores of a next token that are no numbers are refused",

@@ -270,6 +270,7 @@ def _changes_anything(a: torch.Tensor, b: torch.Tensor, experts: int) -> bool:
     """Whether the weight change B A is more than the rounding of factors that are orthogonal to each other."""
     if not (a.any() and b.any()):
         return False
+    a, b = a.float(), b.float()  # products of half precision may be 0, and norms infinite
     change = torch.einsum("ore,eri->eoi", b.view(len(b), -1, experts), a.view(experts, -1, a.shape[1]))
     return not bool(change.norm() <= 1e-5 * a.norm() * b.norm())  # NaN changes something
 

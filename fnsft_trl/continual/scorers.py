@@ -1,5 +1,6 @@
 """score_task: how well a model answers the rows of a task, as a number from 0 to 1."""
 
+import math
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from statistics import fmean
@@ -50,14 +51,15 @@ def score_task(
 
 
 def _chosen(model: nn.Module, reader: RowReader, task: Task, rows: Sequence[dict], batch_size: int) -> list[float]:
-    """Whether the expected answer is the likeliest of all."""
+    """Whether the expected answer is the likeliest of all; none is where the model rules out all."""
     options = [row | {"completion": choice} for row in rows for choice in task.choices(row)]
     options, _ = read_rows(options, RowReader(reader.tokenizer), name=f"the answers of task {task.name}")
     likelihoods = iter([score.answer_nll for score in score_rows(model, options, batch_size=batch_size)])
     found = []
     for row in rows:
         nll = {choice: next(likelihoods) for choice in task.choices(row)}
-        found.append(float(min(nll, key=nll.get) == row["completion"]))
+        best = min(nll, key=nll.get)
+        found.append(float(nll[best] < math.inf and best == row["completion"]))
     return found
 
 

@@ -376,7 +376,7 @@ class _Discovery:
 
     def _template(self, found: _Found, names: list[str], sha256: str) -> FunctionalNetworkTemplate:
         config, columns, result = self.config, self.reader.columns, found.result
-        mean, rms = (values.float().cpu() for values in (result.moments.mean, result.moments.rms))
+        statistics = {layer: result.moments.stored(part) for layer, part in columns.items()}
         return FunctionalNetworkTemplate(
             base_model=model_name(self.model),
             revision=getattr(self.model.config, "_commit_hash", None),
@@ -393,7 +393,7 @@ class _Discovery:
                 )
             ],
             loadings={layer: result.loadings[:, part].clone() for layer, part in columns.items()},
-            mean={layer: mean[part].clone() for layer, part in columns.items()},
-            rms={layer: rms[part].clone() for layer, part in columns.items()},
+            mean={layer: mean.clone() for layer, (mean, _) in statistics.items()},
+            rms={layer: rms.clone() for layer, (_, rms) in statistics.items()},
             weights=self.weights,
         )

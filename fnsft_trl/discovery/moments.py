@@ -10,6 +10,7 @@ from ..compat.torch import exact
 
 
 COLUMNS = 4096  # neurons that are worked on at a time where a temporary copy is needed, so that it stays in the cache
+_LOST = 0.01  # share of a variance by which rounded statistics may miss it
 _LAUNCH = 65_536  # neurons of which a product takes an accelerator about as long as it takes to ask for it
 
 
@@ -79,3 +80,15 @@ class Moments:
     def rms(self) -> torch.Tensor:
         """Root mean square, shape (neurons,)."""
         return (self.variance + self.mean.square()).sqrt()
+
+    def stored(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and RMS of some neurons as a template keeps them, from which their variance can be had again.
+
+        In float32. But in float64, where a neuron varies so little beside its mean that the difference would be lost:
+        float32 misses 0.1% of a variance where the mean is a hundred times the deviation, 10% where a thousand times.
+        """
+        exact_ones = self.mean[columns].cpu(), self.rms[columns].cpu()
+        mean, rms = (values.float() for values in exact_ones)
+        variance = self.variance[columns].cpu()
+        missed = rms.double().square() - mean.double().square() - variance
+        return exact_ones if (missed.abs() > _LOST * variance).any() else (mean, rms)

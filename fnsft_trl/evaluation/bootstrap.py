@@ -81,5 +81,7 @@ def spread(
 
 
 def _interval(whole: float, samples: list[float]) -> Interval:
-    ends = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Interval(whole, *ends.tolist())
+    drawn, places = torch.tensor(samples, dtype=torch.float64), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    below, between = (drawn.quantile(places, interpolation=how) for how in ("lower", "linear"))
+    # Between two infinite samples it would be NaN.
+    return Interval(whole, *torch.where(below.isinf(), below, between).tolist())

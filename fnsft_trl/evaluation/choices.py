@@ -1,5 +1,6 @@
 """Multiple choice by likelihood, as lm-evaluation-harness has it."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -91,7 +92,7 @@ def score_choices(
 
 def choice_measures(rows: Sequence[ChoiceRow], likelihoods: Sequence[Sequence[float]]) -> dict[str, Measure]:
     """How often the right answer is the likeliest: `acc`, and `acc_norm` by its likelihood for each character, and
-    `acc_bytes` for each byte of it in UTF-8.
+    `acc_bytes` for each byte of it in UTF-8. None is where the model rules out all answers (-inf).
 
     Args:
         rows: the questions.
@@ -107,6 +108,7 @@ def choice_measures(rows: Sequence[ChoiceRow], likelihoods: Sequence[Sequence[fl
         right = []
         for row, values in zip(rows, likelihoods, strict=True):
             normed = [value / length(choice) for value, choice in zip(values, row.choices, strict=True)]
-            right.append(float(normed.index(max(normed)) == row.answer))
+            best = max(normed)
+            right.append(float(best > -math.inf and normed.index(best) == row.answer))
         measures[name] = Measure.of_rows(right, [row.number for row in rows], rises=True)
     return measures

@@ -1,5 +1,7 @@
 """How well a model predicts general text, and how far it is from another one there."""
 
+import math
+
 from torch import nn
 
 from ..compat.accelerate import input_device
@@ -33,7 +35,10 @@ def score_text(
 
     Returns:
         `cross_entropy`, in nats per token; with a reference also `kl`, KL(reference || model) on the same tokens, in
-        nats per token.
+        nats per token. Both are infinite where the model rules out a token of the text.
+
+    Raises:
+        FNSFTError: a model predicts NaN.
     """
 
     def work(numbers: list[int]) -> list[tuple[float, float]]:
@@ -56,7 +61,8 @@ def score_text(
     with evaluating(model):
         lengths = [len(ids) for ids in text.sequences]
         sums = share.in_batches(work, lengths, batch_size=batch_size, name=name)
-    check_finite([kl for _, kl in sums], f"the KL from the reference on {name}")
+    # Infinite where the model rules out what the reference does not.
+    check_finite([kl for _, kl in sums if kl != math.inf], f"the KL from the reference on {name}")
     tokens = [length - 1 for length in lengths]
     numbers = range(len(lengths))
     measures = {"cross_entropy": Measure.of_sums([nll for nll, _ in sums], tokens, numbers, rises=False)}

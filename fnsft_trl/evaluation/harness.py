@@ -2,13 +2,15 @@
 
     python -m fnsft_trl.evaluation.harness --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks TASK
 
-is lm-eval's own command after `import fnsft_trl.tuner`, without which PEFT knows no neuron deltas.
+is lm-eval's own command after `import fnsft_trl.tuner`, without which PEFT knows no neuron deltas. A model that gives
+no numbers (NaN) is an error there and here.
 """
 
 import copy
 import difflib
 import logging
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +23,7 @@ import yaml
 from datasets.exceptions import DatasetsError
 from torch import nn
 
-from ..compat.lm_eval import sandbox_templates
+from ..compat.lm_eval import replace_own_model, sandbox_templates
 from ..errors import FNSFTError
 from ..finite import check_finite
 from ..tuner.saved import first_line
@@ -193,30 +195,45 @@ class Tasks:
         return FNSFTError(f"lm-eval cannot run {', '.join(self.names)}: {first_line(error)}")
 
 
+def _of_numbers() -> type:
+    """lm-eval's own class of models, which refuses logits without a largest one.
+
+    A token that the model rules out (a logit of -inf) has a log-likelihood of -inf, as it should.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Checked(HFLM):
+        def _model_call(self, *args, **options):
+            logits = super()._model_call(*args, **options)  # (requests, positions, vocabulary)
+            largest = logits.amax(-1)
+            if not largest.isfinite().all():
+                check_finite(largest.flatten().tolist(), f"the largest logits of a model, in {logits.dtype}")
+            return logits
+
+        def _model_generate(self, *args, **options):
+            return super()._model_generate(*args, logits_processor=[OnlyNumbers()], **options)
+
+    return Checked
+
+
 def _shared_model(model: nn.Module, tokenizer, share: Share, *, batch_size: int, max_length: int | None):
     """lm-eval's own model around one that is loaded, whose requests are split over the processes.
 
     To lm-eval it is a single one in every process, so that each comes to the results of all requests.
     """
-    from lm_eval.models.huggingface import HFLM
 
-    class SharedModel(HFLM):
+    class SharedModel(_of_numbers()):
         def loglikelihood(self, requests, disable_tqdm=False):
-            found = share.in_parts(lambda own: super(SharedModel, self).loglikelihood(own, not share.shows), requests)
-            check_finite([likelihood for likelihood, _ in found], "log-likelihoods of answers")
-            return found
+            parent = super().loglikelihood
+            return share.in_parts(lambda own: parent(own, not share.shows), requests)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             parent = super().loglikelihood_rolling
-            found = share.in_parts(lambda own: parent(own, not share.shows), requests)
-            check_finite(found, "log-likelihoods of texts")
-            return found
+            return share.in_parts(lambda own: parent(own, not share.shows), requests)
 
         def generate_until(self, requests, disable_tqdm=False):
-            return share.in_parts(lambda own: super(SharedModel, self).generate_until(own, not share.shows), requests)
-
-        def _model_generate(self, *args, **options):
-            return super()._model_generate(*args, logits_processor=[OnlyNumbers()], **options)
+            parent = super().generate_until
+            return share.in_parts(lambda own: parent(own, not share.shows), requests)
 
     own = copy.deepcopy(tokenizer)  # which gets a padding token
     # HFLM ties the weights of what it is given once more, and would fail at a copy of them that an adapter trains.
@@ -266,12 +283,14 @@ def _is_mean(values: list, value: float) -> bool:
 
 
 def _register() -> None:
-    """Give lm-eval a model `fnsft`: what a run has written, found by its directory."""
+    """Give lm-eval a model `fnsft`: what a run has written, found by its directory; and have its own one checked."""
     from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
+
+    checked = _of_numbers()
+    replace_own_model(checked)
 
     @register_model("fnsft")
-    class SavedModel(HFLM):
+    class SavedModel(checked):
         def __init__(self, pretrained: str, device: str | None = None, dtype: str = "auto", **options) -> None:
             keys = ("revision", "trust_remote_code")
             given = {key: options.pop(key) for key in keys if options.get(key)}
@@ -281,14 +300,20 @@ def _register() -> None:
 
 
 def main() -> None:
-    """lm-eval's own command, to which neuron deltas are known, and a model type `fnsft`."""
+    """lm-eval's own command, to which neuron deltas are known, and a model type `fnsft`.
+
+    A model that gives no numbers ends it, as one of its tasks would give a score of them.
+    """
     check_harness()
     from lm_eval.__main__ import cli_evaluate
 
     from .. import tuner  # noqa: F401, adds neuron deltas to PEFT's tables
 
     _register()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except FNSFTError as error:
+        sys.exit(f"fnsft_trl: {error}")
 
 
 if __name__ == "__main__":

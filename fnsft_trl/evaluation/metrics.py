@@ -19,7 +19,8 @@ class TokenScores:
     """Scores of the scored tokens of one sequence.
 
     Attributes:
-        nll (`torch.Tensor`): negative log-likelihood in nats, shape (scored tokens,).
+        nll (`torch.Tensor`): negative log-likelihood in nats, shape (scored tokens,); infinite where the model rules
+            the token out.
         is_top1 (`torch.Tensor`): whether the token was the most likely one, shape (scored tokens,).
     """
 
@@ -83,13 +84,17 @@ def token_scores(logits: torch.Tensor, ids: torch.Tensor, first: int, last: int)
         first: the first token to score, at least 1.
         last: the end of the sequence.
 
+    Returns:
+        The scores; the negative log-likelihood of a token that the model rules out (a logit of -inf) is infinite.
+
     Raises:
-        FNSFTError: the negative log-likelihood of a token is NaN or infinite, so that no token is the most likely.
+        FNSFTError: the largest logit is NaN or infinite, so that no token is the most likely.
     """
     predicted = logits[first - 1 : last - 1].float()  # (scored tokens, vocabulary)
     target = ids[first:last]
     nll = nn.functional.cross_entropy(predicted, target, reduction="none").cpu()
-    check_finite(nll.tolist(), f"losses that a model predicts with logits in {logits.dtype}")
+    if not nll.isfinite().all():
+        check_finite(predicted.amax(-1).tolist(), f"the largest logits of a model, in {logits.dtype}")
     return TokenScores(nll, (predicted.argmax(-1) == target).cpu())
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..compat.accelerate import input_device
 from ..errors import FNSFTError
-from ..finite import check_finite
+from ..finite import NO_DIFFERENCE, check_finite
 from .config import MEASURES, metric_name
 from .kl import AdapterOff, StoredBase, chunks, reference_of, switches_kept
 from .metrics import model_inputs
@@ -163,7 +163,7 @@ class RetentionSeries:
             title: of the progress bar; none by default.
 
         Raises:
-            FNSFTError: its cross-entropy is no number.
+            FNSFTError: its cross-entropy is no number, or infinite: the rise from it could not be told.
         """
         self._reference = reference_of(model, exact=self.exact)
         self.base = self._keep(model, title)
@@ -172,7 +172,9 @@ class RetentionSeries:
             if not (abs(now - self.base) <= _SAME and abs(kl) <= _SAME):  # NaN is not the same
                 self._reference = StoredBase()
                 self.base = self._keep(model, title)
-        check_finite([self.base], f"the cross-entropy of the base on the retention text {self.name}".rstrip())
+        check_finite(
+            [self.base], f"the cross-entropy of the base on the retention text {self.name}".rstrip(), NO_DIFFERENCE
+        )
         if isinstance(self._reference, StoredBase):
             self._reference.distributions = _of_all_processes(self._reference.distributions)
         self._model = ref(model)

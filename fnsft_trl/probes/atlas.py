@@ -194,7 +194,6 @@ def _network(
     cells += [_cell(samples.share(number), ".0%")] if samples else []
     cells += [_cell(probe.rise(number), "+.3f")] if probe else []
     strongest = sorted(shares, key=lambda layer: -shares[layer])[:3]
-    order = [int(other) for other in overlaps.argsort()[::-1] if other != number and overlaps[other] > 0][:3]
     return {
         "number": number,
         "title": title,
@@ -207,7 +206,7 @@ def _network(
         "highest": f"{highest:.1%} of a layer",
         "sentence": f"{component.neurons} neurons, most in layers {', '.join(map(str, sorted(strongest)))}.",
         "reliability": None if component.reliability is None else round(min(1.0, component.reliability), 2),
-        "near": ", ".join(f"network {other} ({overlaps[other]:.0%})" for other in order),
+        "near": ", ".join(f"network {other} ({overlaps[other]:.0%})" for other in _nearest(overlaps, number)),
         "recurrence": [*_recurrence(component), *([samples.words(number)] if samples else [])],
         "verdicts": probe.verdicts(number) if probe else [],
         "examples": [_example(example) for example in examples.networks[number]] if examples else [],
@@ -238,6 +237,12 @@ def _example(example) -> dict[str, Any]:
         for token, value in zip(example.tokens, example.activity, strict=True)
     ]
     return {"source": example.source, "peak": f"{example.peak:.1f}", "tokens": tokens}
+
+
+def _nearest(overlaps: "np.ndarray", number: int) -> list[int]:
+    """The three other networks that share most with one; of equal ones the first, on any machine."""
+    order = (-overlaps).argsort(kind="stable")
+    return [int(other) for other in order if other != number and overlaps[other] > 0][:3]
 
 
 def _overlaps(description: TemplateDescription, loadings: Mapping[int, "np.ndarray"]) -> "np.ndarray":

@@ -14,6 +14,7 @@ from ..errors import FNSFTError
 from ..evaluation.generation import generate_answers
 from ..evaluation.metrics import evaluating, model_inputs
 from ..evaluation.share import Share
+from ..finite import NO_DIFFERENCE
 from ..interventions.replacement import Replacement, Scaled
 from .condition import Condition
 from .data import Item, ProbeData
@@ -177,7 +178,7 @@ class ProbePasses:
             state = "intact" if condition is None else f"under {condition.curve} of {condition.selector}"
             raise FNSFTError(
                 f"batch {number} of {part.name}: the model, {state}, predicts nothing that is a number (NaN or an "
-                f"infinite loss); its weights are {self.model.dtype}: load it in float32"
+                f"infinite loss); its weights are {self.model.dtype}: {NO_DIFFERENCE}"
             )
         key = INTACT if condition is None else condition.key
         self.records.add(part.name, number, key, asdict(scores), seconds=seconds, share=1 - layer / shared.layers)

@@ -163,9 +163,14 @@ def read_arrays(description: TemplateDescription, *places: Path) -> "dict[str, n
             raise FNSFTError(f"{path}: {name} holds values that are not finite; discover the networks again")
     for layer in description.widths if description.statistics else ():
         mean, rms = tensors[f"layers.{layer}.mean"], tensors[f"layers.{layer}.rms"]
-        if (rms < 0).any() or (np.abs(mean) > rms * 1.001 + 1e-6).any():
+        if not are_statistics(mean, rms):
             raise FNSFTError(f"{path}: layers.{layer}.rms cannot be the RMS of activations with that mean")
     return tensors
+
+
+def are_statistics(mean: Any, rms: Any) -> bool:
+    """Whether activations can have such means and RMS, as arrays or tensors of one shape."""
+    return not bool((rms < 0).any() or (abs(mean) > rms * 1.001 + 1e-6).any())
 
 
 def _check_header(file: BinaryIO, path: Path, description: TemplateDescription) -> None:

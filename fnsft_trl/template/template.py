@@ -29,6 +29,7 @@ from .membership import members
 from .schema import FORMAT
 from .storage import CARD_FILE, CONFIG_FILE, FIGURE_FILE, TENSOR_FILE, write_files
 from .stored import StoredTemplate
+from .tensors import check_tensors
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         components (`list[Component]`): one entry per network.
         loadings (`dict[int, torch.Tensor]`): layer -> signed loadings, shape (components, neurons of the layer).
         mean, rms (`dict[int, torch.Tensor]`): layer -> shape (neurons of the layer,), of the activations on the
-            calibration text. Empty where they are unknown.
+            calibration text; float64 in layers where float32 would lose a variance. Empty where they are unknown.
         weights (`dict` or `None`): probes of the base model, see [`~fnsft_trl.template.weights.weight_probes`].
         basis (`dict[int, dict]`): layer -> `basis` of its neurons and `input_basis` of its MLP's input (orthonormal,
             shape (directions, width); position 0, the mean, then leading ones). Empty without `ica_store_basis`.
@@ -68,7 +69,8 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
         commit (`str` or `None`): the commit there.
 
     Raises:
-        FNSFTError: a loading, a mean or an RMS is NaN or infinite.
+        FNSFTError: a tensor is not what the files of a template may hold, see
+            [`~fnsft_trl.template.tensors.check_tensors`].
     """
 
     base_model: str
@@ -92,13 +94,7 @@ class FunctionalNetworkTemplate(ModelHubMixin, library_name="fnsft_trl", tags=li
     _hub_mixin_config: ClassVar[dict] = {}  # the mixin would otherwise describe the template by itself
 
     def __post_init__(self) -> None:
-        for name in ("loadings", "mean", "rms"):
-            for layer, values in getattr(self, name).items():
-                if not values.isfinite().all():
-                    raise FNSFTError(
-                        f"the {name} of layer {layer} hold NaN or infinite values, by which no neuron belongs to a "
-                        "network; discover the networks again, in float32"
-                    )
+        check_tensors(self)
         self.components = self.counted()
 
     def counted(self) -> list[Component]:

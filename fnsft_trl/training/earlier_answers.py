@@ -115,7 +115,8 @@ def distillation(before: torch.Tensor, now: torch.Tensor, temperature: float) ->
     """
     answered = (before.float() / temperature).softmax(-1)
     logs = (now.float() / temperature).log_softmax(-1)
-    return -(answered * logs).sum(-1).mean() if len(now) else logs.sum()
+    costs = (answered * logs).masked_fill(answered == 0, 0)  # of a token that both rule out, 0 x -inf
+    return -costs.sum(-1).mean() if len(now) else logs.sum()
 
 
 @contextmanager

@@ -222,8 +222,14 @@ class SavedAdapter:
             trains: whether the adapter is to be trained on.
 
         Raises:
-            FNSFTError: the adapter's tensors are not those that the base model has a place for.
+            FNSFTError: the adapter's tensors are not those that the base model has a place for, or parts of it are
+                offloaded to the disk.
         """
+        if "disk" in (getattr(base, "hf_device_map", None) or {}).values():  # PEFT would copy weights to other files
+            raise FNSFTError(
+                f"{self.config.base_model_name_or_path} is partly offloaded to the disk (device_map), and no adapter "
+                "can be put on such weights; leave device_map out: they are read from their files as they are used"
+            )
         self.tensors  # noqa: B018 (read, so that a damaged file is not taken for a model that does not fit)
         with library_errors(lambda error: str(self._does_not_fit(base, str(error)))):
             model = PeftModel.from_pretrained(base, str(self.directory), is_trainable=trains)

@@ -9,6 +9,7 @@ from fnsft_trl.cli import main
 from fnsft_trl.cli.options.parse import parse_recipe
 from fnsft_trl.cli.recipe_arms import find_recipes, read_arms
 from fnsft_trl.errors import FNSFTError
+from fnsft_trl.training.learning_rate import RATES
 
 
 @pytest.fixture
@@ -209,6 +210,17 @@ def test_the_arms_of_the_originals_experiment_differ_in_their_networks_alone(dir
 
     assert differing(lesion, preserve) == {"mask_mode"}
     assert all(name.startswith(("ica_", "mask_mode", "anti_drift_")) for name in differing(plain, lesion))
+
+
+TRAINED = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.read_text().startswith("# fnsft train")]
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.name)
+def test_no_recipe_has_a_learning_rate_that_the_log_calls_high(path):
+    asked = parse_recipe(str(path), {})
+    is_full = asked.network_config is None or asked.network_config.train_method == "full"
+    method = "lora" if asked.values.get("use_peft") else "full" if is_full else "neuron_delta"
+    assert asked.values["learning_rate"] <= RATES[method].high
 
 
 def test_the_originals_settings_are_those_of_its_experiment():

@@ -13,6 +13,18 @@ def mask(share=0.3, seed=0, site="mlp_intermediate", family="llama"):
     return NeuronMask({s.layer: torch.rand(s.width, generator=generator) < share for s in sites}, site)
 
 
+def test_a_change_that_half_precision_cannot_multiply_is_one():
+    """Entries of 2e-5, whose products are 0 in float16, though not in a model that computes in float32."""
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["up_proj"])
+    model = get_peft_model(tiny_model("llama").half(), lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert parameter.dtype == torch.float16
+            parameter.data.fill_(2e-5)
+    with pytest.raises(FNSFTError, match="already changes neurons"):
+        constrain_lora(model, mask())
+
+
 def batch():
     return torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(2))
 

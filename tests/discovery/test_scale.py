@@ -1,9 +1,12 @@
 """Loadings times their scale are directions of activations, however they were standardised."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fnsft_trl import FNSFTError, FunctionalNetworkConfig, discover_networks
+from fnsft_trl import FNSFTError, FunctionalNetworkConfig, FunctionalNetworkTemplate, discover_networks
+from fnsft_trl.discovery.moments import Moments
 from fnsft_trl.discovery.scale import activation_scale
 
 
@@ -68,3 +71,18 @@ def test_cosines_are_refused_and_lists_have_no_scale(found):
         assert all((part == 1).all() for part in activation_scale(found["zscore"]).values())
     finally:
         found["zscore"].settings = kept
+
+
+def test_a_deviation_that_is_small_beside_the_mean_is_kept(found, tmp_path):
+    """Of the difference of squares that float32 holds, an eighth would be missing."""
+    template, deviation = found["zscore"], torch.linspace(0.5, 2, 40, dtype=torch.float64)
+    layer = min(template.widths)
+    for ratio in (3, 1000, 1e5):
+        count = 1000
+        mean = torch.where(torch.arange(40) % 2 == 0, ratio * deviation, 0)
+        mean, rms = Moments(count, mean, count * deviation.square()).stored(slice(0, 40))
+        assert mean.dtype == rms.dtype == (torch.float32 if ratio == 3 else torch.float64)
+        written = replace(template, mean=template.mean | {layer: mean}, rms=template.rms | {layer: rms})
+        written.save_pretrained(tmp_path / str(ratio))
+        read = FunctionalNetworkTemplate.from_pretrained(tmp_path / str(ratio))
+        torch.testing.assert_close(activation_scale(read)[layer], deviation, rtol=1e-4, atol=0)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, logits, random_mask, tiny_model
+from lm_eval.api.registry import get_model, model_registry
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -19,7 +20,7 @@ from fnsft_trl import FNSFTError, NeuronTunerConfig, lesion
 from fnsft_trl.data.choices import find_choice_format, read_choices
 from fnsft_trl.evaluation.choices import choice_measures, score_choices
 from fnsft_trl.evaluation.evaluation import EvaluationData, evaluate_model
-from fnsft_trl.evaluation.harness import Tasks
+from fnsft_trl.evaluation.harness import Tasks, _register
 from fnsft_trl.evaluation.settings import EvaluationConfig
 
 
@@ -81,6 +82,32 @@ def test_a_model_that_gives_no_numbers_has_no_scores(task, tokenizer, tasks_dir)
     model.lm_head.weight.data[5] = torch.nan
     with pytest.raises(FNSFTError, match="one is nan, which says nothing"):
         Tasks([task], str(tasks_dir)).run(model, tokenizer, limit=2)
+
+
+@pytest.mark.parametrize("name", ["hf", "fnsft"])
+def test_nor_has_it_any_by_the_command_of_lm_eval(name, tokenizer, tasks_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_registry, "_objs", dict(model_registry._objs))
+    _register()
+    for where, value in (("a weight", torch.nan), ("one logit", torch.inf)):
+        model = tiny_model("llama")
+        model.lm_head.weight.data[5, : 1 if value == torch.inf else None] = value
+        model.save_pretrained(tmp_path / where)
+        tokenizer.save_pretrained(tmp_path / where)
+        lm = get_model(name)(pretrained=str(tmp_path / where), device="cpu")
+        manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
+        for task in ("syllables", "sounds", "said"):
+            with pytest.raises(FNSFTError, match="by which nothing can be told"):
+                simple_evaluate(model=lm, tasks=[task], task_manager=manager, limit=1, bootstrap_iters=0)
+
+
+def test_a_token_that_a_model_rules_out_has_no_probability(tokenizer, tasks_dir):
+    model, tasks = tiny_model("llama"), Tasks(["sounds"], str(tasks_dir))
+    ids = set(tokenizer("".join(json.loads(line)["text"] for line in (tasks_dir / "texts.jsonl").open())).input_ids)
+    ruled_out = torch.tensor([min(set(range(len(tokenizer))) - ids)])
+    model.lm_head.register_forward_hook(lambda head, args, logits: logits.index_fill(-1, ruled_out, -torch.inf))
+    assert 0 < tasks.run(model, tokenizer).others["sounds/bits_per_byte"] < torch.inf
+    ruled_out[0] = max(ids)
+    assert tasks.run(model, tokenizer).others["sounds/bits_per_byte"] == torch.inf
 
 
 def test_a_mask_and_an_adapter_count(model, tokenizer, tasks_dir):

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from helpers import tiny_model
 
 from fnsft_trl.cli import main
 from fnsft_trl.errors import FNSFTError
-from fnsft_trl.probes.atlas import ProbeResults
+from fnsft_trl.probes.atlas import ProbeResults, _nearest
 from fnsft_trl.probes.example_file import Example, Examples
 from fnsft_trl.probes.examples import find_examples
 from fnsft_trl.probes.sample_file import SampleResults
@@ -37,6 +38,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_of_networks_that_are_equally_near_the_first_are_named():
+    overlaps = np.array([0.2, 1.0, *[0.5] * 60, 0.7, 0.0])
+    assert _nearest(overlaps, 1) == [62, 2, 3]
+    assert _nearest(np.array([1.0, 0.0, 0.0]), 0) == []
 
 
 def results_of(networks):
