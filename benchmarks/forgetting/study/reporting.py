@@ -118,7 +118,7 @@ def equal_table(found: Found, answer: Answer) -> tuple[list[str], list[list[str]
     compared = beside_other_rate(found)
     if compared is not None:
         cells = [_reached(rivals(found, task)) for task in tasks]
-        rows.insert(1, ["the same at another rate, added afterwards", *cells, _beside(compared)])
+        rows.insert(1, ["the same, in german at another rate, added afterwards", *cells, _beside(compared)])
     return ["all linear layers train", *(task.partition(",")[0] for task in tasks), "last row / this row (95%)"], rows
 
 
