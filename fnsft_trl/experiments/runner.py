@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -190,13 +191,27 @@ def _each(tasks: Sequence[_Task], jobs: int, say: Callable[[str], None]) -> Iter
     threads = max(1, torch.get_num_threads() // jobs)
     heard, held = context.Pipe(duplex=False)
     with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(numbers, threads, heard)) as pool:
-        running = {pool.submit(_result, task): task for task in tasks}
+        with _interrupts_wait():
+            running = {pool.submit(_result, task): task for task in tasks}
         try:
             for done in as_completed(running):
                 yield running[done], _unbroken(done)
         except BaseException:  # the pool would wait for all tasks, those that have not begun among them
             held.close()
             raise
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let interrupts wait, in this process till the end and in those that it starts until they [`_begin`]: until then
+    one would end them with a traceback."""
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        if os.name != "nt":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def _unbroken(done) -> Any:
@@ -224,6 +239,8 @@ def _begin(numbers, threads: int, heard: connection.Connection) -> None:
     """Give a process its share of the machine, and end it when the one that began it gives up or ends."""
     threading.Thread(target=_end_with, args=(heard,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes, and the first one says so
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     visible = own_device(numbers.get(), os.environ.get(_DEVICES), torch.cuda.device_count())
     if visible is not None:
         os.environ[_DEVICES] = visible

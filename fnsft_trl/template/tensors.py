@@ -77,4 +77,4 @@ def _check(what: str, values: torch.Tensor, shape: tuple[int | None, ...]) -> No
         wanted = " x ".join("any" if number is None else str(number) for number in shape)
         raise FNSFTError(f"{what} have the shape {tuple(values.shape)}; it must be {wanted}, and not empty")
     if not values.isfinite().all():
-        raise FNSFTError(f"{what} hold NaN or infinite values, by which nothing can be told; {_AGAIN}")
+        raise FNSFTError(f"{what} hold NaN or infinite values, which say nothing; {_AGAIN}")

@@ -96,7 +96,7 @@ def test_nor_has_it_any_by_the_command_of_lm_eval(name, tokenizer, tasks_dir, tm
         lm = get_model(name)(pretrained=str(tmp_path / where), device="cpu")
         manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
         for task in ("syllables", "sounds", "said"):
-            with pytest.raises(FNSFTError, match="by which nothing can be told"):
+            with pytest.raises(FNSFTError, match="which says nothing"):
                 simple_evaluate(model=lm, tasks=[task], task_manager=manager, limit=1, bootstrap_iters=0)
 
 

@@ -258,7 +258,7 @@ def test_one_seed_is_said_to_be_one(copied):
 @pytest.mark.slow
 def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began_them(place, tmp_path):
     output = tmp_path / "two"
-    with two_jobs(place, output) as started:
+    with two_jobs(place, output, both_train) as started:
         children = psutil.Process(started.process.pid).children(recursive=True)
         started.process.kill()
     assert len(children) >= 2
@@ -268,13 +268,23 @@ def test_several_jobs_give_the_report_of_one_and_end_with_the_process_that_began
     assert report(output) == report(place / "whole")
 
 
+def both_train(started, output):
+    return len(list(output.glob("arms/*/*"))) > 1
+
+
+def both_start(started, output):
+    """That is, they import what they need."""
+    others = psutil.Process(started.process.pid).children(recursive=True)
+    return sum("spawn_main" in " ".join(other.cmdline()) for other in others) > 1
+
+
 @contextmanager
-def two_jobs(place, output):
-    """A process that trains in two others, of which each has begun; it does not outlive the test."""
+def two_jobs(place, output, begun):
+    """A process that trains in two others, when these have begun; it does not outlive the test."""
     words = ["experiment", str(place / "recipes"), "--output_dir", str(output), "--jobs", "2"]
     started = Started("-c", OF_ITS_OWN, *words)
     try:
-        while len(list(output.glob("arms/*/*"))) < 2:
+        while not begun(started, output):
             assert started.process.exitcode is None, started.end().stderr
             time.sleep(0.05)
         yield started
@@ -284,10 +294,10 @@ def two_jobs(place, output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["all", "the first"])
-def test_several_jobs_that_are_interrupted_say_so_once_and_at_once(to, place, tmp_path):
+@pytest.mark.parametrize(("to", "begun"), [("all", both_train), ("the first", both_train), ("all", both_start)])
+def test_several_jobs_that_are_interrupted_say_so_once_and_at_once(to, begun, place, tmp_path):
     output = tmp_path / "two"
-    with two_jobs(place, output) as started:
+    with two_jobs(place, output, begun) as started:
         children = psutil.Process(started.process.pid).children(recursive=True)
         (os.killpg if to == "all" else os.kill)(started.process.pid, signal.SIGINT)
         done = started.end(timeout=60)

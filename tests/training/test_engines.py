@@ -34,6 +34,7 @@ RUNS = {
     "checkpoints, whole and sharded, and resuming": ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"),
     "`protect`": ("DDP",),
     "`kl_to_base`": ("DDP",),
+    "`ewc`, `lwf`, `olora`": ("DDP",),
 }
 NAMES = {"FSDP2": "FSDP2", "ZeRO-2": "DeepSpeed ZeRO-2", "ZeRO-3": "DeepSpeed ZeRO-3"}
 # A row of the table -> what is asked for there.
