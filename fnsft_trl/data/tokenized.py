@@ -159,6 +159,8 @@ class TokenizedCache:
                 if path.is_dir() and _damaged_file(path) is None:  # another process has made it meanwhile
                     return
                 shutil.rmtree(path, ignore_errors=True)
+                # One key, one entry: `datasets` gives a random fingerprint where something ends the hashing of one.
+                dataset = dataset.select_columns(dataset.column_names, new_fingerprint=key)
                 with written_whole(path) as scratch:
                     dataset.save_to_disk(str(scratch))
                     _seal(scratch)
