@@ -25,7 +25,7 @@ CORE := tests/compat tests/data tests/neurons tests/template tests/invariant tes
 
 .PHONY: demo study test test-quick quality docs faults floors install clean
 
-demo: install  ## discover, fine-tune three ways, restore, measure, report (11 minutes on 2 cores, after the installation)
+demo: install  ## discover, fine-tune three ways, restore, measure, report (12 minutes on 2 cores, after the installation)
 	$(BIN)/fnsft demo --output_dir demo_output
 
 study: install  ## go on with the study of forgetting (benchmarks/forgetting), at low priority: hours

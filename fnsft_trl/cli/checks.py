@@ -17,21 +17,17 @@ _EVAL_METRICS = (
 )
 
 
-def check_training_arguments(args: SFTConfig, device: str, retention: RetentionConfig | None = None) -> None:
+def check_training_arguments(args: SFTConfig, retention: RetentionConfig | None = None) -> None:
     """Check, before anything is loaded, what would end the training at its beginning.
 
     Args:
         args: the arguments of the trainer.
-        device: type of the device that it computes on.
         retention: what is measured beside the evaluations.
 
     Raises:
-        FNSFTError: as [`~fnsft_trl.training.start.check_start`], a metric that is not measured, or offloading without
-            an accelerator.
+        FNSFTError: as [`~fnsft_trl.training.start.check_start`], or a metric that is not measured.
     """
     check_start(args, {})
-    if args.activation_offloading and device == "cpu":
-        raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
     metric, known = args.metric_for_best_model, (*_EVAL_METRICS, *(retention.metrics() if retention else ()))
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise FNSFTError(

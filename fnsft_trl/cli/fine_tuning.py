@@ -130,7 +130,7 @@ def _settings(asked: TrainOptions) -> _Settings:
     if peft is not None:
         peft.revision = asked.values.get("model_revision")
     hush_repetitions(training.process_index)
-    check_training_arguments(training, precision.device, asked.retention)
+    check_training_arguments(training, asked.retention)
     loading = LoadingConfig(**asked.of(LoadingConfig) | {"dtype": model.dtype})
     check_loading(loading, precision.device)
     return _Settings(

@@ -205,13 +205,14 @@ def _each(tasks: Sequence[_Task], jobs: int, say: Callable[[str], None]) -> Iter
 def _interrupts_wait() -> Iterator[None]:
     """Let interrupts wait, in this process till the end and in those that it starts until they [`_begin`]: until then
     one would end them with a traceback."""
-    if os.name != "nt":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    if os.name == "nt":  # which has no masks of signals
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        if os.name != "nt":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _unbroken(done) -> Any:

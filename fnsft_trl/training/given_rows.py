@@ -12,6 +12,7 @@ from ..json_text import from_json
 
 
 _SAMPLED = 1000  # rows at once
+_TABLES = ("arrow", "pandas", "polars")  # formats of a dataset in which a row is a table
 _MASKS = ("completion_mask", "assistant_masks")
 _KINDS = (pa.types.is_string, pa.types.is_list)
 _NO_TEXT = (pa.types.is_primitive, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null, pa.types.is_struct)
@@ -21,7 +22,7 @@ def first_row(dataset: Any, name: str) -> dict:
     """The first row of what is given as a dataset.
 
     Raises:
-        FNSFTError: it is none, or holds no row.
+        FNSFTError: it is none, holds no row, or gives tables in place of rows.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         found = "missing" if dataset is None else f"a {type(dataset).__name__}"
@@ -29,6 +30,10 @@ def first_row(dataset: Any, name: str) -> dict:
         if isinstance(dataset, Mapping) and dataset:
             remedy = f"give one of its entries ({', '.join(map(repr, dataset))})"
         raise FNSFTError(f"{name} is {found}; expected a Dataset or an IterableDataset of datasets ({remedy})")
+    if isinstance(dataset, Dataset) and dataset.format["type"] in _TABLES:
+        raise FNSFTError(
+            f"{name} has the format {dataset.format['type']}, in which a row is a table; give its with_format(None)"
+        )
     sample = next(iter(dataset), None)
     if sample is None:
         raise FNSFTError(f"{name} has no rows; at least one was expected")

@@ -67,13 +67,17 @@ def check_refused(given: Mapping[str, Any], args: TrainingArguments) -> None:
 def _sample(dataset, args: SFTConfig) -> dict:
     """The first row, or the first of some in which no conversation is empty."""
     first = first_row(dataset, "train_dataset")
-    sample = next((row for row in islice(dataset, _SAMPLED) if [] not in row.values()), None)
+    sample = next((row for row in islice(dataset, _SAMPLED) if not any(map(_is_empty, row.values()))), None)
     if sample is None:
-        column = next(name for name, value in first.items() if value == [])
+        column = next(name for name, value in first.items() if _is_empty(value))
         raise FNSFTError(f"train_dataset has no {column!r} in its first rows; to_trl_format leaves such rows out")
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise FNSFTError("train_dataset is a stream, whose length is not known; set max_steps")
     return sample
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, list) and not value  # of another format of rows it is an array, and no conversation
 
 
 def _check_settings(args: SFTConfig, given: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
@@ -101,8 +100,6 @@ class Run:
             check_upload(args.hub_token, None if is_proposal else args.hub_model_id)
         self.guard: FrozenNeuronGuard | None = None
         check_start(args, given)
-        if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
-            raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args, has_mark=True)
 
     def asked(self, engine: Engine) -> list[str]:

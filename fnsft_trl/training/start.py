@@ -31,7 +31,7 @@ def check_start(args: TrainingArguments, given: Mapping[str, Any]) -> None:
 
     Raises:
         FNSFTError: a number without a meaning, a package that is not installed, an optimizer or a schedule that does
-            not take its arguments, or not one step to make.
+            not take its arguments, not one step to make, or offloading without an accelerator.
     """
     check_numbers(args)
     for name in args.report_to:
@@ -49,6 +49,8 @@ def check_start(args: TrainingArguments, given: Mapping[str, Any]) -> None:
         raise FNSFTError(
             f"gradient_checkpointing_kwargs has {min(unknown)!r}; it takes {', '.join(sorted(_CHECKPOINTING))}"
         )
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":  # plain arguments have none
+        raise FNSFTError("activation_offloading moves activations from an accelerator, and there is none; drop it")
     _check_steps(args, given.get("train_dataset"))
     optimizer, schedule = given.get("optimizers") or (None, None)
     if optimizer is None and given.get("optimizer_cls_and_kwargs") is None:

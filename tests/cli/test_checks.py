@@ -21,13 +21,13 @@ from fnsft_trl.cli.checks import _EVAL_METRICS, check_checkpoint, check_training
 )
 def test_what_would_end_the_training_is_refused(tmp_path, settings, message):
     with pytest.raises(FNSFTError, match=message):
-        check_training_arguments(sft_config(tmp_path, **settings), "cpu")
+        check_training_arguments(sft_config(tmp_path, **settings))
 
 
 def test_liger_kernels_must_be_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("fnsft_trl.training.start.is_liger_kernel_available", lambda: False)
     with pytest.raises(FNSFTError, match="use_liger_kernel needs the package liger-kernel"):
-        check_training_arguments(sft_config(tmp_path, use_liger_kernel=True), "cpu")
+        check_training_arguments(sft_config(tmp_path, use_liger_kernel=True))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_liger_kernels_must_be_installed(tmp_path, monkeypatch):
     ids=str,
 )
 def test_what_a_training_takes_passes(tmp_path, settings):
-    check_training_arguments(sft_config(tmp_path, **settings), "cpu")
+    check_training_arguments(sft_config(tmp_path, **settings))
 
 
 def test_the_metrics_are_those_that_an_evaluation_measures(tmp_path, rows, tokenizer):

@@ -48,6 +48,12 @@ CASES = {
     "evaluation of a stream without rows": (
         PAIRS, {}, {"eval_dataset": {"a": IterableDataset.from_generator([].__iter__)}}, "'a'. has no rows"
     ),
+    **{
+        f"rows of {name}": (
+            None, {}, {"train_dataset": Dataset.from_list(TEXTS).with_format(name)}, f"format {name}, .*with_format"
+        )
+        for name in ("arrow", "pandas")
+    },
     "no evaluation by name": (PAIRS, {}, {"eval_dataset": {}}, "eval_dataset is an empty dict; give datasets by name"),
     "splits": (None, {}, {"train_dataset": {"train": 1, "test": 2}}, "one of its entries .'train', 'test'."),
     "columns": ([{"story": "a"}] * 4, {}, {}, "columns 'story'.*dataset_text_field.*to_trl_format"),
@@ -163,6 +169,14 @@ def test_several_gpus_without_a_launcher(tmp_path, tokenizer, monkeypatch):
 def test_what_the_trainer_takes_passes(rows, changes, tmp_path, tokenizer, model_dir):
     given = {"model": str(model_dir), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     check_refused(given, sft_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("rows", [TEXTS, [{"input_ids": [1, 2], "labels": [1, 2]}]], ids=["texts", "ids"])
+def test_rows_pass_in_a_format_that_the_trainer_reads(rows, name, tmp_path, tokenizer, model_dir):
+    rows = Dataset.from_list(rows).with_format(name)
+    given = {"model": str(model_dir), "train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    check_refused(given, sft_config(tmp_path))
 
 
 @pytest.mark.parametrize("feature", [Json(), List(Json()), LargeList(Json())])
