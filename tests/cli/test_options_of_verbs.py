@@ -101,6 +101,7 @@ def test_the_command_line_is_over_yaml_over_the_default(verb, tmp_path):
             assert option.name not in plain.given
 
 
+@pytest.mark.slow
 @each_verb
 def test_a_boolean_is_read_by_one_table(verb, tmp_path):
     for option in (option for option in options_of(verb) if option.kind == "bool"):

@@ -98,6 +98,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "name", "thing"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_it_is_refused(call, name, thing, templates, tokenizer):
     model, before = MODEL, state(MODEL)
